@@ -1,0 +1,150 @@
+"""Raft messages between nodes: one RAFT frame carries what all groups of a turn have for one peer.
+
+    frame    [message, ...]
+    message  [range_id, to, from, type, term, log_term, index, commit, reject, reject_hint, vote, context,
+              lease_stamp, lease_promise, [[term, type, data], ...]]
+
+``to`` and ``from`` are replica ids, which are never reused; cluster and nodes were named when the connection opened.
+Entries follow each other from ``index + 1``. A snapshot never travels here: it has a connection of its own. Two types
+that Raft itself does not have are about replicas: GONE tells a sender that the replica it speaks to was removed,
+NEED_SNAPSHOT asks the leader for a snapshot because an earlier install was interrupted.
+"""
+
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+from shardkv import codec
+from shardkv.raft.messages import Entry, EntryType, Message, MessageType
+from shardkv.types import RangeId
+
+MESSAGES_PER_FRAME_MAX: Final = 16_384
+
+
+class ReplicaNotice(IntEnum):
+    """Message types about replicas, beside Raft's own."""
+
+    GONE = 200
+    NEED_SNAPSHOT = 201
+
+
+class GroupMessage(NamedTuple):
+    """A message and the group it belongs to. ``notice`` is set, and the rest of ``message`` empty, for a notice."""
+
+    range_id: RangeId
+    message: Message
+    notice: ReplicaNotice | None = None
+
+
+# What may come from another node. The rest are for a group's own use and would be an attack.
+_FROM_PEERS: Final = frozenset(
+    {
+        MessageType.PROP,
+        MessageType.APP,
+        MessageType.APP_RESP,
+        MessageType.VOTE,
+        MessageType.VOTE_RESP,
+        MessageType.HEARTBEAT,
+        MessageType.HEARTBEAT_RESP,
+        MessageType.TRANSFER_LEADER,
+        MessageType.TIMEOUT_NOW,
+        MessageType.READ_INDEX,
+        MessageType.READ_INDEX_RESP,
+        MessageType.PRE_VOTE,
+        MessageType.PRE_VOTE_RESP,
+    }
+)
+_TYPES: Final = {int(type_): type_ for type_ in _FROM_PEERS}
+_NOTICES: Final = {int(notice): notice for notice in ReplicaNotice}
+_ENTRY_TYPES: Final = {int(type_): type_ for type_ in EntryType}
+
+
+def encode_message(range_id: int, message: Message) -> bytes:
+    assert message.snapshot is None, f"a snapshot of range {range_id} in a Raft frame"
+    return codec.dumps(
+        [
+            range_id,
+            message.to,
+            message.from_,
+            int(message.type),
+            message.term,
+            message.log_term,
+            message.index,
+            message.commit,
+            message.reject,
+            message.reject_hint,
+            message.vote,
+            message.context,
+            message.lease_stamp,
+            message.lease_promise,
+            [(entry.term, int(entry.type), entry.data) for entry in message.entries],
+        ]
+    )
+
+
+def encode_notice(range_id: int, notice: ReplicaNotice, to: int, from_: int) -> bytes:
+    return codec.dumps([range_id, to, from_, int(notice), 0, 0, 0, 0, False, 0, 0, b"", 0, 0, []])
+
+
+def join(messages: list[bytes]) -> bytes:
+    """Encoded messages as the payload of one RAFT frame."""
+    return codec.array_head(len(messages)) + b"".join(messages)
+
+
+def decode(payload: bytes) -> list[GroupMessage]:
+    """The messages in a RAFT frame. Raises MalformedRequest when any has the wrong shape or a type not for peers."""
+    items = codec.loads(payload)
+    if not isinstance(items, list) or len(items) > MESSAGES_PER_FRAME_MAX:
+        raise codec.malformed(f"a Raft frame must hold an array of at most {MESSAGES_PER_FRAME_MAX} messages")
+    return [_message(item) for item in items]
+
+
+def _message(item: object) -> GroupMessage:
+    if type(item) is not list or len(item) != 15:
+        raise codec.malformed("a Raft message must be an array of 15 fields")
+    range_id, to, from_, kind, term, log_term, index, commit, reject, hint, vote, context, stamp, promise, entries = (
+        item
+    )
+    for number in (range_id, to, from_, kind, term, log_term, index, commit, hint, vote, stamp, promise):
+        if type(number) is not int or number < 0:
+            raise codec.malformed("a Raft message's ids, terms and indexes must be unsigned integers")
+    if type(context) is not bytes or type(reject) is not bool or type(entries) is not list:
+        raise codec.malformed("a Raft message has a field of the wrong type")
+    message_type = _TYPES.get(kind)
+    if message_type is None:
+        notice = _NOTICES.get(kind)
+        if notice is None:
+            raise codec.malformed(f"Raft message type {kind} is not one that nodes send each other")
+        return GroupMessage(range_id, Message(MessageType.HUP, to=to, from_=from_), notice)
+    return GroupMessage(
+        range_id,
+        Message(
+            message_type,
+            to,
+            from_,
+            term,
+            log_term,
+            index,
+            _entries(entries, index) if entries else (),
+            commit,
+            vote,
+            None,
+            reject,
+            hint,
+            context,
+            (),
+            stamp,
+            promise,
+        ),
+    )
+
+
+def _entries(items: list[object], index: int) -> tuple[Entry, ...]:
+    entries = []
+    for item in items:
+        index += 1
+        match item:
+            case [int(term), int(kind), bytes(data)] if kind in _ENTRY_TYPES:
+                entries.append(Entry(term, index, _ENTRY_TYPES[kind], data))
+            case _:
+                raise codec.malformed("a log entry must be [term, type, data]")
+    return tuple(entries)
