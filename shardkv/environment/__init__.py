@@ -76,10 +76,17 @@ class DirectoryLock(Protocol):
 
 
 class Disk(Protocol):
-    """The files of one node. Paths are absolute strings. Errors are shardkv's StorageError family."""
+    """The files of one node. Paths are absolute strings.
+
+    Errors are shardkv's StorageError family, but for FileNotFoundError and FileExistsError, which are answers.
+    """
 
     def open(self, path: str, *, create: bool = False, exclusive: bool = False) -> File:
-        """Open for reading and writing. ``create`` makes it if absent; ``exclusive`` fails if it is there."""
+        """Open for reading and writing.
+
+        ``create`` makes it if absent (the entry is durable after :meth:`sync_directory`); ``exclusive`` makes it and
+        raises FileExistsError if it is there.
+        """
         ...
 
     def read(self, path: str) -> bytes:
@@ -87,7 +94,7 @@ class Disk(Protocol):
         ...
 
     def write_atomically(self, path: str, data: bytes) -> None:
-        """Write a small file so that a crash leaves the old content or the new: temporary, sync, rename, sync directory."""
+        """Write a small file: a crash leaves the old content or the new. Durable at return."""
         ...
 
     def exists(self, path: str) -> bool: ...
@@ -97,7 +104,7 @@ class Disk(Protocol):
         ...
 
     def make_directory(self, path: str) -> None:
-        """Make it and its parents; no error if it is there."""
+        """Make it and its parents, durably; no error if it is there."""
         ...
 
     def rename(self, source: str, target: str) -> None: ...
@@ -130,7 +137,11 @@ class Workers(Protocol):
         ...
 
     async def serial(self, name: str, *, task_status: trio.TaskStatus[SerialWorker] = trio.TASK_STATUS_IGNORED) -> None:
-        """Service: start with ``nursery.start``, which returns the worker. Cancelling it finishes the queued jobs first."""
+        """Service: start with ``nursery.start``, which returns the worker.
+
+        Cancelling it finishes the queued jobs first, callbacks included; ``submit`` raises trio.ClosedResourceError
+        from then on.
+        """
         ...
 
     def yield_interpreter(self) -> None:
@@ -181,7 +192,9 @@ class Network(Protocol):
     ) -> None:
         """Service: accept streams on ``host:port`` and run ``handler`` for each in its own task, until cancelled.
 
-        A stream is closed when its handler returns. Raises ConfigError when the address cannot be bound.
+        A stream is closed when its handler returns, or lets out a broken stream or one of shardkv's errors: those end
+        one connection. Anything else that it lets out is our own bug and ends the service. Raises ConfigError when the
+        address cannot be bound.
         """
         ...
 

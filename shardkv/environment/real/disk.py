@@ -1,0 +1,231 @@
+"""Files of the operating system, with its errors translated once: what failed, where, and what to do about it.
+
+The rule: a call that returned has happened, and one that promises durability has synced. Nothing is buffered here.
+``FileNotFoundError`` and ``FileExistsError`` pass through as they are, for they are answers; every other error leaves
+as :class:`~shardkv.errors.StorageError`.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
+
+ALLOCATE_PIECE_BYTES: Final = 1024 * 1024
+"""Zeros are written in pieces of this size."""
+_ZEROS: Final = bytes(ALLOCATE_PIECE_BYTES)
+_sync_data: Final[Callable[[int], None]] = getattr(os, "fdatasync", os.fsync)
+_FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+_ADVICE: Final = {
+    errno.EACCES: "check the owner and the permissions",
+    errno.EPERM: "check the owner and the permissions",
+    errno.EROFS: "the file system is mounted read-only; check the system's log for disk errors",
+    errno.EIO: "the disk reports an error; check the system's log and replace the disk",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the machine is out of file handles; raise fs.file-max",
+    errno.ENOTDIR: "a part of the path is a file, not a directory",
+    errno.EISDIR: "the path is a directory, not a file",
+}
+
+
+def storage_error(error: OSError, action: str, path: str) -> StorageError:
+    """``error`` as one of ours, saying what failed and what to do."""
+    if error.errno in _FULL:
+        return OutOfSpace(f"no space left while trying to {action} {path}; free space or enlarge the disk")
+    advice = _ADVICE.get(error.errno or 0, "check the disk and the path")
+    return StorageError(f"cannot {action} {path}: {error.strerror or error}; {advice}")
+
+
+@contextmanager
+def _translated(action: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        raise storage_error(error, action, path) from error
+
+
+class RealFile:
+    """Implements :class:`shardkv.environment.File`."""
+
+    __slots__ = ("_descriptor", "_failed", "_path")
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._failed = False
+        """A sync has failed: the system may have dropped the data and forgotten about it, so no later sync counts."""
+
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        try:
+            written = os.pwrite(self._descriptor, data, offset)
+            if written == len(data):
+                return
+            rest = memoryview(data).cast("B")
+            while written < len(rest):
+                written += os.pwrite(self._descriptor, rest[written:], offset + written)
+        except OSError as error:
+            raise storage_error(error, "write", self._path) from error
+
+    def pread(self, count: int, offset: int) -> bytes:
+        with _translated("read", self._path):
+            data = os.pread(self._descriptor, count, offset)
+            if len(data) == count or not data:
+                return data
+            pieces = [data]
+            missing = count - len(data)
+            while missing and (data := os.pread(self._descriptor, missing, offset + count - missing)):
+                pieces.append(data)
+                missing -= len(data)
+            return b"".join(pieces)
+
+    def size(self) -> int:
+        with _translated("inspect", self._path):
+            return os.fstat(self._descriptor).st_size
+
+    def allocate(self, size: int) -> None:
+        present = self.size()
+        while present < size:
+            count = min(ALLOCATE_PIECE_BYTES, size - present)
+            self.pwrite(_ZEROS if count == ALLOCATE_PIECE_BYTES else _ZEROS[:count], present)
+            present += count
+        self._synced_by(os.fsync)
+
+    def truncate(self, size: int) -> None:
+        with _translated("truncate", self._path):
+            os.ftruncate(self._descriptor, size)
+
+    def sync(self) -> None:
+        self._synced_by(_sync_data)
+
+    def _synced_by(self, call: Callable[[int], None]) -> None:
+        if self._failed:
+            raise StorageError(
+                f"an earlier sync of {self._path} failed; what it holds cannot be trusted: restart the node"
+            )
+        try:
+            call(self._descriptor)
+        except OSError as error:
+            self._failed = True
+            raise storage_error(error, "sync", self._path) from error
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with _translated("close", self._path):
+                os.close(descriptor)
+
+
+class RealLock:
+    """Implements :class:`shardkv.environment.DirectoryLock`. The system frees it when the process dies."""
+
+    __slots__ = ("_descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class RealDisk:
+    """Implements :class:`shardkv.environment.Disk`."""
+
+    __slots__ = ()
+
+    def open(self, path: str, *, create: bool = False, exclusive: bool = False) -> RealFile:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if create or exclusive:
+            flags |= os.O_CREAT
+        if exclusive:
+            flags |= os.O_EXCL
+        with _translated("open", path):
+            return RealFile(os.open(path, flags, 0o600), path)
+
+    def read(self, path: str) -> bytes:
+        file = self.open(path)
+        try:
+            return file.pread(file.size(), 0)
+        finally:
+            file.close()
+
+    def write_atomically(self, path: str, data: bytes) -> None:
+        temporary = path + ".temporary"
+        try:
+            file = self.open(temporary, create=True)
+            try:
+                file.truncate(0)
+                file.pwrite(data, 0)
+                file.sync()
+            finally:
+                file.close()
+            self.rename(temporary, path)
+        except StorageError:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self.sync_directory(os.path.dirname(path))
+
+    def exists(self, path: str) -> bool:
+        return os.path.lexists(path)
+
+    def list(self, path: str) -> list[str]:
+        with _translated("list", path):
+            return sorted(os.listdir(path))
+
+    def make_directory(self, path: str) -> None:
+        missing: list[str] = []
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for directory in reversed(missing):
+            with _translated("make the directory", directory):
+                os.mkdir(directory, 0o700)
+            self.sync_directory(os.path.dirname(directory))
+
+    def rename(self, source: str, target: str) -> None:
+        with _translated("rename", source):
+            os.replace(source, target)
+
+    def unlink(self, path: str) -> None:
+        with _translated("remove", path):
+            os.unlink(path)
+
+    def sync_directory(self, path: str) -> None:
+        with _translated("sync the directory", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def lock(self, path: str) -> RealLock:
+        with _translated("open the lock file", path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise storage_error(error, "lock", path) from error
+            who = f"process {holder}" if holder else "another process"
+            raise DataDirectoryError(
+                f"{os.path.dirname(path)} is in use by {who}; stop that node first, or give this one another --data"
+            ) from error
+        # For the message above only; the lock itself is the system's.
+        with _translated("write the lock file", path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        return RealLock(descriptor)
+
+    def free_bytes(self, path: str) -> int:
+        with _translated("inspect", path):
+            statistics = os.statvfs(path)
+        return statistics.f_bavail * statistics.f_frsize

@@ -1,0 +1,262 @@
+"""TCP with the options that a cluster wants. What is said over it is not known here.
+
+The rule: an accept loop ends only when it is cancelled. One bad connection, or no file handle left for the next, must
+not take the node off the network.
+"""
+
+import errno
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from shardkv.address import Address, parse_address
+from shardkv.environment import Clock, Listener, Stream
+from shardkv.errors import ConfigError, ShardKVError
+
+BACKLOG: Final = 1024
+"""Connections that the system keeps until they are accepted: all clients of a node that was away come at once."""
+ACCEPT_RETRY_SECONDS: Final = 0.1
+"""The pause after an accept failed for want of a resource, as trio.serve_listeners has it."""
+ACCEPTS_BEFORE_CHECKPOINT: Final = 32
+_OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+_LISTENER_GONE: Final = frozenset((errno.EBADF, errno.ENOTSOCK, errno.EINVAL))
+_CLOSE_DISCARD_BYTES_MAX: Final = 1024 * 1024
+
+# A peer whose machine vanished is noticed after about 25 s even where nothing is being sent.
+_KEEPALIVE: Final = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+
+
+class RealStream:
+    """Implements :class:`shardkv.environment.Stream` on a connected socket."""
+
+    __slots__ = ("_closed", "_remote", "_socket")
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        self._socket = connected
+        self._closed = False
+        self._remote = _name_of(connected.getpeername) or "(gone)"
+        if connected.family in (socket.AF_INET, socket.AF_INET6):
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                if hasattr(socket, option):
+                    connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+    @property
+    def remote(self) -> str:
+        return self._remote
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        try:
+            return self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise self._lost(error) from error
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        with memoryview(data).cast("B") as whole:
+            sent = self.send_nowait(whole)
+            while sent < len(whole):
+                await self._writable()
+                with whole[sent:] as rest:
+                    sent += self.send_nowait(rest)
+
+    async def receive(self, count_max: int) -> bytes:
+        # The same steps as trio's own, without its wrappers: a checkpoint on each path, and never a wait when there is
+        # something to read.
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            data = self._socket.recv(count_max)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            raise self._lost(error) from error
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return data
+        while True:
+            await self._readable()
+            try:
+                return self._socket.recv(count_max)
+            except (BlockingIOError, InterruptedError):
+                continue
+            except OSError as error:
+                raise self._lost(error) from error
+
+    async def aclose(self) -> None:
+        if not self._closed:
+            try:
+                # The end of our data, then what the other side said meanwhile: closing over unread bytes would reset
+                # the connection and could take our last words (a refusal, say) with it.
+                self._socket.shutdown(socket.SHUT_WR)
+                discarded = 0
+                while discarded < _CLOSE_DISCARD_BYTES_MAX and (data := self._socket.recv(65536)):
+                    discarded += len(data)
+            except OSError:
+                pass  # It is being closed; that the other side was first, or has nothing to say, is no news.
+            self.close_now()
+        await trio.lowlevel.checkpoint()
+
+    def close_now(self) -> None:
+        if not self._closed:
+            self._closed = True
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+
+    async def _readable(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream is closed")
+        await trio.lowlevel.wait_readable(self._socket)
+
+    async def _writable(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream is closed")
+        await trio.lowlevel.wait_writable(self._socket)
+
+    def _lost(self, error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:
+        if self._closed:
+            return trio.ClosedResourceError("this stream is closed")
+        return trio.BrokenResourceError(f"the connection to {self._remote} is lost: {error.strerror or error}")
+
+
+class RealListener:
+    """Implements :class:`shardkv.environment.Listener`."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+
+class RealNetwork:
+    """Implements :class:`shardkv.environment.Network`."""
+
+    __slots__ = ("_clock",)
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    async def listen(
+        self,
+        address: str,
+        handler: Callable[[Stream], Awaitable[None]],
+        *,
+        task_status: trio.TaskStatus[Listener] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        listening = await _bind(parse_address(address, port_zero=True))
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started(RealListener(_name_of(listening.getsockname)))
+                while True:
+                    await trio.lowlevel.wait_readable(listening)
+                    if not self._accept(listening, nursery, handler):
+                        await self._clock.sleep(ACCEPT_RETRY_SECONDS)
+        finally:
+            trio.lowlevel.notify_closing(listening)
+            listening.close()
+
+    def _accept(
+        self, listening: socket.socket, nursery: trio.Nursery, handler: Callable[[Stream], Awaitable[None]]
+    ) -> bool:
+        """Start a task for each connection that is waiting; False when a resource has run out."""
+        for _ in range(ACCEPTS_BEFORE_CHECKPOINT):
+            try:
+                connected, _peer = listening.accept()
+            except BlockingIOError:
+                return True
+            except OSError as error:
+                if error.errno in _LISTENER_GONE:
+                    raise
+                # Anything else says only that this one connection came to nothing.
+                if error.errno in _OUT_OF_RESOURCES:
+                    return False
+                continue
+            try:
+                stream = RealStream(connected)
+            except OSError:
+                connected.close()  # It was gone before its options could be set.
+                continue
+            nursery.start_soon(_serve, stream, handler)
+        return True
+
+    async def dial(self, address: str) -> RealStream:
+        host, port = parse_address(address)
+        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        problem: OSError | None = None
+        for family, kind, protocol, _, target in found:
+            dialling = trio.socket.socket(family, kind, protocol)
+            try:
+                await dialling.connect(target)
+                return RealStream(socket.socket(fileno=dialling.detach()))
+            except OSError as error:
+                problem = error
+            finally:
+                dialling.close()
+        raise problem or OSError(errno.EHOSTUNREACH, f"{host} has no address")
+
+
+async def _serve(stream: RealStream, handler: Callable[[Stream], Awaitable[None]]) -> None:
+    """One connection's task. What the other side did wrong ends the connection; anything else is our bug and rises."""
+    try:
+        await handler(stream)
+    except (trio.BrokenResourceError, trio.ClosedResourceError, OSError, ShardKVError):
+        pass
+    finally:
+        stream.close_now()
+
+
+async def _bind(address: Address) -> socket.socket:
+    try:
+        found = await trio.socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {address}: the host {address.host} is not known ({error})") from error
+    family, kind, protocol, _, target = found[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setblocking(False)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(target)
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"cannot listen on {address}: {_bind_advice(error, address)}") from error
+    return listening
+
+
+def _bind_advice(error: OSError, address: Address) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                f"port {address.port} is in use by another process; stop it "
+                f"(`ss -ltnp 'sport = :{address.port}'` names it) or choose another port"
+            )
+        case errno.EADDRNOTAVAIL:
+            return f"{address.host} is not an address of this machine; listen on one that is, or on 0.0.0.0"
+        case errno.EACCES:
+            return f"port {address.port} needs privileges; choose one above 1023"
+        case _:
+            return f"{error.strerror or error}"
+
+
+def _name_of(getter: Callable[[], object]) -> str:
+    try:
+        name = getter()
+    except OSError:
+        return ""
+    match name:
+        case (str(host), int(port), *_):
+            return str(Address(host, port))
+        case _:
+            return os.fsdecode(name) if isinstance(name, (str, bytes)) else str(name)

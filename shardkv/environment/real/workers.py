@@ -1,0 +1,165 @@
+"""Threads: the general hop, and the serial worker whose hand-off is cheap enough for every turn.
+
+The rule: a job runs in a thread, its callback in the loop, and nothing else is shared between the two but a queue each
+way. What the jobs do is the caller's.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Final, TypeVar
+
+import trio
+
+from shardkv.environment import SerialWorker
+
+T = TypeVar("T")
+
+THREADS_MAX: Final = 8
+"""How many general jobs run at once; more wait. They are flushes, compressions and the like."""
+
+_Done = Callable[[object, BaseException | None], None]
+_Job = tuple[Callable[[], object], _Done]
+
+
+class RealWorkers:
+    """Implements :class:`shardkv.environment.Workers`."""
+
+    __slots__ = ("_limiter",)
+
+    def __init__(self) -> None:
+        self._limiter = trio.CapacityLimiter(THREADS_MAX)
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+
+    async def serial(self, name: str, *, task_status: trio.TaskStatus[SerialWorker] = trio.TASK_STATUS_IGNORED) -> None:
+        worker = RealSerialWorker(name)
+        await worker.run(task_status=task_status)
+
+    def yield_interpreter(self) -> None:
+        time.sleep(0)
+
+
+class RealSerialWorker:
+    """One thread that runs jobs in order. Implements :class:`shardkv.environment.SerialWorker`."""
+
+    __slots__ = ("_closed", "_completed", "_jobs", "_name", "_signalled", "_waker")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        """None ends the thread."""
+        self._completed: deque[tuple[_Done, object, BaseException | None] | None] = deque()
+        """Filled by the thread, emptied by the loop; None says that the thread has ended."""
+        self._signalled = False
+        """The loop has been woken and has not looked yet, so that a burst of completions costs one system call."""
+        self._closed = False
+        self._waker = _Waker()
+
+    def submit(self, job: Callable[[], object], done: _Done) -> None:
+        """As in the protocol. Raises trio.ClosedResourceError once the service has been cancelled."""
+        if self._closed:
+            raise trio.ClosedResourceError(f"the worker {self._name} is stopping")
+        self._jobs.put((job, done))
+
+    async def run(self, *, task_status: trio.TaskStatus[SerialWorker] = trio.TASK_STATUS_IGNORED) -> None:
+        thread = threading.Thread(target=self._work, name=f"shardkv-{self._name}", daemon=True)
+        thread.start()
+        try:
+            task_status.started(self)
+            try:
+                while True:
+                    await self._waker.wait()
+                    self._deliver()
+            finally:
+                self._closed = True
+                self._jobs.put(None)
+                with trio.CancelScope(shield=True):
+                    while not self._deliver():
+                        await self._waker.wait()
+        finally:
+            thread.join()
+            self._waker.close()
+
+    def _deliver(self) -> bool:
+        """Call back for what has completed; whether the thread has ended."""
+        self._waker.clear()
+        # Reset first: a completion that comes after this line wakes the loop again.
+        self._signalled = False
+        completed = self._completed
+        while completed:
+            item = completed.popleft()
+            if item is None:
+                return True
+            done, result, error = item
+            done(result, error)
+        return False
+
+    def _work(self) -> None:
+        get = self._jobs.get
+        completed = self._completed
+        while (item := get()) is not None:
+            job, done = item
+            result: object = None
+            error: BaseException | None = None
+            try:
+                result = job()
+            except BaseException as caught:  # noqa: BLE001  # handed to the callback, which decides
+                error = caught
+            completed.append((done, result, error))
+            # Not kept alive by this frame until the next job comes.
+            del item, job, done, result, error
+            if not self._signalled:
+                self._signalled = True
+                self._waker.wake()
+        completed.append(None)
+        self._waker.wake()
+
+
+class _Waker:
+    """Wakes the loop from another thread: an eventfd on Linux, else a pair of sockets."""
+
+    __slots__ = ("_eventfd", "_reader", "_writer")
+
+    def __init__(self) -> None:
+        self._eventfd = -1
+        if hasattr(os, "eventfd"):
+            self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            return
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def wake(self) -> None:
+        if self._eventfd >= 0:
+            os.eventfd_write(self._eventfd, 1)
+            return
+        try:
+            self._writer.send(b"\0")
+        except BlockingIOError:
+            pass  # Full of wake-ups that the loop has not read yet; one is enough.
+
+    async def wait(self) -> None:
+        await trio.lowlevel.wait_readable(self._eventfd if self._eventfd >= 0 else self._reader)
+
+    def clear(self) -> None:
+        try:
+            if self._eventfd >= 0:
+                os.eventfd_read(self._eventfd)
+            else:
+                self._reader.recv(4096)
+        except BlockingIOError:
+            pass  # Nothing had been signalled.
+
+    def close(self) -> None:
+        if self._eventfd >= 0:
+            trio.lowlevel.notify_closing(self._eventfd)
+            os.close(self._eventfd)
+        else:
+            self._reader.close()
+            self._writer.close()
