@@ -46,6 +46,9 @@ class ConfState(NamedTuple):
     auto_leave: bool = False
 
 
+EMPTY_CONF_STATE: Final = ConfState()
+
+
 class SnapshotMetadata(NamedTuple):
     index: int = 0  # type: ignore[assignment]
     term: int = 0
