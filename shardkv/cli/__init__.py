@@ -1,0 +1,11 @@
+"""The command line: click commands, the shell and the demo. Nothing here is imported by a node or a client.
+
+``main`` is the ``shardkv`` script. Commands are loaded when they are named, so that ``shardkv get`` starts without
+paying for the node, the shell or the load generator.
+"""
+
+
+def main() -> None:
+    from shardkv.cli.root import main as run
+
+    run()

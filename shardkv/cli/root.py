@@ -1,0 +1,114 @@
+"""The ``shardkv`` command: a group that loads each subcommand's module when it is named, and the exit codes.
+
+Exit codes: 0 done, 1 the cluster answered with an error or the key is absent, 2 wrong usage, 3 the cluster could not
+be reached in time, 4 outcome unknown, 130 interrupted. Commands raise; only this module turns errors into codes.
+"""
+
+import importlib
+import sys
+from typing import Any, Final
+
+import click
+
+from shardkv.cli import exits
+
+COMMANDS: Final[dict[str, str]] = {
+    "node": "shardkv.cli.node:node",
+    "demo": "shardkv.cli.demo:demo",
+    "shell": "shardkv.cli.shell:shell",
+    "get": "shardkv.cli.data:get",
+    "put": "shardkv.cli.data:put",
+    "del": "shardkv.cli.data:delete",
+    "scan": "shardkv.cli.data:scan",
+    "cas": "shardkv.cli.data:cas",
+    "incr": "shardkv.cli.data:incr",
+    "delete-range": "shardkv.cli.data:delete_range",
+    "import": "shardkv.cli.bulk:import_",
+    "export": "shardkv.cli.bulk:export",
+    "status": "shardkv.cli.cluster:status",
+    "nodes": "shardkv.cli.cluster:nodes",
+    "ranges": "shardkv.cli.cluster:ranges",
+    "leader": "shardkv.cli.cluster:leader",
+    "admin": "shardkv.cli.admin:admin",
+    "bench": "shardkv.cli.bench:bench",
+    "completion": "shardkv.cli.completion:completion",
+}
+"""Command name to ``module:attribute``, in the order that ``--help`` shows."""
+
+
+class Example(click.Command):
+    """A command whose help ends with an example: ``example=`` holds one or more command lines."""
+
+    def __init__(self, *args: Any, example: str = "", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.example = example
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_example(self.example, formatter)
+
+
+def write_example(example: str, formatter: click.HelpFormatter) -> None:
+    lines = [line.strip() for line in example.strip().splitlines()]
+    if lines:
+        with formatter.section("Example" if len(lines) == 1 else "Examples"):
+            for line in lines:
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+class ExampleGroup(click.Group):
+    """A group whose help ends with an example."""
+
+    command_class = Example
+
+    def __init__(self, *args: Any, example: str = "", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.example = example
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_example(self.example, formatter)
+
+
+class Root(ExampleGroup):
+    """The outermost group: knows its commands by name only, and is where every error becomes an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        target = COMMANDS.get(cmd_name)
+        if target is None:
+            return None
+        module, _, attribute = target.partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command), target
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except BaseException as error:
+            code = exits.code_of(error)
+            if code is None:
+                raise
+            click.echo(exits.message_of(error), err=True)
+            ctx.exit(code)
+
+
+@click.group(
+    cls=Root,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    example="shardkv demo\nshardkv put --connect 127.0.0.1:7001 greeting hello",
+)
+@click.version_option(package_name="shardkv", prog_name="shardkv")
+def shardkv() -> None:
+    """shardkv: a range-sharded, strictly serializable key-value database."""
+
+
+def main() -> None:
+    """The console script. Ends the process."""
+    try:
+        shardkv(prog_name="shardkv")
+    except KeyboardInterrupt:
+        sys.exit(exits.INTERRUPTED)

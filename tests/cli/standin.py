@@ -1,0 +1,34 @@
+"""``shardkv node`` with a stand-in for the server, for tests of what is around it: signals, the ready line, the pipe.
+
+The stand-in serves nothing. It is ready at once and stops when told to, unless its name says otherwise: ``stubborn``
+never stops, ``broken`` fails to start.
+"""
+
+import sys
+from collections.abc import Callable
+
+import trio
+
+import shardkv.server
+from shardkv.config import NodeConfig
+from shardkv.errors import DataDirectoryError
+
+
+async def run_node(
+    config: NodeConfig, environment: object, *, ready: Callable[[str, str], None], stop: trio.Event
+) -> None:
+    print(f"starting {config.name}", file=sys.stderr, flush=True)
+    if config.name == "broken":
+        raise DataDirectoryError(f"{config.data} belongs to another cluster")
+    ready(config.name, config.listen)
+    await stop.wait()
+    print("draining", flush=True)
+    if config.name == "stubborn":
+        await trio.sleep_forever()
+
+
+if __name__ == "__main__":
+    shardkv.server.run_node = run_node  # type: ignore[attr-defined]
+    from shardkv.cli.root import main
+
+    main()

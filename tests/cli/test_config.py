@@ -1,0 +1,166 @@
+"""A node's configuration: bounds, and flag over environment over file over default."""
+
+import dataclasses
+
+import pytest
+
+from shardkv.config import (
+    SECTIONS,
+    SETTINGS,
+    NodeConfig,
+    RaftConfig,
+    RangesConfig,
+    load_node_config,
+    parse_address,
+)
+from shardkv.errors import ConfigError
+
+FLAGS = {"name": "n1", "data": "/data", "listen": "127.0.0.1:7001"}
+
+
+def refused(flags: dict[str, object], variables: dict[str, str] | None = None, file: str | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_node_config(flags, variables or {}, file, "node.toml")
+    return str(caught.value)
+
+
+def test_the_required_settings_alone_make_a_configuration_with_the_documented_defaults() -> None:
+    """Work order: tick 50 ms, heartbeat 2, election 10, promise 400 ms, split at 64 MiB, clock offset 500 ms."""
+    config = load_node_config(FLAGS, {})
+    assert config == NodeConfig(name="n1", data="/data", listen="127.0.0.1:7001")
+    assert config.raft == RaftConfig(tick_ms=50, heartbeat_ticks=2, election_ticks=10, promise_ms=400)
+    assert config.ranges.split_bytes == 64 * 1024 * 1024
+    assert config.clock_offset_max_ms == 500
+    assert config.storage.engine == "rocksdb"
+
+
+@pytest.mark.parametrize(
+    "flags, variables, file, expected",
+    [
+        ({}, {}, None, 64 * 1024 * 1024),
+        ({}, {}, "[ranges]\nsplit_bytes = 100_000", 100_000),
+        ({}, {"SHARDKV_SPLIT_BYTES": "200000"}, "[ranges]\nsplit_bytes = 100_000", 200_000),
+        (
+            {"split_bytes": "1MiB"},
+            {"SHARDKV_SPLIT_BYTES": "200000"},
+            "[ranges]\nsplit_bytes = 100_000",
+            1024 * 1024,
+        ),
+        ({"split_bytes": None}, {"SHARDKV_SPLIT_BYTES": ""}, None, 64 * 1024 * 1024),
+    ],
+    ids=["default", "file", "environment over file", "flag over environment", "empty means not given"],
+)
+def test_a_flag_wins_over_the_environment_and_the_environment_over_the_file(
+    flags: dict[str, object], variables: dict[str, str], file: str | None, expected: int
+) -> None:
+    """DESIGN 2.2: flag over environment over file."""
+    assert load_node_config({**FLAGS, **flags}, variables, file, "f").ranges.split_bytes == expected
+
+
+def test_every_setting_can_come_from_each_of_the_three_sources() -> None:
+    """DESIGN 2.2: every node flag also from SHARDKV_<FLAG> and the TOML file."""
+    samples: dict[str, tuple[str, str]] = {
+        "name": ("n9", '"n9"'),
+        "data": ("/d", '"/d"'),
+        "listen": ("h:1", '"h:1"'),
+        "advertise": ("h:2", '"h:2"'),
+        "admin": ("h:3", '"h:3"'),
+        "join": ("h:4,h:5", '["h:4", "h:5"]'),
+        "label": ("zone=a,rack=1", "{zone = 'a', rack = '1'}"),
+        "engine": ("memory", '"memory"'),
+        "log_level": ("error", '"error"'),
+    }
+    everything: dict[str, tuple[str, str]] = {}
+    for name, setting in SETTINGS.items():
+        if name in samples:
+            everything[name] = samples[name]
+        elif name != "bootstrap":
+            value = str(setting.default - 1 if name != "promise_ms" else 399)
+            everything[name] = (value, value)
+    lines = [f"{name} = {toml}" for name, (_, toml) in everything.items() if not SETTINGS[name].section]
+    for section in SECTIONS:
+        lines.append(f"[{section}]")
+        lines += [f"{name} = {toml}" for name, (_, toml) in everything.items() if SETTINGS[name].section == section]
+    from_file = load_node_config({}, {}, "\n".join(lines), "f")
+    from_flags = load_node_config({name: text for name, (text, _) in everything.items()}, {})
+    from_variables = load_node_config({}, {SETTINGS[name].variable: text for name, (text, _) in everything.items()})
+    assert from_file == from_flags == from_variables
+    assert from_file.label == (("rack", "1"), ("zone", "a"))
+    assert from_file.join == ("h:4", "h:5")
+    default = NodeConfig(name="n1", data="/data", listen="127.0.0.1:7001")
+    for each in dataclasses.fields(NodeConfig):
+        if each.name != "bootstrap":
+            assert getattr(from_file, each.name) != getattr(default, each.name), each.name
+
+
+@pytest.mark.parametrize(
+    "flags, variables, file, words",
+    [
+        ({"name": None}, {}, None, ["name is missing", "--name", "SHARDKV_NAME", "file"]),
+        ({"listen": "nonsense"}, {}, None, ["listen", "HOST:PORT", "'nonsense'", "--listen"]),
+        ({"listen": "h:99999"}, {}, None, ["listen", "65535", "--listen"]),
+        ({}, {"SHARDKV_ADVERTISE": "h:0"}, None, ["advertise", "SHARDKV_ADVERTISE"]),
+        ({}, {}, 'join = ["h:1", "h"]', ["join", "'h'", "join in node.toml"]),
+        ({}, {"SHARDKV_TICK_MS": "0"}, None, ["tick_ms", "from 1 to", "SHARDKV_TICK_MS"]),
+        ({}, {"SHARDKV_TICK_MS": "fast"}, None, ["tick_ms", "whole number", "SHARDKV_TICK_MS"]),
+        ({}, {}, "[raft]\ntick_ms = true", ["tick_ms", "raft.tick_ms in node.toml"]),
+        ({}, {}, "[raft]\ntick_ms = ", ["node.toml", "TOML"]),
+        ({}, {}, "raft = 3", ["raft in node.toml", "table"]),
+        ({}, {}, "colour = 3", ["unknown setting colour in node.toml"]),
+        ({}, {}, "[raft]\ncolour = 3", ["unknown setting raft.colour in node.toml"]),
+        ({}, {}, "tick_ms = 20", ["unknown setting tick_ms", "belongs at raft.tick_ms"]),
+        ({"colour": "x"}, {}, None, ["unknown option --colour"]),
+        ({"engine": "papyrus"}, {}, None, ["engine", "rocksdb, memory", "--engine"]),
+        ({"name": "a b"}, {}, None, ["name", "'a b'", "--name"]),
+        ({"data": "\0"}, {}, None, ["data", "path"]),
+        ({"label": ["zone"]}, {}, None, ["label", "KEY=VALUE", "--label"]),
+        ({"label": ["zone=a", "zone=b"]}, {}, None, ["label", "each key once"]),
+        ({}, {}, "[label]\nzone = 3", ["label", "text", "label in node.toml"]),
+        ({}, {"SHARDKV_BOOTSTRAP": "maybe"}, None, ["bootstrap", "true or false", "SHARDKV_BOOTSTRAP"]),
+        ({"split_bytes": "3 parsecs"}, {}, None, ["split_bytes", "64MiB", "--split-bytes"]),
+        ({"listen": "0.0.0.0:7001"}, {}, None, ["advertise must be given", "--listen"]),
+        ({"bootstrap": True, "join": ["h:1"]}, {}, None, ["bootstrap", "join", "--bootstrap", "--join"]),
+        ({}, {"SHARDKV_HEARTBEAT_TICKS": "10"}, None, ["heartbeat_ticks", "election_ticks", "SHARDKV_HEARTBEAT_TICKS"]),
+        ({"promise_ms": "501"}, {}, None, ["promise_ms", "election_ticks * tick_ms", "--promise-ms"]),
+        ({"promise_ms": "100"}, {}, None, ["promise_ms", "heartbeat_ticks * tick_ms", "--promise-ms"]),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_name_and_where_it_came_from(
+    flags: dict[str, object], variables: dict[str, str], file: str | None, words: list[str]
+) -> None:
+    """DESIGN 2.4: ConfigError names the setting and where it came from."""
+    message = refused({**FLAGS, **flags}, variables, file)
+    for word in words:
+        assert word in message, message
+
+
+def test_a_flag_that_joins_overrides_a_bootstrap_from_the_file() -> None:
+    """Both answer the same question, so the source of higher rank answers it."""
+    config = load_node_config({**FLAGS, "join": ["h:1"]}, {}, "bootstrap = true", "f")
+    assert not config.bootstrap
+    assert config.join == ("h:1",)
+    config = load_node_config({**FLAGS, "bootstrap": True}, {"SHARDKV_JOIN": "h:1"})
+    assert config.bootstrap
+    assert config.join == ()
+
+
+def test_a_dataclass_made_directly_is_checked_as_well() -> None:
+    """The simulator makes configurations without flags or files."""
+    with pytest.raises(ConfigError, match="split_bytes must be from"):
+        RangesConfig(split_bytes=1)
+    with pytest.raises(ConfigError, match="listen must be HOST:PORT"):
+        NodeConfig(name="n1", data="/d", listen="x")
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [("127.0.0.1:7001", ("127.0.0.1", 7001)), ("[::1]:7001", ("::1", 7001)), ("db.example:1", ("db.example", 1))],
+)
+def test_an_address_is_a_host_and_a_port(text: str, parts: tuple[str, int]) -> None:
+    assert parse_address(text) == parts
+
+
+@pytest.mark.parametrize("text", ["", ":1", "h", "h:", "h:x", "h:-1", "::1:7001", "h :1", "h,i:1", "h:٣"])
+def test_what_is_not_an_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_address(text)

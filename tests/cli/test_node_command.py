@@ -1,0 +1,172 @@
+"""``shardkv node`` and the process manager, with a stand-in for the server: signals, exits, the parent's pipe."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from shardkv.cli.local_cluster import LocalCluster, NodeFailed, Process, cpu_seconds, free_ports
+from shardkv.cli.root import shardkv
+
+STANDIN = [sys.executable, str(Path(__file__).with_name("standin.py")), "node"]
+SECONDS = 30.0
+
+
+def start(directory: Path, name: str) -> Process:
+    (directory / name).mkdir(exist_ok=True)
+    arguments = ["--name", name, "--data", str(directory / name), "--listen", "127.0.0.1:7001", "--bootstrap"]
+    return Process([*STANDIN, *arguments], directory / f"{name}.log", os.environ)
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        process.kill()
+
+
+def test_a_node_prints_its_ready_line_and_a_first_sigterm_stops_it_cleanly(
+    tmp_path: Path, processes: list[Process]
+) -> None:
+    """DESIGN 2.2: prints `ready NAME ADDRESS` on stdout once it serves; SIGTERM drains and stops cleanly."""
+    process = start(tmp_path, "n1")
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS) == "ready n1 127.0.0.1:7001"
+    assert process.terminate(SECONDS) == 0
+    assert process.lines == ["ready n1 127.0.0.1:7001", "draining"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_node_that_does_not_stop(
+    tmp_path: Path, processes: list[Process], number: signal.Signals
+) -> None:
+    """DESIGN 2.2: a second one ends it at once."""
+    process = start(tmp_path, "stubborn")
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS)
+    process.signal(number)
+    assert process.wait_for_line("draining", SECONDS)
+    assert process.running
+    process.signal(number)
+    assert process.wait(SECONDS) == 128 + number
+
+
+def test_a_failed_start_says_why_and_exits_with_one(tmp_path: Path, processes: list[Process]) -> None:
+    process = start(tmp_path, "broken")
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS) is None
+    assert process.wait(SECONDS) == 1
+    assert "belongs to another cluster (DataDirectoryError)" in process.stderr_tail()
+
+
+def test_a_node_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
+    """DESIGN 2.2, demo: its nodes end when it dies, however it dies."""
+    script = f"""
+import sys
+from pathlib import Path
+from shardkv_bench.local_cluster import LocalCluster
+world = LocalCluster(Path({str(tmp_path)!r}), nodes=2, node_command={STANDIN!r})
+world.start()
+print(*(process.pid for process in world.processes.values()), flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        watched = [os.pidfd_open(pid) for pid in pids]
+        parent.kill()
+    for descriptor in watched:
+        assert_ends(descriptor)
+
+
+def assert_ends(descriptor: int) -> None:
+    import select
+
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    assert poll.poll(SECONDS * 1_000), "the node outlived its parent"
+    os.close(descriptor)
+
+
+def test_a_cluster_starts_kills_restarts_and_stops_its_own_processes_only(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path, nodes=3, node_command=STANDIN) as world:
+        world.start(SECONDS)
+        assert world.running == ["n1", "n2", "n3"]
+        assert world.connect == ",".join(world.addresses.values())
+        first = world.processes["n1"].pid
+        world.kill("n1")
+        assert world.processes["n1"].exit_code == -signal.SIGKILL
+        assert world.running == ["n2", "n3"]
+        world.restart("n1", SECONDS)
+        assert world.processes["n1"].pid != first
+        assert world.terminate("n2", SECONDS) == 0
+        assert world.cpu_seconds() >= 0.0
+        world.pause("n3")
+        assert world.stop(SECONDS) == {"n1": 0, "n3": 0}
+        assert world.running == []
+    assert "--bootstrap" in world.processes["n1"].command
+    assert "--join" in world.processes["n2"].command
+
+
+def test_a_node_that_fails_to_start_is_reported_with_its_log_and_the_others_are_stopped(tmp_path: Path) -> None:
+    world = LocalCluster(tmp_path, nodes=3, node_command=STANDIN)
+    world.names[2] = "broken"
+    world.addresses["broken"] = world.addresses.pop("n3")
+    with pytest.raises(NodeFailed, match="belongs to another cluster"):
+        world.start(SECONDS)
+    assert world.running == []
+
+
+def test_free_ports_are_different_and_below_the_ports_of_outgoing_connections() -> None:
+    """A peer that dials a dead node's port must not be given that very port for its own end."""
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(port < max(low, 32_768) for port in ports)
+
+
+def test_processor_time_of_a_process_that_is_gone_is_zero() -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    assert cpu_seconds(child.pid) == 0.0
+    assert cpu_seconds(os.getpid()) > 0.0
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    result = CliRunner().invoke(shardkv, ["node", *arguments], env=env)
+    return result.exit_code, result.output
+
+
+def test_a_missing_setting_is_wrong_usage() -> None:
+    code, output = run()
+    assert code == 2
+    assert "name is missing" in output
+
+
+def test_a_broken_file_is_wrong_usage_and_is_named(tmp_path: Path) -> None:
+    """Work order: broken file, unknown option or key, bad address: exit 2."""
+    path = tmp_path / "node.toml"
+    for text, words in [("x = ", "not a TOML file"), ("colour = 1", "unknown setting colour")]:
+        path.write_text(text)
+        code, output = run("--config", str(path))
+        assert code == 2
+        assert words in output
+        assert str(path) in output
+    path.write_bytes(b"\xff")
+    assert run("--config", str(path))[0] == 2
+    assert run("--config", str(tmp_path / "absent.toml"))[0] == 2
+    assert run(env={"SHARDKV_CONFIG": str(tmp_path / "absent.toml")})[0] == 2
+
+
+def test_an_unknown_option_and_a_bad_address_are_wrong_usage(tmp_path: Path) -> None:
+    assert run("--colour", "blue")[0] == 2
+    code, output = run("--name", "n", "--data", str(tmp_path), "--listen", "somewhere")
+    assert code == 2
+    assert "listen must be HOST:PORT, not 'somewhere' (from --listen)" in output
