@@ -1,0 +1,129 @@
+"""One file of the shared Raft log: its name, how far it is filled, who has entries in it, and how it comes to be.
+
+Does not live here: what the records in it say. The rule: a segment gets its final name only when it is zero-filled and
+synced, and the directory is synced before anything in it is relied on.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from shardkv.environment import Disk, File
+from shardkv.errors import Corruption
+from shardkv.types import RangeId
+
+SEGMENT_SUFFIX: Final = ".wal"
+SPARE_PREFIX: Final = "spare-"
+
+_NAME: Final = re.compile(r"([0-9a-f]{16})\.wal")
+
+# A place is one int, for it is kept for every entry of every group: segment id, offset of the data in the segment
+# (32 bits), checksum of the data (32 bits).
+PLACE_SEGMENT_SHIFT: Final = 64
+PLACE_OFFSET_SHIFT: Final = 32
+PLACE_MASK: Final = (1 << 32) - 1
+
+
+def segment_path(directory: str, segment_id: int) -> str:
+    return f"{directory}/{segment_id:016x}{SEGMENT_SUFFIX}"
+
+
+def segment_id_of(name: str) -> int | None:
+    """The id in a file name, or None if that is no segment's."""
+    match = _NAME.fullmatch(name)
+    return int(match[1], 16) if match else None
+
+
+class Segment:
+    """``file`` is None until the log's writer has made it; until then nothing can be read back from it."""
+
+    __slots__ = ("end", "file", "id", "last_index", "path", "size")
+
+    def __init__(self, segment_id: int, path: str, size: int, file: File | None = None) -> None:
+        self.id = segment_id
+        self.path = path
+        self.size = size
+        self.end = 0
+        """Where the next record goes."""
+        self.file = file
+        self.last_index: dict[RangeId, int] = {}
+        """For each group with entries here, the highest index: once it is compacted away, none of them is live."""
+
+    def read(self, place: int, count: int) -> tuple[bytes, int]:
+        """``count`` bytes of data at ``place``, and the checksum that they should have."""
+        assert self.file is not None, f"segment {self.id} was not made yet"
+        return self.file.pread(count, (place >> PLACE_OFFSET_SHIFT) & PLACE_MASK), place & PLACE_MASK
+
+
+def read_entry(segments: dict[int, Segment], place: int, count: int, crc32: Callable[[bytes], int]) -> bytes:
+    """An entry's data, read back and checked. Raises Corruption."""
+    segment = segments[place >> PLACE_SEGMENT_SHIFT]
+    data, crc = segment.read(place, count)
+    if len(data) != count or crc32(data) != crc:
+        offset = (place >> PLACE_OFFSET_SHIFT) & PLACE_MASK
+        raise Corruption(
+            f"{segment.path}: the {count} bytes of an entry at offset {offset} are not what was written; "
+            "stop the node, check its disk, and replace its replicas from the other nodes"
+        )
+    return data
+
+
+class Spares:
+    """Makes segment files: ahead of time in a background job, or on the spot if none is ready."""
+
+    def __init__(self, disk: Disk, directory: str, segment_bytes: int) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._segment_bytes = segment_bytes
+        self._made = 0
+        self._ready: tuple[str, File] | None = None
+        self._busy = False
+
+    @property
+    def ready(self) -> bool:
+        return self._ready is not None
+
+    def prepare(self) -> Callable[[], None] | None:
+        """A job that makes a spare, for any worker thread; None if there is one, or it is being made.
+
+        If the job raises OutOfSpace, nothing is lost: ask again once there is space.
+        """
+        if self._busy or self._ready is not None:
+            return None
+        self._busy = True
+        return self._prepare
+
+    def _prepare(self) -> None:
+        try:
+            self._ready = self._make()
+        finally:
+            self._busy = False
+
+    def _make(self) -> tuple[str, File]:
+        self._made += 1
+        path = f"{self._directory}/{SPARE_PREFIX}{self._made}"
+        file = self._disk.open(path, create=True)
+        try:
+            file.truncate(0)
+            file.allocate(self._segment_bytes)
+            file.sync()
+        except BaseException:
+            file.close()
+            raise
+        return path, file
+
+    def install(self, segment: Segment) -> None:
+        """Give ``segment`` a file under its name, durably. Blocks; called by the log's writer only."""
+        ready, self._ready = self._ready, None
+        path, file = ready if ready is not None else self._make()
+        if segment.size > self._segment_bytes:
+            file.allocate(segment.size)
+            file.sync()
+        self._disk.rename(path, segment.path)
+        self._disk.sync_directory(self._directory)
+        segment.file = file
+
+    def close(self) -> None:
+        if self._ready is not None:
+            self._ready[1].close()
+            self._ready = None

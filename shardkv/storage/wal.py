@@ -1,0 +1,397 @@
+"""The shared Raft log of a node: one record a turn for all its groups, in segments that are filled, kept and dropped.
+
+Lives here: appending, the write job, rotation, collection. Does not live here: formats (:mod:`record`), what an update
+means (:mod:`log_state`), starting (:mod:`recovery`). The rule: the loop encodes and updates memory and never touches a
+file but to read back old entries; files are written by jobs that it hands to one writer thread, in order.
+
+A failed write or sync is final: nobody knows what is on the disk after it, so the log refuses everything from then on
+and the process should end.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, NamedTuple
+
+from shardkv.environment import Disk
+from shardkv.errors import StorageError
+from shardkv.raft.messages import Entry
+from shardkv.storage.collection import dead_segments, live_bytes, moves_from
+from shardkv.storage.group_log import EntryCache, GroupLog
+from shardkv.storage.log_state import LogState
+from shardkv.storage.record import (
+    HEADER_BYTES,
+    CompactLog,
+    CreateGroup,
+    LogUpdate,
+    ResetLog,
+    Tombstone,
+    encode_turn,
+    pack_header,
+    seed_of,
+)
+from shardkv.storage.recovery import recover
+from shardkv.storage.segment import PLACE_OFFSET_SHIFT, PLACE_SEGMENT_SHIFT, Segment, Spares, segment_path
+from shardkv.types import RangeId, ReplicaId
+
+__all__ = [
+    "CompactLog",
+    "CreateGroup",
+    "GroupLog",
+    "LogUpdate",
+    "ResetLog",
+    "Tombstone",
+    "Wal",
+    "WalSettings",
+    "WalStatistics",
+]
+
+SEGMENT_BYTES_MAX: Final = 1 << 30
+"""Offsets in a segment have 32 bits, and a single record may make it larger than set."""
+
+
+@dataclass(frozen=True, slots=True)
+class WalSettings:
+    """All of these may be changed between two starts."""
+
+    segment_bytes: int = 16 * 1024 * 1024
+    cache_bytes_max: int = 32 * 1024 * 1024
+    """Entry data kept in memory, over all groups."""
+    move_live_fraction_max: float = 0.25
+    """The oldest segment's live entries are moved forward when they are no more than this part of it."""
+    closed_segments_max: int = 16
+    """With more closed segments than this, the oldest one's live entries are moved however many they are."""
+    move_bytes_max: int = 256 * 1024
+    move_entries_max: int = 1_000
+    """At most this is moved by one collection, for it is read and encoded in the loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class WalStatistics:
+    """A frozen picture of the log."""
+
+    groups: int
+    tombstones: int
+    segments: int
+    """The one written to among them."""
+    segment_bytes: int
+    """Of all segments, as they lie on disk."""
+    oldest_segment_id: int
+    sequence: int
+    """Number of the last record encoded."""
+    synced_sequence: int
+    """Number of the last record known to be on disk."""
+    cached_bytes: int
+    records: int
+    """Encoded since the start."""
+    syncs: int
+    """Of segment files, since the start."""
+    written_bytes: int
+    """Since the start."""
+    moved_entries: int
+    """Written again to free old segments, since the start."""
+    cut_bytes: int
+    """Of a torn tail, when the log was opened."""
+    spare_ready: bool
+    failed: bool
+
+
+class _Write(NamedTuple):
+    segment: Segment
+    offset: int
+    data: bytes
+    sequence: int
+
+
+class Wal:
+    """All methods but :meth:`open` and the jobs are for the loop; jobs go to the writer thread, in order."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        directory: str,
+        settings: WalSettings,
+        seed: int,
+        spares: Spares,
+        state: LogState,
+        sequence: int,
+    ) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._settings = settings
+        self._seed = seed
+        self._spares = spares
+        self._state = state
+        self._segment = next(reversed(state.segments.values()))
+        self._sequence = sequence
+        self._synced_sequence = sequence
+        self._queue: deque[_Write] = deque()
+        """Encoded and not yet written; bounded by what the owner encodes before it waits for a job."""
+        self._cache = EntryCache(settings.cache_bytes_max)
+        self._failure: BaseException | None = None
+        self._records = 0
+        self._syncs = 0
+        self._written_bytes = 0
+        self._moved_entries = 0
+        self._cut_bytes = 0
+
+    @classmethod
+    def open(cls, disk: Disk, directory: str, settings: WalSettings = WalSettings(), *, token: bytes = b"") -> "Wal":
+        """Recover the log in ``directory``, or begin one. Blocks; run it in a worker thread.
+
+        ``token`` is the data directory's own; every checksum starts from it. Raises Corruption (the message says where
+        and what to do), StorageError, OutOfSpace.
+        """
+        assert 0 < settings.segment_bytes <= SEGMENT_BYTES_MAX, f"{settings.segment_bytes} bytes a segment"
+        seed = seed_of(token)
+        spares = Spares(disk, directory, settings.segment_bytes)
+        recovered = recover(disk, directory, seed, settings.segment_bytes, spares)
+        wal = cls(disk, directory, settings, seed, spares, recovered.state, recovered.sequence)
+        wal._cut_bytes = recovered.cut_bytes
+        return wal
+
+    @property
+    def groups(self) -> dict[RangeId, GroupLog]:
+        """Every group created and not yet released. Read only."""
+        return self._state.groups
+
+    @property
+    def tombstones(self) -> dict[RangeId, ReplicaId]:
+        """For each range, the highest replica id that has ended on this node. Read only."""
+        return self._state.tombstones
+
+    @property
+    def synced_sequence(self) -> int:
+        """Number of the last record on disk."""
+        return self._synced_sequence
+
+    # Appending
+
+    def append(self, updates: Sequence[LogUpdate]) -> Callable[[], None]:
+        """Encode one record for the whole turn and take it into memory; the job that makes it durable.
+
+        Hand the job to the writer thread; when it has returned, this record and all before it are on disk. Jobs may
+        be merged: each writes all that is queued when it starts, with one sync, and one that finds its record synced
+        returns at once. Updates of one group apply in their order. Raises StorageError once the log has failed.
+        """
+        if self._failure is not None:
+            raise self._refusal()
+        meta, pieces, crcs, data_bytes = encode_turn(updates)
+        segment, base = self._queue_record(meta, pieces, data_bytes)
+        try:
+            self._apply(updates, segment, base, crcs)
+        except BaseException as error:
+            # The record is queued, and it says something that cannot be: it must not reach the disk.
+            self._failure = error
+            raise
+        self._cache.trim(self._synced_sequence)
+        return partial(self._write_through, self._sequence)
+
+    def _queue_record(self, meta: bytes, pieces: Sequence[bytes], data_bytes: int) -> tuple[Segment, int]:
+        """Queue a record, in a new segment if it does not fit; its segment, and the place of its data."""
+        record_bytes = HEADER_BYTES + len(meta) + data_bytes
+        segment = self._segment
+        if segment.end + record_bytes > segment.size:
+            segment = self._rotate(record_bytes)
+        self._sequence = sequence = self._sequence + 1
+        header = pack_header(self._seed, meta, data_bytes, segment.id, sequence, self._synced_sequence)
+        offset = segment.end
+        self._queue.append(_Write(segment, offset, b"".join((header, meta, *pieces)), sequence))
+        segment.end = offset + record_bytes
+        self._records += 1
+        data_offset = offset + HEADER_BYTES + len(meta)
+        return segment, (segment.id << PLACE_SEGMENT_SHIFT) | (data_offset << PLACE_OFFSET_SHIFT)
+
+    def _rotate(self, record_bytes: int) -> Segment:
+        """Begin a segment with a checkpoint and room for a record. Its file comes to be when the writer gets there."""
+        meta = self._state.encode_checkpoint()
+        segment_id = self._segment.id + 1
+        size = max(self._settings.segment_bytes, HEADER_BYTES + len(meta) + record_bytes)
+        assert size <= 2 * SEGMENT_BYTES_MAX, f"a record of {record_bytes} bytes"
+        segment = Segment(segment_id, segment_path(self._directory, segment_id), size)
+        # The writer syncs the old segment before it writes to a new one, so by the time this stands on disk, all
+        # before it is synced.
+        header = pack_header(self._seed, meta, 0, segment_id, self._sequence + 1, self._sequence)
+        self._sequence += 1
+        self._queue.append(_Write(segment, 0, header + meta, self._sequence))
+        segment.end = HEADER_BYTES + len(meta)
+        self._state.segments[segment_id] = self._segment = segment
+        self._records += 1
+        return segment
+
+    def _apply(self, updates: Sequence[LogUpdate], segment: Segment, base: int, crcs: list[int]) -> None:
+        apply, add, sequence = self._state.apply, self._cache.add, self._sequence
+        number = 0
+        for update in updates:
+            entries = update.entries
+            if not entries:
+                apply(update, segment, 0, (), ())
+                continue
+            places = []
+            start = base
+            first = index = entries[0].index
+            for entry in entries:
+                assert entry.index == index, f"range {update.range_id}: entry {entry.index} follows {index - 1}"
+                index += 1
+                places.append(base + crcs[number])
+                number += 1
+                base += len(entry.data) << PLACE_OFFSET_SHIFT
+            log = apply(update, segment, first, entries, places)
+            assert log is not None, f"range {update.range_id} is not in the log"
+            add(sequence, log, first, index - 1, (base - start) >> PLACE_OFFSET_SHIFT)
+
+    # The writer thread
+
+    def _write_through(self, sequence: int) -> None:
+        """Make all that is queued durable, with one sync for each segment that it touches."""
+        if self._failure is not None:
+            raise self._refusal()
+        if self._synced_sequence >= sequence:
+            return
+        try:
+            self._write_queued()
+        except BaseException as error:
+            self._failure = error
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"writing the log in {self._directory} failed: {error!r}; the node must end") from error
+
+    def _write_queued(self) -> None:
+        queue = self._queue
+        segment: Segment | None = None
+        sequence = self._synced_sequence
+        for _ in range(len(queue)):
+            write = queue.popleft()
+            if write.segment is not segment:
+                if segment is not None:
+                    self._sync(segment)
+                segment = write.segment
+                if segment.file is None:
+                    self._spares.install(segment)
+            assert segment.file is not None, f"{segment.path} is not open"
+            segment.file.pwrite(write.data, write.offset)
+            self._written_bytes += len(write.data)
+            sequence = write.sequence
+        if segment is not None:
+            self._sync(segment)
+        self._synced_sequence = sequence
+
+    def _sync(self, segment: Segment) -> None:
+        assert segment.file is not None, f"{segment.path} is not open"
+        segment.file.sync()
+        self._syncs += 1
+
+    def _refusal(self) -> StorageError:
+        return StorageError(
+            f"the log in {self._directory} has failed before ({self._failure!r}) and takes nothing more; "
+            "the node must end"
+        )
+
+    # Housekeeping
+
+    def prepare(self) -> Callable[[], None] | None:
+        """A job for any worker thread that makes the next segment's file ahead of time; None if that is done.
+
+        Ask after every turn, it is cheap. The job may raise OutOfSpace: nothing is lost yet, but when the segment that
+        is written to is full without a spare, the next write fails for good. So refuse new commands first.
+        """
+        return self._spares.prepare()
+
+    def collect(self) -> Callable[[], None] | None:
+        """A job for the writer thread that frees old segments; None if there is nothing to do.
+
+        Where few entries hold back the oldest segment, this appends copies of them to the log (reading them back, up
+        to a bound). Call again until it answers None, with turns in between.
+        """
+        if self._failure is not None:
+            raise self._refusal()
+        if len(self._state.segments) < 2:
+            return None
+        dead = dead_segments(self._state)
+        moved = False
+        if not dead:
+            moved = self._move_stragglers()
+            if not moved:
+                return None
+            dead = dead_segments(self._state)
+        for segment in dead:
+            del self._state.segments[segment.id]
+        return partial(self._drop, self._sequence, dead)
+
+    def _move_stragglers(self) -> bool:
+        """Copy live entries of the oldest segment to the end of the log, if that is worth it."""
+        settings, state = self._settings, self._state
+        oldest = next(iter(state.segments.values()))
+        if len(state.segments) <= settings.closed_segments_max + 1:
+            bound = int(settings.move_live_fraction_max * oldest.size)
+            if live_bytes(state, oldest, bound + 1) > bound:
+                return False
+        moves = moves_from(state, oldest, settings.move_entries_max, settings.move_bytes_max)
+        updates = []
+        for move in moves:
+            entries: Sequence[Entry] = move.log.entries(move.first, move.last + 1, 1 << 62)
+            updates.append(LogUpdate(move.log.range_id, entries=entries))
+        meta, pieces, crcs, data_bytes = encode_turn(updates, rewritten=True)
+        segment, base = self._queue_record(meta, pieces, data_bytes)
+        number = 0
+        for update in updates:
+            places = []
+            for entry in update.entries:
+                places.append(base + crcs[number])
+                number += 1
+                base += len(entry.data) << PLACE_OFFSET_SHIFT
+            state.move(update.range_id, segment, update.entries[0].index, update.entries, places)
+        self._moved_entries += number
+        return True
+
+    def _drop(self, sequence: int, dead: Sequence[Segment]) -> None:
+        # What made these segments dead must be on disk before they go.
+        self._write_through(sequence)
+        try:
+            for segment in dead:
+                assert segment.file is not None, f"{segment.path} was never made"
+                segment.file.close()
+                self._disk.unlink(segment.path)
+            if dead:
+                self._disk.sync_directory(self._directory)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def statistics(self) -> WalStatistics:
+        segments = self._state.segments
+        return WalStatistics(
+            groups=len(self.groups),
+            tombstones=len(self.tombstones),
+            segments=len(segments),
+            segment_bytes=sum(segment.size for segment in segments.values()),
+            oldest_segment_id=next(iter(segments)),
+            sequence=self._sequence,
+            synced_sequence=self._synced_sequence,
+            cached_bytes=self._cache.bytes,
+            records=self._records,
+            syncs=self._syncs,
+            written_bytes=self._written_bytes,
+            moved_entries=self._moved_entries,
+            cut_bytes=self._cut_bytes,
+            spare_ready=self._spares.ready,
+            failed=self._failure is not None,
+        )
+
+    def close(self) -> None:
+        """Write what is queued and close the files. Blocks."""
+        if self._failure is None:
+            self._write_through(self._sequence)
+        self._spares.close()
+        for segment in self._state.segments.values():
+            if segment.file is not None:
+                segment.file.close()
+
+    def check(self) -> None:
+        self._state.check()
+        self._cache.check()
+        assert self._synced_sequence <= self._sequence, f"synced {self._synced_sequence} of {self._sequence}"
+        assert self._segment.end <= self._segment.size, f"{self._segment.end} bytes in {self._segment.size}"
+        for segment in self._state.segments.values():
+            assert segment is self._segment or segment.end <= segment.size, f"{segment.path} ends at {segment.end}"
