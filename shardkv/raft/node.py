@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from shardkv.raft import core, election, lease, reconfiguration
-from shardkv.raft.errors import ProposalDropped
+from shardkv.raft.errors import DropReason, ProposalDropped
 from shardkv.raft.membership import check_configuration, encode_conf_change
 from shardkv.raft.messages import (
     APPEND_THREAD,
@@ -180,11 +180,18 @@ class RaftNode:
     def propose_conf_change(
         self, change: ConfChange, entry_type: EntryType = EntryType.CONF_CHANGE_V2
     ) -> tuple[int, int]:
-        """Append a membership change, as ``propose``; also dropped when an earlier one may still be under way."""
+        """Append a membership change, as ``propose``.
+
+        Also dropped while an earlier change may still be under way, and until this term has committed an entry.
+        """
         data = encode_conf_change(change)
         raft = self.raft
         if raft.role == Role.LEADER:
             refusal = conf_change_refusal(raft, data)
+            if refusal is None and not raft.committed_in_term:
+                # Because a change counts only once it is applied, the order in the log already sees to this; but a
+                # leader that has committed nothing may not know what the group agreed on before it (trap 9).
+                refusal = DropReason.TERM_NOT_COMMITTED
             if refusal is not None:
                 raise ProposalDropped(refusal)
         return self._propose(Entry(0, 0, entry_type, data))
@@ -287,9 +294,7 @@ class RaftNode:
         snapshot = log.next_snapshot()
         committed = log.next_committed(self._synchronous)
         messages, raft.messages = raft.messages, []
-        after_append = raft.messages_after_append
-        if after_append:
-            raft.messages_after_append = []
+        after_append, raft.messages_after_append = raft.messages_after_append, []
         read_states: Sequence[ReadState] = ()
         if raft.read_states:
             read_states, raft.read_states = raft.read_states, []

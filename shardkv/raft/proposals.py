@@ -42,8 +42,6 @@ def conf_change_refusal(raft: Raft, data: bytes) -> DropReason | None:
         return None
     if raft.pending_conf_index > raft.log.applied:
         return DropReason.CHANGE_PENDING
-    if not raft.committed_in_term:
-        return DropReason.TERM_NOT_COMMITTED
     joint, wants_to_leave = is_joint(raft.configuration), leaves_joint(decode_conf_change(data))
     if joint and not wants_to_leave:
         return DropReason.JOINT
