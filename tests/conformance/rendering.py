@@ -39,9 +39,7 @@ _CHANGE_LETTERS = {
     ConfChangeType.UPDATE_NODE: "u",
 }
 _CHANGE_TYPES = {letter: kind for kind, letter in _CHANGE_LETTERS.items()}
-_ESCAPES = {ord(plain): written for plain, written in zip('"\	
-', r"\" \   	 
-   ".split())}
+_ESCAPES = {
     ord('"'): '\\"',
     ord("\\"): "\\\\",
     7: "\\a",
