@@ -145,7 +145,7 @@ class Workers(Protocol):
         ...
 
     def yield_interpreter(self) -> None:
-        """Let another thread take the interpreter lock now, right after handing it work (``time.sleep(0)``)."""
+        """Let the serial worker that was just handed a job begin it, before going on to step for milliseconds."""
         ...
 
 

@@ -1,0 +1,202 @@
+"""Files of the operating system: what the seam promises, and what its errors say."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardkv.environment.real.disk import ALLOCATE_PIECE_BYTES, RealDisk, RealFile
+from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
+
+
+@pytest.fixture
+def disk() -> RealDisk:
+    return RealDisk()
+
+
+def test_a_file_reads_what_was_written(disk: RealDisk, tmp_path: Path) -> None:
+    file = disk.open(str(tmp_path / "f"), create=True)
+    file.pwrite(b"hello", 3)
+    file.pwrite(memoryview(b"HE"), 3)
+    file.sync()
+    assert file.size() == 8
+    assert file.pread(100, 0) == b"\0\0\0HEllo"
+    assert file.pread(2, 4) == b"El"
+    assert file.pread(5, 8) == b""
+    file.truncate(4)
+    assert file.pread(100, 0) == b"\0\0\0H"
+    file.close()
+    file.close()
+
+
+def test_opening_what_is_not_there_is_an_answer(disk: RealDisk, tmp_path: Path) -> None:
+    path = str(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError):
+        disk.open(path)
+    with pytest.raises(FileNotFoundError):
+        disk.read(path)
+    disk.open(path, exclusive=True).close()
+    with pytest.raises(FileExistsError):
+        disk.open(path, exclusive=True)
+    assert disk.exists(path)
+
+
+def test_allocated_space_is_zero_and_keeps_what_was_there(disk: RealDisk, tmp_path: Path) -> None:
+    file = disk.open(str(tmp_path / "f"), create=True)
+    file.pwrite(b"abc", 0)
+    size = 2 * ALLOCATE_PIECE_BYTES + 5
+    file.allocate(size)
+    assert file.size() == size
+    assert file.pread(size, 0) == b"abc" + bytes(size - 3)
+    blocks = os.stat(tmp_path / "f").st_blocks * 512
+    assert blocks >= size - 4096, "the space must be written, not a hole"
+    file.allocate(10)
+    assert file.size() == size
+    file.close()
+
+
+def test_a_small_file_is_replaced_as_a_whole(disk: RealDisk, tmp_path: Path) -> None:
+    path = str(tmp_path / "f")
+    disk.write_atomically(path, b"one, and long")
+    disk.write_atomically(path, b"two")
+    assert disk.read(path) == b"two"
+    assert disk.list(str(tmp_path)) == ["f"]
+
+
+def test_a_failed_replacement_keeps_the_old_file(
+    disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "f")
+    disk.write_atomically(path, b"old")
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        with pytest.raises(OutOfSpace, match="free space"):
+            disk.write_atomically(path, b"new")
+    assert disk.read(path) == b"old"
+    assert disk.list(str(tmp_path)) == ["f"]
+
+
+def test_names_are_listed_renamed_and_removed(disk: RealDisk, tmp_path: Path) -> None:
+    root = str(tmp_path / "a" / "b")
+    disk.make_directory(root)
+    disk.make_directory(root)
+    for name in ("z", "m", "a"):
+        disk.open(f"{root}/{name}", create=True).close()
+    disk.rename(f"{root}/z", f"{root}/m")
+    disk.unlink(f"{root}/a")
+    disk.sync_directory(root)
+    assert disk.list(root) == ["m"]
+    assert disk.free_bytes(root) > 0
+
+
+def test_a_second_lock_is_refused_and_names_the_holder(disk: RealDisk, tmp_path: Path) -> None:
+    """One process per data directory (DESIGN 1)."""
+    path = str(tmp_path / "lock")
+    lock = disk.lock(path)
+    with pytest.raises(DataDirectoryError, match=f"in use by process {os.getpid()}; stop"):
+        disk.lock(path)
+    lock.release()
+    lock.release()
+    disk.lock(path).release()
+
+
+def test_the_lock_of_a_killed_process_is_free(disk: RealDisk, tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    program = (
+        "import sys; from shardkv.environment.real.disk import RealDisk; l = RealDisk().lock(sys.argv[1]);"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(DataDirectoryError, match=str(process.pid)):
+            disk.lock(path)
+        process.kill()
+        process.wait()
+    disk.lock(path).release()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "advice"),
+    [
+        (errno.ENOSPC, OutOfSpace, "free space or enlarge the disk"),
+        (errno.EDQUOT, OutOfSpace, "free space or enlarge the disk"),
+        (errno.EIO, StorageError, "replace the disk"),
+        (errno.EROFS, StorageError, "read-only"),
+        (errno.EACCES, StorageError, "permissions"),
+        (errno.EMFILE, StorageError, "ulimit -n"),
+    ],
+)
+def test_an_error_says_what_failed_and_what_to_do(
+    disk: RealDisk,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: type[StorageError],
+    advice: str,
+) -> None:
+    """DESIGN 2.4: the error tells the caller what it may do next."""
+    file = disk.open(str(tmp_path / "f"), create=True)
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(kind, match=advice) as caught:
+        file.pwrite(b"x", 0)
+    assert type(caught.value) is kind
+    assert str(tmp_path / "f") in str(caught.value)
+    file.close()
+
+
+def test_after_a_failed_sync_no_later_sync_counts(disk: RealDisk, tmp_path: Path) -> None:
+    """The system drops dirty pages on an error and reports success the next time: failures stay (DESIGN 4.3)."""
+    calls = 0
+
+    def fail_once(_: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    file = disk.open(str(tmp_path / "f"), create=True)
+    with pytest.raises(StorageError, match="sync"):
+        file._synced_by(fail_once)
+    with pytest.raises(StorageError, match="cannot be trusted"):
+        file.sync()
+    with pytest.raises(StorageError, match="cannot be trusted"):
+        file.allocate(10)
+    assert calls == 1
+    file.close()
+
+
+def test_a_short_write_is_completed(disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pwrite(2) may write less than asked, at a signal or a full disk."""
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, bytes(data[:3]), offset))
+    file = disk.open(str(tmp_path / "f"), create=True)
+    file.pwrite(b"0123456789", 0)
+    monkeypatch.undo()
+    assert file.pread(20, 0) == b"0123456789"
+    file.close()
+
+
+def test_a_short_read_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file: RealFile = RealDisk().open(str(tmp_path / "f"), create=True)
+    file.pwrite(b"0123456789", 0)
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, count, offset: real(fd, min(count, 3), offset))
+    assert file.pread(20, 0) == b"0123456789"
+    assert file.pread(5, 2) == b"23456"
+    monkeypatch.undo()
+    file.close()

@@ -1,0 +1,226 @@
+"""TCP on loopback: addresses, closing, and an accept loop that nothing ends but its cancellation."""
+
+import errno
+import os
+import socket
+
+import pytest
+import trio
+
+from shardkv.environment import Listener, Stream
+from shardkv.environment.real import real_environment
+from shardkv.environment.real.network import RealNetwork
+from shardkv.errors import ConfigError, ProtocolError
+
+ENVIRONMENT = real_environment()
+
+
+@pytest.fixture
+def network() -> RealNetwork:
+    return RealNetwork(ENVIRONMENT.clock)
+
+
+async def echo(stream: Stream) -> None:
+    while data := await stream.receive(65536):
+        await stream.send_all(data)
+
+
+async def test_bytes_go_there_and_back(network: RealNetwork, nursery: trio.Nursery) -> None:
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", echo)
+    assert not listener.address.endswith(":0")
+    stream = await network.dial(listener.address)
+    assert stream.remote == listener.address
+    assert stream.send_nowait(b"hello") == 5
+    assert await stream.receive(100) == b"hello"
+    await stream.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await stream.receive(1)
+    with pytest.raises(trio.ClosedResourceError):
+        stream.send_nowait(b"x")
+    with pytest.raises(trio.ClosedResourceError):
+        await stream.send_all(b"x")
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_ipv6_address_stands_in_brackets(network: RealNetwork, nursery: trio.Nursery) -> None:
+    try:
+        listener: Listener = await nursery.start(network.listen, "[::1]:0", echo)
+    except ConfigError:
+        pytest.skip("this machine has no IPv6 loopback")
+    assert listener.address.startswith("[::1]:")
+    stream = await network.dial(listener.address)
+    await stream.send_all(b"six")
+    assert await stream.receive(100) == b"six"
+    stream.close_now()
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_port_in_use_is_a_config_error_that_says_what_to_do(
+    network: RealNetwork, nursery: trio.Nursery
+) -> None:
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", echo)
+    with pytest.raises(ConfigError, match=r"in use by another process; stop it .* or choose another port"):
+        await network.listen(listener.address, echo)
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1:7001", "name.invalid:7001", "nonsense"])
+async def test_an_address_that_is_not_ours_is_a_config_error(network: RealNetwork, address: str) -> None:
+    with pytest.raises(ConfigError):
+        await network.listen(address, echo)
+
+
+async def test_dialling_where_nobody_listens_is_an_os_error(network: RealNetwork) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(OSError):
+            await network.dial(f"127.0.0.1:{port}")
+
+
+async def test_more_than_the_system_takes_is_sent_by_waiting(network: RealNetwork, nursery: trio.Nursery) -> None:
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", echo)
+    stream = await network.dial(listener.address)
+    whole = os.urandom(1 << 20) * 8
+    taken = 0
+    while (sent := stream.send_nowait(memoryview(whole)[taken:])) > 0:
+        taken += sent
+    assert stream.send_nowait(b"x") == 0
+    nursery.start_soon(stream.send_all, memoryview(whole)[taken:])
+    received = bytearray()
+    while len(received) < len(whole):
+        received += await stream.receive(1 << 20)
+    assert received == whole
+    stream.close_now()
+    nursery.cancel_scope.cancel()
+
+
+async def test_closing_now_wakes_the_reader(network: RealNetwork, nursery: trio.Nursery) -> None:
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", echo)
+    stream = await network.dial(listener.address)
+    async with trio.open_nursery() as inner:
+
+        async def read() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await stream.receive(1)
+
+        inner.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        stream.close_now()
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_reset_is_a_broken_resource(network: RealNetwork, nursery: trio.Nursery) -> None:
+    streams: list[Stream] = []
+    held = trio.Event()
+
+    async def hold(stream: Stream) -> None:
+        streams.append(stream)
+        await held.wait()
+
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", hold)
+    stream = await network.dial(listener.address)
+    stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    stream.close_now()
+    while not streams:
+        await trio.lowlevel.checkpoint()
+    with pytest.raises(trio.BrokenResourceError, match="is lost"):
+        await streams[0].receive(1)
+    held.set()
+    nursery.cancel_scope.cancel()
+
+
+async def test_last_words_arrive_although_the_other_side_spoke_last(
+    network: RealNetwork, nursery: trio.Nursery
+) -> None:
+    """Closing over unread bytes resets the connection; a refusal would be lost with it."""
+    heard = trio.Event()
+
+    async def refuse(stream: Stream) -> None:
+        await heard.wait()
+        stream.send_nowait(b"refused")
+        await stream.aclose()
+
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", refuse)
+    stream = await network.dial(listener.address)
+    await stream.send_all(bytes(1000))
+    heard.set()
+    assert await stream.receive(100) == b"refused"
+    assert await stream.receive(100) == b""
+    stream.close_now()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("problem", [trio.BrokenResourceError("gone"), ProtocolError("garbage"), OSError("odd")])
+async def test_one_bad_connection_does_not_end_the_listener(
+    network: RealNetwork, nursery: trio.Nursery, problem: Exception
+) -> None:
+    served = 0
+
+    async def handler(stream: Stream) -> None:
+        nonlocal served
+        served += 1
+        if served == 1:
+            raise problem
+        await echo(stream)
+
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", handler)
+    bad = await network.dial(listener.address)
+    assert await bad.receive(1) == b""
+    bad.close_now()
+    good = await network.dial(listener.address)
+    await good.send_all(b"still here")
+    assert await good.receive(100) == b"still here"
+    good.close_now()
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_bug_in_the_handler_is_not_hidden(network: RealNetwork) -> None:
+    async def handler(stream: Stream) -> None:
+        raise AssertionError("our own bug")
+
+    with pytest.RaisesGroup(pytest.RaisesGroup(AssertionError), allow_unwrapped=False):
+        async with trio.open_nursery() as nursery:
+            listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", handler)
+            stream = await network.dial(listener.address)
+            with trio.fail_after(5):
+                await stream.receive(1)
+            stream.close_now()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ECONNABORTED, errno.EPROTO])
+async def test_accepting_goes_on_after_an_error(
+    network: RealNetwork, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Out of file handles is a matter of time: the loop backs off and tries again."""
+    failures = 3
+    pauses = 0
+    real = socket.socket.accept
+
+    def accept(self: socket.socket) -> object:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OSError(number, os.strerror(number))
+        return real(self)
+
+    async def sleep(seconds: float) -> None:
+        nonlocal pauses
+        pauses += 1
+        await trio.lowlevel.checkpoint()
+
+    class Clock:
+        pass
+
+    clock = Clock()
+    clock.sleep = sleep  # type: ignore[attr-defined]
+    network = RealNetwork(clock)  # type: ignore[arg-type]
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", echo)
+    stream = await network.dial(listener.address)
+    await stream.send_all(b"in the end")
+    assert await stream.receive(100) == b"in the end"
+    assert failures == 0
+    assert pauses == (3 if number in (errno.EMFILE, errno.ENFILE) else 0)
+    stream.close_now()
+    nursery.cancel_scope.cancel()

@@ -1,0 +1,149 @@
+"""The serial worker: order, errors, cancellation; and that a burst costs one wake-up."""
+
+import sys
+import threading
+from functools import partial
+
+import pytest
+import trio
+
+from shardkv.environment import SerialWorker
+from shardkv.environment.real.workers import RealSerialWorker, RealWorkers, _Waker
+
+
+async def test_jobs_run_in_order_in_one_thread_and_callbacks_in_the_loop(nursery: trio.Nursery) -> None:
+    worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
+    loop_thread = threading.get_ident()
+    threads = set()
+    order: list[int] = []
+    finished = trio.Event()
+
+    def job(number: int) -> int:
+        threads.add(threading.get_ident())
+        return number
+
+    def done(result: object, error: BaseException | None) -> None:
+        assert threading.get_ident() == loop_thread
+        assert error is None
+        assert isinstance(result, int)
+        order.append(result)
+        if result == 99:
+            finished.set()
+
+    for number in range(100):
+        worker.submit(partial(job, number), done)
+    await finished.wait()
+    assert order == list(range(100))
+    assert len(threads) == 1
+    assert threads != {loop_thread}
+    nursery.cancel_scope.cancel()
+
+
+async def test_what_a_job_raised_is_handed_to_its_callback_and_the_next_one_runs(nursery: trio.Nursery) -> None:
+    worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
+    seen: list[object] = []
+    finished = trio.Event()
+    worker.submit(lambda: 1 // 0, lambda result, error: seen.append(error))
+    worker.submit(lambda: 7, lambda result, error: (seen.append(result), finished.set()))
+    await finished.wait()
+    assert isinstance(seen[0], ZeroDivisionError)
+    assert seen[1] == 7
+    nursery.cancel_scope.cancel()
+
+
+async def test_cancelling_finishes_the_queued_jobs_first() -> None:
+    """A node that stops in order must not lose a sync that it has handed over."""
+    gate = threading.Event()
+    finished: list[object] = []
+    async with trio.open_nursery() as nursery:
+        worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
+        worker.submit(gate.wait, lambda result, error: finished.append(result))
+        for number in range(5):
+            worker.submit(lambda number=number: number, lambda result, error: finished.append(result))  # type: ignore[misc]
+        nursery.cancel_scope.cancel()
+        gate.set()
+    assert finished == [True, 0, 1, 2, 3, 4]
+    with pytest.raises(trio.ClosedResourceError, match="log is stopping"):
+        worker.submit(lambda: None, lambda result, error: None)
+
+
+async def test_no_thread_outlives_its_service() -> None:
+    before = threading.active_count()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(RealWorkers().serial, "log")
+        assert threading.active_count() == before + 1
+        nursery.cancel_scope.cancel()
+    assert threading.active_count() == before
+
+
+async def test_a_burst_of_completions_wakes_the_loop_once(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wake-up drains all completions (DESIGN 4.2)."""
+    wakes = 0
+    real = _Waker.wake
+
+    def count(self: _Waker) -> None:
+        nonlocal wakes
+        wakes += 1
+        real(self)
+
+    monkeypatch.setattr(_Waker, "wake", count)
+    worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
+    ran = threading.Event()
+    delivered: list[object] = []
+    for number in range(50):
+        worker.submit(lambda number=number: number, lambda result, error: delivered.append(result))  # type: ignore[misc]
+    worker.submit(ran.set, lambda result, error: delivered.append(result))
+    # The loop does not run while we wait here, so all completions meet one look.
+    ran.wait()
+    while len(delivered) < 51:
+        await trio.lowlevel.checkpoint()
+    assert wakes <= 2
+    nursery.cancel_scope.cancel()
+
+
+async def test_yielding_lets_the_idle_worker_begin_the_job(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the sync starts only when the loop gives the interpreter up by itself (DESIGN 4.2)."""
+    monkeypatch.setattr("shardkv.environment.real.workers.YIELD_SECONDS_MAX", 60)
+    workers = RealWorkers()
+    worker: SerialWorker = await nursery.start(workers.serial, "log")
+    assert isinstance(worker, RealSerialWorker)
+    while not worker._idle:
+        await trio.to_thread.run_sync(lambda: None)
+    release = threading.Event()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)
+    try:
+        worker.submit(release.wait, lambda result, error: None)
+        assert not worker._jobs.empty()
+        workers.yield_interpreter()
+        assert worker._jobs.empty()
+    finally:
+        sys.setswitchinterval(interval)
+    # The worker is busy now: a further job must not make the loop wait for it.
+    worker.submit(lambda: None, lambda result, error: None)
+    assert workers._handed_over is None
+    workers.yield_interpreter()
+    release.set()
+    nursery.cancel_scope.cancel()
+
+
+async def test_sockets_wake_the_loop_where_there_is_no_eventfd(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.eventfd")
+    worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
+    finished = trio.Event()
+    worker.submit(lambda: None, lambda result, error: finished.set())
+    await finished.wait()
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_general_job_returns_and_raises() -> None:
+    workers = RealWorkers()
+    assert await workers.run(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        await workers.run(divmod, 7, 0)

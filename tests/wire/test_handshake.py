@@ -1,0 +1,135 @@
+"""The greetings: every value survives, every other byte string is refused."""
+
+from dataclasses import replace
+
+import cbor2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardkv.errors import NotLeader, ProtocolError, ShardKVError, VersionUnsupported, WrongCluster
+from shardkv.types import NodeId
+from shardkv.wire.frames import FrameDecoder, FrameKind
+from shardkv.wire.handshake import (
+    GREETING_BYTES_MAX,
+    MAGIC,
+    PROTOCOL_VERSION_MAX,
+    Hello,
+    Role,
+    Welcome,
+    decode_hello,
+    decode_refused,
+    decode_welcome,
+    encode_hello,
+    encode_refused,
+    encode_welcome,
+    negotiate,
+)
+
+CLUSTER = bytes(range(16))
+PEER = Hello(Role.PEER, CLUSTER, NodeId(1), NodeId(2), 7)
+UINT64 = st.integers(0, (1 << 64) - 1)
+NODE = UINT64.map(NodeId)
+CLUSTERS = st.binary(min_size=16, max_size=16)
+
+
+def payload(frame: bytes, kind: FrameKind) -> bytes:
+    [decoded] = FrameDecoder(GREETING_BYTES_MAX).feed(frame)
+    assert decoded.kind is kind
+    return decoded.payload
+
+
+@given(
+    st.builds(Hello, st.just(Role.CLIENT), st.none() | CLUSTERS, st.none() | NODE, st.none() | NODE, UINT64)
+    | st.builds(Hello, st.sampled_from(Role), CLUSTERS, NODE, NODE, UINT64)
+)
+def test_a_hello_survives(hello: Hello) -> None:
+    assert decode_hello(payload(encode_hello(hello), FrameKind.HELLO)) == hello
+
+
+@given(st.builds(Welcome, st.just(1), st.none() | CLUSTERS, st.none() | NODE, UINT64, UINT64, st.integers(1, 1 << 32)))
+def test_a_welcome_survives(welcome: Welcome) -> None:
+    assert decode_welcome(payload(encode_welcome(welcome), FrameKind.WELCOME)) == welcome
+
+
+def test_a_refusal_carries_its_error() -> None:
+    refused = decode_refused(payload(encode_refused(WrongCluster("you are of cluster 12")), FrameKind.REFUSED))
+    assert type(refused.error) is WrongCluster
+    assert str(refused.error) == "you are of cluster 12"
+    hint = decode_refused(payload(encode_refused(NotLeader("elsewhere", hint=3)), FrameKind.REFUSED)).error
+    assert isinstance(hint, NotLeader)
+    assert hint.hint == 3
+
+
+def test_fields_of_a_later_version_are_ignored() -> None:
+    """A greeting is read before a version is agreed, so an older program must understand a newer one's."""
+    body = cbor2.dumps([1, 9, 1, CLUSTER, 1, 2, 7, "new", {"field": 1}])
+    assert decode_hello(MAGIC + body) == replace(PEER, protocol_version_max=9)
+
+
+def test_the_highest_common_version_is_chosen() -> None:
+    assert negotiate(replace(PEER, protocol_version_max=9)) == PROTOCOL_VERSION_MAX
+    with pytest.raises(VersionUnsupported, match="upgrade the older one"):
+        negotiate(replace(PEER, protocol_version_min=2, protocol_version_max=9))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ([1, 1, 1, CLUSTER, 1, 2], "another shape"),
+        ({"a": 1}, "another shape"),
+        ([2, 1, 1, CLUSTER, 1, 2, 0], "versions from 2 to 1"),
+        ([1, 1, 9, CLUSTER, 1, 2, 0], "unknown role 9"),
+        ([1, 1, 1, b"short", 1, 2, 0], "cluster id of 5 bytes"),
+        ([1, 1, 1, CLUSTER, -1, 2, 0], "node id out of bounds"),
+        ([1, 1, 1, CLUSTER, True, 2, 0], "node id out of bounds"),
+        ([1, 1, 1, CLUSTER, "1", 2, 0], "no number"),
+        ([1, 1, 1, CLUSTER, 1, 2, -5], "boot counter out of bounds"),
+        ([1, 1, 1, None, 1, 2, 0], "must name its cluster and both nodes"),
+        ([1, 1, 2, CLUSTER, None, 2, 0], "must name its cluster and both nodes"),
+        ([1, 1, 3, CLUSTER, 1, None, 0], "must name its cluster and both nodes"),
+    ],
+)
+def test_a_hello_of_another_shape_is_refused(fields: object, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        decode_hello(MAGIC + cbor2.dumps(fields))
+
+
+def test_a_stranger_is_told_that_this_is_not_its_port() -> None:
+    with pytest.raises(ProtocolError, match="not shardkv"):
+        decode_hello(b"SSH-2.0-OpenSSH_9.2")
+
+
+def test_a_greeting_is_small() -> None:
+    with pytest.raises(ProtocolError, match="at most"):
+        decode_hello(MAGIC + bytes(GREETING_BYTES_MAX))
+
+
+def test_a_version_that_was_not_offered_is_refused() -> None:
+    with pytest.raises(VersionUnsupported):
+        decode_welcome(MAGIC + cbor2.dumps([2, CLUSTER, 1, 0, 0, 1]))
+
+
+@pytest.mark.parametrize("decode", [decode_hello, decode_welcome, decode_refused])
+@given(body=st.binary(max_size=80))
+def test_garbage_is_a_protocol_error(decode: object, body: bytes) -> None:
+    for data in (body, MAGIC + body):
+        try:
+            decode(data)  # type: ignore[operator]
+        except ProtocolError:
+            pass
+
+
+@given(
+    body=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.binary(max_size=20) | st.text(max_size=5), st.lists
+    )
+)
+def test_any_value_of_another_shape_is_a_protocol_error(body: object) -> None:
+    for decode in (decode_hello, decode_welcome, decode_refused):
+        try:
+            assert decode(MAGIC + cbor2.dumps(body))
+        except ProtocolError:
+            pass
+        except ShardKVError as error:
+            raise AssertionError("only protocol errors may escape") from error
