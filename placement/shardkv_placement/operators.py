@@ -25,7 +25,7 @@ CATCH_UP_SECONDS_MAX: Final = 600.0
 CHANGE_SECONDS_MAX: Final = 60.0
 TRANSFER_SECONDS_MAX: Final = 10.0
 STEPS_MAX: Final = 8
-REASON_BYTES_MAX: Final = 500
+REASON_BYTES_MAX: Final = 2_000
 UNALLOCATED: Final = ReplicaId(0)
 """Stands for a replica id until the placement group allocates one, in the command that adds the operator."""
 

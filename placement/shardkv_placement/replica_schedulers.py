@@ -1,0 +1,209 @@
+"""Where replicas should be: ranges grow to their number of voters, and lose replicas that nobody wants.
+
+Pure functions from a view. The voters of a range go from one odd number to another in one joint change, never through
+two: with two, the loss of either node stops the range, which is worse than with one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId, Replica, ReplicaRole
+from shardkv_placement.operators import (
+    UNALLOCATED,
+    AddLearners,
+    Operator,
+    OperatorKind,
+    Outcome,
+    Place,
+    PromoteLearners,
+    RemoveReplicas,
+    Step,
+)
+from shardkv_placement.view import ClusterView, NodeState, RangeView
+
+RETRY_SECONDS: Final = 30.0
+"""After an operator on a range's replicas failed."""
+OPERATORS_PER_ROUND_MAX: Final = 64
+"""Operators that one scheduler makes from one view; the next view brings more."""
+
+
+def target_voters(view: ClusterView, range_id: RangeId) -> int:
+    """How many voters a range should have now: what the settings ask, as far as live nodes go, and always odd."""
+    settings = view.settings
+    asked = settings.placement_replicas_max if range_id == PLACEMENT_RANGE else settings.replication_factor
+    possible = max(1, min(asked, len(view.live_nodes)))
+    return possible if possible % 2 else possible - 1
+
+
+def place_replicas(view: ClusterView) -> tuple[Operator, ...]:
+    """Grow the ranges that have too few voters, the placement group first, and shed what no range needs."""
+    loads = _Loads.of(view)
+    found: list[Operator] = []
+    for range_view in view.ranges.values():
+        planned = plan(view, range_view, loads)
+        if isinstance(planned, Operator):
+            loads.add(planned)
+            found.append(planned)
+            if len(found) >= OPERATORS_PER_ROUND_MAX:
+                break
+    return tuple(found)
+
+
+def why_not(view: ClusterView, range_view: RangeView) -> str:
+    """What keeps a range's replicas where they are, or what would be done about them."""
+    planned = plan(view, range_view, _Loads.of(view))
+    return planned.reason if isinstance(planned, Operator) else planned
+
+
+@dataclass(slots=True)
+class _Loads:
+    """What nodes hold and receive once everything that runs has been done."""
+
+    replicas: dict[NodeId, int]
+    receiving: dict[NodeId, int]
+
+    @classmethod
+    def of(cls, view: ClusterView) -> "_Loads":
+        loads = cls({node.node_id: node.replicas for node in view.nodes.values()}, {})
+        for operator in view.operators.values():
+            step = operator.current
+            if isinstance(step, AddLearners):
+                range_view = view.ranges.get(operator.range_id)
+                for place in step.learners:
+                    there = range_view is not None and range_view.descriptor.replica_on(place.node_id) is not None
+                    loads._receive(place.node_id, 0 if there else 1)
+        return loads
+
+    def add(self, operator: Operator) -> None:
+        step = operator.current
+        if isinstance(step, AddLearners):
+            for place in step.learners:
+                self._receive(place.node_id, 1)
+
+    def _receive(self, node_id: NodeId, replicas: int) -> None:
+        self.replicas[node_id] = self.replicas.get(node_id, 0) + replicas
+        self.receiving[node_id] = self.receiving.get(node_id, 0) + 1
+
+
+@dataclass(slots=True)
+class _Members:
+    """A range's replicas by what is to become of them."""
+
+    kept: list[Replica]
+    """Voters. One on a node that is down stays one: the node may come back."""
+    lost: list[Replica]
+    """Voters on decommissioned nodes, which never come back."""
+    learners: list[Replica]
+    """To be promoted, if voters are missing."""
+    useless: list[Replica]
+    """Learners on nodes that are gone."""
+
+    @classmethod
+    def of(cls, view: ClusterView, range_view: RangeView) -> "_Members":
+        members = cls([], [], [], [])
+        for replica in range_view.descriptor.replicas:
+            node = view.nodes.get(replica.node_id)
+            if replica.role is ReplicaRole.VOTER:
+                lost = node is None or node.state is NodeState.DECOMMISSIONED
+                (members.lost if lost else members.kept).append(replica)
+            else:
+                (members.useless if node is None or node.gone else members.learners).append(replica)
+        return members
+
+
+def plan(view: ClusterView, range_view: RangeView, loads: _Loads) -> Operator | str:
+    """The operator that the range's replicas need, or why they stay as they are."""
+    obstacle = _obstacle(view, range_view)
+    if obstacle is not None:
+        return obstacle
+    members = _Members.of(view, range_view)
+    target = target_voters(view, range_view.range_id)
+    if len(members.kept) >= target:
+        return _shed(range_view, members, target)
+    return _grow(view, range_view, members, target, loads)
+
+
+def _obstacle(view: ClusterView, range_view: RangeView) -> str | None:
+    range_id = range_view.range_id
+    if range_id in view.operators:
+        running = view.operators[range_id]
+        return f"operator {running.operator_id} is running: {running.reason}"
+    leader = None if range_view.leader is None else view.nodes.get(range_view.leader)
+    if leader is None or not leader.live:
+        return "no live leader of it is known"
+    assert range_view.statistics is not None
+    if range_view.statistics.membership != range_view.descriptor.epoch.membership:
+        return "its leader's newest descriptor has not been reported yet"
+    for kind in (OperatorKind.GROW, OperatorKind.SHED):
+        last = view.finished.get((range_id, kind))
+        if last is not None and last.outcome is Outcome.FAILED and view.seconds_since(last.finished_ms) < RETRY_SECONDS:
+            return f"operator {last.operator.operator_id} failed a moment ago: {last.message}"
+    return None
+
+
+def _shed(range_view: RangeView, members: _Members, target: int) -> Operator | str:
+    superfluous = members.learners + members.useless
+    if len(members.kept) != 2:
+        superfluous = members.lost + superfluous
+    if not superfluous:
+        return f"it has {len(members.kept)} voters and needs {target}"
+    reason = f"it has its {target} voters without {_replicas(superfluous)}"
+    return Operator(OperatorKind.SHED, range_view.range_id, (RemoveReplicas(_places(superfluous)),), reason)
+
+
+def _grow(view: ClusterView, range_view: RangeView, members: _Members, target: int, loads: _Loads) -> Operator | str:
+    missing = target - len(members.kept)
+    adopted = _places(members.learners[:missing])
+    fresh = _least_loaded(view, range_view, missing - len(adopted), loads)
+    if (len(members.kept) + len(adopted) + len(fresh)) % 2 == 0:
+        if fresh:
+            fresh = fresh[:-1]
+        else:
+            adopted = adopted[:-1]
+    promoted = adopted + fresh
+    if not promoted:
+        return (
+            f"it has {len(members.kept)} of {target} voters, but not enough other live nodes take a replica now, and "
+            f"an even number of voters is no gain"
+        )
+    removed = (
+        members.lost + members.useless + [replica for replica in members.learners if _place(replica) not in adopted]
+    )
+    steps: list[Step] = [AddLearners(fresh)] if fresh else []
+    steps.append(PromoteLearners(promoted, _places(removed)))
+    reason = f"it has {len(members.kept)} of {target} voters; {_nodes(promoted)} join" + (
+        f", {_replicas(removed)} go" if removed else ""
+    )
+    return Operator(OperatorKind.GROW, range_view.range_id, tuple(steps), reason)
+
+
+def _least_loaded(view: ClusterView, range_view: RangeView, count: int, loads: _Loads) -> tuple[Place, ...]:
+    """Up to ``count`` live nodes without a replica of the range, those with the fewest replicas first."""
+    receiving_max = view.settings.learners_per_node_max
+    candidates = [
+        node.node_id
+        for node in view.live_nodes
+        if not node.draining
+        and range_view.descriptor.replica_on(node.node_id) is None
+        and loads.receiving.get(node.node_id, 0) < receiving_max
+    ]
+    candidates.sort(key=lambda node_id: (loads.replicas[node_id], node_id))
+    return tuple(Place(node_id, UNALLOCATED) for node_id in candidates[:count])
+
+
+def _place(replica: Replica) -> Place:
+    return Place(replica.node_id, replica.replica_id)
+
+
+def _places(replicas: Iterable[Replica]) -> tuple[Place, ...]:
+    return tuple(map(_place, replicas))
+
+
+def _nodes(places: Iterable[Place]) -> str:
+    names = [str(place.node_id) for place in places]
+    return f"nodes {' and '.join(names)}" if len(names) > 1 else f"node {names[0]}"
+
+
+def _replicas(replicas: Iterable[Replica]) -> str:
+    return " and ".join(f"replica {replica.replica_id} on node {replica.node_id}" for replica in replicas)
