@@ -1,0 +1,328 @@
+"""The session table of a range: which commands were executed, with what outcome, so that a retry applies once.
+
+Lives here: the table in memory, its rows in the engine, and how records become outcomes. Does not live here: the checks
+that consult it (:mod:`execution`). The rules:
+
+* Replicated state: it moves only with recorded outcomes, and everything in memory follows from the rows alone, so that
+  a replica that has just loaded them answers as one that never stopped.
+* One row per log entry holds every session's records of that entry (a *piece* each) and each session's
+  acknowledged_below after it. Rows expire oldest first, once replicated time has passed the newest ``issued_at`` in
+  them by :data:`~shardkv.types.SESSION_AGE_MS_MAX`: from then on age alone refuses their commands.
+* Records hold outcomes and digests, never values.
+
+Bounds: a session's sequences stay within :data:`~shardkv.types.SESSION_WINDOW_MAX` of its acknowledged_below, so it has
+at most that many live records (those below it are dropped piece by piece). Sessions are as many as wrote in the
+window. In memory a record is the 12 bytes of its row (21 where a piece holds anything but plain puts).
+"""
+
+from collections.abc import Iterable, Iterator
+from struct import Struct
+from typing import Any, Final, NamedTuple
+
+from shardkv.errors import Corruption, NotAnInteger, VersionMismatch, to_wire
+from shardkv.types import SESSION_AGE_MS_MAX, SESSION_BYTES
+
+ROW_FORMAT: Final = 1
+_ROW_HEAD: Final = Struct(">BQ")  # format, newest issued_at
+_PIECE_HEAD: Final = Struct(f">B{SESSION_BYTES}sQI")  # form, session, acknowledged_below, records
+_U64: Final = Struct(">Q")
+
+PLAIN, MIXED = 0, 1
+"""Forms of a piece. PLAIN: plain puts with consecutive versions; first version, sequences, digests. MIXED: sequences,
+digests, outcome kinds, outcome values."""
+
+VERSION, BOOLEAN, NUMBER, VERSION_MISMATCH, NOT_AN_INTEGER = range(5)
+"""Kinds of outcome; each keeps one 64-bit value (a NUMBER in two's complement)."""
+
+DIGEST_MASK: Final = 0xFFFF_FFFF
+_U64_MASK: Final = (1 << 64) - 1
+_SIGN: Final = 1 << 63
+_NOT_AN_INTEGER_TEXT: Final = "the value is not decimal text of a signed 64-bit integer, or the sum would not be one"
+
+
+class Record(NamedTuple):
+    """What is kept of an executed command."""
+
+    digest: int
+    kind: int
+    value: int
+
+
+Piece = tuple[int, int, int, bytes]
+"""Row index, lowest and highest sequence, packed records."""
+
+
+def outcome(kind: int, value: int) -> Any:
+    """The outcome as a WRITE answers it (see :mod:`shardkv.wire.commands`)."""
+    if kind == VERSION:
+        return value
+    if kind == BOOLEAN:
+        return value != 0
+    if kind == NUMBER:
+        return value - (1 << 64) if value & _SIGN else value
+    if kind == VERSION_MISMATCH:
+        return to_wire(VersionMismatch(current=value))
+    assert kind == NOT_AN_INTEGER, f"unknown kind of outcome: {kind}"
+    return to_wire(NotAnInteger(_NOT_AN_INTEGER_TEXT))
+
+
+def packed_number(number: int) -> int:
+    """A signed 64-bit number as the value of a NUMBER outcome."""
+    return number & _U64_MASK
+
+
+_plain_structs: dict[int, Struct] = {}
+_mixed_structs: dict[int, Struct] = {}
+_STRUCTS_MAX: Final = 4_096
+
+
+def plain_struct(count: int) -> Struct:
+    """Packs a PLAIN piece: form, session, acknowledged_below, count, first version, *sequences, *digests."""
+    found = _plain_structs.get(count)
+    if found is None:
+        found = Struct(f">B{SESSION_BYTES}sQIQ{count}Q{count}I")
+        if len(_plain_structs) < _STRUCTS_MAX:
+            _plain_structs[count] = found
+    return found
+
+
+def _mixed_struct(count: int) -> Struct:
+    found = _mixed_structs.get(count)
+    if found is None:
+        found = Struct(f">B{SESSION_BYTES}sQI{count}Q{count}I{count}s{count}Q")
+        if len(_mixed_structs) < _STRUCTS_MAX:
+            _mixed_structs[count] = found
+    return found
+
+
+def pack_mixed(session: bytes, acknowledged_below: int, records: dict[int, Record]) -> bytes:
+    """A piece of any records, by sequence."""
+    kept = records.values()
+    return _mixed_struct(len(records)).pack(
+        MIXED,
+        session,
+        acknowledged_below,
+        len(records),
+        *records,
+        *(record.digest for record in kept),
+        bytes(record.kind for record in kept),
+        *(record.value for record in kept),
+    )
+
+
+def _piece_end(row: bytes, offset: int) -> int:
+    form, _, _, count = _PIECE_HEAD.unpack_from(row, offset)
+    if form == PLAIN:
+        return offset + plain_struct(count).size
+    if form == MIXED:
+        return offset + _mixed_struct(count).size
+    raise Corruption(f"a session row holds a piece of the unknown form {form}")
+
+
+def piece_records(piece: bytes) -> dict[int, Record]:
+    """Every record of a piece, by sequence."""
+    form, _, _, count = _PIECE_HEAD.unpack_from(piece)
+    if form == PLAIN:
+        fields = plain_struct(count).unpack(piece)
+        first, columns = fields[4], fields[5:]
+        return {
+            columns[position]: Record(columns[count + position], VERSION, first + position) for position in range(count)
+        }
+    fields = _mixed_struct(count).unpack(piece)
+    columns, kinds, values = fields[4:-1], fields[4 + 2 * count], fields[5 + 2 * count :]
+    return {
+        columns[position]: Record(columns[count + position], kinds[position], values[position])
+        for position in range(count)
+    }
+
+
+class Session:
+    """One client's recent commands on this range."""
+
+    __slots__ = ("acknowledged_below", "highest", "id", "last_row", "pieces")
+
+    def __init__(self, session_id: bytes) -> None:
+        self.id = session_id
+        self.acknowledged_below = 0
+        """Every sequence below it is settled: its client will not ask again."""
+        self.highest = -1
+        """No record has a sequence above it."""
+        self.last_row = -1
+        """Index of the newest row that names this session; when it expires the session goes."""
+        self.pieces: list[Piece] = []
+        """Oldest first; row indices never fall."""
+
+    def records(self) -> dict[int, Record]:
+        """Every record that is kept, by sequence. Costs a walk over all of them."""
+        found: dict[int, Record] = {}
+        for _, _, _, piece in self.pieces:
+            found.update(piece_records(piece))
+        return found
+
+    def add(self, row: int, acknowledged_below: int, lowest: int, highest: int, piece: bytes) -> None:
+        """Take in a piece of the entry at index ``row``; let go what the client has settled."""
+        self.pieces.append((row, lowest, highest, piece))
+        if highest > self.highest:
+            self.highest = highest
+        self.acknowledge(row, acknowledged_below)
+
+    def acknowledge(self, row: int, acknowledged_below: int) -> None:
+        self.last_row = row
+        if acknowledged_below > self.acknowledged_below:
+            self.acknowledged_below = acknowledged_below
+            pieces = self.pieces
+            while pieces and pieces[0][2] < acknowledged_below:
+                del pieces[0]
+
+
+class Row(NamedTuple):
+    """What memory keeps of a row until it expires."""
+
+    index: int  # type: ignore[assignment]  # the domain name wins over tuple.index
+    issued_at: int
+    """The newest among its commands."""
+    sessions: tuple[bytes, ...]
+
+
+class SessionTable:
+    """All sessions of a range. Changed only by applying entries, and only together with rows in the same batch."""
+
+    __slots__ = ("_first", "_rows", "sessions")
+
+    def __init__(self) -> None:
+        self.sessions: dict[bytes, Session] = {}
+        self._rows: list[Row] = []
+        self._first = 0
+        """Position of the oldest row in ``_rows``; what stands before it has expired."""
+
+    @classmethod
+    def load(cls, rows: Iterable[tuple[int, bytes]]) -> "SessionTable":
+        """From rows as (entry index, value) in order of index. Raises Corruption."""
+        table = cls()
+        for index, value in rows:
+            table.add_row(index, value)
+        return table
+
+    @property
+    def rows(self) -> list[Row]:
+        """The living rows, oldest first."""
+        return self._rows[self._first :]
+
+    def session(self, session_id: bytes) -> Session:
+        """The session, made if it is new."""
+        found = self.sessions.get(session_id)
+        if found is None:
+            found = self.sessions[session_id] = Session(session_id)
+        return found
+
+    def remember_row(self, index: int, issued_at: int, sessions: tuple[bytes, ...]) -> None:
+        """Note a row whose pieces its sessions already have."""
+        self._rows.append(Row(index, issued_at, sessions))
+
+    def add_row(self, index: int, value: bytes) -> None:
+        """Take in a row of the engine. Raises Corruption."""
+        form, issued_at = _ROW_HEAD.unpack_from(value)
+        if form != ROW_FORMAT:
+            raise Corruption(f"session row {index} has format {form}; this version knows {ROW_FORMAT}")
+        offset, named = _ROW_HEAD.size, []
+        while offset < len(value):
+            end = _piece_end(value, offset)
+            piece = value[offset:end]
+            _, session_id, below, count = _PIECE_HEAD.unpack_from(piece)
+            session = self.session(session_id)
+            if count:
+                sequences = piece_records(piece)
+                session.add(index, below, min(sequences), max(sequences), piece)
+            else:
+                session.acknowledge(index, below)
+            named.append(session.id)
+            offset = end
+        self.remember_row(index, issued_at, tuple(named))
+
+    def expire(self, now_ms: int) -> list[int]:
+        """Forget what ``now_ms`` has left behind; the indices of the rows to delete."""
+        rows, first = self._rows, self._first
+        if first == len(rows) or rows[first].issued_at + SESSION_AGE_MS_MAX >= now_ms:
+            return []
+        expired = []
+        while first < len(rows) and rows[first].issued_at + SESSION_AGE_MS_MAX < now_ms:
+            row = rows[first]
+            for session_id in row.sessions:
+                self._forget(session_id, row.index)
+            expired.append(row.index)
+            first += 1
+        if first * 2 > len(rows):
+            del rows[:first]
+            first = 0
+        self._first = first
+        return expired
+
+    def _forget(self, session_id: bytes, row: int) -> None:
+        session = self.sessions.get(session_id)
+        if session is None:
+            return  # the same row named it twice
+        if session.last_row <= row:
+            del self.sessions[session_id]
+            return
+        pieces = session.pieces
+        while pieces and pieces[0][0] <= row:
+            del pieces[0]
+
+    def consolidated(self) -> bytes | None:
+        """The whole table as one row, for the other half of a split; None if it is empty.
+
+        Made from what the rows say and nothing else (not from how much memory still holds), sorted, so that every
+        replica makes the same bytes.
+        """
+        if not self.sessions:
+            return None
+        issued_at = max(row.issued_at for row in self.rows)
+        parts = [_ROW_HEAD.pack(ROW_FORMAT, issued_at)]
+        for session_id in sorted(self.sessions):
+            session = self.sessions[session_id]
+            below = session.acknowledged_below
+            living = {sequence: record for sequence, record in sorted(session.records().items()) if sequence >= below}
+            parts.append(pack_mixed(session_id, below, living))
+        return b"".join(parts)
+
+    def statistics(self) -> tuple[int, int, int]:
+        """Sessions, rows, bytes of records in memory."""
+        size = sum(len(piece[3]) for session in self.sessions.values() for piece in session.pieces)
+        return len(self.sessions), len(self._rows) - self._first, size
+
+    def check(self) -> None:
+        rows = self.rows
+        indices = [row.index for row in rows]
+        assert indices == sorted(set(indices)), f"rows out of order: {indices}"
+        named = {session_id for row in rows for session_id in row.sessions}
+        assert named == set(self.sessions), f"rows name {len(named)} sessions, the table has {len(self.sessions)}"
+        for session_id, session in self.sessions.items():
+            _check_session(session_id, session, set(indices))
+
+
+def _check_session(session_id: bytes, session: Session, indices: set[int]) -> None:
+    assert session.id == session_id, f"session {session.id.hex()} is filed under {session_id.hex()}"
+    assert session.last_row in indices, f"session {session_id.hex()} was last in row {session.last_row}, which is gone"
+    previous = -1
+    for row, lowest, highest, piece in session.pieces:
+        assert row in indices, f"session {session_id.hex()} holds a piece of row {row}, which is gone"
+        assert row >= previous, f"session {session_id.hex()} holds row {row} after row {previous}"
+        previous = row
+        sequences = list(piece_records(piece))
+        assert min(sequences) == lowest, f"a piece of {session_id.hex()} starts at {min(sequences)}, not {lowest}"
+        assert max(sequences) == highest, f"a piece of {session_id.hex()} ends at {max(sequences)}, not {highest}"
+        assert highest <= session.highest, f"sequence {highest} lies above the highest, {session.highest}"
+
+
+def pack_row(issued_at: int, pieces: list[bytes]) -> bytes:
+    """The row of one entry: ``issued_at`` is the newest of its commands."""
+    return _ROW_HEAD.pack(ROW_FORMAT, issued_at) + b"".join(pieces)
+
+
+def row_pieces(value: bytes) -> Iterator[bytes]:
+    """The pieces of a row, for tests and tools."""
+    offset = _ROW_HEAD.size
+    while offset < len(value):
+        end = _piece_end(value, offset)
+        yield value[offset:end]
+        offset = end

@@ -1,0 +1,67 @@
+"""A range as rows: what a snapshot of it holds, and how a replica takes one in.
+
+Lives here: which spans of the engine make up a range, and the two ways to replace them. Does not live here: chunks,
+compression, flow control, files. The rule (trap 19): a crash at any moment leaves the old state, the new one, or the
+install mark; never a mixture that looks whole. Rows of a snapshot include the applied row, so whatever makes them
+visible makes the applied index visible with them.
+
+In one batch: :func:`replace_rows`, then put the snapshot's rows in the same batch. By ingest: :func:`begin_install` in
+a batch of its own, flush, ingest one file with all the rows; the applied row among them overwrites the mark. A replica
+that is found with the mark (:func:`installing`) owns its span, serves nothing, and asks for its snapshot again.
+"""
+
+from collections.abc import Iterator
+
+from shardkv.machine import keys, rows
+from shardkv.machine.rows import InstallMark
+from shardkv.storage.engine import Reader, WriteBatch
+from shardkv.types import RangeDescriptor, RangeId
+
+
+def engine_spans(descriptor: RangeDescriptor) -> list[tuple[bytes, bytes]]:
+    """The engine's half-open spans that make up a range, in key order."""
+    spans = [keys.system_span(descriptor.range_id)]
+    if not descriptor.span.empty:
+        spans.append(keys.user_span(descriptor.span))
+    return spans
+
+
+def snapshot_rows(reader: Reader, descriptor: RangeDescriptor) -> Iterator[tuple[bytes, bytes]]:
+    """All rows of a range in key order. ``reader`` is an engine snapshot unless this is run to its end at once."""
+    for start, end in engine_spans(descriptor):
+        yield from reader.scan(start, end)
+
+
+def replace_rows(batch: WriteBatch, descriptor: RangeDescriptor, previous: RangeDescriptor | None = None) -> None:
+    """Delete what the engine holds of the range, so that the rows of ``descriptor``'s snapshot can be put after it.
+
+    ``previous`` is the descriptor of the replica that is replaced: its span goes too, where it was wider.
+    """
+    for start, end in engine_spans(descriptor):
+        batch.delete_range(start, end)
+    if previous is not None and not previous.span.empty and previous.span != descriptor.span:
+        batch.delete_range(*keys.user_span(previous.span))
+
+
+def begin_install(
+    batch: WriteBatch, descriptor: RangeDescriptor, index: int, term: int, previous: RangeDescriptor | None = None
+) -> None:
+    """The batch that goes before an ingest: the old rows go, the mark stands. Flush it before ingesting."""
+    replace_rows(batch, descriptor, previous)
+    mark = InstallMark(descriptor, index, term)
+    batch.put(keys.applied_key(descriptor.range_id), rows.pack_mark(mark))
+
+
+def installing(reader: Reader, range_id: RangeId) -> InstallMark | None:
+    """The mark of an install that did not come to its end, if there is one."""
+    state = rows.read_applied(reader, range_id)
+    return state if isinstance(state, InstallMark) else None
+
+
+def remove_rows(batch: WriteBatch, descriptor: RangeDescriptor) -> None:
+    """Delete everything of a replica that is removed from this node.
+
+    Its tombstone must be durable before (trap 20), and no other range may own the span by then.
+    """
+    for start, end in engine_spans(descriptor):
+        batch.delete_range(start, end)
