@@ -21,6 +21,8 @@ from enum import IntEnum
 from struct import Struct
 from typing import Any, Final
 
+import cbor2
+
 from shardkv import codec
 from shardkv.errors import Corruption
 from shardkv.machine.split import SplitCommand
@@ -104,7 +106,10 @@ def encode_extension_entry(command: object, timestamp: int, generation: int = 0)
 
 def decode(data: bytes) -> DecodedEntry:
     """The fields of a non-empty entry. Raises Corruption when it is none, or one of a newer format."""
-    entry = codec.loads_own(data)
+    try:
+        entry = codec.loads_own(data)
+    except cbor2.CBORDecodeError as problem:
+        raise Corruption(f"a log entry that begins with {data[:16].hex()} is damaged: {problem}") from problem
     if type(entry) is not list or len(entry) <= BODY:
         raise Corruption(f"a log entry begins with {data[:16].hex()}, which is no command entry")
     if entry[FORMAT] != ENTRY_FORMAT:
@@ -121,7 +126,7 @@ def decode_membership(context: bytes) -> list[tuple[int, int]]:
     """The inverse of :func:`encode_membership`; empty bytes (leaving a joint configuration) bring in nobody."""
     if not context:
         return []
-    match codec.loads_own(context):
+    match codec.loads(context):
         case [int(form), [*added]] if form == ENTRY_FORMAT:
             return [(int(node_id), int(replica_id)) for node_id, replica_id in added]
     raise Corruption(f"the context of a membership change is {context[:32].hex()}, which no version wrote")

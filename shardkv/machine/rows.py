@@ -8,7 +8,7 @@ from struct import Struct, error
 from typing import Final, NamedTuple
 
 from shardkv import codec
-from shardkv.errors import Corruption
+from shardkv.errors import Corruption, MalformedRequest
 from shardkv.machine import keys
 from shardkv.raft.messages import ConfState
 from shardkv.storage.engine import Reader
@@ -58,7 +58,7 @@ def unpack_applied(row: bytes) -> AppliedState | InstallMark:
     """Raises Corruption."""
     try:
         form, state, index, term, last_timestamp = _HEAD.unpack_from(row)
-        rest = codec.loads_own(row[_HEAD.size :])
+        rest = codec.loads(row[_HEAD.size :])
         if form == ROW_FORMAT and state == _INSTALLING:
             return InstallMark(RangeDescriptor.from_wire(rest), index, term)
         if form == ROW_FORMAT and state == _STATE:
@@ -67,7 +67,7 @@ def unpack_applied(row: bytes) -> AppliedState | InstallMark:
                 tuple(voters), tuple(learners), tuple(outgoing), tuple(next_learners), bool(auto_leave)
             )
             return AppliedState(index, term, last_timestamp, conf_state)
-    except (error, ValueError, TypeError) as problem:
+    except (error, MalformedRequest, ValueError, TypeError) as problem:
         raise Corruption(f"an applied row is damaged: {row[:64].hex()}") from problem
     raise Corruption(f"an applied row has format {form}.{state}; this version knows {ROW_FORMAT}: upgrade it")
 
@@ -75,10 +75,10 @@ def unpack_applied(row: bytes) -> AppliedState | InstallMark:
 def unpack_descriptor(row: bytes) -> RangeDescriptor:
     """Raises Corruption."""
     try:
-        form, fields = codec.loads_own(row)
+        form, fields = codec.loads(row)
         if form == ROW_FORMAT:
             return RangeDescriptor.from_wire(fields)
-    except (ValueError, TypeError) as problem:
+    except (MalformedRequest, ValueError, TypeError) as problem:
         raise Corruption(f"a descriptor row is damaged: {row[:64].hex()}") from problem
     raise Corruption(f"a descriptor row has format {form!r}; this version knows {ROW_FORMAT}: upgrade it")
 
