@@ -56,11 +56,12 @@ class Controller:
         """What is to be done now, by a view of now."""
         now = view.now
         self._asked = {key: at for key, at in self._asked.items() if now - at < PROPOSAL_SECONDS}
-        self._pending = {
-            range_id: (operator, at)
-            for range_id, (operator, at) in self._pending.items()
-            if range_id not in view.operators and now - at < PROPOSAL_SECONDS
-        }
+        for range_id, (_, at) in list(self._pending.items()):
+            if range_id in view.operators:
+                del self._pending[range_id]
+            elif now - at >= PROPOSAL_SECONDS:
+                del self._pending[range_id]
+                self._seen = None  # It was lost, or refused: schedule anew, even if nothing else has changed.
         actions: list[Action] = []
         for operator in view.operators.values():
             action = self._carry_on(view, operator)

@@ -1,0 +1,259 @@
+"""What nodes report, and what a placement leader makes of it (design 4.10)."""
+
+from typing import Any
+
+import pytest
+
+from shardkv.errors import MalformedRequest, NotFound, WrongCluster
+from shardkv.types import NodeId, RangeId, ReplicaId
+from shardkv_placement import commands, heartbeat
+from shardkv_placement.heartbeat import Capacity, Heartbeat, HeartbeatReply, Progress, RangeReport, Reporter
+from shardkv_placement.statistics import NodeState, Statistics
+from tests.placement.worlds import Group, descriptor, token
+
+NODE = NodeId(1)
+
+
+def report(range_id: int, *, term: int = 1, leads: bool = True, size: int = 0, lag: int = 0) -> RangeReport:
+    progress = (Progress(ReplicaId(1), lag, True),) if leads else ()
+    return RangeReport(RangeId(range_id), 1, 1, leads, term, size, progress)
+
+
+def named(sent: Heartbeat) -> list[int]:
+    return sorted(each.range_id for each in sent.ranges)
+
+
+class Line:
+    """A reporter and the statistics that hear it, with a line between them that may fail."""
+
+    def __init__(self) -> None:
+        self.group = Group()
+        self.group.apply(commands.NodeStarted(NODE, 1, token(1), "host1:7000", ()))
+        self.statistics = Statistics(0.0)
+        self.reporter = Reporter(NODE, 1, "host1:7000")
+
+    def send(self, *, request_lost: bool = False, reply_lost: bool = False) -> Heartbeat:
+        sent = self.reporter.heartbeat()
+        if not request_lost:
+            reply = self.statistics.receive(self.group.state, sent, 1.0)
+            self.statistics.check()
+            if not reply_lost:
+                self.reporter.acknowledged(sent, reply)
+        return sent
+
+
+def test_the_first_heartbeat_names_everything_and_later_ones_what_has_changed() -> None:
+    """10,000 idle ranges must not be repeated twice a second."""
+    line = Line()
+    line.reporter.report(report(1))
+    line.reporter.report(report(2))
+    first = line.send()
+    assert (first.full, named(first)) == (True, [1, 2])
+    assert not line.reporter.urgent
+    line.reporter.report(report(1))
+    line.reporter.report(report(2, term=2))
+    second = line.send()
+    assert (second.full, named(second)) == (False, [2])
+    assert named(line.send()) == []
+
+
+def test_a_little_more_data_or_lag_is_not_news() -> None:
+    line = Line()
+    line.reporter.report(report(1))
+    line.send()
+    line.reporter.report(report(1, size=1_000, lag=heartbeat.CATCH_UP_LAG_MAX))
+    assert not line.reporter.urgent
+    line.reporter.report(report(1, lag=heartbeat.CATCH_UP_LAG_MAX + 1))
+    assert named(line.send()) == [1]
+    line.reporter.report(report(1, size=heartbeat.BYTES_CHANGE_MIN))
+    assert named(line.send()) == [1]
+
+
+@pytest.mark.parametrize("lost", ["request", "reply"])
+def test_what_a_lost_heartbeat_named_is_named_again(lost: str) -> None:
+    line = Line()
+    line.reporter.report(report(1))
+    line.reporter.report(report(2))
+    line.send()
+    line.reporter.report(report(1, term=2))
+    line.reporter.remove(RangeId(2))
+    line.send(request_lost=lost == "request", reply_lost=lost == "reply")
+    again = line.send()
+    assert (again.full, named(again), again.removed) == (False, [1], (RangeId(2),))
+    assert line.statistics.reported_in_full(NODE)
+    assert set(line.statistics.ranges) == {1}
+    assert line.send().removed == ()
+
+
+def test_what_another_leader_acknowledged_makes_this_one_ask_for_everything() -> None:
+    """A deposed placement leader that does not know it yet takes heartbeats that its successor then never gets."""
+    line = Line()
+    line.reporter.report(report(1))
+    line.send()
+    deposed, line.statistics = line.statistics, Statistics(0.0)
+    successor = line.statistics
+    line.send()
+    slow = line.reporter.heartbeat()
+    reply = successor.receive(line.group.state, slow, 1.0)
+    assert successor.reported_in_full(NODE)
+    line.reporter.report(report(1, term=7))
+    line.statistics = deposed
+    line.send()
+    line.reporter.acknowledged(slow, reply)
+    line.statistics = successor
+    assert not line.send().full
+    assert not successor.reported_in_full(NODE)
+    assert line.send().full
+    assert successor.reported_in_full(NODE)
+    assert successor.ranges[RangeId(1)].term == 7
+
+
+def test_a_late_heartbeat_does_not_undo_a_newer_one() -> None:
+    line = Line()
+    line.reporter.report(report(1))
+    line.send()
+    line.reporter.report(report(1, term=2))
+    late = line.reporter.heartbeat()
+    line.reporter.report(report(1, term=3))
+    line.send()
+    line.statistics.receive(line.group.state, late, 2.0)
+    assert line.statistics.ranges[RangeId(1)].term == 3
+
+
+def test_of_two_who_claim_to_lead_the_one_with_the_higher_term_does() -> None:
+    line = Line()
+    line.group.join(2)
+    other = Reporter(NodeId(2), 1, "host2:7000")
+    line.reporter.report(report(1, term=4))
+    other.report(report(1, term=5))
+    line.statistics.receive(line.group.state, other.heartbeat(), 1.0)
+    line.send()
+    assert line.statistics.ranges[RangeId(1)].leader == 2
+    other.report(report(1, term=6, leads=False))
+    line.statistics.receive(line.group.state, other.heartbeat(), 1.0)
+    assert line.statistics.ranges[RangeId(1)].leader == 1
+
+
+def test_a_leader_whose_descriptor_is_newer_than_the_map_is_asked_to_report_it() -> None:
+    """The report of a split that was lost is made up for by any later heartbeat of the leader that names the range."""
+    line = Line()
+    line.reporter.report(RangeReport(RangeId(1), 2, 2, True, 1, 0))
+    reply = line.statistics.receive(line.group.state, line.reporter.heartbeat(), 1.0)
+    assert reply.descriptors_wanted == (1,)
+    line.group.apply(commands.ReportRanges((descriptor(1, b"", None, (2, 2)),)))
+    assert line.statistics.receive(line.group.state, line.reporter.heartbeat(), 1.0).descriptors_wanted == ()
+
+
+def test_the_node_table_goes_only_to_those_who_have_an_old_one() -> None:
+    line = Line()
+    reply = line.statistics.receive(line.group.state, line.reporter.heartbeat(), 1.0)
+    assert reply.nodes is not None
+    assert [entry.name for entry in reply.nodes] == ["n1"]
+    line.reporter.nodes_version = reply.nodes_version
+    assert line.statistics.receive(line.group.state, line.reporter.heartbeat(), 1.0).nodes is None
+    line.group.join(2)
+    reply = line.statistics.receive(line.group.state, line.reporter.heartbeat(), 1.0)
+    assert reply.nodes is not None
+    assert [(entry.node_id, entry.boot) for entry in reply.nodes] == [(1, 1), (2, 1)]
+    assert reply.settings["split_bytes"] == line.group.state.settings.split_bytes
+
+
+def test_trap_24_heartbeats_of_an_old_copy_and_of_a_decommissioned_node_are_refused() -> None:
+    """Trap 24: whoever was replaced must not be listened to."""
+    line = Line()
+    line.group.apply(commands.NodeStarted(NODE, 3, token(3), "host1:7000", ()))
+    with pytest.raises(WrongCluster, match="started 3 times"):
+        line.send()
+    with pytest.raises(NotFound):
+        line.statistics.receive(line.group.state, Reporter(NodeId(9), 1, "h:1").heartbeat(), 1.0)
+    line.group.apply(commands.DecommissionNode(NODE))
+    with pytest.raises(WrongCluster, match="decommissioned"):
+        line.send()
+
+
+def test_a_restarted_node_is_not_known_in_full_until_it_says_everything_again() -> None:
+    """What its earlier process said is forgotten with it."""
+    line = Line()
+    line.reporter.report(report(1))
+    line.send()
+    line.reporter = Reporter(NODE, 2, "host1:7000")
+    line.reporter.report(report(5))
+    sent = line.send()
+    assert sent.full
+    assert set(line.statistics.ranges) == {5}
+    line.statistics.check()
+
+
+def test_a_full_report_removes_what_it_does_not_name() -> None:
+    line = Line()
+    line.reporter.report(report(1))
+    line.reporter.report(report(2))
+    line.send()
+    line.reporter.want_full()
+    line.reporter.remove(RangeId(1))
+    line.send()
+    assert set(line.statistics.ranges) == {2}
+
+
+def test_asking_for_a_full_report_while_one_is_under_way_sends_another() -> None:
+    line = Line()
+    under_way = line.reporter.heartbeat()
+    line.reporter.want_full()
+    reply = line.statistics.receive(line.group.state, under_way, 1.0)
+    line.reporter.acknowledged(under_way, reply)
+    assert line.send().full
+    assert not line.send().full
+
+
+def test_a_silent_node_becomes_suspect_and_then_down() -> None:
+    """By the settings, from its last heartbeat; one never heard counts from when this leader began, and as suspect."""
+    line = Line()
+    line.group.join(2)
+    state, settings = line.group.state, line.group.state.settings
+    suspect, down = settings.node_suspect_ms / 1000, settings.node_down_ms / 1000
+
+    def states(now: float) -> list[NodeState]:
+        return [line.statistics.node_state(node, settings, now) for node in state.nodes.values()]
+
+    line.send()
+    assert states(1.0) == [NodeState.LIVE, NodeState.SUSPECT]
+    assert states(1.0 + suspect) == [NodeState.SUSPECT, NodeState.SUSPECT]
+    assert states(down) == [NodeState.SUSPECT, NodeState.DOWN]
+    assert states(1.0 + down) == [NodeState.DOWN, NodeState.DOWN]
+
+
+def test_trap_15_statistics_are_complete_only_when_all_who_may_be_alive_have_said_everything() -> None:
+    """Trap 15: a fresh leader's view is half-filled. A node that stays silent long enough no longer holds it up."""
+    line = Line()
+    line.group.join(2)
+    state = line.group.state
+    assert not line.statistics.complete(state, 0.0)
+    line.send()
+    assert not line.statistics.complete(state, 1.0)
+    down = state.settings.node_down_ms / 1000
+    line.send()
+    assert line.statistics.complete(state, down)
+    other = Reporter(NodeId(2), 1, "host2:7000")
+    line.statistics.receive(state, other.heartbeat(), down)
+    assert line.statistics.complete(state, down)
+    assert not Statistics(0.0).complete(Group(bootstrapped=False).state, 0.0)
+
+
+FIELDS: list[Any] = heartbeat.encode(
+    Heartbeat(NODE, 1, 2, 1, "h:1", True, False, 3, (report(1),), (RangeId(4),), Capacity(9, 8, 7))
+)
+
+
+def test_heartbeats_and_replies_are_what_they_were_after_the_wire() -> None:
+    assert heartbeat.encode(heartbeat.decode(FIELDS)) == FIELDS
+    reply = HeartbeatReply(True, 3, None, {"split_bytes": 5}, (RangeId(1),))
+    assert heartbeat.decode_reply(heartbeat.encode_reply(reply)) == reply
+
+
+@pytest.mark.parametrize("position", range(len(FIELDS)))
+def test_a_heartbeat_with_a_wrong_field_is_refused(position: int) -> None:
+    """Each field in turn is replaced by something that no field may be."""
+    with pytest.raises(MalformedRequest):
+        heartbeat.decode([*FIELDS[:position], -1.5, *FIELDS[position + 1 :]])
+    with pytest.raises(MalformedRequest):
+        heartbeat.decode(FIELDS[:position])

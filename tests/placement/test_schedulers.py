@@ -1,0 +1,270 @@
+"""Schedulers: a view in, operators out, each with a reason (design 4.10)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardkv.errors import NotFound, RequestError
+from shardkv.types import NodeId, RangeId, ReplicaId
+from shardkv_placement import orders
+from shardkv_placement.operators import (
+    UNALLOCATED,
+    AddLearners,
+    FinishedOperator,
+    Operator,
+    OperatorKind,
+    Outcome,
+    Place,
+    PromoteLearners,
+    RemoveReplicas,
+    TransferLeader,
+)
+from shardkv_placement.replica_schedulers import place_replicas, target_voters
+from shardkv_placement.schedulers import explain, schedule
+from shardkv_placement.view import ClusterView
+from tests.placement.worlds import WALL_MS, a_view
+
+
+def transfers(view: ClusterView) -> dict[int, int]:
+    """Range to new leader, of the transfers that are scheduled."""
+    return {each.range_id: each.steps[0].target for each in schedule(view) if isinstance(each.steps[0], TransferLeader)}
+
+
+def joiners(operator: Operator) -> list[int]:
+    """The nodes that get a new replica."""
+    return [place.node_id for step in operator.steps if isinstance(step, AddLearners) for place in step.learners]
+
+
+def ended(range_id: int, kind: OperatorKind, outcome: Outcome, seconds_ago: float) -> FinishedOperator:
+    operator = Operator(kind, RangeId(range_id), (TransferLeader(NodeId(1)),), "before", 7)
+    return FinishedOperator(operator, outcome, "it did not work", WALL_MS - int(seconds_ago * 1000))
+
+
+# --- Growth -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lone_range_grows_to_three_by_one_joint_change() -> None:
+    """One change adds both learners, one promotes both: never through two voters."""
+    (operator,) = schedule(a_view(nodes=3, ranges={1: "1*"}))
+    new = (Place(NodeId(2), UNALLOCATED), Place(NodeId(3), UNALLOCATED))
+    assert operator.steps == (AddLearners(new), PromoteLearners(new))
+    assert operator.reason == "it has 1 of 3 voters; nodes 2 and 3 join"
+
+
+def test_nothing_grows_to_two_voters() -> None:
+    """With two voters the loss of either stops the range: worse than one."""
+    view = a_view(nodes=2, ranges={0: "1*", 1: "1*"})
+    assert schedule(view) == ()
+    assert target_voters(view, RangeId(1)) == 1
+    assert schedule(a_view(nodes=3, ranges={1: "1*"}, draining=[3])) == ()
+
+
+@pytest.mark.parametrize(("nodes", "expected"), [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (6, 5), (9, 5)])
+def test_the_placement_group_grows_with_the_live_nodes(nodes: int, expected: int) -> None:
+    """1, 3, 5; the other ranges stop at the replication factor."""
+    view = a_view(nodes=nodes, ranges={0: "1*"})
+    assert target_voters(view, RangeId(0)) == expected
+    assert target_voters(view, RangeId(1)) == min(expected, 3)
+    assert target_voters(a_view(nodes=nodes, ranges={}, down=range(2, nodes + 1)), RangeId(0)) == 1
+
+
+def test_new_replicas_go_to_the_nodes_that_hold_fewest() -> None:
+    view = a_view(nodes=5, ranges={1: "1* 2 3", 2: "1* 2 4", 3: "1*"}, replication_factor=3, leader_balance=False)
+    (operator,) = schedule(view)
+    assert joiners(operator) == [5, 3]
+
+
+def test_replicas_under_way_count_as_held() -> None:
+    """Two ranges that grow in one round do not both choose the node that was empty."""
+    view = a_view(nodes=4, ranges={1: "1* 2", 2: "1* 2"}, leader_balance=False)
+    assert [joiners(operator) for operator in schedule(view)] == [[3], [4]]
+
+
+def test_a_node_receives_a_bounded_number_of_replicas_at_once() -> None:
+    """Trap 16: many snapshots at once starve the node that receives them."""
+    ranges = dict.fromkeys(range(1, 10), "1*")
+    view = a_view(nodes=3, ranges=ranges, learners_per_node_max=2, leader_balance=False)
+    made = schedule(view)
+    assert [joiners(operator) for operator in made] == [[2, 3], [2, 3]]
+    assert schedule(a_view(nodes=3, ranges=ranges, learners_per_node_max=2, leader_balance=False, running=made)) == ()
+
+
+def test_a_learner_that_is_there_is_used_before_another_is_made() -> None:
+    """An operator that failed half way leaves learners behind."""
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+ 3+"}))
+    places = (Place(NodeId(2), ReplicaId(102)), Place(NodeId(3), ReplicaId(103)))
+    assert operator.steps == (PromoteLearners(places),)
+
+
+def test_a_voter_on_a_decommissioned_node_is_replaced_in_the_same_joint_change() -> None:
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2 3"}, decommissioned=[3]))
+    assert joiners(operator) == [4]
+    assert operator.steps[-1] == PromoteLearners((Place(NodeId(4), UNALLOCATED),), (Place(NodeId(3), ReplicaId(103)),))
+
+
+def test_a_voter_on_a_decommissioned_node_stays_while_nobody_can_take_its_place() -> None:
+    """Two voters survive no more failures than three of which one is lost."""
+    assert schedule(a_view(nodes=3, ranges={1: "1* 2 3"}, decommissioned=[3])) == ()
+
+
+def test_a_voter_on_a_node_that_is_down_stays() -> None:
+    assert schedule(a_view(nodes=4, ranges={1: "1* 2 3"}, down=[3])) == ()
+
+
+def test_learners_that_nobody_needs_are_removed() -> None:
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2 3 4+"}, leader_balance=False))
+    assert operator.kind is OperatorKind.SHED
+    assert operator.steps == (RemoveReplicas((Place(NodeId(4), ReplicaId(104)),)),)
+
+
+def test_a_range_without_a_live_leader_is_left_alone() -> None:
+    for view in (
+        a_view(nodes=3, ranges={1: "1"}),
+        a_view(nodes=4, ranges={1: "1*"}, down=[1]),
+        a_view(nodes=4, ranges={1: "1*"}, suspect=[1]),
+    ):
+        assert place_replicas(view) == ()
+
+
+def test_a_growth_that_failed_is_tried_again_later() -> None:
+    for seconds, count in ((1, 0), (31, 1)):
+        failed = ended(1, OperatorKind.GROW, Outcome.FAILED, seconds)
+        assert len(schedule(a_view(nodes=3, ranges={1: "1*"}, finished=[failed]))) == count
+
+
+# --- Leaders ----------------------------------------------------------------------------------------------------------
+
+
+def test_leaders_move_from_the_node_with_most_to_the_one_with_fewest() -> None:
+    view = a_view(nodes=3, ranges=dict.fromkeys(range(1, 9), "1* 2 3"), transfers_per_node_max=99)
+    assert sorted(transfers(view).values()) == [2, 2, 2, 3, 3]
+    assert schedule(view)[0].reason == "node 1 leads 8 ranges and node 2 leads 0, transfers under way included"
+
+
+def test_a_difference_of_one_moves_nothing() -> None:
+    """3/3/2 is as even as eight ranges on three nodes get; moving would only swap the odd one out."""
+    ranges = {1: "1* 2 3", 2: "1* 2 3", 3: "1* 2 3", 4: "1 2* 3", 5: "1 2* 3", 6: "1 2* 3", 7: "1 2 3*", 8: "1 2 3*"}
+    assert schedule(a_view(nodes=3, ranges=ranges)) == ()
+
+
+def test_transfers_in_flight_are_bounded_and_count_as_done() -> None:
+    ranges = dict.fromkeys(range(1, 9), "1* 2 3")
+    first = schedule(a_view(nodes=3, ranges=ranges))
+    assert len(first) == 4
+    assert schedule(a_view(nodes=3, ranges=ranges, running=first)) == ()
+    second = schedule(a_view(nodes=3, ranges=ranges, running=first, transfers_per_node_max=99))
+    assert len(second) == 1
+
+
+@pytest.mark.parametrize(
+    ("ranges", "changes"),
+    [
+        ({1: "1* 2+", 2: "1* 2+"}, {"replication_factor": 1}),
+        ({1: "1* 2? 3", 2: "1* 2? 3"}, {"down": [3]}),
+        ({1: "1* 2 3", 2: "1* 2 3"}, {"suspect": [2, 3]}),
+        ({1: "1* 2 3", 2: "1* 2 3"}, {"down": [2, 3]}),
+        ({1: "1* 2 3", 2: "1* 2 3"}, {"draining": [2, 3]}),
+        ({1: "1* 2 3", 2: "1* 2 3"}, {"leader_balance": False}),
+        ({1: "1* 2 3", 2: "1* 2 3"}, {"scheduling": False}),
+        ({0: "1* 2 3", 1: "1* 2 3"}, {}),
+    ],
+)
+def test_leadership_goes_only_to_a_live_up_to_date_voter(ranges: dict[int, str], changes: dict[str, object]) -> None:
+    """Nor does the placement group's leadership count."""
+    assert transfers(a_view(nodes=3, ranges=ranges, **changes)) == {}  # type: ignore[arg-type]
+
+
+def test_a_range_is_not_moved_again_within_its_cooldown() -> None:
+    ranges = {1: "1* 2 3", 2: "1* 2 3"}
+    for kind in (OperatorKind.BALANCE, OperatorKind.DRAIN, OperatorKind.TRANSFER):
+        view = a_view(nodes=3, ranges=ranges, finished=[ended(1, kind, Outcome.DONE, 1)])
+        assert set(transfers(view)) == {2}
+        assert "moved less than 10 s ago" in explain(view, RangeId(1))
+    view = a_view(nodes=3, ranges=ranges, finished=[ended(1, OperatorKind.BALANCE, Outcome.DONE, 11)])
+    assert set(transfers(view)) == {1}
+
+
+def test_a_draining_node_loses_all_leaderships_the_placement_groups_too() -> None:
+    view = a_view(nodes=3, ranges={0: "1* 2 3", 1: "1* 2 3", 2: "1* 2 3", 3: "1 2* 3"}, draining=[1])
+    moved = transfers(view)
+    assert set(moved) == {0, 1, 2}
+    assert 1 not in moved.values()
+    assert schedule(view)[0].reason == "node 1 is draining"
+
+
+def test_trap_15_nothing_is_scheduled_from_a_half_filled_view() -> None:
+    """Trap 15: to a fresh placement leader every range looks lost and every node idle."""
+    for ranges in ({1: "1*"}, {1: "1* 2 3", 2: "1* 2 3"}):
+        assert schedule(a_view(nodes=3, ranges=ranges)) != ()
+        assert schedule(a_view(nodes=3, ranges=ranges, complete=False)) == ()
+
+
+WORLDS = st.integers(3, 6).flatmap(
+    lambda nodes: st.builds(
+        lambda ranges: (nodes, dict(enumerate(ranges, start=1))),
+        st.lists(
+            st.permutations(range(1, nodes + 1)).map(lambda order: f"{order[0]}* {order[1]} {order[2]}"),
+            min_size=1,
+            max_size=20,
+        ),
+    )
+)
+
+
+@given(world=WORLDS)
+def test_any_round_of_transfers_makes_the_leaders_more_even(world: tuple[int, dict[int, str]]) -> None:
+    """So balancing comes to an end: the sum of squares falls with every move, whoever holds voters of what."""
+    nodes, ranges = world
+    view = a_view(nodes=nodes, ranges=ranges)
+    counts = {node_id: node.leaders for node_id, node in view.nodes.items()}
+    before = sum(count**2 for count in counts.values())
+    moved = transfers(view)
+    for range_id, target in moved.items():
+        range_view = view.ranges[RangeId(range_id)]
+        assert range_view.leader is not None
+        assert range_view.has_voter_on(NodeId(target))
+        counts[range_view.leader] -= 1
+        counts[NodeId(target)] += 1
+    assert sum(count**2 for count in counts.values()) <= before - len(moved)
+
+
+# --- For people -------------------------------------------------------------------------------------------------------
+
+
+def test_explain_says_why_a_range_is_where_it_is() -> None:
+    """The dry run of design 4.10."""
+    ranges = {1: "1* 2 3", 2: "1* 2 3", 3: "1 2* 3", 4: "1 2 3*"}
+    view = a_view(nodes=4, ranges=ranges)
+    assert explain(view, RangeId(1)) == (
+        "range 1: replicas: it has 3 voters and needs 3; leader: "
+        "node 2: it leads 1 ranges and node 1 leads 2: too even to move; "
+        "node 3: it leads 1 ranges and node 1 leads 2: too even to move; "
+        "node 4: it holds no voter of the range"
+    )
+    assert "there is no range 9" in explain(view, RangeId(9))
+    assert "not heard every node" in explain(a_view(nodes=3, ranges=ranges, complete=False), RangeId(1))
+    assert "is off" in explain(a_view(nodes=3, ranges=ranges, scheduling=False), RangeId(1))
+    assert "about to grow" in explain(a_view(nodes=3, ranges={1: "1*"}), RangeId(1))
+    running = Operator(OperatorKind.DRAIN, RangeId(1), (TransferLeader(NodeId(2)),), "node 1 is draining", 8)
+    assert "operator 8 (drain-leader) is at step 1 of 1" in explain(
+        a_view(nodes=3, ranges=ranges, running=[running]), RangeId(1)
+    )
+    assert "no live leader" in explain(a_view(nodes=3, ranges={1: "1 2 3"}), RangeId(1))
+
+
+def test_what_a_person_asks_for_is_checked_first() -> None:
+    view = a_view(nodes=5, ranges={1: "1* 2 3"}, down=[5])
+    move = orders.move(view, RangeId(1), NodeId(1), NodeId(4))
+    assert [type(step) for step in move.steps] == [AddLearners, TransferLeader, PromoteLearners]
+    assert [type(step) for step in orders.move(view, RangeId(1), NodeId(2), NodeId(4)).steps] == [
+        AddLearners,
+        PromoteLearners,
+    ]
+    assert orders.transfer(view, RangeId(1), NodeId(2)).steps == (TransferLeader(NodeId(2)),)
+    for source, target, problem in ((4, 5, "is down"), (4, 4, "no replica"), (1, 2, "already"), (1, 9, "no node 9")):
+        with pytest.raises((RequestError, NotFound), match=problem):
+            orders.move(view, RangeId(1), NodeId(source), NodeId(target))
+    with pytest.raises(RequestError, match="no voter"):
+        orders.transfer(view, RangeId(1), NodeId(4))
+    with pytest.raises(NotFound, match="no range 9"):
+        orders.transfer(view, RangeId(9), NodeId(4))
