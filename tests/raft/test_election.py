@@ -1,0 +1,417 @@
+"""Who may lead, and when (paper 5.2 and 5.4.1; thesis 3.8, 4.2.3, 6.2 and 9.6)."""
+
+import random
+
+import pytest
+
+from shardkv.raft import Role, encode_conf_change
+from shardkv.raft.election import CAMPAIGN_TRANSFER, STAGGER_TICKS
+from shardkv.raft.messages import ConfState, Entry, EntryType, Message
+from tests.raft.cluster import TICK_NS, Cluster, M, after_write, change, fresh, sent
+
+
+def test_a_replica_starts_as_follower() -> None:
+    """Paper 5.2: when servers start up, they begin as followers."""
+    node = fresh()
+    assert (node.role, node.leader, node.term) == (Role.FOLLOWER, 0, 0)
+
+
+@pytest.mark.parametrize("role", [Role.FOLLOWER, Role.CANDIDATE, Role.LEADER])
+def test_a_message_of_a_later_term_makes_any_role_a_follower_of_it(role: Role) -> None:
+    """Paper 5.1: if one server's current term is smaller, it updates; candidates and leaders become followers."""
+    node = fresh()
+    if role is not Role.FOLLOWER:
+        node.campaign()
+        if role is Role.LEADER:
+            node.step(Message(M.VOTE_RESP, 1, 2, 1))
+            node.step(Message(M.VOTE_RESP, 1, 3, 1))
+    assert node.role is role
+    node.step(Message(M.APP, 1, 2, 5))
+    assert (node.role, node.term, node.leader) == (Role.FOLLOWER, 5, 2)
+
+
+def test_a_message_of_an_earlier_term_changes_nothing() -> None:
+    """Paper 5.1: a request with a stale term is rejected."""
+    node = fresh()
+    node.step(Message(M.APP, 1, 2, 3))
+    node.ready()
+    node.step(Message(M.VOTE, 1, 3, 2, index=9, log_term=2))
+    node.step(Message(M.APP, 1, 3, 2, index=0))
+    assert (node.term, node.leader) == (3, 2)
+    assert not node.has_ready()
+
+
+def test_a_follower_that_hears_nothing_campaigns_and_votes_for_itself() -> None:
+    """Paper 5.2: it increments its term, votes for itself and asks all others in parallel."""
+    node = fresh(voters=5)
+    for _ in range(2 * 10):
+        node.tick()
+    assert (node.role, node.term, node.vote) == (Role.CANDIDATE, 1, 1)
+    ready = node.ready()
+    assert [message.to for message in sent(ready, M.VOTE)] == [2, 3, 4, 5]
+    assert [message.to for message in after_write(ready)] == [1], "its own vote counts when it is on disk"
+
+
+def test_election_timeouts_are_spread_over_one_to_two_timeouts() -> None:
+    """Paper 5.2: timeouts are chosen randomly from a fixed interval, so that votes are rarely split."""
+    waited = set()
+    for seed in range(200):
+        node = fresh(randrange=random.Random(seed).randrange)
+        ticks = 0
+        while node.role is Role.FOLLOWER:
+            node.tick()
+            ticks += 1
+        waited.add(ticks)
+    assert waited == set(range(10, 20))
+
+
+def test_a_leader_that_is_heard_of_keeps_followers_from_campaigning() -> None:
+    """Paper 5.2: a server remains follower as long as it receives valid RPCs from a leader."""
+    cluster = Cluster()
+    cluster.elect(1)
+    cluster.tick(count=60)
+    assert cluster.leaders() == [1]
+    assert cluster[1].term == 1
+
+
+@pytest.mark.parametrize(
+    "voters,granted,rejected,outcome",
+    [
+        (1, [], [], Role.LEADER),
+        (3, [2], [], Role.LEADER),
+        (3, [], [2], Role.CANDIDATE),
+        (3, [], [2, 3], Role.FOLLOWER),
+        (5, [2], [3], Role.CANDIDATE),
+        (5, [2, 3], [4, 5], Role.LEADER),
+        (5, [2], [3, 4, 5], Role.FOLLOWER),
+    ],
+)
+def test_a_majority_decides_the_election(voters: int, granted: list[int], rejected: list[int], outcome: Role) -> None:
+    """Paper 5.2: a candidate wins with votes from a majority of the servers for the same term."""
+    node = fresh(voters=voters)
+    node.campaign()
+    for response in after_write(node.ready()):
+        node.step(response)
+    for voter in granted:
+        node.step(Message(M.VOTE_RESP, 1, voter, 1))
+    for voter in rejected:
+        node.step(Message(M.VOTE_RESP, 1, voter, 1, reject=True))
+    assert node.role is outcome
+
+
+def test_a_voter_counts_once_however_often_it_answers() -> None:
+    """Paper 5.2: each server votes for at most one candidate; a repeated answer is no second vote."""
+    node = fresh(voters=5)
+    node.campaign()
+    for _ in range(3):
+        node.step(Message(M.VOTE_RESP, 1, 2, 1))
+    assert node.role is Role.CANDIDATE
+
+
+def test_a_vote_is_given_once_in_a_term_and_only_after_it_is_on_disk() -> None:
+    """Paper 5.2 and figure 2; thesis 3.8: term and vote are persisted before an RPC is answered. Trap 10."""
+    node = fresh()
+    node.step(Message(M.VOTE, 1, 2, 1))
+    node.step(Message(M.VOTE, 1, 3, 1))
+    node.step(Message(M.VOTE, 1, 2, 1))
+    ready = node.ready()
+    assert not sent(ready, M.VOTE_RESP), "an answer left before the vote was on disk"
+    assert ready.hard_state is not None
+    assert ready.hard_state.vote == 2
+    assert ready.must_sync
+    assert [(answer.to, answer.reject) for answer in after_write(ready)] == [(2, False), (3, True), (2, False)]
+
+
+def test_trap_10_a_single_replica_leads_only_after_its_vote_is_on_disk() -> None:
+    """Order of persistence, on a group of one too: no shortcut past the disk."""
+    node = fresh(voters=1)
+    node.campaign()
+    assert node.role is Role.CANDIDATE
+    ready = node.ready()
+    assert ready.must_sync
+    for response in after_write(ready):
+        node.step(response)
+    assert node.role is Role.LEADER
+    ready = node.ready()
+    assert node.committed == 0, "its first entry is not on disk yet"
+    for response in after_write(ready):
+        node.step(response)
+    assert node.committed == 1
+
+
+def test_term_and_vote_survive_a_restart() -> None:
+    """Trap 10: they never move back. A restarted voter does not vote again in the same term."""
+    cluster = Cluster(pre_vote=False)
+    cluster.elect(1)
+    host = cluster.hosts[2]
+    host.crash()
+    host.restart()
+    assert (host.node.term, host.node.vote) == (1, 1)
+    host.node.step(Message(M.VOTE, 2, 3, 1, index=99, log_term=1))
+    assert [answer.reject for answer in after_write(host.node.ready())] == [True]
+
+
+@pytest.mark.parametrize(
+    "last_index,last_term,granted",
+    [(2, 2, True), (3, 2, True), (1, 3, True), (1, 2, False), (9, 1, False)],
+)
+def test_a_vote_goes_only_to_a_log_that_is_as_up_to_date(last_index: int, last_term: int, granted: bool) -> None:
+    """Paper 5.4.1: the later last term wins; with the same term the longer log does."""
+    node = fresh(terms=[1, 2])
+    node.step(Message(M.VOTE, 1, 2, 3, index=last_index, log_term=last_term))
+    (answer,) = after_write(node.ready())
+    assert answer.reject is not granted
+
+
+def test_a_candidate_yields_to_a_leader_of_its_term() -> None:
+    """Paper 5.2: if the leader's term is at least as large, the candidate recognises it and returns to follower."""
+    node = fresh()
+    node.campaign()
+    node.step(Message(M.APP, 1, 2, 1))
+    assert (node.role, node.leader) == (Role.FOLLOWER, 2)
+
+
+def test_a_new_leader_has_every_committed_entry() -> None:
+    """Paper 5.4: leader completeness. A replica that missed a committed entry is not elected."""
+    cluster = Cluster()
+    cluster.elect(1)
+    cluster.isolate(3)
+    cluster[1].propose(b"committed")
+    cluster.settle()
+    assert cluster[1].committed == 2
+    cluster.heal()
+    cluster.isolate(1)
+    cluster[3].campaign()
+    cluster.settle()
+    assert cluster.leaders() == [1], "only the old leader, on its own side, still thinks that it leads"
+    cluster.elect(2)
+    assert cluster.hosts[2].applied == [b"committed"]
+    assert cluster.hosts[3].applied == [b"committed"]
+
+
+def test_a_pre_vote_changes_no_term_and_no_vote() -> None:
+    """Thesis 9.6: a candidate increments its term only after a majority would vote for it."""
+    node = fresh(pre_vote=True)
+    node.campaign()
+    assert (node.role, node.term, node.vote) == (Role.PRE_CANDIDATE, 0, 0)
+    voter = fresh(2, pre_vote=True)
+    voter.step(Message(M.PRE_VOTE, 2, 1, 1))
+    assert (voter.term, voter.vote) == (0, 0)
+    (answer,) = after_write(voter.ready())
+    assert (answer.reject, answer.term) == (False, 1)
+    for response in after_write(node.ready()):
+        node.step(response)
+    node.step(answer)
+    assert (node.role, node.term, node.vote) == (Role.CANDIDATE, 1, 1)
+
+
+def test_a_late_pre_vote_answer_is_no_vote() -> None:
+    """Thesis 9.6: granting a pre-vote promises nothing, so it must not count in the election."""
+    node = fresh(pre_vote=True, voters=5)
+    node.campaign()
+    for response in after_write(node.ready()):
+        node.step(response)
+    node.step(Message(M.PRE_VOTE_RESP, 1, 2, 1))
+    node.step(Message(M.PRE_VOTE_RESP, 1, 3, 1))
+    assert node.role is Role.CANDIDATE
+    node.step(Message(M.PRE_VOTE_RESP, 1, 4, 1))
+    node.step(Message(M.PRE_VOTE_RESP, 1, 5, 1))
+    assert node.role is Role.CANDIDATE
+
+
+def test_a_replica_that_was_cut_off_comes_back_without_disturbing_the_leader() -> None:
+    """Thesis 9.6: with pre-vote its term did not grow while it was away."""
+    cluster = Cluster(pre_vote=True, check_quorum=True)
+    cluster.elect(1)
+    cluster.isolate(3)
+    cluster.tick(count=60)
+    cluster.heal()
+    cluster.tick(count=5)
+    assert cluster.leaders() == [1]
+    assert {cluster[id_].term for id_ in cluster.hosts} == {1}
+
+
+def test_a_leader_without_a_quorum_steps_down() -> None:
+    """Thesis 6.2: a leader steps down if an election timeout elapses without a round of heartbeats to a majority."""
+    cluster = Cluster(check_quorum=True, pre_vote=True)
+    cluster.elect(1)
+    cluster.isolate(1)
+    cluster.tick(1, count=25)
+    assert cluster[1].role is Role.PRE_CANDIDATE or cluster[1].role is Role.FOLLOWER
+
+
+def test_a_vote_is_not_given_while_the_leader_is_heard_of() -> None:
+    """Thesis 4.2.3: a removed server must not disrupt the group; its request does not even change the term."""
+    cluster = Cluster(check_quorum=True)
+    cluster.elect(1)
+    cluster[2].step(Message(M.VOTE, 2, 3, 9, index=99, log_term=9))
+    assert (cluster[2].term, cluster[2].leader) == (1, 1)
+    assert not cluster[2].has_ready()
+    cluster[2].step(Message(M.VOTE, 2, 3, 9, index=99, log_term=9, context=CAMPAIGN_TRANSFER))
+    assert cluster[2].term == 9, "a transfer has the leader's word"
+
+
+def test_a_learner_never_campaigns_but_votes_when_it_is_asked() -> None:
+    """Trap 9: it may have been made a voter and not have heard of it (etcd #7625)."""
+    cluster = Cluster(voters=2, learners=1)
+    learner = cluster[3]
+    learner.campaign()
+    for _ in range(50):
+        learner.tick()
+    assert learner.role is Role.FOLLOWER
+    learner.step(Message(M.VOTE, 3, 2, 1))
+    (answer,) = after_write(learner.ready())
+    assert not answer.reject
+
+
+def test_trap_02_a_replica_without_a_configuration_never_campaigns() -> None:
+    """The uninitialised replica: a message created it, nobody told it who belongs to the group."""
+    cluster = Cluster()
+    node = cluster.add(4, ConfState()).node
+    node.campaign()
+    for _ in range(50):
+        node.tick()
+    assert (node.role, node.term) == (Role.FOLLOWER, 0)
+
+
+def test_trap_09_no_campaign_with_a_change_committed_but_not_applied() -> None:
+    """Whoever does not know the configuration in force cannot tell a majority of it (etcd-io/raft, hup)."""
+    node = fresh(2)
+    entry = Entry(1, 1, EntryType.CONF_CHANGE_V2, encode_conf_change(change("v4")))
+    node.step(Message(M.APP, 2, 1, 1, entries=(entry,), commit=1))
+    for response in after_write(node.ready()):
+        if response.to == 2:
+            node.step(response)
+    assert (node.committed, node.applied) == (1, 0)
+    node.campaign()
+    assert node.role is Role.FOLLOWER
+    (apply,) = sent(node.ready(), M.STORAGE_APPLY)
+    node.apply_conf_change(change("v4"))
+    node.step(apply.responses[0])
+    node.campaign()
+    assert node.role is Role.CANDIDATE
+
+
+def test_leadership_is_handed_over_without_waiting_for_a_timeout() -> None:
+    """Thesis 3.10: the target is brought up to date and told to campaign at once; proposals wait."""
+    cluster = Cluster(pre_vote=True, check_quorum=True)
+    cluster.elect(1)
+    cluster[1].transfer_leader(3)
+    cluster.settle()
+    assert cluster.leaders() == [3]
+    assert {cluster[id_].leader for id_ in cluster.hosts} == {3}
+
+
+def test_a_transfer_waits_for_the_target_to_catch_up() -> None:
+    """Thesis 3.10: the target must have all entries before it is told to campaign."""
+    cluster = Cluster()
+    cluster.elect(1)
+    cluster.isolate(3)
+    cluster[1].propose(b"x")
+    cluster.settle()
+    cluster.heal()
+    cluster[1].transfer_leader(3)
+    assert not sent(cluster[1].ready(), M.TIMEOUT_NOW)
+    cluster.tick(1, count=2)
+    assert cluster.leaders() == [3]
+    assert cluster.hosts[3].applied == [b"x"]
+
+
+def test_a_transfer_that_does_not_succeed_is_given_up_after_an_election_timeout() -> None:
+    """Thesis 3.10: the prior leader resumes after about an election timeout."""
+    cluster = Cluster()
+    cluster.elect(1)
+    cluster.isolate(3)
+    cluster[1].propose(b"x")
+    cluster.settle()
+    cluster[1].transfer_leader(3)
+    assert cluster[1].transferee == 3
+    cluster.tick(1, count=10)
+    assert (cluster[1].transferee, cluster[1].role) == (0, Role.LEADER)
+
+
+def test_forgetting_the_leader_lets_others_be_elected() -> None:
+    """etcd-io/raft, MsgForgetLeader: a follower that forgot its leader grants votes again, and does not campaign."""
+    cluster = Cluster(check_quorum=True, pre_vote=True)
+    cluster.elect(1)
+    cluster.isolate(1)
+    cluster[2].campaign()
+    cluster.settle()
+    assert cluster[2].role is not Role.LEADER
+    cluster[3].forget_leader()
+    cluster[2].campaign()
+    cluster.settle()
+    assert cluster[2].role is Role.LEADER
+
+
+# Doubt: the connection to the leader's node broke (DESIGN 4.11).
+
+
+def test_followers_that_doubt_elect_a_leader_long_before_the_timeout() -> None:
+    """A process that dies closes its connections; its peers campaign at once, one after the other."""
+    cluster = Cluster(pre_vote=True, check_quorum=True)
+    cluster.elect(1)
+    cluster.hosts[1].crash()
+    for id_ in (2, 3):
+        cluster[id_].doubt(cluster.now)
+    cluster.tick(count=STAGGER_TICKS * 2)
+    (leader,) = cluster.leaders()
+    assert leader in (2, 3)
+    assert cluster[leader].term == 2
+
+
+def test_doubting_followers_take_turns_and_the_order_changes_with_the_term() -> None:
+    """Two that begin at once split the vote; with the same order in every group one node would lead them all."""
+    first = []
+    for term in range(1, 5):
+        cluster = Cluster(voters=5, pre_vote=True)
+        for id_ in (2, 3, 4, 5):
+            cluster[id_].step(Message(M.HEARTBEAT, id_, 1, term))
+        waits = {}
+        for id_ in (2, 3, 4, 5):
+            node = cluster[id_]
+            node.doubt(cluster.now)
+            ticks = 0
+            while node.role is Role.FOLLOWER:
+                node.tick()
+                ticks += 1
+            waits[id_] = ticks
+        assert len(set(waits.values())) == 4
+        first.append(min(waits, key=waits.__getitem__))
+    assert len(set(first)) == 4
+
+
+def test_doubt_ends_when_the_leader_is_heard_of_again() -> None:
+    """A connection breaks for many reasons; most of them leave the leader alive."""
+    cluster = Cluster(pre_vote=True, check_quorum=True)
+    cluster.elect(1)
+    slow = next(id_ for id_ in (2, 3) if (cluster[id_].doubt(cluster.now), cluster[id_].role)[1] is Role.FOLLOWER)
+    cluster.tick(1)
+    assert not cluster[slow].raft.doubted
+    cluster.tick(count=30)
+    assert cluster.leaders() == [1]
+
+
+def test_one_follower_that_doubts_alone_does_not_depose_the_leader() -> None:
+    """Check-quorum still protects a leader that the others hear (thesis 4.2.3)."""
+    cluster = Cluster(pre_vote=True, check_quorum=True)
+    cluster.elect(1)
+    cluster.cut = {(1, 3), (3, 1)}
+    cluster[3].doubt(cluster.now)
+    cluster.tick(count=30)
+    assert cluster.leaders() == [1]
+    assert cluster[1].term == 1
+
+
+def test_a_doubting_follower_waits_for_its_promise_to_run_out() -> None:
+    """DESIGN 4.11: campaign as soon as the leader's promise has run out, not before."""
+    node = fresh(2, voters=3, pre_vote=True)
+    start = 100 * TICK_NS
+    node.step(Message(M.HEARTBEAT, 2, 1, 1, lease_stamp=1, lease_promise=5 * TICK_NS), start)
+    node.doubt(start)
+    for elapsed in range(1, 5):
+        node.tick(start + elapsed * TICK_NS)
+        assert node.role is Role.FOLLOWER, f"campaigned {elapsed} ticks into a promise of 5"
+    for elapsed in range(5, 5 + 3 * STAGGER_TICKS):
+        node.tick(start + elapsed * TICK_NS)
+    assert node.role is Role.PRE_CANDIDATE

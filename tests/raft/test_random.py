@@ -1,0 +1,285 @@
+"""Random runs of a whole group, with crashes, partitions, lost and reordered messages, and clocks that drift.
+
+Each run draws everything from its seed. The checkers hold at every step: one leader a term, logs that match, nothing
+committed is lost, nothing is applied differently, reads see what was committed before them, and a leader with a lease
+is alone. At the end the network heals and the group must make progress.
+"""
+
+import random
+from typing import Any
+
+import pytest
+
+from shardkv.raft import InvalidConfChange, LeaseSettings, ProposalDropped, Role
+from shardkv.raft.messages import ConfChange, ConfChangeTransition, Entry
+from tests.raft.cluster import TICK_NS, Cluster, change
+
+STEPS = 4_000
+DRIFT = 0.1
+LEASE = LeaseSettings(promise_ns=8 * TICK_NS, drift=DRIFT)
+
+
+class Checkers:
+    """What must hold of a group, whatever happens to it. They see everything and change nothing."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.leader_of_term: dict[int, int] = {}
+        self.committed: dict[int, Entry] = {}
+        self.reads: dict[bytes, int] = {}
+        self.reads_seen = 0
+        self.leases_seen = 0
+
+    def check(self) -> None:
+        for id_, host in self.cluster.hosts.items():
+            if not host.up:
+                continue
+            host.node.check()
+            self._one_leader(id_)
+            self._committed_entries(id_)
+            self._lease(id_)
+            for state in host.read_states:
+                wanted = self.reads[state.context]
+                assert state.index >= wanted, f"a read at {state.index}, though {wanted} was committed before it"
+                self.reads_seen += 1
+            host.read_states.clear()
+
+    def _one_leader(self, id_: int) -> None:
+        """Paper figure 3: election safety."""
+        node = self.cluster[id_]
+        if node.role is Role.LEADER:
+            other = self.leader_of_term.setdefault(node.term, id_)
+            assert other == id_, f"{other} and {id_} both lead term {node.term}"
+
+    def _committed_entries(self, id_: int) -> None:
+        """Paper figure 3: log matching, leader completeness and state machine safety."""
+        log = self.cluster[id_].raft.log
+        for index in range(log.first_index, log.committed + 1):
+            (entry,) = log.slice(index, index + 1, 1 << 60)
+            known = self.committed.setdefault(index, entry)
+            assert known == entry, f"{id_} has committed {entry}, others {known}"
+        if self.cluster[id_].committed_in_term:
+            for index, entry in self.committed.items():
+                if index >= log.first_index:
+                    assert log.term_or_zero(index) == entry.term, f"leader {id_} lacks committed {entry}"
+
+    def _lease(self, id_: int) -> None:
+        """DESIGN 4.5: whoever has a lease is the only leader, by real time."""
+        node = self.cluster[id_]
+        if node.lease_valid(self.cluster.clock(id_)):
+            self.leases_seen += 1
+            for other, host in self.cluster.hosts.items():
+                newer = host.up and host.node.role is Role.LEADER and host.node.term > node.term
+                assert not newer, f"{id_} has a lease in term {node.term}, {other} leads term {host.node.term}"
+
+    def newest_commit(self) -> int:
+        return max(host.node.committed for host in self.cluster.hosts.values() if host.up)
+
+
+class Run:
+    """One group and one seed."""
+
+    def __init__(self, seed: int, **settings: Any) -> None:
+        self.random = random.Random(seed)
+        self.membership = settings.pop("membership", False)
+        self.cluster = Cluster(self.random.choice([3, 3, 5]), randrange=self.random.randrange, **settings)
+        for id_ in self.cluster.hosts:
+            # Each clock has its own rate, and no two differ by more than the drift bound.
+            rate = 1 + self.random.uniform(-DRIFT, DRIFT) / 2.2
+            self.cluster.clocks[id_] = lambda now, rate=rate: int(now * rate)
+            host = self.cluster.hosts[id_]
+            host.restart()
+            host.hold_writes = True
+        if settings.get("lease"):
+            self.cluster.settings["vote_refusal_ns"] = int(LEASE.promise_ns)
+        self.checkers = Checkers(self.cluster)
+        self.proposed = 0
+
+    def ids(self) -> list[int]:
+        return list(self.cluster.hosts)
+
+    def step(self) -> None:
+        cluster, draw = self.cluster, self.random.random()
+        host = cluster.hosts[self.random.choice(self.ids())]
+        if draw < 0.45:
+            self._deliver()
+        elif draw < 0.70:
+            cluster.process_all() if self.random.random() < 0.3 else self._process(host)
+        elif draw < 0.88:
+            if host.up:
+                host.write(self.random.choice([1, 2, None]))
+        elif draw < 0.95:
+            cluster.now += int(TICK_NS * self.random.uniform(0.1, 0.6))
+            if host.up:
+                host.node.tick(cluster.clock(host.id))
+        elif draw < 0.985:
+            self._request(host)
+        elif draw < 0.995:
+            self._disturb(host)
+        elif host.up:
+            self._restart(host)
+        else:
+            host.restart()
+        self.checkers.check()
+
+    def _process(self, host: Any) -> None:
+        if host.up and host.node.has_ready():
+            host.process()
+
+    def _deliver(self) -> None:
+        messages = self.cluster.messages
+        if not messages:
+            return
+        # Mostly in order, sometimes not; sometimes lost, sometimes twice.
+        at = 0 if self.random.random() < 0.7 else self.random.randrange(len(messages))
+        message = messages[at]
+        if self.random.random() < 0.97:
+            del messages[at]
+        if self.random.random() < 0.95:
+            self.cluster.deliver(message)
+
+    def _request(self, host: Any) -> None:
+        if not host.up:
+            return
+        node = host.node
+        draw = self.random.random()
+        try:
+            if draw < 0.55:
+                self.proposed += 1
+                node.propose(b"%d" % self.proposed)
+            elif draw < 0.85:
+                name = b"read %d" % len(self.checkers.reads)
+                self.checkers.reads[name] = self.checkers.newest_commit()
+                node.read_index(name)
+            elif self.membership and node.role is Role.LEADER:
+                self._change_members(node)
+        except ProposalDropped:
+            return
+
+    def _change_members(self, node: Any) -> None:
+        if node.configuration.voters_outgoing:
+            node.propose_conf_change(ConfChange())
+            return
+        target = self.random.choice(self.ids())
+        kind = self.random.choice("vvvlr")
+        if kind == "r" and len(node.configuration.voters) < 3:
+            return
+        transition = self.random.choice(list(ConfChangeTransition))
+        node.propose_conf_change(change(f"{kind}{target}", transition))
+
+    def _disturb(self, host: Any) -> None:
+        cluster, draw = self.cluster, self.random.random()
+        if draw < 0.3:
+            cluster.isolate(*self.random.sample(self.ids(), self.random.randrange(1, len(self.ids()))))
+        elif draw < 0.6:
+            cluster.heal()
+        elif not host.up:
+            return
+        elif draw < 0.7:
+            host.node.transfer_leader(self.random.choice(self.ids()))
+        elif draw < 0.8:
+            host.node.doubt(cluster.clock(host.id))
+        elif draw < 0.9:
+            host.node.report_unreachable(self.random.choice(self.ids()))
+        elif host.node.applied > host.storage.snapshot().metadata.index and not host.work:
+            host.compact()
+
+    def _restart(self, host: Any) -> None:
+        host.crash()
+        if self.random.random() < 0.7:
+            host.restart()
+
+    def recover(self) -> None:
+        """Stop disturbing: the group must elect a leader, agree, and answer."""
+        cluster = self.cluster
+        cluster.heal()
+        for host in cluster.hosts.values():
+            host.hold_writes = False
+            if not host.up:
+                host.restart()
+            host.write()
+        leader = self._settled_leader()
+        for id_ in self.ids():
+            leader.report_snapshot(id_, ok=False)  # what was on its way when the run ended is lost
+        leader.propose(b"the last")
+        self.checkers.reads[b"the last read"] = self.checkers.newest_commit()
+        leader.read_index(b"the last read")
+        cluster.tick(count=30)
+        self.checkers.check()
+        configuration = leader.configuration
+        members = {*configuration.voters, *configuration.learners, *configuration.voters_outgoing}
+        applied = [cluster.hosts[id_].applied for id_ in sorted(members)]
+        assert applied[0][-1] == b"the last"
+        assert applied == [applied[0]] * len(applied)
+
+    def _settled_leader(self) -> Any:
+        """Tick until one member has led for several election timeouts, so that nobody is about to depose it."""
+        cluster, before, since = self.cluster, 0, 0
+        for tick in range(800):
+            cluster.tick()
+            self.checkers.check()
+            leaders = cluster.leaders()
+            term = max(cluster[id_].term for id_ in self.ids())
+            if len(leaders) != 1 or cluster[leaders[0]].term != term or term != before:
+                before, since = term, tick
+            elif tick - since > 50:
+                return cluster[leaders[0]]
+        raise AssertionError(f"no leader: {[cluster[id_].status() for id_ in self.ids()]}")
+
+
+def run(seed: int, **settings: Any) -> Run:
+    group = Run(seed, **settings)
+    try:
+        for _ in range(STEPS):
+            group.step()
+        group.recover()
+    except (AssertionError, InvalidConfChange) as error:
+        error.add_note(f"seed {seed}, settings {settings}")
+        raise
+    return group
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_group_with_plain_settings_stays_safe_and_recovers(seed: int) -> None:
+    """Paper figure 3, all five properties, with asynchronous log writes."""
+    run(seed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_group_with_synchronous_writes_stays_safe_and_recovers(seed: int) -> None:
+    """The same with every write done before anything else happens."""
+    run(seed, async_storage_writes=False)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_group_with_the_nodes_settings_stays_safe_and_recovers(seed: int) -> None:
+    """Pre-vote, check-quorum and the lease, with drifting clocks: whoever has a lease is alone. Traps 6 and 7."""
+    run(seed, pre_vote=True, check_quorum=True, lease=LEASE, commit_broadcast=False)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_group_with_changing_members_stays_safe_and_recovers(seed: int) -> None:
+    """Trap 9: learners, simple and joint changes, crashes in between, and the lease."""
+    run(seed, pre_vote=True, check_quorum=True, lease=LEASE, membership=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_group_with_tight_bounds_stays_safe_and_recovers(seed: int) -> None:
+    """One entry a message, two messages in flight, one entry handed out at a time."""
+    run(
+        seed,
+        message_bytes_max=1,
+        inflight_messages_max=2,
+        inflight_bytes_max=8,
+        committed_bytes_per_ready_max=1,
+        uncommitted_bytes_max=64,
+    )
+
+
+def test_the_random_runs_do_what_they_are_for() -> None:
+    """Checkers that never saw a lease, a read or a change of leaders would prove nothing."""
+    groups = [run(seed, pre_vote=True, check_quorum=True, lease=LEASE, membership=True) for seed in range(100, 104)]
+    assert sum(group.checkers.leases_seen for group in groups) > 100
+    assert sum(group.checkers.reads_seen for group in groups) > 10
+    assert sum(len(group.checkers.leader_of_term) for group in groups) > 12
+    assert sum(len(group.checkers.committed) for group in groups) > 80

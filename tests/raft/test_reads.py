@@ -1,0 +1,189 @@
+"""ReadIndex: linearizable reads without a log entry (thesis 6.4; trap 8)."""
+
+from shardkv.raft import ReadOnly, ReadState, Role
+from shardkv.raft.messages import ConfChangeTransition, Message
+from tests.raft.cluster import Cluster, M, change, sent
+
+
+def led(voters: int = 3, **changed: object) -> Cluster:
+    cluster = Cluster(voters, **changed)
+    cluster.elect(1)
+    return cluster
+
+
+def elected_but_nothing_committed(cluster: Cluster) -> None:
+    """Let 1 win its election while every append is lost."""
+    cluster.dropped = lambda message: message.type is M.APP
+    cluster[1].campaign()
+    cluster.settle()
+    assert cluster[1].role is Role.LEADER
+    assert not cluster[1].committed_in_term
+
+
+def test_a_read_is_confirmed_by_a_round_of_heartbeats() -> None:
+    """Thesis 6.4: the leader makes sure that it has not been superseded, after the read came in."""
+    cluster = led()
+    assert cluster[1].read_index(b"r")
+    ready = cluster[1].ready()
+    assert ready.read_states == ()
+    beats = sent(ready, M.HEARTBEAT)
+    assert [beat.to for beat in beats] == [2, 3]
+    cluster.send(ready.messages)
+    cluster.settle()
+    assert cluster.hosts[1].read_states == [ReadState(1, b"r")]
+
+
+def test_a_leader_that_was_deposed_confirms_nothing() -> None:
+    """Thesis 6.4: without the round a leader cut off from the rest would serve what is long overwritten."""
+    cluster = led()
+    cluster.isolate(1)
+    cluster.elect(2)
+    cluster[2].propose(b"newer")
+    cluster.settle()
+    cluster[1].read_index(b"r")
+    cluster.tick(1, count=3)
+    assert cluster.hosts[1].read_states == []
+    cluster.heal()
+    cluster.tick(count=3)
+    assert cluster.hosts[1].read_states == []
+
+
+def test_an_answer_from_before_the_read_does_not_confirm_it() -> None:
+    """Thesis 6.4: the heartbeat must be sent after the read came in, so its answer names the read."""
+    cluster = led()
+    cluster[1].tick()
+    old = [
+        Message(M.HEARTBEAT_RESP, 1, beat.to, 1, context=beat.context) for beat in sent(cluster[1].ready(), M.HEARTBEAT)
+    ]
+    cluster[1].read_index(b"r")
+    cluster[1].ready()
+    for answer in old:
+        cluster[1].step(answer)
+    assert not cluster[1].raft.read_states
+
+
+def test_trap_08_a_new_leader_answers_no_read_before_its_first_commit() -> None:
+    """It may not know yet what is committed (thesis 6.4, step 1; etcd #20418)."""
+    cluster = Cluster()
+    elected_but_nothing_committed(cluster)
+    cluster.tick(1)
+    cluster[1].read_index(b"r")
+    assert cluster[2].read_index(b"from a follower")
+    cluster.settle()
+    cluster.tick(1)
+    assert cluster.hosts[1].read_states == []
+    cluster.dropped = lambda message: False
+    cluster.tick(1, count=3)
+    assert cluster.hosts[1].read_states == [ReadState(1, b"r")]
+    assert cluster.hosts[2].read_states == [ReadState(1, b"from a follower")]
+
+
+def test_trap_08_pending_reads_are_dropped_when_the_leader_changes() -> None:
+    """A read that was not confirmed in the term it came in must not be confirmed in another."""
+    cluster = Cluster()
+    elected_but_nothing_committed(cluster)
+    cluster[1].read_index(b"postponed")
+    cluster.dropped = lambda message: False
+    cluster.isolate(1)
+    cluster.messages.clear()
+    cluster.elect(2)
+    cluster[2].read_index(b"unconfirmed")
+    cluster.heal()
+    cluster.isolate(2)
+    cluster.settle()
+    cluster.heal()
+    cluster.elect(3)
+    cluster.elect(1)
+    cluster.elect(2)
+    cluster.tick(2, count=3)
+    assert cluster.hosts[1].read_states == []
+    assert cluster.hosts[2].read_states == []
+
+
+def test_a_follower_reads_at_the_leaders_index() -> None:
+    """Thesis 6.4: followers ask the leader for a read index and serve when they have applied it."""
+    cluster = led()
+    cluster[1].propose(b"x")
+    cluster.settle()
+    assert cluster[3].read_index(b"r")
+    cluster.settle()
+    assert cluster.hosts[3].read_states == [ReadState(2, b"r")]
+
+
+def test_one_round_confirms_every_read_that_came_before_it() -> None:
+    """Thesis 6.4: many reads share one confirmation."""
+    cluster = led()
+    for name in (b"a", b"b", b"c"):
+        cluster[1].read_index(name)
+    beats = sent(cluster[1].ready(), M.HEARTBEAT)
+    newest = [beat for beat in beats if beat.to == 2][-1]
+    cluster[1].step(Message(M.HEARTBEAT_RESP, 1, 2, 1, context=newest.context))
+    assert [state.context for state in cluster[1].ready().read_states] == [b"a", b"b", b"c"]
+
+
+def test_a_lost_round_is_made_up_for_by_the_next_heartbeat() -> None:
+    """Every heartbeat carries the newest unconfirmed read."""
+    cluster = led()
+    cluster.dropped = lambda message: message.type is M.HEARTBEAT
+    cluster[1].read_index(b"r")
+    cluster.settle()
+    assert cluster.hosts[1].read_states == []
+    cluster.dropped = lambda message: False
+    cluster.tick(1)
+    assert cluster.hosts[1].read_states == [ReadState(1, b"r")]
+
+
+def test_a_joint_configuration_confirms_reads_with_both_majorities() -> None:
+    """Thesis 4.3: a leader of either half alone could have been superseded in the other."""
+    cluster = led()
+    for id_ in (4, 5):
+        cluster.add(id_)
+    cluster[1].propose_conf_change(change("v4 v5 r2 r3", ConfChangeTransition.JOINT_EXPLICIT))
+    cluster.tick(1, count=3)
+    cluster.isolate(2, 3)
+    cluster[1].read_index(b"r")
+    cluster.tick(1, count=2)
+    assert cluster.hosts[1].read_states == []
+    cluster.heal()
+    cluster.tick(1)
+    assert [state.context for state in cluster.hosts[1].read_states] == [b"r"]
+
+
+def test_learners_do_not_confirm_reads() -> None:
+    """They do not vote, so they cannot know that nobody else was elected."""
+    cluster = Cluster(voters=3, learners=2)
+    cluster.elect(1)
+    cluster.isolate(2, 3)
+    cluster[1].read_index(b"r")
+    cluster.tick(1, count=2)
+    assert cluster.hosts[1].read_states == []
+
+
+def test_a_group_of_one_confirms_at_once() -> None:
+    """There is nobody to ask."""
+    cluster = led(voters=1)
+    cluster[1].read_index(b"r")
+    assert cluster[1].ready().read_states == [ReadState(1, b"r")]
+
+
+def test_without_a_leader_a_read_is_not_taken() -> None:
+    """The host has to try again later; nothing would ever answer it."""
+    assert not Cluster()[1].read_index(b"r")
+
+
+def test_reads_that_wait_are_bounded() -> None:
+    """``reads_pending_max``: a leader without a quorum must not collect reads for ever."""
+    cluster = led(reads_pending_max=3)
+    cluster.isolate(1)
+    for number in range(10):
+        cluster[1].read_index(b"%d" % number)
+    cluster.heal()
+    cluster.tick(1)
+    assert [state.context for state in cluster.hosts[1].read_states] == [b"0", b"1", b"2"]
+
+
+def test_lease_based_reads_ask_nobody() -> None:
+    """etcd-io/raft, ReadOnlyLeaseBased: kept for its transcripts; nodes use the lease by promise."""
+    cluster = led(read_only=ReadOnly.LEASE_BASED, check_quorum=True)
+    cluster[1].read_index(b"r")
+    assert cluster[1].ready().read_states == [ReadState(1, b"r")]

@@ -1,0 +1,111 @@
+"""Snapshots: when one is sent, what it replaces, and what must not need one (paper 7)."""
+
+import pytest
+
+from shardkv.raft import ProgressState, Role
+from shardkv.raft.messages import APPEND_THREAD, ConfState, Message, Snapshot, SnapshotMetadata
+from tests.raft.cluster import Cluster, M, after_write, fresh, sent
+
+
+def led(**changed: object) -> Cluster:
+    cluster = Cluster(**changed)
+    cluster.elect(1)
+    return cluster
+
+
+def snapshot_at(index: int, *, voters: tuple[int, ...], learners: tuple[int, ...] = ()) -> Snapshot:
+    return Snapshot(SnapshotMetadata(index, 1, ConfState(voters, learners)), b"state")
+
+
+def test_a_follower_that_needs_compacted_entries_is_sent_a_snapshot() -> None:
+    """Paper 7: the leader sends a snapshot when it no longer has the next entry."""
+    cluster = led()
+    cluster.isolate(3)
+    for value in (b"a", b"b"):
+        cluster[1].propose(value)
+    cluster.settle()
+    cluster.hosts[1].compact()
+    cluster.heal()
+    cluster.tick(1, count=2)
+    assert cluster.hosts[3].applied == [b"a", b"b"]
+    assert cluster[1].status().progress[3].state is ProgressState.REPLICATE
+    cluster[1].propose(b"c")
+    cluster.settle()
+    assert cluster.hosts[3].applied == [b"a", b"b", b"c"]
+
+
+def test_trap_11_a_follower_one_entry_behind_needs_no_snapshot() -> None:
+    """The entry before the first still has a known term, so a log may begin right behind what a follower has."""
+    cluster = led()
+    cluster[1].propose(b"a")
+    cluster.settle()
+    cluster.isolate(3)
+    cluster[1].propose(b"b")
+    cluster.settle()
+    cluster.hosts[1].compact(cluster[3].last_index)
+    cluster.heal()
+    kinds = []
+    cluster.dropped = lambda message: bool(kinds.append(message.type))
+    cluster.tick(1, count=2)
+    assert cluster.hosts[3].applied == [b"a", b"b"]
+    assert M.SNAP not in kinds
+
+
+def test_nothing_is_sent_to_a_follower_that_waits_for_a_snapshot() -> None:
+    """etcd-io/raft, StateSnapshot; and the host's report decides how it goes on."""
+    cluster = led()
+    cluster.isolate(3)
+    cluster[1].propose(b"a")
+    cluster.settle()
+    cluster.hosts[1].compact()
+    cluster[1].report_unreachable(3)
+    cluster[1].step(Message(M.HEARTBEAT_RESP, 1, 3, 1))
+    (snap,) = sent(cluster[1].ready(), M.SNAP)
+    assert snap.to == 3
+    cluster[1].propose(b"b")
+    assert [message.to for message in sent(cluster[1].ready(), M.APP)] == [2]
+    cluster[1].report_snapshot(3, ok=False)
+    peer = cluster[1].status().progress[3]
+    assert (peer.state, peer.paused, peer.next) == (ProgressState.PROBE, True, 2)
+    cluster[1].step(Message(M.HEARTBEAT_RESP, 1, 3, 1))
+    assert sent(cluster[1].ready(), M.SNAP), "the next try comes with the next heartbeat"
+    cluster[1].report_snapshot(3, ok=True)
+    peer = cluster[1].status().progress[3]
+    assert (peer.state, peer.next) == (ProgressState.PROBE, 3)
+
+
+def test_a_snapshot_replaces_log_and_configuration_and_is_acknowledged_when_written() -> None:
+    """Paper 7; trap 10: the answer rests on the snapshot's being on disk."""
+    cluster = led()
+    node = cluster.add(9).node
+    node.step(Message(M.SNAP, 9, 1, 1, snapshot=snapshot_at(2, voters=(1, 2, 3), learners=(9,))))
+    assert (node.committed, node.applied, node.configuration.learners) == (2, 0, (9,))
+    ready = node.ready()
+    assert ready.snapshot is not None
+    assert not sent(ready, M.APP_RESP)
+    assert [work.to for work in ready.messages] == [APPEND_THREAD]
+    for answer in after_write(ready):
+        if answer.to == 9:
+            node.step(answer)
+    assert node.applied == 2
+    assert node.raft.log.snapshot is None
+
+
+@pytest.mark.parametrize("index,voters", [(1, (1, 2)), (5, (1, 3))])
+def test_an_old_or_foreign_snapshot_is_not_taken(index: int, voters: tuple[int, ...]) -> None:
+    """Paper 7: a snapshot of a prefix of the log changes nothing; one of a group without us is not for us."""
+    cluster = led()
+    node = cluster[2]
+    before = (node.last_index, node.committed, node.configuration)
+    node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot_at(index, voters=voters)))
+    assert (node.last_index, node.committed, node.configuration) == before
+    (answer,) = [answer for answer in after_write(node.ready()) if answer.to == 1]
+    assert answer.index == node.committed
+
+
+def test_a_replica_with_a_snapshot_to_write_does_not_campaign() -> None:
+    """etcd-io/raft, promotable: its log is about to be replaced."""
+    node = fresh(2)
+    node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot_at(9, voters=(1, 2, 3))))
+    node.campaign()
+    assert node.role is Role.FOLLOWER
