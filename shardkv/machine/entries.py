@@ -62,18 +62,9 @@ def encode_write_entry(groups: Sequence[tuple[bytes, bytes]], timestamp: int, ge
     """
     parts = [_head(5, EntryKind.WRITE, timestamp, generation), codec.array_head(2 * len(groups))]
     for session, commands in groups:
+        assert len(session) == SESSION_BYTES, f"a session has {SESSION_BYTES} bytes, not {len(session)}"
         parts += (_SESSION_HEAD, session, commands)
     return b"".join(parts)
-
-
-def decoded_write_entry(
-    groups: Sequence[tuple[bytes, list[list[Any]]]], timestamp: int, generation: int
-) -> DecodedEntry:
-    """What :func:`decode` would give for the same entry, from commands that are decoded already."""
-    body: list[Any] = []
-    for session, commands in groups:
-        body += (session, commands)
-    return [ENTRY_FORMAT, int(EntryKind.WRITE), timestamp, generation, body]
 
 
 def encode_split_entry(command: SplitCommand, timestamp: int) -> bytes:

@@ -24,10 +24,11 @@ from shardkv.wire import commands
 
 NOW_MS = 1_700_000_000_000
 TERM = 5
+FIRST_EPOCH = Epoch(1, 1)
 
 
 def descriptor(
-    span: KeyRange = EVERY_KEY, *, range_id: int = 1, epoch: Epoch = Epoch(1, 1), first_replica: int = 1
+    span: KeyRange = EVERY_KEY, *, range_id: int = 1, epoch: Epoch = FIRST_EPOCH, first_replica: int = 1
 ) -> RangeDescriptor:
     """A range on nodes 1 to 3, with replicas from ``first_replica`` on."""
     replicas = tuple(Replica(NodeId(node), ReplicaId(first_replica + node - 1)) for node in (1, 2, 3))

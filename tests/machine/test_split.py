@@ -1,0 +1,283 @@
+"""Splits as the state machine applies them, membership changes, extensions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from shardkv import errors
+from shardkv.machine import RangeMachine, keys
+from shardkv.machine.entries import encode_membership
+from shardkv.machine.reads import get, scan_page
+from shardkv.machine.split import SplitCommand, problem
+from shardkv.raft.messages import ConfState
+from shardkv.storage.engine import WriteBatch
+from shardkv.types import Epoch, KeyRange, NodeId, RangeId, Replica, ReplicaId, ReplicaRole
+
+from . import world
+from .world import Client, World, split_command
+
+
+def code(outcome: Any) -> int:
+    return outcome[0] if type(outcome) is list else 0
+
+
+def test_a_split_divides_span_and_keys_and_raises_both_generations() -> None:
+    range_, client = World(world.descriptor(epoch=Epoch(4, 7))), Client()
+    range_.do(client, *(client.put(key, key) for key in (b"a", b"m", b"z")))
+    applied = range_.split(b"m")
+    assert applied.split is not None
+    left, right = applied.split.left, applied.split.right
+    assert left == range_.machine.descriptor
+    assert (left.range_id, left.span) == (1, KeyRange(b"", b"m"))
+    assert (right.range_id, right.span) == (2, KeyRange(b"m", None))
+    assert left.epoch == right.epoch == Epoch(5, 8)
+    assert left.replicas == world.descriptor().replicas
+    assert [(replica.node_id, replica.replica_id) for replica in right.replicas] == [(1, 200), (2, 201), (3, 202)]
+    assert applied.outcomes == [[left.to_wire(), right.to_wire()]]
+    other = range_.other(applied.split)
+    assert range_.value(b"a") == b"a"
+    assert other.value(b"m") == b"m"
+    assert other.value(b"z") == b"z"
+
+
+def test_trap_21_the_left_half_serves_nothing_of_the_moved_span() -> None:
+    """TRAPS 21: the keys are still in the same engine, and reads must stop at the span all the same."""
+    range_, client = World(), Client()
+    range_.do(client, *(client.put(key, key) for key in (b"a", b"m", b"z")))
+    range_.split(b"m")
+    with pytest.raises(errors.EpochMismatch):
+        get(range_.machine, range_.engine, [b"a", b"m"])
+    assert scan_page(range_.machine, range_.engine, b"", None, 100, 1 << 20)[0][0::3] == [b"a"]
+    assert code(range_.do(client, client.put(b"m", b"late"))) == errors.EpochMismatch.code
+
+
+def test_both_halves_are_there_after_a_restart() -> None:
+    range_, client = World(), Client()
+    range_.do(client, client.put(b"m", b"1"))
+    split = range_.split(b"m").split
+    assert split is not None
+    other = range_.other(split)
+    for half in (range_, other):
+        before = half.machine
+        half.reload()
+        assert half.machine.descriptor == before.descriptor
+        assert half.machine.conf_state == before.conf_state
+        assert half.machine.last_timestamp == before.last_timestamp
+        half.machine.check()
+    assert other.machine.conf_state == ConfState((200, 201, 202))
+
+
+def test_versions_go_on_rising_in_the_right_half() -> None:
+    """DESIGN §4.4: split children inherit the replicated time."""
+    range_, client = World(), Client()
+    version = range_.do(client, client.put(b"m", b"1"))
+    split = range_.split(b"m").split
+    assert split is not None
+    other = range_.other(split)
+    other.now_ms -= 400
+    assert other.do(client, client.put(b"m", b"2")) > version
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_trap_12_a_split_copies_the_sessions_to_both_halves(reload: bool) -> None:
+    """TRAPS 12: a retry that is routed to the other half must find its record there, and its settled ones refused."""
+    range_, client, other_client = World(), Client(b"alice"), Client(b"bob")
+    settled = client.increment(b"z")
+    range_.do(client, settled)
+    attempt = client.increment(b"z")
+    client.below = 2
+    failed = client.put(b"z", b"", if_version=1)
+    quiet = other_client.put(b"y", b"")
+    outcomes = range_.write((client, [attempt, failed]), (other_client, [quiet]))
+    split = range_.split(b"m").split
+    assert split is not None
+    for half in (range_, range_.other(split)):
+        if reload:
+            half.reload()
+        generation = half.machine.descriptor.epoch.span
+        again = half.write((client, [attempt, failed]), (other_client, [quiet]), generation=generation)
+        assert again == outcomes
+        assert code(half.do(client, settled)) == errors.SequenceReused.code
+    assert range_.other(split).value(b"z") == b"2"
+
+
+def test_the_copied_sessions_are_the_same_bytes_whatever_memory_held() -> None:
+    """A replica that ran on and one that has just restarted write the same rows for the right half."""
+
+    def run(restart: bool) -> World:
+        range_, clients = World(), [Client(b"%d" % number) for number in (3, 1, 2)]
+        for turn in range(6):
+            for client in clients:
+                range_.do(client, client.put(b"k", b""), client.increment(b"n"))
+                client.below = client.sequence if turn % 2 else client.below
+        if restart:
+            range_.reload()
+        range_.split(b"m")
+        return range_
+
+    assert run(True).rows() == run(False).rows()
+
+
+def test_trap_04_a_split_planned_at_another_epoch_is_refused_when_applied() -> None:
+    """TRAPS 4: even when the span looks the same again, and whichever generation has moved."""
+    range_ = World(world.descriptor(epoch=Epoch(3, 5)))
+    for epoch in (Epoch(2, 5), Epoch(3, 4), Epoch(4, 5), Epoch(3, 6)):
+        before = range_.rows()
+        applied = range_.split(b"m", epoch=epoch)
+        assert applied.split is None
+        assert isinstance(applied.error, errors.EpochMismatch)
+        assert applied.error.current == (range_.machine.descriptor,)
+        assert applied.outcomes == [applied.error]
+        assert len([row for row in range_.rows() if row not in before]) == 1, "only the applied row moved"
+    assert range_.split(b"m", epoch=Epoch(3, 5)).split is not None
+
+
+def test_trap_04_the_same_split_proposed_twice_divides_once() -> None:
+    range_ = World()
+    epoch = range_.machine.descriptor.epoch
+    assert range_.split(b"m", epoch=epoch).split is not None
+    assert range_.split(b"m", epoch=epoch).split is None
+
+
+@pytest.mark.parametrize("key", [b"", b"b", b"a", b"m", b"z"])
+def test_a_split_key_must_lie_strictly_inside(key: bytes) -> None:
+    range_ = World(world.descriptor(KeyRange(b"b", b"m")))
+    assert isinstance(range_.split(key).error, errors.InvalidRange)
+
+
+def test_a_split_must_give_each_node_one_new_replica() -> None:
+    descriptor = world.descriptor()
+    good = split_command(descriptor, b"m")
+    assert problem(descriptor, good, joint=False) is None
+    one, two, three = good.right_replicas
+    for replicas in (
+        (one, two),
+        (one, two, (NodeId(4), ReplicaId(9))),
+        (one, two, three, three),
+        (one, two, (three[0], one[1])),
+        (one, two, (three[0], ReplicaId(1))),
+    ):
+        bad = SplitCommand(good.epoch, good.split_key, good.right_range_id, replicas)
+        assert isinstance(problem(descriptor, bad, joint=False), errors.InvalidRange), replicas
+    itself = SplitCommand(good.epoch, good.split_key, RangeId(1), good.right_replicas)
+    assert isinstance(problem(descriptor, itself, joint=False), errors.InvalidRange)
+
+
+def test_a_range_between_two_replica_sets_is_not_split() -> None:
+    range_ = World()
+    batch = WriteBatch()
+    machine = range_.machine
+    joint = ConfState((1, 2, 4), (), (1, 2, 3), (), True)
+    machine.apply_conf_change(11, world.TERM, encode_membership([(4, 4)]), joint, batch)
+    assert machine.joint
+    assert isinstance(range_.split(b"m").error, errors.Unavailable)
+
+
+def test_a_dropped_right_half_loses_its_keys_and_nothing_is_overwritten() -> None:
+    """TRAPS 2, 20: the right half's replica here is newer, or gone for good."""
+    range_, client = World(), Client()
+    range_.do(client, client.put(b"a", b""), client.put(b"m", b""))
+    newer = WriteBatch()
+    newer.put(keys.applied_key(2), b"a newer replica's")
+    range_.engine.write(newer)
+    range_.split(b"m", keep_right=False)
+    assert range_.engine.get(keys.applied_key(2)) == b"a newer replica's"
+    assert range_.engine.get(keys.user_key(b"m")) is None
+    assert range_.value(b"a") == b""
+
+
+def test_a_kept_right_half_begins_without_rows_of_an_earlier_life() -> None:
+    range_ = World()
+    stale = WriteBatch()
+    stale.put(keys.session_key(2, 999), b"stale")
+    range_.engine.write(stale)
+    range_.split(b"m")
+    assert range_.engine.get(keys.session_key(2, 999)) is None
+
+
+def test_roles_go_over_to_the_right_half() -> None:
+    descriptor = world.descriptor()
+    one, two, three = descriptor.replicas
+    learner = Replica(three.node_id, three.replica_id, ReplicaRole.LEARNER)
+    descriptor = type(descriptor)(descriptor.range_id, descriptor.span, descriptor.epoch, (one, two, learner))
+    range_ = World(descriptor)
+    split = range_.split(b"m").split
+    assert split is not None
+    assert [replica.role for replica in split.right.replicas] == [0, 0, 1]
+    assert split.machine.conf_state == ConfState((200, 201), (202,))
+
+
+def test_a_membership_change_updates_descriptor_and_configuration_together() -> None:
+    """While joint the leaving replicas are still named: they have a vote, so they must be reachable."""
+    range_ = World()
+    machine = range_.machine
+
+    def change(context: bytes, conf_state: ConfState) -> None:
+        batch = WriteBatch()
+        machine.apply_conf_change(machine.applied_index + 1, world.TERM, context, conf_state, batch)
+        machine.finish(batch)
+        range_.engine.write(batch)
+        machine.check()
+
+    change(encode_membership([(4, 40)]), ConfState((1, 2, 3), (40,)))
+    assert machine.descriptor.epoch == Epoch(2, 1)
+    assert machine.descriptor.replica(ReplicaId(40)) == Replica(NodeId(4), ReplicaId(40), ReplicaRole.LEARNER)
+    change(b"", ConfState((1, 2, 40), (), (1, 2, 3), (), True))
+    assert [replica.replica_id for replica in machine.descriptor.replicas] == [1, 2, 3, 40]
+    assert {replica.role for replica in machine.descriptor.replicas} == {ReplicaRole.VOTER}
+    change(b"", ConfState((1, 2, 40)))
+    assert [replica.replica_id for replica in machine.descriptor.replicas] == [1, 2, 40]
+    assert machine.descriptor.epoch == Epoch(4, 1)
+    range_.reload()
+    assert range_.machine.conf_state == ConfState((1, 2, 40))
+    assert range_.machine.descriptor == machine.descriptor
+
+
+def test_a_member_whose_node_nobody_named_is_our_own_bug() -> None:
+    with pytest.raises(AssertionError, match="where replicas"):
+        World().machine.apply_conf_change(11, world.TERM, b"", ConfState((1, 2, 3, 9)), WriteBatch())
+
+
+class Counter:
+    """An extension that adds numbers up."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.stamps: list[int] = []
+
+    def load(self, rows: Iterator[tuple[bytes, bytes]]) -> None:
+        self.total = sum(int(value) for _, value in rows)
+
+    def apply(self, command: Any, timestamp: int, batch: WriteBatch) -> Any:
+        self.stamps.append(timestamp)
+        if command == "refuse":
+            raise errors.NotFound("no such thing")
+        if command == "break":
+            raise errors.Corruption("the extension's rows are damaged")
+        self.total += command
+        batch.put(keys.extension_prefix(0) + b"total", b"%d" % self.total)
+        return self.total
+
+
+def test_an_extension_applies_its_commands_and_loads_its_rows() -> None:
+    counter = Counter()
+    range_ = World(world.descriptor(KeyRange(b"", b""), range_id=0), extension=counter)
+    assert range_.extend(2).outcomes == [2]
+    assert range_.extend(3).outcomes == [5]
+    assert counter.stamps == sorted(set(counter.stamps))
+    refused = range_.extend("refuse")
+    assert isinstance(refused.error, errors.NotFound)
+    assert refused.outcomes == [refused.error]
+    again = Counter()
+    assert RangeMachine.load(RangeId(0), range_.engine, again) is not None
+    assert again.total == 5
+
+
+def test_a_storage_error_of_an_extension_is_no_outcome() -> None:
+    """A damaged disk is this node's trouble; answering it as the command's outcome would hide it."""
+    range_ = World(world.descriptor(KeyRange(b"", b""), range_id=0), extension=Counter())
+    with pytest.raises(errors.Corruption):
+        range_.extend("break")
+    with pytest.raises(errors.Corruption):
+        World().extend(1)
