@@ -1,0 +1,230 @@
+"""The blocking face: the same client for programs without an event loop, from any thread.
+
+One thread runs trio and the async client in it; a call of any other thread is handed over and waited for. Threads and
+event loops do not survive a fork, so a child process gets an error instead of a hang.
+"""
+
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import trio
+
+from shardkv.errors import ClientClosed
+from shardkv.types import Entry, RangeDescriptor
+from shardkv.wire.address import parse_addresses
+from shardkv_client.batches import Pairs, Progress
+from shardkv_client.client import connect
+from shardkv_client.core import TIMEOUT_SECONDS, NodeInfo, Settings
+from shardkv_client.environment import Environment
+from shardkv_client.limits import distinct
+from shardkv_client.scan import Scan
+
+T = TypeVar("T")
+
+_CLOSED: Final = "the client is closed; open a new one with connect_blocking()"
+
+
+def connect_blocking(
+    addresses: str, *, environment: Environment | None = None, settings: Settings | None = None
+) -> "BlockingClient":
+    """As :func:`shardkv_client.connect`, for use from any thread: ``with connect_blocking("127.0.0.1:7001") as kv``.
+
+    The client is open when this returns; close it with :meth:`BlockingClient.close` or by leaving the ``with`` block.
+    """
+    return BlockingClient(addresses, environment=environment, settings=settings)
+
+
+class BlockingClient:
+    """The methods of :class:`shardkv_client.Client`, without ``await``; see there for what they mean and raise.
+
+    Any number of threads may share it. After a fork every method raises ClientClosed in the child.
+    """
+
+    def __init__(
+        self, addresses: str, *, environment: Environment | None = None, settings: Settings | None = None
+    ) -> None:
+        parse_addresses(addresses)  # a ConfigError belongs to the caller's thread
+        self._process = os.getpid()
+        self._closing = False
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._stop = trio.Event()
+        self._client = connect(addresses, environment=environment, settings=settings)
+        self._started = threading.Event()
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="shardkv client", daemon=True)
+        self._thread.start()
+        self._started.wait()
+        if self._problem is not None:
+            raise self._problem
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that opens the client
+            self._problem = error
+        finally:
+            self._started.set()
+
+    async def _main(self) -> None:
+        async with self._client:
+            self._token = trio.lowlevel.current_trio_token()
+            self._started.set()
+            await self._stop.wait()
+
+    def _perform(self, function: Callable[..., Awaitable[T]], *arguments: Any, **options: Any) -> T:
+        if os.getpid() != self._process:
+            raise ClientClosed("the client was opened before a fork; open a new one in the child process")
+        if self._closing:
+            raise ClientClosed(_CLOSED)
+
+        async def perform() -> T:
+            return await function(*arguments, **options)
+
+        try:
+            return trio.from_thread.run(perform, trio_token=self._token)
+        except (trio.RunFinishedError, trio.Cancelled) as error:
+            raise ClientClosed(_CLOSED) from error
+
+    def close(self) -> None:
+        """End pending calls as their deadlines would, and the thread. May be called again, and after a fork."""
+        if self._closing or os.getpid() != self._process:
+            return
+        self._closing = True
+        assert self._token is not None, "an open client has a running loop"
+        try:
+            trio.from_thread.run_sync(self._stop.set, trio_token=self._token)
+        except trio.RunFinishedError:
+            pass
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def put(self, key: bytes, value: bytes, *, if_version: int | None = None, timeout: float = TIMEOUT_SECONDS) -> int:
+        return self._perform(self._client.put, key, value, if_version=if_version, timeout=timeout)
+
+    def get(self, key: bytes, *, consistency: str = "linearizable", timeout: float = TIMEOUT_SECONDS) -> Entry | None:
+        return self._perform(self._client.get, key, consistency=consistency, timeout=timeout)
+
+    def delete(self, key: bytes, *, if_version: int | None = None, timeout: float = TIMEOUT_SECONDS) -> bool:
+        return self._perform(self._client.delete, key, if_version=if_version, timeout=timeout)
+
+    def increment(self, key: bytes, delta: int = 1, *, timeout: float = TIMEOUT_SECONDS) -> int:
+        return self._perform(self._client.increment, key, delta, timeout=timeout)
+
+    def get_many(
+        self, keys: Iterable[bytes], *, consistency: str = "linearizable", timeout: float = TIMEOUT_SECONDS
+    ) -> dict[bytes, Entry]:
+        # The caller's iterable runs in the caller's thread.
+        return self._perform(self._client.get_many, distinct(keys), consistency=consistency, timeout=timeout)
+
+    def put_many(self, pairs: Pairs, *, timeout: float = TIMEOUT_SECONDS, progress: Progress | None = None) -> int:
+        """As :meth:`Client.put_many`. An iterable is read, and ``progress`` called, in the client's thread."""
+        return self._perform(self._client.put_many, pairs, timeout=timeout, progress=progress)
+
+    def delete_range(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> None:
+        self._perform(self._client.delete_range, start, end, prefix=prefix, timeout=timeout)
+
+    def scan(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+        consistency: str = "linearizable",
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> "BlockingScan":
+        scan = self._client.scan(
+            start,
+            end,
+            prefix=prefix,
+            limit=limit,
+            reverse=reverse,
+            keys_only=keys_only,
+            consistency=consistency,
+            timeout=timeout,
+        )
+        return BlockingScan(lambda: self._perform(scan.next_page), scan)
+
+    def call(
+        self,
+        method: int,
+        *arguments: object,
+        key: bytes | None = None,
+        range_id: int | None = None,
+        node_id: int | None = None,
+        repeatable: bool | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> Any:
+        return self._perform(
+            self._client.call,
+            method,
+            *arguments,
+            key=key,
+            range_id=range_id,
+            node_id=node_id,
+            repeatable=repeatable,
+            timeout=timeout,
+        )
+
+    def status(self, *, timeout: float = TIMEOUT_SECONDS) -> Any:
+        return self._perform(self._client.status, timeout=timeout)
+
+    def nodes(self, *, timeout: float = TIMEOUT_SECONDS) -> list[NodeInfo]:
+        return self._perform(self._client.nodes, timeout=timeout)
+
+    def ranges(self, *, timeout: float = TIMEOUT_SECONDS) -> list[tuple[RangeDescriptor, int | None]]:
+        return self._perform(self._client.ranges, timeout=timeout)
+
+
+class BlockingScan:
+    """An iterator over a scan's entries, a page for each hand-over between threads. One thread at a time."""
+
+    def __init__(self, next_page: Callable[[], list[Entry]], scan: Scan) -> None:
+        self._next_page = next_page
+        self._page: list[Entry] = []
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self
+
+    def __next__(self) -> Entry:
+        if not self._page:
+            if self._closed:
+                raise StopIteration
+            self._page = self._next_page()
+            self._page.reverse()
+            if not self._page:
+                raise StopIteration
+        return self._page.pop()
+
+    def close(self) -> None:
+        """End the scan: the next entry asked for is its end."""
+        self._closed = True
+        self._page = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

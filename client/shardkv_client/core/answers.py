@@ -1,0 +1,75 @@
+"""What an error means for the call that met it. Pure decisions; the engine acts on them.
+
+The rule of DESIGN §2.4: ``Unavailable`` promises that nothing was applied, so it is only raised for reads and for
+writes no byte of which was ever handed to a connection. Everything that was refused before it could be recorded and
+may succeed elsewhere or later is tried again, with the same bytes, until the deadline.
+"""
+
+from enum import Enum
+
+from shardkv import errors
+from shardkv.errors import (
+    Busy,
+    OutcomeUnknown,
+    RequestError,
+    RoutingError,
+    SequenceReused,
+    ShardKVError,
+    TooOld,
+    Unavailable,
+)
+from shardkv_client.core.calls import AdminCall, Call, Kind, WriteCall
+
+
+class Verdict(Enum):
+    FINAL = "final"
+    """The database's answer."""
+    ELSEWHERE = "elsewhere"
+    """The wrong place; find the right one."""
+    LATER = "later"
+    """The right place, but not now."""
+    ANEW = "anew"
+    """Certainly not applied and never will be: issue the command again, as a new one."""
+    UNKNOWN = "unknown"
+    """Nobody can tell any more whether it applied."""
+
+
+def judge(call: Call, error: ShardKVError, *, recorded: bool) -> Verdict:
+    """What to do with ``call``. ``recorded``: the error is the command's own outcome, not that of its request."""
+    if isinstance(error, Busy):
+        return Verdict.LATER
+    if isinstance(error, RoutingError):
+        return Verdict.ELSEWHERE
+    if isinstance(error, Unavailable):
+        return Verdict.LATER
+    if isinstance(error, OutcomeUnknown):
+        # Exactly once makes asking again safe, but only for commands.
+        if isinstance(call, AdminCall) and not call.repeatable:
+            return Verdict.FINAL
+        return Verdict.LATER
+    if isinstance(call, WriteCall):
+        if isinstance(error, (TooOld, SequenceReused)):
+            return Verdict.ANEW if call.attempts <= 1 else Verdict.UNKNOWN
+        if not recorded and call.attempts > 1 and not isinstance(error, RequestError):
+            # A node's refusal now (no space, no permission) says nothing about the earlier attempt.
+            return Verdict.UNKNOWN
+    return Verdict.FINAL
+
+
+def may_repeat(call: Call) -> bool:
+    """Whether the call may be sent again after an attempt whose answer was lost."""
+    return not isinstance(call, AdminCall) or call.repeatable
+
+
+def failure(call: Call, reason: str) -> ShardKVError:
+    """What a call raises that ends without an answer. ``reason`` is a clause such as "no answer within 10 s"."""
+    if call.attempts and (call.kind is Kind.WRITE or not may_repeat(call)):
+        return OutcomeUnknown(
+            f"{reason}, and the request had been sent: it may have been applied; read before deciding"
+        )
+    return Unavailable(f"{reason}; nothing was applied: try again with backoff, and check that the addresses are right")
+
+
+def copy(error: ShardKVError) -> ShardKVError:
+    """The same error as another object, since each caller's traceback grows on its own."""
+    return errors.from_wire(errors.to_wire(error))

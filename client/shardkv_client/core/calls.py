@@ -1,0 +1,223 @@
+"""Calls: what a caller waits for, from the moment it asks until it is answered.
+
+Plain slotted records; :class:`~shardkv_client.core.engine.Core` moves them about. A call is in exactly one queue or
+request at a time and is ``done`` exactly once. Queues do not search for calls that ended early, they skip them.
+"""
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Final
+
+from shardkv.types import RangeDescriptor
+from shardkv.wire.commands import Op
+from shardkv.wire.requests import Consistency, Method
+
+CALL_BYTES: Final = 64
+"""What a call is taken to cost besides its key and value."""
+
+LINEARIZABLE: Final = int(Consistency.LINEARIZABLE)
+
+
+class Kind(IntEnum):
+    WRITE = 0
+    READ = 1
+    SCAN = 2
+    ADMIN = 3
+
+
+class Call:
+    """The part that all calls share.
+
+    ``key`` routes the call (None: it is not routed by key). ``deadline`` is in seconds of the client's clock.
+    ``notify`` is called once, with the call, when it is done; None once nobody waits any more. ``attempts`` counts how
+    often its bytes were handed to a connection.
+    """
+
+    __slots__ = (
+        "admitted",
+        "attempts",
+        "deadline",
+        "done",
+        "error",
+        "internal",
+        "key",
+        "notify",
+        "result",
+        "size",
+        "task",
+    )
+
+    kind: Kind
+
+    def __init__(self, key: bytes | None, deadline: float, size: int) -> None:
+        self.key = key
+        self.deadline = deadline
+        self.size = size
+        self.notify: Callable[[Any], None] | None = None
+        self.attempts = 0
+        self.done = False
+        self.admitted = False
+        """Counted against the in-flight bounds."""
+        self.internal = False
+        """One of the client's own lookups: outside the in-flight bound."""
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.task: Any = None
+        """For whoever waits: a parked task or a future."""
+
+
+class WriteCall(Call):
+    """One command. ``sealed`` is set at the first attempt and from then on sent unchanged."""
+
+    __slots__ = ("body", "op", "sealed", "sequence")
+
+    kind = Kind.WRITE
+
+    def __init__(self, op: Op, key: bytes, body: bytes, deadline: float) -> None:
+        self.key = key
+        self.deadline = deadline
+        self.size = len(body) + CALL_BYTES
+        self.notify = None
+        self.attempts = 0
+        self.done = False
+        self.admitted = False
+        self.internal = False
+        self.result = None
+        self.error = None
+        self.task = None
+        self.op = op
+        self.body = body
+        self.sealed: bytes | None = None
+        self.sequence = 0
+
+
+class DeleteRangeCall(WriteCall):
+    """The piece of a delete_range that lies in one range, from ``key`` on.
+
+    Its result is where the next piece starts, or None when everything up to ``end`` is deleted.
+    """
+
+    __slots__ = ("cut_generation", "end", "piece_end", "sealed_end")
+
+    def __init__(self, start: bytes, end: bytes | None, deadline: float) -> None:
+        super().__init__(Op.DELETE_RANGE, start, b"", deadline)
+        self.size = CALL_BYTES + len(start) + len(end or b"")
+        self.end = end
+        self.piece_end: bytes | None = None
+        """The smallest end that any attempt may have deleted up to."""
+        self.sealed_end: bytes | None = None
+        """The end in the sealed bytes."""
+        self.cut_generation = -1
+        """The span generation of the range that the sealed piece was cut to."""
+
+
+class ReadCall(Call):
+    """One key of a GET. Its result is ``[value, version]`` or None."""
+
+    __slots__ = ("batch_max", "consistency")
+
+    kind = Kind.READ
+
+    def __init__(self, key: bytes, consistency: int, deadline: float, batch_max: int) -> None:
+        self.key = key
+        self.deadline = deadline
+        self.size = len(key) + CALL_BYTES
+        self.notify = None
+        self.attempts = 0
+        self.done = False
+        self.admitted = False
+        self.internal = False
+        self.result = None
+        self.error = None
+        self.task = None
+        self.consistency = consistency
+        self.batch_max = batch_max
+        """With how many others it may share a request; halved when a node finds the answer too large."""
+
+
+class ScanCall(Call):
+    """One page of a scan. Its result is ``(flat triples, more, descriptor)`` of the range that answered."""
+
+    __slots__ = ("bytes_max", "consistency", "end", "keys_only", "limit", "reverse", "start")
+
+    kind = Kind.SCAN
+
+    def __init__(
+        self,
+        key: bytes,
+        start: bytes,
+        end: bytes | None,
+        *,
+        consistency: int,
+        limit: int,
+        bytes_max: int,
+        reverse: bool,
+        keys_only: bool,
+        deadline: float,
+    ) -> None:
+        super().__init__(key, deadline, CALL_BYTES + len(start) + len(end or b""))
+        self.start = start
+        self.end = end
+        self.consistency = consistency
+        self.limit = limit
+        self.bytes_max = bytes_max
+        self.reverse = reverse
+        self.keys_only = keys_only
+
+
+class AdminCall(Call):
+    """Any other method, for the leader of a range (by ``key`` or ``range_id``), for one node, or for any node.
+
+    ``repeatable`` says whether it may be sent again after an attempt whose answer was lost.
+    """
+
+    __slots__ = ("arguments", "failures", "method", "node_id", "range_id", "repeatable")
+
+    kind = Kind.ADMIN
+
+    def __init__(
+        self,
+        method: int,
+        arguments: tuple[object, ...],
+        deadline: float,
+        *,
+        key: bytes | None = None,
+        range_id: int | None = None,
+        node_id: int | None = None,
+        repeatable: bool = False,
+    ) -> None:
+        super().__init__(key, deadline, CALL_BYTES)
+        self.method = method
+        self.arguments = arguments
+        self.range_id = range_id
+        self.node_id = node_id
+        self.repeatable = repeatable
+        self.failures = 0
+
+
+REPEATABLE_METHODS: Final = frozenset(
+    {Method.ROUTES, Method.NODES, Method.STATUS, Method.RANGES, Method.NODE_STATUS, Method.JOIN, Method.HEARTBEAT}
+)
+"""Methods that do nothing a second time: reads, a heartbeat, and a join, which names the node that joins."""
+
+
+class Sent:
+    """A request on a connection: the calls that its answer settles, and under which routing it was sent."""
+
+    __slots__ = ("calls", "consistency", "descriptor", "id", "kind", "mark", "route")
+
+    def __init__(
+        self,
+        request_id: int,
+        kind: Kind,
+        calls: list[Any],
+        route: Any,
+        consistency: int,
+    ) -> None:
+        self.id = request_id
+        self.kind = kind
+        self.calls = calls
+        self.route = route
+        self.consistency = consistency
+        self.mark: int = route.mark if route is not None else 0
+        self.descriptor: RangeDescriptor | None = route.descriptor if route is not None else None

@@ -1,0 +1,335 @@
+"""Links: the connections to nodes, as far as they can be decided about without doing I/O.
+
+A *peer* is an address; a *link* is one connection to it, from the dial to its end. Here live dialling with backoff, the
+greeting, the question whether a silent node still lives, and the knowledge of which node is where. What travels over a
+link is the engine's. ``dials``, ``drops`` and ``outputs`` are orders to whoever does the I/O, who empties them.
+"""
+
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import Final, NamedTuple
+
+from shardkv.errors import ProtocolError, ShardKVError
+from shardkv.wire.frames import FrameDecoder, FrameKind, encode_frame
+from shardkv.wire.handshake import Hello, Role, Welcome, decode_refused, decode_welcome, encode_hello
+from shardkv_client.core.calls import Call, Sent
+from shardkv_client.core.settings import Settings
+from shardkv_client.core.timers import Timers
+
+_PING: Final = encode_frame(FrameKind.PING, b"")
+
+
+class NodeInfo(NamedTuple):
+    """A node of the cluster, as the cluster lists it."""
+
+    id: int
+    name: str
+    address: str
+
+
+class LinkState(Enum):
+    DIALING = "dialing"
+    GREETING = "greeting"
+    READY = "ready"
+    CLOSED = "closed"
+
+
+class Peer:
+    __slots__ = ("address", "dial_after", "failures", "link", "node_id", "problem", "waiting")
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.node_id: int | None = None
+        self.link: Link | None = None
+        self.dial_after = 0.0
+        self.failures = 0
+        self.problem: str | None = None
+        """Why the last link ended, in words for a person."""
+        self.waiting: list[Call] = []
+        """Calls for this node that wait for the link to become ready, or to have room."""
+
+
+class Link:
+    __slots__ = (
+        "address",
+        "decoder",
+        "draining",
+        "inflight",
+        "inflight_max",
+        "opened_at",
+        "output",
+        "owed_since",
+        "parts",
+        "parts_bytes",
+        "peer",
+        "pinged",
+        "received_at",
+        "state",
+        "watched",
+    )
+
+    def __init__(self, peer: Peer, now: float) -> None:
+        self.peer = peer
+        self.address = peer.address
+        self.state = LinkState.DIALING
+        self.decoder = FrameDecoder()
+        self.inflight: dict[int, Sent] = {}
+        self.inflight_max = 1
+        self.parts: list[bytes] = []
+        """Requests of the frame that is being filled."""
+        self.parts_bytes = 0
+        self.output: list[bytes] = []
+        """Whole frames for whoever does the I/O."""
+        self.opened_at = now
+        self.received_at = now
+        self.owed_since = now
+        """Since when the node has owed at least one answer."""
+        self.pinged = False
+        self.watched = False
+        """A timer looks after its silence; one at a time."""
+        self.draining = False
+        """The node said GOODBYE: it still answers, but gets nothing new."""
+
+    @property
+    def greeted(self) -> bool:
+        return self.state is LinkState.READY
+
+    def is_closed(self) -> bool:
+        return self.state is LinkState.CLOSED
+
+
+class Links:
+    def __init__(
+        self,
+        seeds: Iterable[str],
+        *,
+        settings: Settings,
+        backoff: Callable[[int], float],
+        timers: Timers,
+        on_ready: Callable[[Link, Welcome, float], None],
+        on_lost: Callable[[Link, list[Sent], list[Call], float], None],
+    ) -> None:
+        self._settings = settings
+        self._backoff = backoff
+        self._timers = timers
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self.peers: dict[str, Peer] = {address: Peer(address) for address in seeds}
+        self._by_node: dict[int, Peer] = {}
+        self.nodes: dict[int, NodeInfo] = {}
+        self.cluster_id: bytes | None = None
+        self.problem: str | None = None
+        """The last thing that went wrong with any node."""
+        self._any_turn = 0
+        self._draining: list[Link] = []
+        self.dials: list[Link] = []
+        self.drops: list[Link] = []
+        self.outputs: list[Link] = []
+
+    # --- who is where -------------------------------------------------------------------------------------------
+
+    def peer_of(self, node_id: int) -> Peer | None:
+        """The peer of a node; None while its address is not known."""
+        return self._by_node.get(node_id)
+
+    def learn_nodes(self, nodes: Iterable[NodeInfo]) -> None:
+        """The whole list of nodes, as one of them gave it."""
+        self.nodes = {node.id: node for node in nodes}
+        for node in self.nodes.values():
+            current = self._by_node.get(node.id)
+            if current is not None and current.node_id == node.id and current.link is not None:
+                continue  # greeted under this id already, perhaps by another name than it advertises
+            peer = self.peers.get(node.address)
+            if peer is None:
+                peer = self.peers[node.address] = Peer(node.address)
+            self._by_node[node.id] = peer
+        for node_id in [known for known in self._by_node if known not in self.nodes]:
+            del self._by_node[node_id]
+
+    # --- choosing -----------------------------------------------------------------------------------------------
+
+    def usable(self, peer: Peer, now: float) -> bool:
+        """Whether it makes sense to hand a call to this peer now: it is connected, or may be dialled."""
+        return peer.link is not None or peer.dial_after <= now
+
+    def any_ready(self) -> Link | None:
+        """Some link that is ready, the same one until :meth:`another_next`."""
+        ready = [
+            peer.link for peer in self.peers.values() if peer.link is not None and peer.link.state is LinkState.READY
+        ]
+        return ready[self._any_turn % len(ready)] if ready else None
+
+    def another_next(self) -> None:
+        """The node that :meth:`any_ready` gave was of no use."""
+        self._any_turn += 1
+
+    def dial_any(self, now: float) -> float | None:
+        """Dial, as no link is ready. When to come back if every node was tried just now; else None."""
+        dialling = sum(peer.link is not None for peer in self.peers.values())
+        earliest: float | None = None
+        for peer in self.peers.values():
+            if peer.link is not None:
+                continue
+            if peer.dial_after > now:
+                earliest = peer.dial_after if earliest is None else min(earliest, peer.dial_after)
+            elif dialling < self._settings.dials_at_once_max:
+                self.dial(peer, now)
+                dialling += 1
+        return None if dialling else earliest
+
+    # --- the life of a link -------------------------------------------------------------------------------------
+
+    def dial(self, peer: Peer, now: float) -> None:
+        assert peer.link is None, f"{peer.address} has a link already"
+        link = peer.link = Link(peer, now)
+        self.dials.append(link)
+        self._timers.at(now + self._settings.dial_seconds, lambda at: self._give_up_dial(link, at))
+
+    def _give_up_dial(self, link: Link, now: float) -> None:
+        if link.state in (LinkState.DIALING, LinkState.GREETING):
+            self.drop(link, f"no greeting within {self._settings.dial_seconds:g} s", now)
+
+    def opened(self, link: Link, now: float) -> None:
+        """The connection stands; greet."""
+        if link.state is not LinkState.DIALING:
+            return  # given up in the meantime
+        link.state = LinkState.GREETING
+        link.received_at = now
+        self.write(link, encode_hello(Hello(Role.CLIENT, cluster_id=self.cluster_id)))
+
+    def write(self, link: Link, frame: bytes) -> None:
+        if not link.output:
+            self.outputs.append(link)
+        link.output.append(frame)
+
+    def control(self, link: Link, kind: FrameKind, payload: bytes, now: float) -> None:
+        """A frame other than a response. Raises ProtocolError."""
+        if kind is FrameKind.PONG:
+            return
+        if kind is FrameKind.PING:
+            self.write(link, encode_frame(FrameKind.PONG, payload))
+        elif kind is FrameKind.GOODBYE:
+            self._drain(link)
+        elif link.state is not LinkState.GREETING:
+            raise ProtocolError(f"a {kind.name} frame that no client expects")
+        elif kind is FrameKind.WELCOME:
+            self._welcomed(link, decode_welcome(payload), now)
+        elif kind is FrameKind.REFUSED:
+            error = decode_refused(payload).error
+            self.drop(link, f"refused this client: {error}", now)
+        else:
+            raise ProtocolError(f"a {kind.name} frame instead of a greeting")
+
+    def _welcomed(self, link: Link, welcome: Welcome, now: float) -> None:
+        if welcome.cluster_id is not None:
+            if self.cluster_id is None:
+                self.cluster_id = welcome.cluster_id
+            elif self.cluster_id != welcome.cluster_id:
+                self.drop(link, "belongs to another cluster; connect to the nodes of one cluster only", now)
+                return
+        link.state = LinkState.READY
+        link.inflight_max = welcome.inflight_max
+        peer = link.peer
+        peer.failures = 0
+        peer.problem = None
+        if welcome.node_id is not None and peer.node_id != welcome.node_id:
+            for node_id in [known for known, other in self._by_node.items() if other is peer]:
+                del self._by_node[node_id]  # another node lives at this address now
+            peer.node_id = welcome.node_id
+        if peer.node_id is not None:
+            current = self._by_node.get(peer.node_id)
+            if current is None or current.link is None:
+                self._by_node[peer.node_id] = peer
+        self._on_ready(link, welcome, now)
+
+    def _drain(self, link: Link) -> None:
+        if link.draining or link.state is LinkState.CLOSED:
+            return
+        link.draining = True
+        if link.peer.link is link:
+            link.peer.link = None
+        self._draining.append(link)
+        # A node on its way out is not dialled at once; others lead its ranges by then.
+        link.peer.dial_after = link.received_at + self._settings.backoff_seconds_max
+
+    def owe(self, link: Link, sent: Sent, now: float) -> None:
+        """The node owes an answer from now on."""
+        if not link.inflight:
+            link.owed_since = now
+            if not link.watched:
+                link.watched = True
+                self._timers.at(now + self._settings.ping_after_seconds, lambda at: self._look_after(link, at))
+        link.inflight[sent.id] = sent
+
+    def _look_after(self, link: Link, now: float) -> None:
+        """Ask a silent node whether it lives, and give it up when it does not say."""
+        if link.state is not LinkState.READY or not link.inflight:
+            link.watched = False
+            return
+        settings = self._settings
+        heard_at = max(link.received_at, link.owed_since)
+        ping_at = heard_at + settings.ping_after_seconds
+        lost_at = heard_at + settings.silence_seconds_max
+        if now >= lost_at:
+            self.drop(link, f"silent for {now - heard_at:.1f} s while it owed an answer", now)
+            return
+        if now < ping_at:
+            link.pinged = False
+            self._timers.at(ping_at, lambda at: self._look_after(link, at))
+            return
+        if not link.pinged:
+            link.pinged = True
+            self.write(link, _PING)
+        self._timers.at(lost_at, lambda at: self._look_after(link, at))
+
+    def drop(self, link: Link, problem: str, now: float) -> None:
+        """Give a link up; whoever does the I/O closes it."""
+        if link.state is not LinkState.CLOSED:
+            self.drops.append(link)
+            self.lost(link, problem, now)
+
+    def lost(self, link: Link, problem: str, now: float) -> None:
+        """The connection is gone, or is as good as gone."""
+        if link.state is LinkState.CLOSED:
+            return
+        link.state = LinkState.CLOSED
+        peer = link.peer
+        self.problem = peer.problem = f"{peer.address}: {problem}"
+        if link.draining:
+            self._draining.remove(link)
+        waiting: list[Call] = []
+        if peer.link is link:
+            peer.link = None
+            peer.failures += 1
+            peer.dial_after = now + self._backoff(peer.failures)
+            waiting, peer.waiting = peer.waiting, []
+        requests = list(link.inflight.values())
+        link.inflight.clear()
+        link.parts.clear()
+        link.output.clear()
+        self._on_lost(link, requests, waiting, now)
+
+    def close(self) -> list[Link]:
+        """Every link there is, for the end of the client."""
+        links = [peer.link for peer in self.peers.values() if peer.link is not None]
+        return links + self._draining
+
+    def check(self) -> None:
+        """Walk every invariant."""
+        for address, peer in self.peers.items():
+            assert address == peer.address, f"{peer.address} is filed under {address}"
+            link = peer.link
+            if link is not None:
+                assert link.state is not LinkState.CLOSED, f"{address} keeps a closed link"
+                assert not link.draining, f"{address} keeps a link that drains"
+                assert link.state is LinkState.READY or not link.inflight, f"{address} owes before it was greeted"
+        for peer in self._by_node.values():
+            assert self.peers.get(peer.address) is peer, f"{peer.address} serves a node but is no peer"
+
+
+def describe(error: BaseException) -> str:
+    """What went wrong with a connection, in words for a person."""
+    text = str(error)
+    if isinstance(error, ShardKVError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,256 @@
+"""Where a call goes: the range it belongs to, the node that is asked, and what is learned when that was wrong.
+
+The order is: the leader as last seen or hinted, then the voters in turn, with a jittered backoff once an attempt was no
+better than the one before. A range whose replicas refuse is looked up again. Nothing here touches a call's outcome.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from shardkv.types import RangeDescriptor
+from shardkv.wire.requests import Method
+from shardkv_client.core.cache import RangeCache, Route
+from shardkv_client.core.calls import LINEARIZABLE, AdminCall, Call
+from shardkv_client.core.links import Links, NodeInfo, Peer
+from shardkv_client.core.settings import Settings
+from shardkv_client.core.timers import Timers
+
+HINTS_FOLLOWED_MAX: Final = 2
+"""Hints followed at once, one after the other; two nodes that name each other are not believed for longer."""
+
+
+class Router:
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        links: Links,
+        timers: Timers,
+        backoff: Callable[[int], float],
+        send: Callable[[AdminCall, float], None],
+        requeue: Callable[[list[Any]], None],
+    ) -> None:
+        self._settings = settings
+        self._links = links
+        self._timers = timers
+        self._backoff = backoff
+        self._send = send
+        self._requeue = requeue
+        self.cache = RangeCache(settings.ranges_cached_max)
+        self.homeless: list[Call] = []
+        """Calls whose range is not known; a lookup is under way or due."""
+        self._lookups: dict[bytes | None, AdminCall] = {}
+        self._lookups_fruitless = 0
+        self._lookup_blocked_until = 0.0
+        self._asking_nodes = False
+        self._nodes_asked_at: float | None = None
+        self._blocked: dict[Route, None] = {}
+
+    # --- which node ---------------------------------------------------------------------------------------------
+
+    def peer_for(self, route: Route, consistency: int, now: float) -> Peer | None:
+        """The peer to hand calls for ``route`` to, dialled if need be; None: the route is blocked, keep them."""
+        if consistency == LINEARIZABLE and route.leader is not None:
+            peer = self._links.peer_of(route.leader)
+            if peer is not None and peer.link is not None:
+                return peer
+        return self._peer_by_turns(route, consistency, now)
+
+    def _peer_by_turns(self, route: Route, consistency: int, now: float) -> Peer | None:
+        links = self._links
+        if consistency == LINEARIZABLE:
+            nodes, turn = route.voters or route.nodes, route.turn
+        else:
+            nodes, turn = route.nodes, route.reader
+        candidates = [nodes[(turn + step) % len(nodes)] for step in range(len(nodes))]
+        if consistency == LINEARIZABLE and route.leader is not None:
+            candidates.insert(0, route.leader)
+        retry_at = now + self._settings.backoff_seconds_max
+        for node_id in candidates:
+            peer = links.peer_of(node_id)
+            if peer is None:
+                self.want_nodes(now)
+            elif links.usable(peer, now):
+                if peer.link is None:
+                    links.dial(peer, now)
+                return peer
+            else:
+                retry_at = min(retry_at, peer.dial_after)
+        self._block(route, retry_at)
+        return None
+
+    def _block(self, route: Route, until: float) -> None:
+        route.blocked_until = until
+        self._blocked[route] = None
+        self._timers.at(until, partial(self._unblock, route))
+
+    def _unblock(self, route: Route, now: float) -> None:
+        if route.blocked_until <= now:
+            self._release(route)
+
+    def _release(self, route: Route) -> None:
+        route.blocked_until = 0.0
+        self._blocked.pop(route, None)
+        pending, route.pending = route.pending, []
+        self._requeue(pending)
+
+    # --- what was learned ---------------------------------------------------------------------------------------
+
+    def succeeded(self, route: Route, node_id: int | None, consistency: int) -> None:
+        route.failures = 0
+        if consistency == LINEARIZABLE and node_id is not None and node_id != route.leader and node_id in route.nodes:
+            route.leader = node_id
+
+    def failed(
+        self, route: Route, mark: int, now: float, *, node_id: int | None, consistency: int, hint: int | None = None
+    ) -> None:
+        """The node asked was the wrong one. ``mark`` is the route's at the time of asking: one lesson an attempt."""
+        if route.evicted or mark != route.mark:
+            return
+        route.mark += 1
+        route.failures += 1
+        if consistency != LINEARIZABLE:
+            route.reader += 1
+        elif hint is not None and hint != node_id:
+            route.leader = hint
+            if self._links.peer_of(hint) is None:
+                self.want_nodes(now)
+            if route.failures <= HINTS_FOLLOWED_MAX:
+                return
+        else:
+            route.leader = None
+            if node_id in route.voters:
+                route.turn = route.voters.index(node_id) + 1
+            else:
+                route.turn += 1
+        if route.failures > 1:
+            self._block(route, now + self._backoff(route.failures - 1))
+        if route.failures % max(len(route.nodes), 2) == 0:
+            self.refresh(route, now)
+
+    def busy(self, route: Route, mark: int, now: float) -> None:
+        """The node asked is the right one but does not take more; it is left alone for a while."""
+        if route.evicted or mark != route.mark:
+            return
+        route.mark += 1
+        route.failures += 1
+        self._block(route, now + self._backoff(route.failures))
+        if route.failures % (len(route.nodes) + 3) == 0:
+            route.leader = None  # it may have lost its leadership without knowing
+            route.turn += 1
+            self.refresh(route, now)
+
+    def learn(self, descriptor: RangeDescriptor, leader: int | None) -> bool:
+        """Take a descriptor. Whether it was news."""
+        evicted = self.cache.insert(descriptor, leader)
+        for route in evicted or ():
+            self._release(route)
+        return evicted is not None
+
+    # --- lookups ------------------------------------------------------------------------------------------------
+
+    def lose(self, call: Call, now: float) -> None:
+        """Nobody knows the range of ``call``'s key, or the placement group: keep it and look up."""
+        self.homeless.append(call)
+        if not self._lookups and now >= self._lookup_blocked_until:
+            self._look_up(call.key, now)
+
+    def refresh(self, route: Route, now: float) -> None:
+        """What is cached about the range may be stale."""
+        self._look_up(None if route is self.cache.placement else route.start, now)
+
+    def _look_up(self, start: bytes | None, now: float) -> None:
+        if start in self._lookups or len(self._lookups) >= self._settings.lookups_at_once_max:
+            return
+        limit = 1 if start is None else self._settings.routes_per_lookup
+        call = AdminCall(Method.ROUTES, (start, limit), now + self._settings.lookup_seconds, repeatable=True)
+        call.internal = True
+        self._lookups[start] = call
+        self._send(call, now)
+
+    def looked_up(self, call: AdminCall, now: float) -> None:
+        """A lookup ended, with routes or without."""
+        start = call.arguments[0]
+        assert start is None or isinstance(start, bytes), f"a lookup from {start!r}"
+        del self._lookups[start]
+        if call.error is None:
+            for descriptor, leader in call.result:
+                self.learn(descriptor, leader)
+        route = self.cache.placement if start is None else self.cache.find(start)
+        if route is not None:
+            self._lookups_fruitless = 0
+        else:
+            self._lookups_fruitless += 1
+            self._links.another_next()
+            self._lookup_blocked_until = now + self._backoff(self._lookups_fruitless)
+            self._timers.at(self._lookup_blocked_until, self._retry_homeless)
+            return
+        homeless, self.homeless = self.homeless, []
+        self._requeue(homeless)
+
+    def _retry_homeless(self, now: float) -> None:
+        homeless, self.homeless = self.homeless, []
+        self._requeue(homeless)
+
+    def want_nodes(self, now: float) -> None:
+        """The address of some node is not known."""
+        if self._asking_nodes:
+            return
+        asked_at = self._nodes_asked_at
+        if asked_at is not None and now < asked_at + self._settings.backoff_seconds_max:
+            return  # whoever waits blocks for as long, and asks again
+        self._asking_nodes = True
+        self._nodes_asked_at = now
+        call = AdminCall(Method.NODES, (), now + self._settings.lookup_seconds, repeatable=True)
+        call.internal = True
+        self._send(call, now)
+
+    def nodes_listed(self, call: AdminCall, now: float) -> None:
+        """The list of nodes came, or did not."""
+        self._asking_nodes = False
+        if call.error is None:
+            self._links.learn_nodes(call.result)
+            for route in list(self._blocked):
+                self._release(route)
+
+    @property
+    def asking_nodes(self) -> bool:
+        """Whether the list of nodes is out."""
+        return self._asking_nodes
+
+    def check(self) -> None:
+        """Walk every invariant."""
+        self.cache.check()
+        assert len(self._lookups) <= self._settings.lookups_at_once_max, f"{len(self._lookups)} lookups are out"
+        for route in self.cache:
+            assert not route.pending or route in self._blocked, f"calls wait for range {route.range_id}, unblocked"
+        assert all(not call.done for call in self._lookups.values()), "a lookup is done but still listed"
+
+
+def parse_routes(result: object) -> list[tuple[RangeDescriptor, int | None]]:
+    """The answer to ROUTES. Raises ValueError for another shape."""
+    if not isinstance(result, list):
+        raise ValueError("routes must come as an array")
+    routes = []
+    for item in result:
+        match item:
+            case [fields, int() | None as leader]:
+                routes.append((RangeDescriptor.from_wire(fields), leader))
+            case _:
+                raise ValueError(f"not a route: {item!r:.100}")
+    return routes
+
+
+def parse_nodes(result: object) -> list[NodeInfo]:
+    """The answer to NODES. Raises ValueError for another shape."""
+    if not isinstance(result, list):
+        raise ValueError("nodes must come as an array")
+    nodes = []
+    for item in result:
+        match item:
+            case [int(node_id), str(name), str(address), *_]:
+                nodes.append(NodeInfo(node_id, name, address))
+            case _:
+                raise ValueError(f"not a node: {item!r:.100}")
+    return nodes

@@ -1,0 +1,81 @@
+"""A client's session: which sequence numbers are out, and when a command was issued (DESIGN §4.6).
+
+Rules that the server relies on: a sequence is used for one command only; ``acknowledged_below`` never passes a command
+that may still be retried; ``issued_at`` never decreases while the sequence grows, and never comes from our wall clock.
+"""
+
+from typing import Final
+
+from shardkv.types import SESSION_BYTES, SESSION_WINDOW_MAX, timestamp_ms
+
+FIRST_SEQUENCE: Final = 1
+
+
+class Session:
+    __slots__ = ("_base_at", "_base_ms", "_issued_at_ms", "id", "lowest", "next_sequence", "unsettled")
+
+    def __init__(self, session_id: bytes) -> None:
+        assert len(session_id) == SESSION_BYTES, f"a session id has {SESSION_BYTES} bytes, not {len(session_id)}"
+        self.id = session_id
+        self.next_sequence = FIRST_SEQUENCE
+        self.lowest = FIRST_SEQUENCE
+        """The lowest unsettled sequence, or ``next_sequence`` when all are settled."""
+        self.unsettled: set[int] = set()
+        self._base_ms: int | None = None
+        self._base_at = 0.0
+        self._issued_at_ms = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether another command may be issued: the server knows a window's sequences only."""
+        return self.next_sequence - self.lowest <= SESSION_WINDOW_MAX
+
+    @property
+    def based(self) -> bool:
+        """Whether any server has told the time yet; before that nothing may be issued."""
+        return self._base_ms is not None
+
+    def rebase(self, timestamp: int, now: float) -> None:
+        """A server answered with ``timestamp`` at ``now``, seconds of the client's monotonic clock."""
+        self._base_ms = timestamp_ms(timestamp)
+        self._base_at = now
+
+    def issued_at_ms(self, now: float) -> int:
+        """What to stamp a command with that is issued now."""
+        assert self._base_ms is not None, "a command was issued before any server told the time"
+        stamp = self._base_ms + int((now - self._base_at) * 1_000)
+        if stamp < self._issued_at_ms:
+            return self._issued_at_ms
+        self._issued_at_ms = stamp
+        return stamp
+
+    def issue(self) -> int:
+        """A new sequence, unsettled from here on."""
+        sequence = self.next_sequence
+        assert sequence - self.lowest <= SESSION_WINDOW_MAX, f"sequence {sequence} leaves the window at {self.lowest}"
+        self.unsettled.add(sequence)
+        self.next_sequence = sequence + 1
+        return sequence
+
+    def settle(self, sequence: int) -> bool:
+        """The command will not be sent again. Whether ``lowest`` moved."""
+        unsettled = self.unsettled
+        unsettled.remove(sequence)
+        if sequence != self.lowest:
+            return False
+        # Each sequence is passed once, so this is constant per command over the session's life.
+        lowest = sequence + 1
+        end = self.next_sequence
+        while lowest < end and lowest not in unsettled:
+            lowest += 1
+        self.lowest = lowest
+        return True
+
+    def check(self) -> None:
+        """Walk every invariant."""
+        assert self.lowest <= self.next_sequence, f"lowest {self.lowest} is beyond {self.next_sequence}"
+        assert self.lowest == min(self.unsettled, default=self.next_sequence), (
+            f"lowest {self.lowest}, unsettled {sorted(self.unsettled)[:5]}"
+        )
+        assert max(self.unsettled, default=0) < self.next_sequence, "a sequence is out that was never issued"
+        assert self.next_sequence - 1 - self.lowest <= SESSION_WINDOW_MAX, "the window is exceeded"

@@ -1,0 +1,131 @@
+"""Checks of what callers pass in: types first, then limits, before anything is sent.
+
+A wrong type is a TypeError, everything else one of shardkv's RequestErrors; each says what is allowed.
+"""
+
+from collections.abc import Iterable
+from math import isfinite
+from typing import Final
+
+from shardkv.errors import InvalidRange, KeyTooLarge, RequestError, ValueTooLarge
+from shardkv.types import KEY_BYTES_MAX, TIMESTAMP_MAX, VALUE_BYTES_MAX
+from shardkv.wire.requests import Consistency
+
+_CONSISTENCY: Final = {
+    "linearizable": int(Consistency.LINEARIZABLE),
+    "follower": int(Consistency.FOLLOWER),
+    "stale": int(Consistency.STALE),
+}
+_INT64_MIN: Final = -(1 << 63)
+_INT64_END: Final = 1 << 63
+
+
+def check_key(key: bytes) -> None:
+    if not isinstance(key, bytes):
+        raise TypeError(f"a key must be bytes, not {type(key).__name__}; encode text first, for example key.encode()")
+    if not 0 < len(key) <= KEY_BYTES_MAX:
+        raise KeyTooLarge(f"a key must have 1 to {KEY_BYTES_MAX} bytes; this one has {len(key)}")
+
+
+def distinct(keys: Iterable[bytes]) -> list[bytes]:
+    """Checked keys in the order given, each once."""
+    given: object = keys
+    if isinstance(given, (bytes, str)):
+        raise TypeError(f"a list of keys is wanted, not one {type(given).__name__}; put it into a list")
+    wanted = list(dict.fromkeys(keys))
+    for key in wanted:
+        check_key(key)
+    return wanted
+
+
+def check_value(value: bytes) -> None:
+    if not isinstance(value, bytes):
+        raise TypeError(
+            f"a value must be bytes, not {type(value).__name__}; encode text first, for example value.encode()"
+        )
+    if len(value) > VALUE_BYTES_MAX:
+        raise ValueTooLarge(
+            f"a value may have {VALUE_BYTES_MAX} bytes; this one has {len(value)}: spread it over several keys"
+        )
+
+
+def check_version(version: int) -> None:
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise TypeError(f"if_version must be an int, not {type(version).__name__}; it is what a get returned")
+    if not 0 <= version <= TIMESTAMP_MAX:
+        raise RequestError(f"if_version {version} is no version; use what a get returned, or 0 for an absent key")
+
+
+def check_delta(delta: int) -> None:
+    if not isinstance(delta, int) or isinstance(delta, bool):
+        raise TypeError(f"an increment's delta must be an int, not {type(delta).__name__}")
+    if not _INT64_MIN <= delta < _INT64_END:
+        raise RequestError("an increment's delta must fit in a signed 64-bit integer")
+
+
+def check_timeout(timeout: float) -> None:
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
+    if not (isfinite(timeout) and timeout >= 0):
+        raise RequestError(f"timeout must be a finite number of seconds from 0 on, not {timeout}: no call may hang")
+
+
+def consistency_of(name: str) -> int:
+    """The wire's number for a consistency."""
+    if not isinstance(name, str):
+        raise TypeError(f"consistency must be a str, not {type(name).__name__}")
+    number = _CONSISTENCY.get(name)
+    if number is None:
+        raise RequestError(f"consistency {name!r} is unknown; use one of {', '.join(map(repr, _CONSISTENCY))}")
+    return number
+
+
+def check_span(start: bytes, end: bytes | None) -> None:
+    if not isinstance(start, bytes):
+        raise TypeError(f"start must be bytes, not {type(start).__name__}")
+    if end is not None and not isinstance(end, bytes):
+        raise TypeError(f"end must be bytes or None, not {type(end).__name__}")
+    for name, bound in (("start", start), ("end", end)):
+        if bound is not None and len(bound) > KEY_BYTES_MAX:
+            raise KeyTooLarge(f"{name} must have at most {KEY_BYTES_MAX} bytes; this one has {len(bound)}")
+    if end is not None and end < start:
+        raise InvalidRange(f"the range ends before it starts ({start!r:.60} to {end!r:.60}); swap start and end")
+
+
+def span_of(start: bytes, end: bytes | None, prefix: bytes | None) -> tuple[bytes, bytes | None]:
+    """The half-open span that a caller asked for, by its bounds or by a prefix."""
+    if prefix is None:
+        check_span(start, end)
+        return start, end
+    if not isinstance(prefix, bytes):
+        raise TypeError(f"prefix must be bytes, not {type(prefix).__name__}")
+    if start != b"" or end is not None:
+        raise InvalidRange("prefix excludes start and end; pass either the one or the others")
+    if len(prefix) > KEY_BYTES_MAX:
+        raise KeyTooLarge(f"a prefix must have at most {KEY_BYTES_MAX} bytes; this one has {len(prefix)}")
+    return prefix, after_prefix(prefix)
+
+
+def after_prefix(prefix: bytes) -> bytes | None:
+    """The first key above every key that starts with ``prefix``; None if there is none."""
+    stripped = prefix.rstrip(b"\xff")
+    return stripped[:-1] + bytes((stripped[-1] + 1,)) if stripped else None
+
+
+def before(end: bytes | None) -> bytes:
+    """The greatest key below ``end``, given that no key is longer than allowed."""
+    if end is None:
+        return b"\xff" * KEY_BYTES_MAX
+    head, last = end[:-1], end[-1]
+    if last == 0:
+        return head
+    return head + bytes((last - 1,)) + b"\xff" * (KEY_BYTES_MAX - len(end))
+
+
+def check_limit(limit: int | None) -> None:
+    if limit is None:
+        return
+    if not isinstance(limit, int) or isinstance(limit, bool):
+        raise TypeError(f"limit must be an int or None, not {type(limit).__name__}")
+    if limit < 0:
+        raise RequestError(f"limit must be 0 or more, not {limit}")

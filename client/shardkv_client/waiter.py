@@ -1,0 +1,150 @@
+"""How a caller waits for its call, on trio and on asyncio.
+
+An ``anyio.Event`` for each request would cost more than the rest of a put together, so callers are parked with the
+event loop's own primitives. What is parked is kept in the call; the core only ever calls ``notify``.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from trio import lowlevel
+
+from shardkv_client.core import Call
+
+
+class Waiter(Protocol):
+    """One event loop's way to wait."""
+
+    def notify(self, call: Call) -> None:
+        """The call is done: its caller goes on. For ``call.notify``."""
+        ...
+
+    async def wait(self, call: Call, cancel: Callable[[Call], None]) -> Any:
+        """Wait for a call that was just submitted; its result, or its error raised.
+
+        When the caller is cancelled, ``cancel(call)`` is called first.
+        """
+        ...
+
+    def doorbell(self) -> "Doorbell": ...
+
+
+class Doorbell(Protocol):
+    """Wakes one task, however often it is rung before that task looks."""
+
+    def ring(self) -> None: ...
+
+    async def wait(self) -> None: ...
+
+
+class TrioWaiter:
+    def notify(self, call: Call) -> None:
+        lowlevel.reschedule(call.task)
+
+    async def wait(self, call: Call, cancel: Callable[[Call], None]) -> Any:
+        call.task = lowlevel.current_task()
+
+        def abort(_: object) -> lowlevel.Abort:
+            cancel(call)
+            return lowlevel.Abort.SUCCEEDED
+
+        await lowlevel.wait_task_rescheduled(abort)
+        call.task = None
+        if call.error is not None:
+            raise call.error
+        return call.result
+
+    def doorbell(self) -> Doorbell:
+        return TrioDoorbell()
+
+
+class TrioDoorbell:
+    __slots__ = ("_rung", "_task")
+
+    def __init__(self) -> None:
+        self._rung = False
+        self._task: lowlevel.Task | None = None
+
+    def ring(self) -> None:
+        self._rung = True
+        task = self._task
+        if task is not None:
+            self._task = None
+            lowlevel.reschedule(task)
+
+    async def wait(self) -> None:
+        if self._rung:
+            self._rung = False
+            await lowlevel.checkpoint()
+            return
+        self._task = lowlevel.current_task()
+
+        def abort(_: object) -> lowlevel.Abort:
+            self._task = None
+            return lowlevel.Abort.SUCCEEDED
+
+        await lowlevel.wait_task_rescheduled(abort)
+        self._rung = False
+
+
+class AsyncioWaiter:
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def notify(self, call: Call) -> None:
+        future = call.task
+        if not future.done():
+            future.set_result(None)
+
+    async def wait(self, call: Call, cancel: Callable[[Call], None]) -> Any:
+        future = call.task = self._loop.create_future()
+        try:
+            await future
+        except asyncio.CancelledError:
+            cancel(call)
+            raise
+        call.task = None
+        if call.error is not None:
+            raise call.error
+        return call.result
+
+    def doorbell(self) -> Doorbell:
+        return AsyncioDoorbell(self._loop)
+
+
+class AsyncioDoorbell:
+    __slots__ = ("_future", "_loop", "_rung")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._rung = False
+        self._future: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        self._rung = True
+        future = self._future
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    async def wait(self) -> None:
+        if self._rung:
+            self._rung = False
+            await asyncio.sleep(0)
+            return
+        self._future = self._loop.create_future()
+        try:
+            await self._future
+        finally:
+            self._future = None
+        self._rung = False
+
+
+def on_trio() -> bool:
+    """Whether the caller is a trio task; else it must be an asyncio one."""
+    return lowlevel.in_trio_task()
+
+
+def current_waiter() -> TrioWaiter | AsyncioWaiter:
+    """The waiter of the event loop that this task runs in."""
+    return TrioWaiter() if on_trio() else AsyncioWaiter()
