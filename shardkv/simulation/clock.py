@@ -1,0 +1,89 @@
+"""Time and chance as one simulated node sees them: a clock that drifts and jumps, a random source of its own.
+
+The rule: a node can only ask its own clock; the run's virtual time is for the simulator and its checkers.
+"""
+
+from contextlib import AbstractContextManager
+
+import trio
+
+from shardkv.simulation import determinism
+
+START_WALL_MS = 1_767_225_600_000
+"""What a clock without an offset shows when a run starts: 2026-01-01."""
+
+
+class SimulationClock:
+    """Implements :class:`shardkv.environment.Clock`.
+
+    Args:
+        drift: how much faster than virtual time it runs; 0.01 is one percent, negative is slower.
+        monotonic_offset_ns: what it shows at the start; nothing may compare it with another node's.
+        wall_offset_ms: how far its idea of the date is ahead.
+    """
+
+    __slots__ = ("_base_ns", "_base_time", "_drift", "_last_ns", "wall_offset_ms")
+
+    def __init__(self, *, drift: float = 0.0, monotonic_offset_ns: int = 0, wall_offset_ms: int = 0) -> None:
+        self._drift = drift
+        self._base_time = 0.0
+        self._base_ns = monotonic_offset_ns
+        self._last_ns = monotonic_offset_ns
+        self.wall_offset_ms = wall_offset_ms
+        """May be set at any time: a clock that is stepped, or an operator's hand."""
+
+    @property
+    def drift(self) -> float:
+        return self._drift
+
+    def set_drift(self, drift: float) -> None:
+        """Run at another rate from now on."""
+        assert drift > -1, f"a clock with drift {drift} stands still or runs backwards"
+        self._base_ns = self.monotonic_ns()
+        self._base_time = determinism.now()
+        self._drift = drift
+
+    def monotonic_ns(self) -> int:
+        elapsed = (determinism.now() - self._base_time) * (1.0 + self._drift)
+        self._last_ns = max(self._last_ns, self._base_ns + round(elapsed * 1e9))
+        return self._last_ns
+
+    def wall_ms(self) -> int:
+        return START_WALL_MS + self.wall_offset_ms + round(determinism.now() * (1.0 + self._drift) * 1000)
+
+    async def sleep(self, seconds: float) -> None:
+        await determinism.sleep(self._virtual(seconds))
+
+    def deadline(self, seconds: float) -> AbstractContextManager[trio.CancelScope]:
+        return determinism.deadline_after(self._virtual(seconds))
+
+    def _virtual(self, seconds: float) -> float:
+        """How long ``seconds`` of this clock take in virtual time."""
+        return max(0.0, seconds) / (1.0 + self._drift)
+
+
+class SimulatedRandom:
+    """Implements :class:`shardkv.environment.Random` from a seed."""
+
+    __slots__ = ("_random",)
+
+    def __init__(self, *seed: object) -> None:
+        self._random = determinism.seeded_random("random", *seed)
+
+    def random(self) -> float:
+        return self._random.random()
+
+    def randrange(self, stop: int) -> int:
+        return self._random.randrange(stop)
+
+
+class SimulatedIds:
+    """Implements :class:`shardkv.environment.Ids` from a seed: unpredictable to the node, repeatable to us."""
+
+    __slots__ = ("_random",)
+
+    def __init__(self, *seed: object) -> None:
+        self._random = determinism.seeded_random("ids", *seed)
+
+    def random_bytes(self, count: int) -> bytes:
+        return self._random.randbytes(count)

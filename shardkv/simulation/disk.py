@@ -1,0 +1,570 @@
+"""A disk in memory that loses what was not synced: the files of one simulated node, and what a crash leaves of them.
+
+The model is as hostile as POSIX allows. Each unsynced write survives a crash whole, torn or not at all, independently
+of the others; a new, renamed or removed name survives only if its directory was synced, or by chance as part of a
+prefix of that directory's changes; syncing a file says nothing about its name. The rule: nothing survives that the
+chooser did not choose or a sync did not promise.
+"""
+
+import posixpath
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+import trio
+
+from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
+from shardkv.simulation.determinism import SeededRandom
+
+SECTOR_BYTES: Final = 512
+"""A torn write is torn at multiples of this offset: what a disk writes as one."""
+CAPACITY_BYTES: Final = 1 << 40
+
+OPERATIONS: Final = frozenset(
+    ("open", "pwrite", "pread", "allocate", "truncate", "sync", "make_directory", "rename", "unlink", "sync_directory")
+)
+"""What is counted, traced and can be made to fail."""
+
+
+class PowerCut(BaseException):
+    """Raised by every call of a disk whose power is gone. No :class:`Exception`: the node's code cannot handle it."""
+
+
+class Call(NamedTuple):
+    """One call of the disk, as hooks and traces see it."""
+
+    number: int
+    """From 1, counted over all files of the disk."""
+    operation: str
+    path: str
+    offset: int = 0
+    size: int = 0
+
+
+class Unsynced(NamedTuple):
+    """One change of a file's content that no sync has covered yet. ``data`` None is a truncation to ``offset``."""
+
+    path: str
+    offset: int
+    data: bytes | None
+    last: bool = False
+    """The write that was issued last before the crash."""
+
+
+class CrashChooser(Protocol):
+    """Decides what a crash leaves of what was not synced."""
+
+    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
+        """Which parts ``start, end`` of a write's bytes survive. A truncation survives if there is any span at all."""
+        ...
+
+    def entries(self, directory: str, count: int) -> int:
+        """How many of the first of ``count`` unsynced changes of a directory survive."""
+        ...
+
+
+class LoseAll:
+    """Nothing survives that was not synced."""
+
+    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
+        return []
+
+    def entries(self, directory: str, count: int) -> int:
+        return 0
+
+
+class KeepAll:
+    """Everything survives, as when only the process died."""
+
+    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
+        return [(0, len(change.data) if change.data is not None else 1)]
+
+    def entries(self, directory: str, count: int) -> int:
+        return count
+
+
+class TearLast:
+    """All that was written survives, but of the last write only the first ``keep_bytes``."""
+
+    def __init__(self, keep_bytes: int) -> None:
+        self.keep_bytes = keep_bytes
+
+    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
+        size = len(change.data) if change.data is not None else 1
+        return [(0, min(size, self.keep_bytes) if change.last else size)]
+
+    def entries(self, directory: str, count: int) -> int:
+        return count
+
+
+class ChooseAtRandom:
+    """Each write survives whole, in part (any of its sectors) or not at all; of each directory some prefix."""
+
+    def __init__(self, random: SeededRandom) -> None:
+        self._random = random
+
+    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
+        size = len(change.data) if change.data is not None else 1
+        match self._random.randrange(4):
+            case 0:
+                return []
+            case 1:
+                return [(0, size)]
+            case 2:
+                return [(0, self._random.randrange(size + 1))]
+        spans = []
+        start = 0
+        while start < size:
+            end = min(size, start + SECTOR_BYTES - (change.offset + start) % SECTOR_BYTES)
+            if self._random.random() < 0.5:
+                spans.append((start, end))
+            start = end
+        return spans
+
+    def entries(self, directory: str, count: int) -> int:
+        return self._random.randrange(count + 1)
+
+
+class _Inode:
+    """The content of one file: as reads see it, and as it stood at the last sync."""
+
+    __slots__ = ("durable", "present", "sync_failed", "unsynced")
+
+    def __init__(self) -> None:
+        self.present = bytearray()
+        self.durable = bytearray()
+        self.unsynced: list[Unsynced] = []
+        self.sync_failed = False
+
+    def settle(self) -> None:
+        """A sync: what is present is durable."""
+        for change in self.unsynced:
+            _apply(self.durable, change.offset, change.data)
+        self.unsynced.clear()
+
+
+def _apply(content: bytearray, offset: int, data: bytes | None) -> None:
+    if data is None:
+        if offset < len(content):
+            del content[offset:]
+        else:
+            content.extend(bytes(offset - len(content)))
+        return
+    if offset > len(content):
+        content.extend(bytes(offset - len(content)))
+    content[offset : offset + len(data)] = data
+
+
+class _Entry(NamedTuple):
+    """An unsynced change of one directory: ``name`` now means ``inode``, or nothing; a rename also frees ``freed``."""
+
+    name: str
+    inode: _Inode | None
+    freed: str | None = None
+
+
+class _Directory:
+    __slots__ = ("durable", "present", "unsynced")
+
+    def __init__(self) -> None:
+        self.present: dict[str, _Inode] = {}
+        self.durable: dict[str, _Inode] = {}
+        self.unsynced: list[_Entry] = []
+
+    def change(self, entry: _Entry) -> None:
+        _apply_entry(self.present, entry)
+        self.unsynced.append(entry)
+
+    def settle(self, count: int) -> None:
+        """Make the first ``count`` unsynced changes durable."""
+        for entry in self.unsynced[:count]:
+            _apply_entry(self.durable, entry)
+        del self.unsynced[:count]
+
+
+def _apply_entry(names: dict[str, _Inode], entry: _Entry) -> None:
+    if entry.freed is not None:
+        names.pop(entry.freed, None)
+    if entry.inode is None:
+        names.pop(entry.name, None)
+    else:
+        names[entry.name] = entry.inode
+
+
+@dataclass(slots=True)
+class _Fault:
+    """An error that calls will meet."""
+
+    operation: str
+    path_part: str
+    error: Exception
+    skip: int
+    """Matching calls that go well first."""
+    times: int
+    """Matching calls that fail then."""
+
+
+class SimulatedFile:
+    """Implements :class:`shardkv.environment.File`."""
+
+    __slots__ = ("_closed", "_disk", "_inode", "_path")
+
+    def __init__(self, disk: "SimulatedDisk", inode: _Inode, path: str) -> None:
+        self._disk = disk
+        self._inode = inode
+        self._path = path
+        self._closed = False
+
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        content = bytes(data)
+        self._check_open()
+        # The power may go in the middle of a write: it is on its way before the call is counted, and may be torn.
+        if self._disk._changes_nothing:
+            return
+        self._disk._check_space(self._path, max(0, offset + len(content) - len(self._inode.present)))
+        cut = self._disk._count_or_cut("pwrite", self._path, offset, len(content))
+        change = Unsynced(self._path, offset, content)
+        self._disk._last = change
+        self._inode.unsynced.append(change)
+        _apply(self._inode.present, offset, content)
+        if cut:
+            raise PowerCut(f"in the middle of writing {len(content)} bytes at {offset} of {self._path}")
+
+    def pread(self, count: int, offset: int) -> bytes:
+        self._check_open()
+        self._disk._count("pread", self._path, offset, count)
+        return bytes(self._inode.present[offset : offset + count])
+
+    def size(self) -> int:
+        self._check_open()
+        return len(self._inode.present)
+
+    def allocate(self, size: int) -> None:
+        present = self.size()
+        if self._disk._changes_nothing:
+            return
+        self._disk._check_space(self._path, max(0, size - present))
+        self._disk._count("allocate", self._path, present, max(0, size - present))
+        if size > present:
+            change = Unsynced(self._path, present, bytes(size - present))
+            self._inode.unsynced.append(change)
+            _apply(self._inode.present, present, change.data)
+        self._settle()
+
+    def truncate(self, size: int) -> None:
+        self._check_open()
+        if self._disk._changes_nothing:
+            return
+        self._disk._count("truncate", self._path, size)
+        self._inode.unsynced.append(Unsynced(self._path, size, None))
+        _apply(self._inode.present, size, None)
+
+    def sync(self) -> None:
+        self._check_open()
+        if self._disk._changes_nothing:
+            return
+        try:
+            self._disk._count("sync", self._path)
+        except StorageError:
+            self._inode.sync_failed = True
+            raise
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._inode.sync_failed:
+            raise StorageError(f"an earlier sync of {self._path} failed; what it holds cannot be trusted")
+        self._inode.settle()
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _check_open(self) -> None:
+        assert not self._closed, f"{self._path} is used after it was closed"
+
+
+class SimulatedLock:
+    """Implements :class:`shardkv.environment.DirectoryLock`."""
+
+    __slots__ = ("_locks", "_path")
+
+    def __init__(self, locks: set[str], path: str) -> None:
+        self._locks = locks
+        self._path = path
+
+    def release(self) -> None:
+        self._locks.discard(self._path)
+
+
+class SimulatedDisk:
+    """Implements :class:`shardkv.environment.Disk`, in memory.
+
+    A run ends with :meth:`crash`, which settles what survives, and goes on with the disk that :meth:`restart` returns.
+    Handles from before the crash keep the old disk, whose calls change nothing any more.
+
+    ``on_call``, if set, is called before each call is performed and may raise what the call shall fail with.
+    """
+
+    def __init__(self, *, capacity_bytes: int = CAPACITY_BYTES) -> None:
+        self._directories: dict[str, _Directory] = {"/": _Directory()}
+        self._locks: set[str] = set()
+        self._faults: list[_Fault] = []
+        self._last: Unsynced | None = None
+        self._cut_at: int | None = None
+        self._changes_nothing = False
+        """Fenced: the node has crashed, and what its remains still call must leave no trace."""
+        self._crashed = False
+        self._moving = trio.Event()
+        self._moving.set()
+        self.capacity_bytes = capacity_bytes
+        """May be set at any time; writes that need more than is left raise OutOfSpace."""
+        self.calls = 0
+        """How many calls were made; the number of the last one."""
+        self.trace: list[Call] | None = None
+        """Set to a list to have every call recorded."""
+        self.on_call: Callable[[Call], None] | None = None
+        self.on_power_cut: Callable[[], None] | None = None
+        """Called when the power goes, before the call that it hits fails: to fence the rest of the node."""
+
+    # What the node calls
+
+    def open(self, path: str, *, create: bool = False, exclusive: bool = False) -> SimulatedFile:
+        directory, name = self._place(path)
+        inode = directory.present.get(name)
+        if inode is not None and exclusive:
+            raise FileExistsError(f"{path} exists")
+        if inode is None and not (create or exclusive):
+            raise FileNotFoundError(f"{path} does not exist")
+        self._count("open", path)
+        if inode is None:
+            inode = _Inode()
+            if not self._changes_nothing:
+                directory.change(_Entry(name, inode))
+        return SimulatedFile(self, inode, path)
+
+    def read(self, path: str) -> bytes:
+        file = self.open(path)
+        return file.pread(file.size(), 0)
+
+    def write_atomically(self, path: str, data: bytes) -> None:
+        temporary = path + ".temporary"
+        file = self.open(temporary, create=True)
+        file.truncate(0)
+        file.pwrite(data, 0)
+        file.sync()
+        file.close()
+        self.rename(temporary, path)
+        self.sync_directory(posixpath.dirname(path))
+
+    def exists(self, path: str) -> bool:
+        if path in self._directories:
+            return True
+        directory = self._directories.get(posixpath.dirname(path))
+        return directory is not None and posixpath.basename(path) in directory.present
+
+    def list(self, path: str) -> list[str]:
+        directory = self._directories.get(path)
+        if directory is None:
+            raise FileNotFoundError(f"{path} does not exist")
+        below = [posixpath.basename(other) for other in self._directories if posixpath.dirname(other) == path != other]
+        return sorted([*directory.present, *below])
+
+    def make_directory(self, path: str) -> None:
+        self._count("make_directory", path)
+        while path not in self._directories and not self._changes_nothing:
+            self._directories[path] = _Directory()
+            path = posixpath.dirname(path)
+
+    def rename(self, source: str, target: str) -> None:
+        directory, old = self._place(source)
+        other, new = self._place(target)
+        assert directory is other, f"renaming {source} to {target} in another directory is not simulated"
+        inode = directory.present.get(old)
+        if inode is None:
+            raise FileNotFoundError(f"{source} does not exist")
+        self._count("rename", source)
+        if not self._changes_nothing:
+            directory.change(_Entry(new, inode, freed=old))
+
+    def unlink(self, path: str) -> None:
+        directory, name = self._place(path)
+        if name not in directory.present:
+            raise FileNotFoundError(f"{path} does not exist")
+        self._count("unlink", path)
+        if not self._changes_nothing:
+            directory.change(_Entry(name, None))
+
+    def sync_directory(self, path: str) -> None:
+        directory = self._directories.get(path)
+        if directory is None:
+            raise FileNotFoundError(f"{path} does not exist")
+        self._count("sync_directory", path)
+        if not self._changes_nothing:
+            directory.settle(len(directory.unsynced))
+
+    def lock(self, path: str) -> SimulatedLock:
+        self._place(path)
+        if path in self._locks:
+            raise DataDirectoryError(f"{posixpath.dirname(path)} is in use by another process")
+        self._locks.add(path)
+        return SimulatedLock(self._locks, path)
+
+    def free_bytes(self, path: str) -> int:
+        return max(0, self.capacity_bytes - self._used())
+
+    # What the test calls
+
+    def fail(self, operation: str, error: Exception, *, skip: int = 0, times: int = 1, path_part: str = "") -> None:
+        """Make calls of ``operation`` fail: after ``skip`` that go well, the next ``times``."""
+        assert operation in OPERATIONS, f"no operation {operation!r}; there are {sorted(OPERATIONS)}"
+        self._faults.append(_Fault(operation, path_part, error, skip, times))
+
+    def cut_power_at(self, number: int) -> None:
+        """Let the power go at call ``number``: that call and all later ones raise :class:`PowerCut`.
+
+        A write that is cut may leave any part of itself; a sync that is cut promises nothing.
+        """
+        assert number > self.calls, f"call {number} has been made already; the disk is at {self.calls}"
+        self._cut_at = number
+
+    def stall(self) -> None:
+        """Let the node's workers wait from now on: a disk that neither answers nor fails."""
+        if self._moving.is_set():
+            self._moving = trio.Event()
+
+    def resume(self) -> None:
+        self._moving.set()
+
+    async def moving(self) -> None:
+        """Wait until the disk does not stall."""
+        await self._moving.wait()
+
+    def fence(self) -> None:
+        """From now on nothing that is called changes anything: what a crashed node's remains do must not count."""
+        self._changes_nothing = True
+        self.resume()
+
+    def crash(self, chooser: CrashChooser | None = None) -> None:
+        """Lose what ``chooser`` does not keep (by default everything that was not synced), and fence the disk.
+
+        A process that was killed loses nothing that it wrote: that is ``crash(KeepAll())``.
+        """
+        assert not self._crashed, "this disk has crashed already; go on with restart()"
+        chooser = chooser or LoseAll()
+        self.fence()
+        self._crashed = True
+        for inode in self._inodes():
+            for change in inode.unsynced:
+                _survive(inode.durable, change, chooser.spans(change._replace(last=change is self._last)))
+            inode.unsynced.clear()
+        for path, directory in self._directories.items():
+            directory.settle(chooser.entries(path, len(directory.unsynced)) if directory.unsynced else 0)
+            directory.unsynced.clear()
+
+    def restart(self) -> "SimulatedDisk":
+        """The disk that the node finds when it starts again."""
+        assert self._crashed, "restart() comes after crash()"
+        return self._copied(lambda inode: inode.durable, lambda directory: directory.durable)
+
+    def copy(self) -> "SimulatedDisk":
+        """The disk as it stands, as a backup would have it; a node restored from it has forgotten what came later."""
+        return self._copied(lambda inode: inode.present, lambda directory: directory.present)
+
+    def files(self) -> dict[str, bytes]:
+        """All files as reads see them, by path, in order."""
+        return {
+            posixpath.join(path, name): bytes(inode.present)
+            for path, directory in sorted(self._directories.items())
+            for name, inode in sorted(directory.present.items())
+        }
+
+    def check(self) -> None:
+        """Walk every invariant."""
+        for inode in self._inodes():
+            content = bytearray(inode.durable)
+            for change in inode.unsynced:
+                _apply(content, change.offset, change.data)
+            assert content == inode.present, "what is present is not what is durable plus what was written since"
+        for path, directory in self._directories.items():
+            names = dict(directory.durable)
+            for entry in directory.unsynced:
+                _apply_entry(names, entry)
+            assert names == directory.present, f"the names in {path} are not the durable ones plus the changes since"
+
+    # What both need
+
+    def _copied(
+        self, content: Callable[[_Inode], bytearray], names: Callable[[_Directory], dict[str, _Inode]]
+    ) -> "SimulatedDisk":
+        disk = SimulatedDisk(capacity_bytes=self.capacity_bytes)
+        copies: dict[int, _Inode] = {}
+        for path, directory in self._directories.items():
+            copied = _Directory()
+            for name, inode in names(directory).items():
+                copy = copies.setdefault(id(inode), _Inode())
+                copy.present[:] = copy.durable[:] = content(inode)
+                copied.present[name] = copied.durable[name] = copy
+            disk._directories[path] = copied
+        return disk
+
+    def _place(self, path: str) -> tuple[_Directory, str]:
+        directory = self._directories.get(posixpath.dirname(path))
+        if directory is None:
+            raise FileNotFoundError(f"the directory of {path} does not exist")
+        assert path not in self._directories, f"{path} is a directory"
+        return directory, posixpath.basename(path)
+
+    def _inodes(self) -> tuple[_Inode, ...]:
+        """Every file that a name, present, durable or pending, leads to; each once, in a fixed order."""
+        found: dict[int, _Inode] = {}
+        for directory in self._directories.values():
+            pending = (entry.inode for entry in directory.unsynced if entry.inode is not None)
+            for inode in (*directory.durable.values(), *directory.present.values(), *pending):
+                found[id(inode)] = inode
+        return tuple(found.values())
+
+    def _used(self) -> int:
+        return sum(
+            len(inode.present) for directory in self._directories.values() for inode in directory.present.values()
+        )
+
+    def _check_space(self, path: str, more_bytes: int) -> None:
+        if more_bytes and self._used() + more_bytes > self.capacity_bytes:
+            raise OutOfSpace(f"no space left while trying to write {path}; free space or enlarge the disk")
+
+    def _count(self, operation: str, path: str, offset: int = 0, size: int = 0) -> None:
+        if self._count_or_cut(operation, path, offset, size):
+            raise PowerCut(f"at the {operation} of {path}, call {self.calls}")
+
+    def _count_or_cut(self, operation: str, path: str, offset: int, size: int) -> bool:
+        """Count a call, and fail it if a fault says so; whether the power goes right now."""
+        if self._changes_nothing:
+            return False
+        self.calls += 1
+        call = Call(self.calls, operation, path, offset, size)
+        if self.trace is not None:
+            self.trace.append(call)
+        if self._cut_at is not None and self.calls >= self._cut_at:
+            if self.calls > self._cut_at:
+                raise PowerCut(f"at the {operation} of {path}: the power has been gone since call {self._cut_at}")
+            if self.on_power_cut is not None:
+                self.on_power_cut()
+            return True
+        if self.on_call is not None:
+            self.on_call(call)
+        for fault in self._faults:
+            if fault.operation == operation and fault.path_part in path:
+                if fault.skip:
+                    fault.skip -= 1
+                elif fault.times:
+                    fault.times -= 1
+                    raise fault.error
+        return False
+
+
+def _survive(content: bytearray, change: Unsynced, spans: Iterable[tuple[int, int]]) -> None:
+    """Apply what a crash leaves of one change."""
+    for start, end in spans:
+        if change.data is None:
+            _apply(content, change.offset, None)
+        elif start < end:
+            _apply(content, change.offset + start, change.data[start:end])

@@ -1,0 +1,107 @@
+"""The threads of one simulated node: jobs run in the loop, in virtual time, one after another where that is promised.
+
+The rule: a job's effect comes at one moment, after its latency, so a crash finds it done or not begun; what is half
+done is for the disk to say.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import trio
+
+from shardkv.environment import SerialWorker
+from shardkv.simulation import determinism
+from shardkv.simulation.disk import SimulatedDisk
+
+T = TypeVar("T")
+
+_Job = tuple[Callable[[], object], Callable[[object, BaseException | None], None]]
+
+
+class SimulatedWorkers:
+    """Implements :class:`shardkv.environment.Workers`.
+
+    Args:
+        disk: jobs wait while it stalls.
+        latency_seconds: called for each job; how long it takes in virtual time.
+    """
+
+    __slots__ = ("_disk", "_fenced", "latency_seconds")
+
+    def __init__(self, disk: SimulatedDisk, latency_seconds: Callable[[], float]) -> None:
+        self._disk = disk
+        self._fenced = False
+        self.latency_seconds = latency_seconds
+
+    def fence(self) -> None:
+        """From now on no job runs and nobody is called back: the node has crashed."""
+        self._fenced = True
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        # A thread cannot be cancelled, so neither can this, unless the node crashes.
+        with trio.CancelScope(shield=not self._fenced):
+            await self._pass_time()
+        if self._fenced:
+            await determinism.hang()
+        return function(*args)
+
+    async def serial(self, name: str, *, task_status: trio.TaskStatus[SerialWorker] = trio.TASK_STATUS_IGNORED) -> None:
+        worker = SimulatedSerialWorker(name)
+        task_status.started(worker)
+        try:
+            while True:
+                await worker.wanted.wait()
+                worker.wanted = trio.Event()
+                await self._drain(worker)
+        finally:
+            worker.closed = True
+            if not self._fenced:
+                with trio.CancelScope(shield=True):
+                    await self._drain(worker)
+
+    async def _drain(self, worker: "SimulatedSerialWorker") -> None:
+        jobs = worker.jobs
+        while jobs:
+            # The job stays queued until it has run: whoever cancels us must find it.
+            await self._pass_time()
+            if self._fenced:
+                jobs.clear()
+                return
+            job, done = jobs.popleft()
+            result: object = None
+            error: BaseException | None = None
+            try:
+                result = job()
+            except Exception as caught:  # noqa: BLE001  # handed to the callback, which decides
+                error = caught
+            done(result, error)
+
+    async def _pass_time(self) -> None:
+        seconds = self.latency_seconds()
+        if seconds > 0:
+            await determinism.sleep(seconds)
+        else:
+            await trio.lowlevel.checkpoint()
+        await self._disk.moving()
+
+    def yield_interpreter(self) -> None:
+        """There is no other thread."""
+
+
+class SimulatedSerialWorker:
+    """Implements :class:`shardkv.environment.SerialWorker`."""
+
+    __slots__ = ("_name", "closed", "jobs", "wanted")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.jobs: deque[_Job] = deque()
+        self.wanted = trio.Event()
+        self.closed = False
+
+    def submit(self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]) -> None:
+        if self.closed:
+            raise trio.ClosedResourceError(f"the worker {self._name} is stopping")
+        self.jobs.append((job, done))
+        self.wanted.set()

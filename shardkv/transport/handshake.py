@@ -1,0 +1,181 @@
+"""The exchange of greetings, on the side that listens and on the side that dials; what they mean is in ``wire``.
+
+The rule: nothing else is said on a connection before both sides know the cluster, the nodes and the version, and a side
+that refuses says why before it closes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from shardkv.environment import Clock
+from shardkv.errors import ProtocolError, ShardKVError, WrongCluster
+from shardkv.transport.connection import Connection
+from shardkv.types import NodeId
+from shardkv.wire.frames import Frame, FrameDecoder, FrameKind
+from shardkv.wire.handshake import (
+    Hello,
+    Role,
+    Welcome,
+    decode_hello,
+    decode_refused,
+    decode_welcome,
+    encode_hello,
+    encode_refused,
+    encode_welcome,
+    negotiate,
+)
+
+GREETING_SECONDS_MAX: Final = 5.0
+"""A connection that has not greeted by then is closed, so that strangers cannot hold file handles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this node is. Cluster and node id are None until it has joined."""
+
+    cluster_id: bytes | None
+    node_id: NodeId | None
+    boot: int
+
+
+class KnownBoots:
+    """The highest boot counter seen of each node, from greetings in either direction.
+
+    A lower one means that a data directory was restored from a copy: it has forgotten votes (trap 24).
+    """
+
+    __slots__ = ("_boots",)
+
+    def __init__(self) -> None:
+        self._boots: dict[NodeId, int] = {}
+
+    def observe(self, node_id: NodeId, boot: int) -> None:
+        """Remember ``boot``. Raises WrongCluster when a higher one is known."""
+        known = self._boots.get(node_id, 0)
+        if boot < known:
+            raise WrongCluster(
+                f"node {node_id} comes with boot counter {boot} but was seen with {known}: its data directory is an "
+                "old copy. Remove that directory and join as a new node"
+            )
+        self._boots[node_id] = boot
+
+    def forget(self, node_id: NodeId) -> None:
+        self._boots.pop(node_id, None)
+
+
+async def accept(
+    connection: Connection,
+    decoder: FrameDecoder,
+    *,
+    clock: Clock,
+    identity: Identity,
+    known_boots: KnownBoots,
+    timestamp: Callable[[], int],
+    inflight_max: int,
+    seconds_max: float = GREETING_SECONDS_MAX,
+) -> tuple[Hello, list[Frame]]:
+    """Greet whoever has connected.
+
+    Returns the greeting and the frames that came right behind it, to be handled before the next read.
+
+    Raises:
+        ShardKVError: the greeting was refused (and the other side told why), or did not come in time.
+        trio.BrokenResourceError: the other side went away first.
+    """
+    try:
+        hello, frames = await _accept(connection, decoder, clock, identity, known_boots, seconds_max)
+        version = negotiate(hello)
+    except ShardKVError as error:
+        connection.write(encode_refused(error))
+        await connection.aclose(str(error))
+        raise
+    welcome = Welcome(
+        protocol_version=version,
+        cluster_id=identity.cluster_id,
+        node_id=identity.node_id,
+        boot=identity.boot,
+        timestamp=timestamp(),
+        inflight_max=inflight_max,
+    )
+    connection.write(encode_welcome(welcome))
+    connection.flush()
+    return hello, frames
+
+
+async def _accept(
+    connection: Connection,
+    decoder: FrameDecoder,
+    clock: Clock,
+    identity: Identity,
+    known_boots: KnownBoots,
+    seconds_max: float,
+) -> tuple[Hello, list[Frame]]:
+    first, frames = await _first_frame(connection, decoder, clock, seconds_max)
+    if first.kind is not FrameKind.HELLO:
+        raise ProtocolError(f"the first frame must be HELLO, not {first.kind.name}")
+    hello = decode_hello(first.payload)
+    _check_cluster(hello.cluster_id, identity.cluster_id)
+    if hello.destination_node_id is not None and hello.destination_node_id != identity.node_id:
+        raise WrongCluster(
+            f"this is node {identity.node_id}, not {hello.destination_node_id}: the address belongs to another node now"
+        )
+    if hello.role is not Role.CLIENT:
+        assert hello.node_id is not None, "decode_hello lets no peer through without its node id"
+        if hello.node_id == identity.node_id:
+            raise WrongCluster(f"this is node {identity.node_id} too: one of the two runs on a copied data directory")
+        known_boots.observe(hello.node_id, hello.boot)
+    return hello, frames
+
+
+async def greet(
+    connection: Connection,
+    decoder: FrameDecoder,
+    hello: Hello,
+    *,
+    clock: Clock,
+    known_boots: KnownBoots,
+    seconds_max: float = GREETING_SECONDS_MAX,
+) -> tuple[Welcome, list[Frame]]:
+    """Introduce ourselves as ``hello`` on a connection that we dialled.
+
+    Returns the welcome and the frames that came right behind it.
+
+    Raises:
+        ShardKVError: we are refused, for that reason; or the other side is not whom we meant.
+        trio.BrokenResourceError: the connection was lost.
+    """
+    connection.write(encode_hello(hello))
+    connection.flush()
+    first, frames = await _first_frame(connection, decoder, clock, seconds_max)
+    if first.kind is FrameKind.REFUSED:
+        raise decode_refused(first.payload).error
+    if first.kind is not FrameKind.WELCOME:
+        raise ProtocolError(f"the answer to HELLO must be WELCOME, not {first.kind.name}")
+    welcome = decode_welcome(first.payload)
+    if hello.cluster_id is not None:
+        _check_cluster(welcome.cluster_id, hello.cluster_id)
+    if hello.destination_node_id is not None:
+        if welcome.node_id != hello.destination_node_id:
+            raise WrongCluster(f"{connection.remote} is node {welcome.node_id}, not {hello.destination_node_id}")
+        known_boots.observe(hello.destination_node_id, welcome.boot)
+    return welcome, frames
+
+
+async def _first_frame(
+    connection: Connection, decoder: FrameDecoder, clock: Clock, seconds_max: float
+) -> tuple[Frame, list[Frame]]:
+    with clock.deadline(seconds_max):
+        while data := await connection.receive():
+            if frames := decoder.feed(data):
+                return frames[0], frames[1:]
+        raise trio.BrokenResourceError(f"{connection.remote} closed the connection before the greeting was over")
+    raise ProtocolError(f"{connection.remote} did not finish its greeting within {seconds_max:g} s")
+
+
+def _check_cluster(theirs: bytes | None, ours: bytes | None) -> None:
+    if theirs is not None and theirs != ours:
+        mine = f"cluster {ours.hex()}" if ours is not None else "no cluster yet"
+        raise WrongCluster(f"the other side belongs to cluster {theirs.hex()}, this one to {mine}")
