@@ -1,0 +1,122 @@
+"""Housekeeping of a node's storage: flushing the engine, compacting the groups' logs, freeing segments.
+
+Lives here: when, and in which order. Does not live here: how (``storage``). The rule (trap 20): an entry leaves the log
+only after an engine flush that covers the batch in which it was applied; what a follower will need next stays longer,
+but only within a bound (trap 11).
+"""
+
+from typing import Any, Final
+
+import trio
+
+from shardkv.environment import Environment
+from shardkv.errors import OutOfSpace
+from shardkv.multiraft.driver import Driver
+from shardkv.multiraft.replica import Replica
+from shardkv.raft import ProgressState
+from shardkv.storage.wal import CompactLog, LogUpdate
+from shardkv.types import RangeId
+
+INTERVAL_SECONDS: Final = 0.25
+FLUSH_BYTES: Final = 24 * 1024 * 1024
+"""The engine is flushed once about this much has been written since the last flush."""
+LOG_SEGMENTS_MAX: Final = 6
+"""And when the log has grown to more segments than this."""
+IDLE_FLUSH_SECONDS: Final = 30.0
+"""What was written last does not stay only in the log for longer than this."""
+ENTRIES_KEPT: Final = 256
+"""Entries behind the applied index that stay in every log, for followers that are a little behind."""
+LAG_ENTRIES_MAX: Final = 10_000
+"""How far behind a follower may be and still find its next entry in the leader's log; further, it gets a snapshot."""
+
+
+class Maintenance:
+    """The node's housekeeper: a service, and :meth:`snapshot` for people."""
+
+    def __init__(self, driver: Driver, environment: Environment, log: Any) -> None:
+        self._driver = driver
+        self._environment = environment
+        self._log = log
+        self._preparing = False
+        self._collecting = False
+        self._flushed_ns = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        clock = self._environment.clock
+        self._flushed_ns = clock.monotonic_ns()
+        task_status.started()
+        while True:
+            await clock.sleep(INTERVAL_SECONDS)
+            await self._prepare()
+            if self._due():
+                await self.flush_and_compact()
+            self._collect()
+
+    def _due(self) -> bool:
+        engine, wal = self._driver.engine, self._driver.wal
+        if engine.unflushed_bytes > FLUSH_BYTES or wal.statistics().segments > LOG_SEGMENTS_MAX:
+            return True
+        idle_ns = self._environment.clock.monotonic_ns() - self._flushed_ns
+        return engine.unflushed_bytes > 0 and idle_ns > IDLE_FLUSH_SECONDS * 1e9
+
+    async def flush_and_compact(self) -> None:
+        """Make the applied state durable in the engine, then let go of the log that it covers."""
+        applied = {
+            range_id: replica.machine.applied_index
+            for range_id, replica in self._driver.catalog.replicas.items()
+            if replica.machine is not None and not replica.installing
+        }
+        await self._environment.workers.run(self._driver.engine.flush)
+        self._flushed_ns = self._environment.clock.monotonic_ns()
+        updates = []
+        for range_id, index in applied.items():
+            update = self._compaction(range_id, index)
+            if update is not None:
+                updates.append(update)
+        if updates:
+            self._driver.append_now(updates)
+
+    def _compaction(self, range_id: RangeId, applied: int) -> LogUpdate | None:
+        replica = self._driver.catalog.replicas.get(range_id)
+        if replica is None or replica.machine is None or replica.installing or replica.needs_snapshot:
+            return None
+        index = min(applied, replica.log.hard_state.commit) - ENTRIES_KEPT
+        if replica.leads:
+            index = max(min(index, _needed(replica)), applied - LAG_ENTRIES_MAX)
+        if index <= replica.log.compact_index:
+            return None
+        return LogUpdate(range_id, compact=CompactLog(index, replica.log.term(index)))
+
+    async def _prepare(self) -> None:
+        """Have the next log segment's file ready before it is needed."""
+        job = self._driver.wal.prepare()
+        if job is not None:
+            try:
+                await self._environment.workers.run(job)
+            except OutOfSpace as error:
+                self._log.error("no room for the next log segment", reason=str(error))
+
+    def _collect(self) -> None:
+        if self._collecting:
+            return
+        job = self._driver.wal.collect()
+        if job is None:
+            return
+        self._collecting = True
+
+        def collected(_: object, error: BaseException | None) -> None:
+            self._collecting = False
+            if error is not None:
+                self._driver.fail(error)
+
+        self._driver.run_in_log_thread(job, collected)
+
+
+def _needed(replica: Replica) -> int:
+    """The highest index that every follower of a leader is known to have, or will have with its snapshot."""
+    needed = replica.raft.last_index
+    for replica_id, peer in replica.raft.status().progress.items():
+        if replica_id != replica.replica_id and peer.recent_active:
+            held = peer.pending_snapshot if peer.state is ProgressState.SNAPSHOT else peer.match
+            needed = min(needed, held)
+    return needed

@@ -1,0 +1,285 @@
+"""One range's replica on this node: its Raft group, its state machine, and who waits for what.
+
+Lives here: the queue of writes to propose, the proposals under way, the reads that wait for a confirmation, and the
+rule for serving a read at once. Does not live here: any I/O. The driver feeds it and carries its work out.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, Protocol
+
+from shardkv.errors import Busy, EpochMismatch, NotLeader, ShardKVError
+from shardkv.machine.machine import RangeMachine
+from shardkv.raft import RaftNode, Role
+from shardkv.raft.messages import NONE
+from shardkv.storage.wal import GroupLog
+from shardkv.types import NodeId, RangeId, ReplicaId
+from shardkv.wire.commands import Command
+
+ENTRY_BYTES_MAX: Final = 1024 * 1024
+"""Waiting writes become one log entry up to this size: larger ones would hold up every other group's sync."""
+ENTRY_COMMANDS_MAX: Final = 1_024
+WAITING_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Writes that wait to be proposed; past it a replica answers Busy."""
+WAITING_READS_MAX: Final = 4_096
+"""Reads that wait for one confirmation."""
+CONFIRMATIONS_MAX: Final = 8
+"""ReadIndex requests under way at once; reads that come meanwhile share the next one."""
+
+
+class Requester(Protocol):
+    """Who asked: a client's connection, or a task of this node."""
+
+    def answer(self, request_id: int, result: Any) -> None: ...
+
+    def refuse(self, request_id: int, error: ShardKVError) -> None: ...
+
+
+class WriteGroup(NamedTuple):
+    """The commands of one session in one request, answered together."""
+
+    requester: Requester
+    request_id: int
+    session: bytes
+    commands: bytes
+    """As the client sent them; the log entry holds these bytes."""
+    decoded: list[Command]
+
+
+class Proposal(NamedTuple):
+    """An entry under way, and who waits for each part of its outcome."""
+
+    term: int
+    waiting: tuple[tuple[Requester, int], ...]
+    decoded: Any = None
+    """The entry as its machine decodes it, so that the leader need not decode it again."""
+
+
+class WaitingRead(NamedTuple):
+    requester: Requester
+    request_id: int
+    serve: Callable[["Replica"], Any]
+    """Reads the applied state; runs when the read is known to be linearizable."""
+
+
+class Replica:
+    """See the module. ``machine`` is None until the replica is initialised by a split or a snapshot.
+
+    Invariants: ``waiting_bytes`` is the sum over ``waiting``; only a leader has ``waiting`` or ``proposals``;
+    an uninitialised replica has neither a machine nor a span.
+    """
+
+    __slots__ = (
+        "confirmed",
+        "installing",
+        "led",
+        "log",
+        "machine",
+        "needs_snapshot",
+        "nodes",
+        "open_reads",
+        "proposals",
+        "raft",
+        "range_id",
+        "read_number",
+        "reads",
+        "replica_id",
+        "waiting",
+        "waiting_bytes",
+    )
+
+    def __init__(
+        self, range_id: RangeId, replica_id: ReplicaId, raft: RaftNode, log: GroupLog, machine: RangeMachine | None
+    ) -> None:
+        self.range_id = range_id
+        self.replica_id = replica_id
+        self.raft = raft
+        self.log = log
+        self.machine = machine
+        self.nodes: dict[int, NodeId] | None = None
+        """Where replicas live that the descriptor does not name (yet): learned from their messages."""
+        self.waiting: list[WriteGroup] = []
+        self.waiting_bytes = 0
+        self.proposals: dict[int, Proposal] = {}
+        """By log index."""
+        self.open_reads: list[WaitingRead] | None = None
+        """Reads for which no ReadIndex request has been made yet."""
+        self.reads: dict[bytes, tuple[int, list[WaitingRead]]] | None = None
+        """By the context of the ReadIndex request that will confirm them: when it was made, and the reads."""
+        self.confirmed: list[tuple[int, list[WaitingRead]]] | None = None
+        """Confirmed reads that wait until their index is applied."""
+        self.read_number = 0
+        self.led = False
+        """Whether the last turn saw this replica lead."""
+        self.installing = False
+        """A snapshot is being installed: nothing of this group is stepped out until it is done."""
+        self.needs_snapshot = False
+        """An earlier install was interrupted: the range's data are gone and only a snapshot brings them back."""
+
+    @property
+    def leads(self) -> bool:
+        return self.raft.role is Role.LEADER
+
+    def node_of(self, replica_id: int) -> NodeId | None:
+        """The node that holds another replica of this range, as far as known."""
+        if self.machine is not None:
+            replica = self.machine.descriptor.replica(ReplicaId(replica_id))
+            if replica is not None:
+                return replica.node_id
+        return self.nodes.get(replica_id) if self.nodes else None
+
+    def learn_node(self, replica_id: int, node_id: NodeId) -> None:
+        if self.machine is not None and self.machine.descriptor.replica(ReplicaId(replica_id)) is not None:
+            return
+        if self.nodes is None:
+            self.nodes = {}
+        self.nodes[replica_id] = node_id
+
+    def not_leader(self) -> NotLeader:
+        leader = self.raft.leader
+        hint = self.node_of(leader) if leader not in (NONE, self.replica_id) else None
+        return NotLeader(hint=hint)
+
+    def check_route(self, span_generation: int) -> RangeMachine:
+        """The machine, if the request's idea of the range is current. Raises NotLeader or EpochMismatch."""
+        machine = self.machine
+        if machine is None:
+            raise self.not_leader()
+        if machine.descriptor.epoch.span != span_generation:
+            raise EpochMismatch(current=(machine.descriptor,))
+        return machine
+
+    # Writes
+
+    def enqueue(self, group: WriteGroup) -> None:
+        """Queue a request's commands for the next turn. Raises NotLeader or Busy."""
+        if not self.leads:
+            raise self.not_leader()
+        if self.waiting_bytes > WAITING_BYTES_MAX:
+            raise Busy(f"{self.waiting_bytes} bytes of writes already wait for range {self.range_id}")
+        self.waiting.append(group)
+        self.waiting_bytes += len(group.commands)
+
+    def take_waiting(self) -> list[WriteGroup]:
+        """The groups of the next entry, at least one and bounded in bytes and commands."""
+        waiting = self.waiting
+        size = commands = 0
+        for count, group in enumerate(waiting):
+            size += len(group.commands)
+            commands += len(group.decoded)
+            if count and (size > ENTRY_BYTES_MAX or commands > ENTRY_COMMANDS_MAX):
+                taken, self.waiting = waiting[:count], waiting[count:]
+                self.waiting_bytes -= size - len(group.commands)
+                return taken
+        self.waiting = []
+        self.waiting_bytes = 0
+        return waiting
+
+    def abandon(self, error: ShardKVError) -> None:
+        """Refuse everyone who waits on this replica. A proposal may still be applied; its retry will find out."""
+        for group in self.waiting:
+            group.requester.refuse(group.request_id, error)
+        self.waiting = []
+        self.waiting_bytes = 0
+        for proposal in self.proposals.values():
+            for requester, request_id in proposal.waiting:
+                requester.refuse(request_id, error)
+        self.proposals.clear()
+        self.abandon_reads(error)
+
+    # Reads
+
+    def can_read(self, now_ns: int) -> bool:
+        """Whether a read of the applied state, done before anything else happens, is linearizable.
+
+        All of it is needed: the lease (which ends with a transfer), an entry of the own term applied, and nothing
+        committed that is not applied, for a follower may have applied and shown it already, or it may be a split that
+        has taken keys away from this range.
+        """
+        machine, raft = self.machine, self.raft
+        return (
+            machine is not None
+            and raft.lease_valid(now_ns)
+            and machine.applied_index >= raft.committed
+            and machine.applied_term == raft.term
+        )
+
+    def await_read(self, read: WaitingRead) -> None:
+        """Queue a read for the next ReadIndex request. Raises Busy."""
+        if self.open_reads is None:
+            self.open_reads = []
+        if len(self.open_reads) >= WAITING_READS_MAX:
+            raise Busy(f"{len(self.open_reads)} reads already wait for range {self.range_id}")
+        self.open_reads.append(read)
+
+    def take_open_reads(self, now_ns: int) -> bytes | None:
+        """The context of a ReadIndex request to make now for every read that waits, or None.
+
+        A read may join only a request that has not been made: its index is fixed when the leader takes it.
+        """
+        if not self.open_reads:
+            return None
+        if self.reads is None:
+            self.reads = {}
+        if len(self.reads) >= CONFIRMATIONS_MAX:
+            return None
+        context = self.read_number.to_bytes(8, "big")
+        self.read_number += 1
+        self.reads[context] = (now_ns, self.open_reads)
+        self.open_reads = None
+        return context
+
+    def expire_reads(self, before_ns: int) -> None:
+        """Refuse the reads whose confirmation was asked for before a moment: it, or its answer, was lost."""
+        if not self.reads:
+            return
+        for context in [context for context, (asked_ns, _) in self.reads.items() if asked_ns < before_ns]:
+            for read in self.reads.pop(context)[1]:
+                read.requester.refuse(read.request_id, Busy("no quorum confirmed the read in time"))
+
+    def confirm_reads(self, context: bytes, index: int) -> None:
+        """A quorum has confirmed that this context's reads may be served at ``index`` or later."""
+        asked = self.reads.pop(context, None) if self.reads else None
+        if asked is None:
+            return
+        if self.confirmed is None:
+            self.confirmed = []
+        self.confirmed.append((index, asked[1]))
+
+    def serve_confirmed(self) -> None:
+        """Serve the confirmed reads whose index is applied."""
+        if not self.confirmed or self.machine is None:
+            return
+        applied = self.machine.applied_index
+        ready = [batch for index, batch in self.confirmed if index <= applied]
+        if not ready:
+            return
+        self.confirmed = [(index, batch) for index, batch in self.confirmed if index > applied] or None
+        for batch in ready:
+            for read in batch:
+                try:
+                    result = read.serve(self)
+                except ShardKVError as error:
+                    read.requester.refuse(read.request_id, error)
+                else:
+                    read.requester.answer(read.request_id, result)
+
+    def abandon_reads(self, error: ShardKVError) -> None:
+        """Refuse every read that waits; a change of leader or of the span makes their confirmations worthless."""
+        batches = [batch for _, batch in self.reads.values()] if self.reads else []
+        batches += [batch for _, batch in self.confirmed or ()]
+        batches.append(self.open_reads or [])
+        self.reads = self.confirmed = self.open_reads = None
+        for batch in batches:
+            for read in batch:
+                read.requester.refuse(read.request_id, error)
+
+    def check(self) -> None:
+        self.raft.check()
+        total = sum(len(group.commands) for group in self.waiting)
+        assert total == self.waiting_bytes, f"range {self.range_id}: {total} bytes wait, counted {self.waiting_bytes}"
+        assert self.machine is not None or not self.proposals, f"range {self.range_id} proposes uninitialised"
+        if self.machine is not None:
+            self.machine.check()
+            assert self.machine.range_id == self.range_id, f"{self.machine.range_id} in {self.range_id}"
+            applied, committed = self.machine.applied_index, self.raft.committed
+            assert applied <= committed, f"range {self.range_id}: applied {applied} of {committed} committed"

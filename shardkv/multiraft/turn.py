@@ -1,0 +1,89 @@
+"""The turn, as a pure function: what all groups with work want done, gathered into one value.
+
+Lives here: the sorting of every group's ready work into what may be sent now, what is to be logged first, what is to
+be applied. Does not live here: doing any of it, which is the driver's. The rule: a message that follows from an
+unsynced term, vote or entry comes back only as one of the ``responses`` of a log append; whatever stands in
+``messages`` may leave at once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from shardkv.multiraft.replica import Replica
+from shardkv.raft.messages import EMPTY_HARD_STATE, HardState, Message, MessageType
+from shardkv.storage.wal import LogUpdate
+
+STEPS_PER_GROUP_MAX: Final = 8
+"""Hand-outs taken from one group in one turn, so that no group holds up the rest."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """Everything that one turn has to do, in the order in which the driver does it."""
+
+    appends: list[tuple[Replica, Message]] = field(default_factory=list)
+    """Log appends; their responses are delivered after the one sync that covers them all."""
+    installs: list[tuple[Replica, Message]] = field(default_factory=list)
+    """Appends that carry a snapshot: the engine comes first, then the log. Their group rests until both are done."""
+    messages: list[tuple[Replica, Message]] = field(default_factory=list)
+    """For other replicas; may leave now."""
+    snapshots: list[tuple[Replica, Message]] = field(default_factory=list)
+    """Snapshots to stream to followers."""
+    applies: list[tuple[Replica, Message]] = field(default_factory=list)
+    """Committed entries for the state machines."""
+    changed: list[Replica] = field(default_factory=list)
+    """Replicas whose role or leader changed."""
+
+    def __bool__(self) -> bool:
+        return bool(self.appends or self.installs or self.messages or self.snapshots or self.applies or self.changed)
+
+
+def gather(replicas: Iterable[Replica]) -> tuple[Turn, list[Replica]]:
+    """The work of every group that has some, and the groups that still have more after their share."""
+    turn = Turn()
+    unfinished = []
+    for replica in replicas:
+        if not replica.installing and _gather(replica, turn):
+            unfinished.append(replica)
+    return turn, unfinished
+
+
+def _gather(replica: Replica, turn: Turn) -> bool:
+    """Take one group's work; whether it has more."""
+    raft = replica.raft
+    for _ in range(STEPS_PER_GROUP_MAX):
+        if not raft.has_ready():
+            return False
+        ready = raft.ready()
+        if ready.soft_state is not None:
+            turn.changed.append(replica)
+        for read_state in ready.read_states:
+            replica.confirm_reads(read_state.context, read_state.index)
+        for message in ready.messages:
+            kind = message.type
+            if kind is MessageType.STORAGE_APPEND:
+                if message.snapshot is not None and not message.snapshot.empty:
+                    turn.installs.append((replica, message))
+                    replica.installing = True
+                else:
+                    turn.appends.append((replica, message))
+            elif kind is MessageType.STORAGE_APPLY:
+                turn.applies.append((replica, message))
+            elif kind is MessageType.SNAP:
+                turn.snapshots.append((replica, message))
+            else:
+                turn.messages.append((replica, message))
+        if replica.installing:
+            return False
+    return raft.has_ready()
+
+
+def hard_state_of(message: Message) -> HardState | None:
+    """The hard state that a log append carries, or None if it does not change."""
+    hard_state = HardState(message.term, message.vote, message.commit)
+    return None if hard_state == EMPTY_HARD_STATE else hard_state
+
+
+def log_update(replica: Replica, message: Message) -> LogUpdate:
+    return LogUpdate(replica.range_id, hard_state=hard_state_of(message), entries=message.entries)

@@ -1,0 +1,146 @@
+"""One client's connection: requests in, answers out, with a bound on everything in between.
+
+Lives here: the reading loop and the gathering of answers into frames. Does not live here: what a request means. A
+request costs no task: the reader hands it on, and the answer is put into this connection's buffer by whoever has it.
+
+A client pays for itself. Above its bound of unanswered requests or unread answers its connection is not read, so that
+it waits and nobody else does.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import trio
+
+from shardkv import codec
+from shardkv.errors import ProtocolError, ShardKVError, to_wire
+from shardkv.machine.clock import HybridClock
+from shardkv.transport.connection import Connection
+from shardkv.wire import requests
+from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
+from shardkv.wire.handshake import encode_refused
+from shardkv.wire.requests import Request
+
+UNREAD_BYTES_MAX: Final = 256 * 1024
+"""Answers that the client has not taken; above it no further request of the connection is looked at."""
+FRAME_BYTES: Final = 1024 * 1024
+"""Answers are gathered into frames of about this size."""
+
+_GOODBYE: Final = encode_frame(FrameKind.GOODBYE, b"")
+
+
+class ClientConnection:
+    """A :class:`~shardkv.multiraft.replica.Requester`. ``dirty`` collects connections that have answers to flush."""
+
+    __slots__ = (
+        "_answers",
+        "_answers_bytes",
+        "_connection",
+        "_dirty",
+        "_dispatch",
+        "_hybrid_clock",
+        "_inflight",
+        "_inflight_max",
+        "_room",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        hybrid_clock: HybridClock,
+        dispatch: Callable[["ClientConnection", Request], None],
+        dirty: dict["ClientConnection", None],
+        inflight_max: int,
+    ) -> None:
+        self._connection = connection
+        self._hybrid_clock = hybrid_clock
+        self._dispatch = dispatch
+        self._dirty = dirty
+        self._inflight = 0
+        self._inflight_max = inflight_max
+        self._room: trio.Event | None = None
+        self._answers: list[bytes] = []
+        self._answers_bytes = 0
+
+    # The requester's side
+
+    def answer(self, request_id: int, result: Any) -> None:
+        self._put(codec.dumps([request_id, 0, self._hybrid_clock.last, result]))
+
+    def refuse(self, request_id: int, error: ShardKVError) -> None:
+        self._put(codec.dumps([request_id, error.code, self._hybrid_clock.last, to_wire(error)]))
+
+    def _put(self, response: bytes) -> None:
+        if not self._answers:
+            self._dirty[self] = None
+        self._answers.append(response)
+        self._answers_bytes += len(response)
+        self._inflight -= 1
+        if self._answers_bytes > FRAME_BYTES:
+            self._frame()
+
+    def _frame(self) -> None:
+        answers, self._answers, self._answers_bytes = self._answers, [], 0
+        self._connection.write(encode_frame(FrameKind.RESPONSE, requests.join(answers)))
+
+    def flush(self) -> None:
+        """Send what has been answered. Called once a turn, and by the reader."""
+        if self._answers:
+            self._frame()
+        self._connection.flush()
+        if self._room is not None and self._inflight <= self._inflight_max:
+            self._room.set()
+
+    # The reader
+
+    async def serve(self, decoder: FrameDecoder, frames: list[Frame]) -> None:
+        """Read and hand on requests until the client leaves. Returns; errors of the client are answered to it.
+
+        ``frames`` came right behind the greeting.
+        """
+        connection = self._connection
+        try:
+            while True:
+                for frame in frames:
+                    if frame.kind is FrameKind.REQUEST:
+                        await self._requests(requests.decode_requests(frame.payload))
+                    elif frame.kind is FrameKind.PING:
+                        connection.write(encode_frame(FrameKind.PONG, frame.payload[:64]))
+                    elif frame.kind is FrameKind.GOODBYE:
+                        return
+                    else:
+                        raise ProtocolError(f"a client may not send {frame.kind.name} frames")
+                if self._answers:
+                    self._dirty.pop(self, None)
+                    self.flush()
+                data = await connection.receive()
+                if not data:
+                    return
+                frames = decoder.feed(data)
+        except ShardKVError as error:
+            connection.write(encode_refused(error))
+            connection.flush()
+
+    async def _requests(self, batch: list[Request]) -> None:
+        connection = self._connection
+        for request in batch:
+            self._inflight += 1
+            self._dispatch(self, request)
+            if self._answers_bytes + connection.buffered > UNREAD_BYTES_MAX:
+                self.flush()
+                if connection.buffered > UNREAD_BYTES_MAX:
+                    await connection.drain(UNREAD_BYTES_MAX)
+        while self._inflight > self._inflight_max:
+            self._room = trio.Event()
+            await self._room.wait()
+            self._room = None
+
+    def goodbye(self) -> None:
+        """Tell the client to go elsewhere: this node is stopping."""
+        self._connection.write(_GOODBYE)
+        self.flush()
+
+    def check(self) -> None:
+        assert self._inflight >= 0, f"{self._inflight} requests are in flight"
+        total = sum(map(len, self._answers))
+        assert total == self._answers_bytes, f"{total} bytes of answers, counted {self._answers_bytes}"

@@ -1,0 +1,77 @@
+"""How a node reaches others as a client of theirs: by the client library, on the node's own environment."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import trio
+
+from shardkv.environment import Environment
+from shardkv.errors import RoutingError, ShardKVError, Unavailable
+from shardkv.server.placement_service import Call
+from shardkv.wire.requests import Method
+from shardkv_client import connect
+from shardkv_client.environment import Stream
+
+JOIN_SECONDS: Final = 60.0
+"""How long a new node tries to join before it gives up."""
+ATTEMPT_SECONDS: Final = 5.0
+RETRY_SECONDS: Final = 0.25
+
+
+class ClientEnvironment:
+    """The node's environment in the shape that the client library wants."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    def monotonic(self) -> float:
+        return self._environment.clock.monotonic_ns() / 1e9
+
+    async def sleep(self, seconds: float) -> None:
+        await self._environment.clock.sleep(seconds)
+
+    def random(self) -> float:
+        return self._environment.random.random()
+
+    def random_bytes(self, count: int) -> bytes:
+        return self._environment.ids.random_bytes(count)
+
+    async def dial(self, address: str) -> Stream:
+        return await self._environment.network.dial(address)
+
+
+@asynccontextmanager
+async def connect_cluster(environment: Environment, seeds: Sequence[str]) -> AsyncIterator[Call]:
+    """A way to ask other nodes, for as long as the context lasts."""
+    addresses = ",".join(dict.fromkeys(seeds))
+    async with connect(addresses, environment=ClientEnvironment(environment)) as client:
+        yield client.call
+
+
+async def join_cluster(
+    environment: Environment, seeds: Sequence[str], arguments: list[Any], log: Any, stop: trio.Event
+) -> tuple[bytes, int, list[list[Any]]]:
+    """Ask for a node id: the cluster's id, this node's, and ``[[node id, name, address], ...]``.
+
+    Raises the refusal, or Unavailable when nobody answered in time.
+    """
+    clock = environment.clock
+    async with connect_cluster(environment, seeds) as call:
+        started = clock.monotonic_ns()
+        while True:
+            try:
+                cluster_id, node_id = await call(Method.JOIN, *arguments, timeout=ATTEMPT_SECONDS)
+                nodes = await call(Method.NODES, timeout=ATTEMPT_SECONDS)
+                return cluster_id, node_id, nodes
+            except (Unavailable, RoutingError, OSError) as error:
+                if stop.is_set() or clock.monotonic_ns() - started > JOIN_SECONDS * 1e9:
+                    raise Unavailable(
+                        f"could not join the cluster at {', '.join(seeds)}: {error}; check that it runs and can be "
+                        "reached from here"
+                    ) from error
+                log.info("joining", seeds=list(seeds), problem=str(error))
+            except ShardKVError:
+                raise
+            with clock.deadline(RETRY_SECONDS):
+                await stop.wait()

@@ -1,0 +1,158 @@
+"""Taking connections: greet, then serve each by its role.
+
+Lives here: what becomes of a connection from accept to close, and the bound on their number. Does not live here: what
+requests and messages mean. Each connection has its own task; whatever goes wrong with it ends it alone.
+"""
+
+from typing import Any, Final
+
+import trio
+
+from shardkv.environment import Environment, Stream
+from shardkv.errors import Busy, ShardKVError
+from shardkv.machine.clock import HybridClock
+from shardkv.multiraft.driver import Driver
+from shardkv.multiraft.snapshots import Snapshots
+from shardkv.server.client_connection import ClientConnection
+from shardkv.server.peers import FrameStream, PoolPeers, receive_messages
+from shardkv.server.requests import Requests
+from shardkv.transport.connection import Connection
+from shardkv.transport.groups import main_error
+from shardkv.transport.handshake import Identity, KnownBoots, accept
+from shardkv.types import NodeId
+from shardkv.wire.frames import Frame, FrameDecoder
+from shardkv.wire.handshake import Role, encode_refused
+from shardkv.wire.requests import FRAME_BYTES_MAX
+
+PEER_FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
+"""A turn's messages for one peer; peers are trusted further than clients."""
+ANSWER_BUFFER_BYTES_MAX: Final = 32 * 1024 * 1024
+"""Answers to one client that are not sent yet. Its requests stop being looked at long before this."""
+
+
+class Listener:
+    """Serves every connection of a node. ``identity`` is set once the node has joined."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        identity: Identity,
+        known_boots: KnownBoots,
+        hybrid_clock: HybridClock,
+        requests: Requests,
+        driver: Driver,
+        snapshots: Snapshots,
+        peers: PoolPeers,
+        log: Any,
+        *,
+        connections_max: int,
+        inflight_max: int,
+    ) -> None:
+        self._environment = environment
+        self._identity = identity
+        self._known_boots = known_boots
+        self._hybrid_clock = hybrid_clock
+        self._requests = requests
+        self._driver = driver
+        self._snapshots = snapshots
+        self._peers = peers
+        self._log = log
+        self._connections_max = connections_max
+        self._inflight_max = inflight_max
+        self._clients: dict[ClientConnection, None] = {}
+        self._count = 0
+        self.dirty: dict[ClientConnection, None] = {}
+        """Clients with answers to flush."""
+        self.draining = False
+
+    def flush(self) -> None:
+        """Send every client what was answered since the last time: once a turn."""
+        if self.dirty:
+            dirty = list(self.dirty)
+            self.dirty.clear()
+            for client in dirty:
+                client.flush()
+
+    async def handle(self, stream: Stream) -> None:
+        """One connection, from its first byte to its last."""
+        self._count += 1
+        connection = Connection(stream, clock=self._environment.clock, buffer_bytes_max=ANSWER_BUFFER_BYTES_MAX)
+        try:
+            if self._count > self._connections_max or self.draining:
+                reason = "is stopping" if self.draining else f"has {self._connections_max} connections already"
+                connection.write(encode_refused(Busy(f"this node {reason}; try another")))
+                await connection.aclose()
+                return
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.run_writer)
+                await self._greet_and_serve(connection)
+                nursery.cancel_scope.cancel()
+        except (ShardKVError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            self._log.debug("connection ended", remote=stream.remote, reason=str(error))
+        except BaseExceptionGroup as group:
+            # The writer and the reader may both find the connection broken.
+            main = main_error(group)
+            if not isinstance(main, (ShardKVError, trio.BrokenResourceError, trio.ClosedResourceError, OSError)):
+                raise
+            self._log.debug("connection ended", remote=stream.remote, reason=str(main))
+        finally:
+            self._count -= 1
+            connection.flush()
+            connection.close_now()
+
+    async def _greet_and_serve(self, connection: Connection) -> None:
+        decoder = FrameDecoder(PEER_FRAME_BYTES_MAX)
+        hello, frames = await accept(
+            connection,
+            decoder,
+            clock=self._environment.clock,
+            identity=self._identity,
+            known_boots=self._known_boots,
+            timestamp=self._hybrid_clock.now,
+            inflight_max=self._inflight_max,
+        )
+        if hello.role is Role.CLIENT:
+            decoder.frame_bytes_max = FRAME_BYTES_MAX
+            await self._serve_client(connection, decoder, frames)
+            return
+        assert hello.node_id is not None, "a peer's greeting names its node"
+        try:
+            if hello.role is Role.SNAPSHOT:
+                await self._snapshots.receive(
+                    FrameStream(connection, decoder, frames, self._environment.workers), hello.node_id
+                )
+            else:
+                await self._serve_peer(connection, decoder, frames, hello.node_id)
+        except ShardKVError as error:
+            self._log.warning("peer refused", node=hello.node_id, remote=connection.remote, reason=str(error))
+            connection.write(encode_refused(error))
+            connection.flush()
+
+    async def _serve_client(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
+        client = ClientConnection(
+            connection, self._hybrid_clock, self._requests.dispatch, self.dirty, self._inflight_max
+        )
+        self._clients[client] = None
+        try:
+            await client.serve(decoder, frames)
+        finally:
+            del self._clients[client]
+            self.dirty.pop(client, None)
+
+    async def _serve_peer(
+        self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], node_id: NodeId
+    ) -> None:
+        self._peers.alive(node_id)
+        while True:
+            for frame in frames:
+                receive_messages(self._driver, node_id, frame)
+            data = await connection.receive()
+            if not data:
+                return
+            frames = decoder.feed(data)
+
+    def goodbye(self) -> None:
+        """Send every client elsewhere, and take no more."""
+        self.draining = True
+        for client in list(self._clients):
+            client.goodbye()

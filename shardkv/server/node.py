@@ -1,0 +1,408 @@
+"""One node from start to stop: everything is put together here, and nothing else is done here.
+
+The order of a start: lock the data directory and count the start, open log and engine, bring them to agree, bind the
+address, join or bootstrap if the directory is new, run. The order of a stop: hand leaderships over, send clients
+elsewhere, stop the services, flush.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import structlog
+import trio
+
+from shardkv import codec
+from shardkv.config import NodeConfig
+from shardkv.environment import Environment, Stream
+from shardkv.errors import ConfigError, ShardKVError, WrongCluster
+from shardkv.machine.clock import HybridClock
+from shardkv.multiraft.catalog import Catalog, GroupTiming
+from shardkv.multiraft.driver import Driver, DriverHooks
+from shardkv.multiraft.maintenance import Maintenance
+from shardkv.multiraft.replica import Requester
+from shardkv.multiraft.snapshots import Snapshots
+from shardkv.server.internal_client import connect_cluster, join_cluster
+from shardkv.server.listener import Listener
+from shardkv.server.operations import Operations
+from shardkv.server.peers import PoolPeers, SnapshotDialler
+from shardkv.server.placement_service import PlacementExtension, PlacementService
+from shardkv.server.requests import Requests
+from shardkv.server.splitter import Splitter
+from shardkv.storage.directory import DataDirectory, open_directory
+from shardkv.storage.engine import Engine
+from shardkv.storage.memory import MemoryEngine
+from shardkv.storage.rocks import RocksEngine
+from shardkv.storage.wal import Wal, WalSettings
+from shardkv.transport.groups import main_error
+from shardkv.transport.handshake import Identity, KnownBoots
+from shardkv.transport.pool import PeerPool
+from shardkv.types import (
+    EVERY_KEY,
+    FIRST_RANGE,
+    PLACEMENT_RANGE,
+    Epoch,
+    KeyRange,
+    NodeId,
+    RangeDescriptor,
+    RangeId,
+    Replica,
+    ReplicaId,
+)
+from shardkv.wire.requests import Request
+from shardkv_placement.commands import Bootstrap, NodeStarted, SetSetting
+from shardkv_placement.heartbeat import HeartbeatReply, Reporter
+from shardkv_placement.settings import Settings
+
+FIRST_NODE: Final = NodeId(1)
+START_SECONDS: Final = 30.0
+"""How long a connection waits for a node that is still starting."""
+RETRY_SECONDS: Final = 0.2
+DRAIN_SECONDS: Final = 5.0
+"""For handing leaderships over at a stop."""
+POLL_SECONDS: Final = 0.02
+PEERS_NAME: Final = "peers"
+
+Ready = Callable[[str, str], None]
+
+
+async def run_node(config: NodeConfig, environment: Environment, *, ready: Ready, stop: trio.Event) -> None:
+    """Run one node until ``stop`` is set, then drain and stop it cleanly.
+
+    ``ready(name, address)`` is called once the node serves. Raises ShardKVError when it cannot start, or must not go
+    on: DataDirectoryError, ConfigError, WrongCluster, StorageError; the message says what to do.
+    """
+    try:
+        await _Node(config, environment, ready, stop).run()
+    except BaseExceptionGroup as group:
+        raise main_error(group) from group
+
+
+class _Node:
+    """The composition. Attributes come to be in the order of a start."""
+
+    def __init__(self, config: NodeConfig, environment: Environment, ready: Ready, stop: trio.Event) -> None:
+        self._config = config
+        self._environment = environment
+        self._ready = ready
+        self._stop = stop
+        self._log: Any = structlog.get_logger().bind(node=config.name)
+        self._hybrid_clock = HybridClock(environment.clock, config.clock_offset_max_ms)
+        self._known_boots = KnownBoots()
+        self._serving = trio.Event()
+        self._nodes_changed = trio.Event()
+        self._nodes: dict[NodeId, tuple[str, str]] = {}
+        """Name and address of every node that this one knows of."""
+
+    async def run(self) -> None:
+        workers, disk, ids = self._environment.workers, self._environment.disk, self._environment.ids
+        directory = await workers.run(open_directory, disk, ids, self._config.data)
+        self._directory: DataDirectory = directory
+        try:
+            directory.require(name=self._config.name)
+            if not directory.identity.assigned and not self._config.bootstrap and not self._config.join:
+                raise ConfigError(
+                    f"{self._config.data} is a new data directory: give --bootstrap to start a cluster, or "
+                    "--join HOST:PORT to join one"
+                )
+            self._wal = await workers.run(self._open_log)
+            self._engine: Engine = await workers.run(self._open_engine)
+            try:
+                await self._listen_and_run()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await workers.run(self._wal.close)
+                    await workers.run(self._engine.close)
+        finally:
+            directory.close()
+
+    def _open_log(self) -> Wal:
+        storage = self._config.storage
+        settings = WalSettings(segment_bytes=storage.segment_bytes)
+        directory = self._directory
+        return Wal.open(self._environment.disk, directory.wal_path, settings, token=directory.identity.token)
+
+    def _open_engine(self) -> Engine:
+        if self._config.storage.engine == "memory":
+            return MemoryEngine()
+        return RocksEngine(self._directory.engine_path)
+
+    async def _listen_and_run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            listener = await nursery.start(self._environment.network.listen, self._config.listen, self._handle)
+            self._address = self._config.advertise or listener.address
+            await self._become_member()
+            self._compose()
+            await self._run_services()
+            nursery.cancel_scope.cancel()
+
+    async def _handle(self, stream: Stream) -> None:
+        """A connection; while the node is starting it waits."""
+        with self._environment.clock.deadline(START_SECONDS):
+            await self._serving.wait()
+        if self._serving.is_set():
+            await self._listener.handle(stream)
+
+    # Membership
+
+    async def _become_member(self) -> None:
+        """Make sure that the directory belongs to a node of a cluster."""
+        identity = self._directory.identity
+        workers = self._environment.workers
+        if identity.assigned:
+            await self._load_peers()
+        elif self._config.bootstrap:
+            cluster_id = self._environment.ids.random_bytes(16)
+            await workers.run(self._directory.assign, cluster_id, FIRST_NODE, self._config.name)
+        else:
+            labels = [[key, value] for key, value in self._config.label]
+            cluster_id, node_id, nodes = await join_cluster(
+                self._environment,
+                self._config.join,
+                [self._config.name, self._address, identity.token, labels],
+                self._log,
+                self._stop,
+            )
+            await workers.run(self._directory.assign, cluster_id, NodeId(node_id), self._config.name)
+            self._nodes = {NodeId(each[0]): (each[1], each[2]) for each in nodes}
+            await self._store_peers()
+
+    async def _load_peers(self) -> None:
+        path = f"{self._directory.path}/{PEERS_NAME}"
+        try:
+            stored = codec.loads(await self._environment.workers.run(self._environment.disk.read, path))
+        except FileNotFoundError:
+            return
+        self._nodes = {NodeId(node_id): (name, address) for node_id, name, address in stored}
+
+    async def _store_peers(self) -> None:
+        data = codec.dumps([[node_id, *described] for node_id, described in sorted(self._nodes.items())])
+        path = f"{self._directory.path}/{PEERS_NAME}"
+        await self._environment.workers.run(self._environment.disk.write_atomically, path, data)
+
+    # Composition
+
+    def _compose(self) -> None:
+        config, environment = self._config, self._environment
+        mine = self._directory.identity
+        assert mine.cluster_id is not None, "composed before the node is a member"
+        assert mine.node_id is not None, "composed before the node has an id"
+        self._identity = Identity(mine.cluster_id, mine.node_id, mine.boot)
+        self._extension = PlacementExtension()
+        raft = config.raft
+        timing = GroupTiming(raft.election_ticks, raft.heartbeat_ticks, raft.promise_ms * 1_000_000)
+        self._catalog = Catalog(
+            mine.node_id, self._wal, self._engine, environment, timing, lambda range_id: self._extension
+        )
+        if mine.node_id == FIRST_NODE:
+            self._catalog.bootstrap(_first_ranges(), self._hybrid_clock.now())
+        self._catalog.recover()
+        self._pool = PeerPool(environment, self._identity, self._known_boots, on_disconnected=self._on_disconnected)
+        peers = PoolPeers(self._pool)
+        hooks = DriverHooks(self._on_leadership, self._on_descriptor, self._flush)
+        tick_seconds = raft.tick_ms / 1000
+        self._driver = Driver(
+            self._catalog,
+            self._wal,
+            self._engine,
+            environment,
+            self._hybrid_clock,
+            peers,
+            hooks,
+            tick_seconds=tick_seconds,
+            read_expiry_seconds=2 * raft.election_ticks * tick_seconds,
+        )
+        dialler = SnapshotDialler(environment, self._identity, self._known_boots, self._address_of)
+        self._snapshots = Snapshots(self._driver, environment, self._directory.ingest_path, dialler.dial, log=self._log)
+        self._driver.snapshots = self._snapshots
+        self._maintenance = Maintenance(self._driver, environment, self._log)
+        self._splitter = Splitter(self._driver, environment.clock, self._split, self._split_bytes, self._log)
+        self._placement = PlacementService(
+            self._driver,
+            environment,
+            self._extension,
+            Reporter(mine.node_id, mine.boot, self._address),
+            self._splitter.bytes_of,
+            self._on_nodes,
+            lambda: self._nodes,
+            mine.cluster_id,
+            self._directory.path,
+            self._log,
+        )
+        self._operations = Operations(self._driver, environment.clock, self._placement, self._maintenance, self._flush)
+        requests = Requests(self._driver, environment.clock, self._hybrid_clock, self._start_slow)
+        self._listener = Listener(
+            environment,
+            self._identity,
+            self._known_boots,
+            self._hybrid_clock,
+            requests,
+            self._driver,
+            self._snapshots,
+            peers,
+            self._log,
+            connections_max=config.limits.connections_max,
+            inflight_max=config.limits.connection_requests_max,
+        )
+
+    def _start_slow(self, requester: Requester, request: Request) -> None:
+        self._operations.start(requester, request)
+
+    async def _split(self, range_id: RangeId, key: bytes) -> object:
+        return await self._operations.split(range_id, key)
+
+    def _split_bytes(self) -> int:
+        return self._placement.settings.get("split_bytes", self._config.ranges.split_bytes)
+
+    # Services
+
+    async def _run_services(self) -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._driver.run)
+            await nursery.start(self._snapshots.run)
+            await nursery.start(self._operations.run)
+            self._apply_addresses()
+            await nursery.start(self._pool.run)
+            self._serving.set()
+            seeds = [self._address, *(address for _, address in self._nodes.values()), *self._config.join]
+            async with connect_cluster(self._environment, seeds) as call:
+                self._placement.call = call
+                self._placement.stop_with(self._stop.set)
+                nursery.start_soon(self._placement.run)
+                nursery.start_soon(self._register)
+                nursery.start_soon(self._remember_nodes)
+                await nursery.start(self._maintenance.run)
+                await nursery.start(self._splitter.run)
+                self._log.info("started", address=self._address, boot=self._directory.identity.boot)
+                await self._ready_when_serving()
+                await self._stop.wait()
+                await self._drain()
+            nursery.cancel_scope.cancel()
+        if self._placement.fatal is not None:
+            raise self._placement.fatal
+
+    async def _ready_when_serving(self) -> None:
+        """A new cluster is ready when its first range can be written; any other node as soon as it listens."""
+        first = self._catalog.replicas.get(FIRST_RANGE)
+        if self._directory.identity.boot == 1 and self._config.bootstrap and first is not None:
+            with self._environment.clock.deadline(START_SECONDS):
+                while not (first.raft.committed_in_term and self._extension.state.bootstrapped):
+                    if self._stop.is_set():
+                        return
+                    await self._environment.clock.sleep(POLL_SECONDS)
+        self._ready(self._config.name, self._address)
+
+    async def _register(self) -> None:
+        """Tell the placement group of this start; on the first node of a new cluster, begin the group's state."""
+        identity = self._directory.identity
+        assert identity.node_id is not None, "registered before the node has an id"
+        token = self._environment.ids.random_bytes(16)
+        while True:
+            try:
+                while identity.node_id == FIRST_NODE and not self._extension.state.bootstrapped:
+                    if self._placement.leads:
+                        await self._bootstrap_placement()
+                    await self._environment.clock.sleep(POLL_SECONDS)
+                started = NodeStarted(identity.node_id, identity.boot, token, self._address, self._config.label)
+                await self._placement.propose(started)
+                return
+            except WrongCluster as error:
+                self._placement.fatal = error
+                self._stop.set()
+                return
+            except ShardKVError as error:
+                self._log.debug("not registered yet", reason=str(error))
+            await self._environment.clock.sleep(RETRY_SECONDS)
+
+    async def _bootstrap_placement(self) -> None:
+        config, identity = self._config, self._directory.identity
+        assert identity.cluster_id is not None, "bootstrapped without a cluster id"
+        await self._placement.propose(
+            Bootstrap(identity.cluster_id, config.name, self._address, identity.token, config.label, _first_ranges())
+        )
+        defaults = Settings()
+        for name, value in (("split_bytes", config.ranges.split_bytes), ("replication_factor", config.ranges.replicas)):
+            if value != defaults.value(name):
+                await self._placement.propose(SetSetting(name, value))
+
+    # What the parts tell each other
+
+    def _on_leadership(self, replica: Any) -> None:
+        self._placement.leadership_changed(replica)
+
+    def _on_descriptor(self, replica: Any) -> None:
+        self._placement.descriptor_changed(replica)
+
+    def _flush(self) -> None:
+        self._listener.flush()
+
+    def _on_disconnected(self, node_id: NodeId) -> None:
+        self._driver.doubt_node(node_id)
+
+    def _on_nodes(self, reply: HeartbeatReply) -> None:
+        """The node table has changed: connect to who is new or has moved."""
+        if reply.nodes is None:
+            return
+        self._nodes.clear()
+        for entry in reply.nodes:
+            if entry.decommissioned:
+                self._pool.forget(entry.node_id)
+            else:
+                self._nodes[entry.node_id] = (entry.name, entry.address)
+        self._apply_addresses()
+        self._nodes_changed.set()
+
+    def _address_of(self, node_id: NodeId) -> str | None:
+        described = self._nodes.get(node_id)
+        return described[1] if described is not None else None
+
+    async def _remember_nodes(self) -> None:
+        """Keep the file of known nodes as new as the table, so that a restart finds them without anybody's help."""
+        while True:
+            await self._nodes_changed.wait()
+            self._nodes_changed = trio.Event()
+            await self._store_peers()
+
+    def _apply_addresses(self) -> None:
+        for node_id, (_, address) in self._nodes.items():
+            if node_id != self._identity.node_id:
+                self._pool.set_address(node_id, address)
+
+    # The end
+
+    async def _drain(self) -> None:
+        """Hand every leadership to a follower that is up to date, then send the clients there."""
+        self._log.info("draining")
+        self._placement.draining = True
+        clock = self._environment.clock
+        with clock.deadline(DRAIN_SECONDS):
+            while self._hand_over():
+                await clock.sleep(POLL_SECONDS)
+        self._listener.goodbye()
+        with clock.deadline(DRAIN_SECONDS):
+            await self._environment.workers.run(self._engine.flush)
+
+    def _hand_over(self) -> bool:
+        """Begin a transfer of every leadership that somebody else could have; whether any is left."""
+        left = False
+        for replica in self._catalog.replicas.values():
+            if not replica.leads:
+                continue
+            peers = [
+                (peer.match, replica_id)
+                for replica_id, peer in replica.raft.status().progress.items()
+                if replica_id != replica.replica_id and peer.recent_active and not peer.is_learner
+            ]
+            if peers:
+                left = True
+                if not replica.raft.transferee:
+                    replica.raft.transfer_leader(max(peers)[1])
+                    self._driver.touch(replica)
+        return left
+
+
+def _first_ranges() -> tuple[RangeDescriptor, ...]:
+    """What a new cluster consists of: the placement group and one range of every key, each on the first node."""
+    return (
+        RangeDescriptor(PLACEMENT_RANGE, KeyRange(b"", b""), Epoch(1, 1), (Replica(FIRST_NODE, ReplicaId(1)),)),
+        RangeDescriptor(FIRST_RANGE, EVERY_KEY, Epoch(1, 1), (Replica(FIRST_NODE, ReplicaId(2)),)),
+    )

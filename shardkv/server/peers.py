@@ -1,0 +1,153 @@
+"""Between this node's groups and other nodes: frames out through the pool, messages in to their groups, snapshots.
+
+Lives here: the adapters between the driver's wishes and the transport. Does not live here: connections themselves
+(``transport``), what messages mean (``raft``).
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import trio
+
+from shardkv import codec
+from shardkv.environment import Environment, Workers
+from shardkv.errors import ProtocolError
+from shardkv.multiraft.driver import Driver
+from shardkv.raft import Inconsistent, ProposalDropped
+from shardkv.transport.connection import Connection
+from shardkv.transport.groups import main_error
+from shardkv.transport.handshake import Identity, KnownBoots, greet
+from shardkv.transport.pool import PeerPool, Purpose
+from shardkv.types import NodeId
+from shardkv.wire import raft_codec
+from shardkv.wire.frames import (
+    COMPRESS_IN_THREAD_BYTES,
+    Frame,
+    FrameDecoder,
+    FrameKind,
+    compress_payload,
+    encode_frame,
+)
+from shardkv.wire.handshake import Hello, Role
+from shardkv.wire.raft_codec import ReplicaNotice
+
+SNAPSHOT_FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
+SNAPSHOT_BUFFER_BYTES: Final = 1024 * 1024
+"""A sender of a snapshot waits while more than this is on its way."""
+
+
+class PoolPeers:
+    """The driver's :class:`~shardkv.multiraft.driver.Peers`, by a pool of connections."""
+
+    def __init__(self, pool: PeerPool) -> None:
+        self._pool = pool
+
+    def send(self, node_id: NodeId, frame: bytes, *, urgent: bool) -> None:
+        self._pool.send(node_id, Purpose.URGENT if urgent else Purpose.BULK, frame)
+
+    def flush(self) -> None:
+        self._pool.flush()
+
+    def alive(self, node_id: NodeId) -> None:
+        """A peer has dialled this node, so dialling it back will work."""
+        self._pool.retry_now(node_id)
+
+
+def receive_messages(driver: Driver, sender: NodeId, frame: Frame) -> None:
+    """Hand the Raft messages of a peer's frame to their groups. Raises ProtocolError or MalformedRequest."""
+    if frame.kind is FrameKind.PING or frame.kind is FrameKind.GOODBYE:
+        return
+    if frame.kind is not FrameKind.RAFT:
+        raise ProtocolError(f"a peer may not send {frame.kind.name} frames here")
+    catalog = driver.catalog
+    for range_id, message, notice in raft_codec.decode(frame.payload):
+        if notice is not None:
+            if notice is ReplicaNotice.NEED_SNAPSHOT:
+                driver.snapshot_needed(range_id, message.to, message.from_, sender)
+            continue
+        replica = catalog.admit(range_id, message, sender)
+        if replica is None:
+            continue
+        try:
+            driver.step(replica, message)
+        except ProposalDropped:
+            continue
+        except Inconsistent as error:
+            raise ProtocolError(f"range {range_id}: {error}") from error
+
+
+class FrameStream:
+    """A connection of the SNAPSHOT role as a stream of messages. See ``multiraft.snapshots``."""
+
+    def __init__(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], workers: Workers) -> None:
+        self._connection = connection
+        self._decoder = decoder
+        self._frames = frames
+        self._workers = workers
+
+    async def send(self, message: list[Any]) -> None:
+        payload = codec.dumps(message)
+        flags = 0
+        if len(payload) > COMPRESS_IN_THREAD_BYTES:
+            flags, payload = await self._workers.run(compress_payload, payload)
+        self._connection.write(encode_frame(FrameKind.SNAPSHOT, payload, flags=flags))
+        await self._connection.drain(SNAPSHOT_BUFFER_BYTES)
+
+    async def receive(self) -> list[Any]:
+        while not self._frames:
+            data = await self._connection.receive()
+            if not data:
+                raise ProtocolError("the other side of a snapshot went away")
+            self._frames = self._decoder.feed(data)
+        frame, self._frames = self._frames[0], self._frames[1:]
+        if frame.kind is not FrameKind.SNAPSHOT:
+            raise ProtocolError(f"{frame.kind.name} in the middle of a snapshot")
+        message = codec.loads(frame.payload)
+        if not isinstance(message, list):
+            raise ProtocolError("a part of a snapshot must be an array")
+        return message
+
+
+class SnapshotDialler:
+    """Opens a connection of the SNAPSHOT role to a node."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        identity: Identity,
+        known_boots: KnownBoots,
+        address_of: Callable[[NodeId], str | None],
+    ) -> None:
+        self._environment = environment
+        self._identity = identity
+        self._known_boots = known_boots
+        self._address_of = address_of
+
+    @asynccontextmanager
+    async def dial(self, node_id: NodeId) -> AsyncIterator[FrameStream]:
+        address = self._address_of(node_id)
+        if address is None:
+            raise OSError(f"the address of node {node_id} is not known")
+        environment = self._environment
+        connection = Connection(await environment.network.dial(address), clock=environment.clock)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.run_writer)
+                decoder = FrameDecoder(SNAPSHOT_FRAME_BYTES_MAX)
+                hello = Hello(
+                    role=Role.SNAPSHOT,
+                    cluster_id=self._identity.cluster_id,
+                    node_id=self._identity.node_id,
+                    destination_node_id=node_id,
+                    boot=self._identity.boot,
+                )
+                _, frames = await greet(
+                    connection, decoder, hello, clock=environment.clock, known_boots=self._known_boots
+                )
+                yield FrameStream(connection, decoder, frames, environment.workers)
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise main_error(group) from group
+        finally:
+            connection.close_now()

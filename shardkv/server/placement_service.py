@@ -1,0 +1,440 @@
+"""A node's part in placement: it reports, it looks up, and where the placement group is led, it decides.
+
+Lives here: the loop of heartbeats, the reports of new descriptors, the leader's loop that carries operators on, and the
+requests about the cluster as a whole. Does not live here: what is decided (``shardkv_placement``, pure), how the group
+replicates it (it is a range like any other). With the placement group down, keys are read and written as before; only
+splits and moves wait.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final
+
+import trio
+
+import shardkv
+from shardkv.environment import Environment
+from shardkv.errors import (
+    Busy,
+    MalformedRequest,
+    NotLeader,
+    RangeNotFound,
+    RequestError,
+    ShardKVError,
+    WrongCluster,
+)
+from shardkv.machine import keys
+from shardkv.multiraft.driver import Driver
+from shardkv.multiraft.replica import Replica
+from shardkv.server.reply import Reply
+from shardkv.storage.engine import WriteBatch
+from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, RangeId, ReplicaId
+from shardkv.wire.requests import Method, Request
+from shardkv_placement import commands, heartbeat, router
+from shardkv_placement.commands import Command, ReportRanges
+from shardkv_placement.controller import Controller, Propose
+from shardkv_placement.heartbeat import Capacity, HeartbeatReply, Progress, RangeReport, Reporter
+from shardkv_placement.operators import ChangeReplicas
+from shardkv_placement.state import PlacementState
+from shardkv_placement.statistics import Statistics
+from shardkv_placement.view import ClusterView, ViewBuilder
+
+LEADER_TICK_SECONDS: Final = 0.1
+OUTCOME_SECONDS: Final = 5.0
+CALL_SECONDS: Final = 5.0
+RETRY_SECONDS: Final = 0.25
+HEARTBEAT_SECONDS_MIN: Final = 0.1
+"""Changes are reported at once, but not more often than this."""
+REQUESTS_AT_ONCE_MAX: Final = 64
+"""Operators' requests to other nodes under way."""
+
+Call = Callable[..., Awaitable[Any]]
+"""``call(method, *arguments, range_id=, node_id=, timeout=)``: ask another node, or this one, over the network."""
+
+
+class PlacementExtension:
+    """The placement group's state as the extension of range 0's machine."""
+
+    def __init__(self) -> None:
+        self._prefix = keys.extension_prefix(PLACEMENT_RANGE)
+        self.state = PlacementState(self._prefix)
+
+    def load(self, rows: Iterable[tuple[bytes, bytes]]) -> None:
+        self.state.load(iter(rows))
+
+    def apply(self, command: Any, timestamp: int, batch: WriteBatch) -> Any:
+        return self.state.apply(command, timestamp, batch)
+
+
+class PlacementService:
+    """See the module. ``call`` reaches other nodes; it is set before :meth:`run`."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        environment: Environment,
+        extension: PlacementExtension,
+        reporter: Reporter,
+        bytes_of: Callable[[Replica], int],
+        on_nodes: Callable[[HeartbeatReply], None],
+        known_nodes: Callable[[], dict[NodeId, tuple[str, str]]],
+        cluster_id: bytes,
+        data_path: str,
+        log: Any,
+    ) -> None:
+        self._driver = driver
+        self._environment = environment
+        self._clock = environment.clock
+        self._state = extension.state
+        self._reporter = reporter
+        self._bytes_of = bytes_of
+        self._on_nodes = on_nodes
+        self._known_nodes = known_nodes
+        self._cluster_id = cluster_id
+        self._data_path = data_path
+        self._log = log
+        self.call: Call
+        self.draining = False
+        self.settings: dict[str, int] = {}
+        """What the last heartbeat's reply said."""
+        self.fatal: ShardKVError | None = None
+        """Why this node must not go on: it was decommissioned, or runs on an old copy of its data."""
+        self._stop: Callable[[], None] = lambda: None
+        self._statistics: Statistics | None = None
+        self._views: ViewBuilder | None = None
+        self._controller: Controller | None = None
+        self._unreported: dict[RangeId, RangeDescriptor] = {}
+        self._report_wanted = trio.Event()
+        self._beat_wanted = trio.Event()
+        self._requests = 0
+        self._nursery: trio.Nursery
+
+    # Services
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._report_descriptors)
+            nursery.start_soon(self._heartbeats)
+            nursery.start_soon(self._lead)
+            task_status.started()
+
+    def leadership_changed(self, replica: Replica) -> None:
+        self._beat_wanted.set()
+
+    def descriptor_changed(self, replica: Replica) -> None:
+        """A range is new or has changed: tell the placement group, if nobody else will."""
+        machine = replica.machine
+        assert machine is not None, f"range {replica.range_id} changed uninitialised"
+        self._unreported[replica.range_id] = machine.descriptor
+        self._report_wanted.set()
+        self._beat_wanted.set()
+
+    async def _report_descriptors(self) -> None:
+        """Send changed descriptors until the group has them. Every replica's node does: reports are idempotent."""
+        while True:
+            await self._report_wanted.wait()
+            self._report_wanted = trio.Event()
+            while self._unreported:
+                reports, self._unreported = self._unreported, {}
+                wanted = {range_id: it for range_id, it in reports.items() if self._worth_reporting(range_id)}
+                if not wanted:
+                    continue
+                try:
+                    await self.propose(ReportRanges(tuple(wanted.values())))
+                except ShardKVError as error:
+                    self._log.debug("descriptors not reported yet", reason=str(error))
+                    self._unreported = {**wanted, **self._unreported}
+                    await self._clock.sleep(RETRY_SECONDS)
+
+    def _worth_reporting(self, range_id: RangeId) -> bool:
+        """The leader reports; a follower's word is wanted only if the leader died, and then a heartbeat asks for it."""
+        replica = self._driver.catalog.replicas.get(range_id)
+        if replica is None or replica.machine is None:
+            return False
+        known = self._state.descriptor(range_id) if self._state.bootstrapped else None
+        if known is not None and not replica.machine.descriptor.newer_than(known):
+            return False
+        return replica.leads or not replica.raft.leader
+
+    async def _heartbeats(self) -> None:
+        while True:
+            self._beat_wanted = trio.Event()
+            interval = self.settings.get("heartbeat_ms", 500) / 1000
+            self._observe_replicas()
+            beat = self._reporter.heartbeat(draining=self.draining, capacity=self._capacity())
+            try:
+                answer = await self.call(
+                    Method.HEARTBEAT, heartbeat.encode(beat), range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS
+                )
+                self._acknowledged(beat, heartbeat.decode_reply(answer))
+            except WrongCluster as error:
+                self.fatal = error
+                self._stop()
+            except ShardKVError as error:
+                self._log.debug("heartbeat not answered", reason=str(error))
+            await self._clock.sleep(min(HEARTBEAT_SECONDS_MIN, interval))
+            with self._clock.deadline(interval):
+                await self._beat_wanted.wait()
+
+    def stop_with(self, stop: Callable[[], None]) -> None:
+        """What to call when this node must not go on."""
+        self._stop = stop
+
+    def _acknowledged(self, beat: heartbeat.Heartbeat, reply: HeartbeatReply) -> None:
+        self._reporter.acknowledged(beat, reply)
+        self.settings = reply.settings
+        self._on_nodes(reply)
+        for range_id in reply.descriptors_wanted:
+            replica = self._driver.catalog.replicas.get(range_id)
+            if replica is not None and replica.machine is not None:
+                self.descriptor_changed(replica)
+
+    def _observe_replicas(self) -> None:
+        for replica in self._driver.catalog.replicas.values():
+            if replica.machine is not None:
+                self._reporter.report(self._report_of(replica))
+
+    def _report_of(self, replica: Replica) -> RangeReport:
+        machine, raft = replica.machine, replica.raft
+        assert machine is not None, f"a report of range {replica.range_id}, which is not initialised"
+        progress: tuple[Progress, ...] = ()
+        if replica.leads:
+            last = raft.last_index
+            progress = tuple(
+                Progress(ReplicaId(replica_id), last - peer.match, peer.recent_active or replica_id == raft.replica_id)
+                for replica_id, peer in raft.status().progress.items()
+            )
+        epoch = machine.descriptor.epoch
+        return RangeReport(
+            replica.range_id, epoch.membership, epoch.span, replica.leads, raft.term, self._bytes_of(replica), progress
+        )
+
+    def _capacity(self) -> Capacity:
+        return Capacity(disk_free_bytes=self._environment.disk.free_bytes(self._data_path))
+
+    # The leader's loop
+
+    @property
+    def _replica(self) -> Replica | None:
+        return self._driver.catalog.replicas.get(PLACEMENT_RANGE)
+
+    @property
+    def leads(self) -> bool:
+        replica = self._replica
+        return replica is not None and replica.leads and replica.raft.committed_in_term
+
+    async def _lead(self) -> None:
+        """While this node leads the group: keep statistics, schedule, carry operators on."""
+        while True:
+            await self._clock.sleep(LEADER_TICK_SECONDS)
+            if not self.leads or not self._state.bootstrapped:
+                self._statistics = self._views = self._controller = None
+                continue
+            view = self._view()
+            assert self._controller is not None, "a view is made of a leader's statistics"
+            for action in self._controller.tick(view):
+                if self._requests < REQUESTS_AT_ONCE_MAX:
+                    self._requests += 1
+                    self._nursery.start_soon(self._perform, action, self._controller)
+
+    def _view(self) -> ClusterView:
+        now = self._clock.monotonic_ns() / 1e9
+        if self._statistics is None:
+            self._statistics = Statistics(now)
+            self._views = ViewBuilder(self._state, self._statistics)
+            self._controller = Controller()
+        assert self._views is not None, "views come with statistics"
+        return self._views.build(now, self._clock.wall_ms())
+
+    async def _perform(self, action: Any, controller: Controller) -> None:
+        try:
+            if isinstance(action, Propose):
+                await self._propose_here(commands.encode(action.command))
+                controller.settled(action.command)
+            elif isinstance(action, ChangeReplicas):
+                await self.call(
+                    Method.CHANGE_REPLICAS,
+                    action.range_id,
+                    action.changes,
+                    action.membership,
+                    node_id=action.leader,
+                    timeout=CALL_SECONDS,
+                )
+            else:
+                await self.call(
+                    Method.TRANSFER, action.range_id, action.target, node_id=action.leader, timeout=CALL_SECONDS
+                )
+        except ShardKVError as error:
+            self._log.debug("placement action failed", action=str(action)[:200], reason=str(error))
+        finally:
+            self._requests -= 1
+
+    # Proposals
+
+    async def propose(self, command: Command) -> Any:
+        """Have a command applied by the group, wherever it is led. Raises any ShardKVError."""
+        encoded = commands.encode(command)
+        if self.leads:
+            return await self._propose_here(encoded)
+        return await self.call(Method.PLACEMENT, encoded, range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS)
+
+    async def _propose_here(self, encoded: Any) -> Any:
+        replica = self._require_leader()
+        reply = Reply()
+        self._driver.propose_extension(replica, encoded, reply, 0)
+        return await reply.wait(self._clock, OUTCOME_SECONDS)
+
+    def _require_leader(self) -> Replica:
+        replica = self._replica
+        if replica is None or replica.machine is None:
+            raise RangeNotFound("this node holds no replica of the placement group")
+        if not replica.leads:
+            raise replica.not_leader()
+        return replica
+
+    # Requests
+
+    async def command(self, request: Request) -> Any:
+        match request.arguments:
+            case [encoded]:
+                problem = commands.validate(encoded)
+                if problem is not None:
+                    raise MalformedRequest(problem)
+                return await self._propose_here(encoded)
+        raise MalformedRequest("a placement request has one command")
+
+    async def heartbeat(self, request: Request) -> Any:
+        match request.arguments:
+            case [encoded]:
+                beat = heartbeat.decode(encoded)
+            case _:
+                raise MalformedRequest("a heartbeat request has one argument")
+        replica = self._require_leader()
+        if not self.leads or not self._state.bootstrapped:
+            raise NotLeader("the placement group has just got a new leader", hint=replica.node_of(replica.replica_id))
+        now = self._clock.monotonic_ns() / 1e9
+        self._view()
+        assert self._statistics is not None, "a leader has statistics"
+        return heartbeat.encode_reply(self._statistics.receive(self._state, beat, now))
+
+    async def join(self, request: Request) -> Any:
+        """A new node asks for an id: ``[name, address, directory token, [[label, value], ...]]``."""
+        match request.arguments:
+            case [str(name), str(address), bytes(token), labels]:
+                pass
+            case _:
+                raise MalformedRequest("a join's arguments are a name, an address, a token and labels")
+        encoded = [commands.RegisterNode.number, name, address, token, labels]
+        problem = commands.validate(encoded)
+        if problem is not None:
+            raise RequestError(problem)
+        if self.leads:
+            if not self._state.bootstrapped:
+                raise Busy("the cluster is just being made; try again")
+            node_id = await self._propose_here(encoded)
+        else:
+            node_id = await self.call(Method.PLACEMENT, encoded, range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS)
+        return [self._cluster_id, node_id]
+
+    @property
+    def _knows(self) -> bool:
+        """Whether this node holds the group's state, so that it can answer from it."""
+        replica = self._replica
+        return replica is not None and replica.machine is not None and self._state.bootstrapped
+
+    async def routes(self, request: Request) -> Any:
+        match request.arguments:
+            case [None, int(), *_]:
+                return await self._placement_route(request)
+            case [bytes(start), int(limit), *_]:
+                if not self._knows:
+                    return await self._elsewhere(request)
+                found = router.routes(self._state, self._statistics, start, limit)
+                return [self._freshened(descriptor, leader) for descriptor, leader in found]
+        raise MalformedRequest("a lookup's arguments are a key, or null for the placement group, and a limit")
+
+    async def _placement_route(self, request: Request) -> Any:
+        replica = self._replica
+        if replica is None or replica.machine is None:
+            return await self._elsewhere(request)
+        return [self._freshened(replica.machine.descriptor.to_wire(), None)]
+
+    def _freshened(self, descriptor: Any, leader: int | None) -> list[Any]:
+        """A route with what this node's own replica of the range knows better."""
+        replica = self._driver.catalog.replicas.get(descriptor[0])
+        if replica is None or replica.machine is None:
+            return [descriptor, leader]
+        own = replica.machine.descriptor
+        if own.newer_than(RangeDescriptor.from_wire(descriptor)):
+            descriptor = own.to_wire()
+        known = replica.node_of(replica.raft.leader) if replica.raft.leader else None
+        return [descriptor, known if known is not None else leader]
+
+    async def _elsewhere(self, request: Request) -> Any:
+        """Answer from a node that holds the group's state; a lookup is passed on once."""
+        if len(request.arguments) > 2:
+            raise RangeNotFound("this node holds no replica of the placement group; ask another")
+        return await self.call(request.method, *request.arguments, True, timeout=CALL_SECONDS)
+
+    async def nodes(self, request: Request) -> Any:
+        if not self._knows:
+            # What this node was last told; a node that has just joined may know of few.
+            return [[node_id, name, address] for node_id, (name, address) in self._known_nodes().items()]
+        return router.nodes(self._state)
+
+    async def status(self, request: Request) -> Any:
+        if not self.leads:
+            return await self._from_leader(request)
+        view = self._view()
+        replica = self._require_leader()
+        return {
+            "cluster_id": view.cluster_id.hex(),
+            "version": shardkv.__version__,
+            "nodes": sum(not node.gone for node in view.nodes.values()),
+            "ranges": len(view.ranges) - 1,
+            "placement_leader": replica.node_of(replica.replica_id),
+            "settled": view.complete and not view.operators,
+            "operators": [
+                {"id": each.operator_id, "kind": each.kind.value, "range": range_id, "reason": each.reason}
+                for range_id, each in view.operators.items()
+            ],
+            "node_table": [
+                {
+                    "name": node.name,
+                    "id": node.node_id,
+                    "address": node.address,
+                    "state": "draining" if node.draining else node.state.value,
+                    "replicas": node.replicas,
+                    "leaders": node.leaders,
+                }
+                for node in view.nodes.values()
+            ],
+        }
+
+    async def _from_leader(self, request: Request) -> Any:
+        """Answer from the group's leader; the argument marks a request that was passed on already."""
+        if request.arguments:
+            self._require_leader()
+            raise NotLeader("the placement group has just got a new leader")
+        return await self.call(request.method, True, range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS)
+
+    async def ranges(self, request: Request) -> Any:
+        if not self.leads:
+            return await self._from_leader(request)
+        view = self._view()
+        rows = []
+        for item in sorted(view.ranges.values(), key=lambda each: each.descriptor.span.start):
+            if item.range_id != PLACEMENT_RANGE:
+                descriptor = item.descriptor
+                rows.append(
+                    {
+                        "id": item.range_id,
+                        "start": descriptor.span.start,
+                        "end": descriptor.span.end,
+                        "leader": item.leader,
+                        "replicas": [replica.node_id for replica in descriptor.replicas],
+                        "epoch": list(descriptor.epoch),
+                        "bytes": item.bytes,
+                    }
+                )
+        return rows

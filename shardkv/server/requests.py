@@ -1,0 +1,172 @@
+"""What a node does with each request.
+
+Lives here: the checks that every request gets, reads and writes (answered without a task), and the table of methods.
+Does not live here: operations that take several steps (``operations``), placement (``placement_service``). Whatever is
+wrong with a request is answered to its sender, and to nobody else.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from shardkv.environment import Clock
+from shardkv.errors import (
+    Busy,
+    EpochMismatch,
+    InvalidRange,
+    KeyTooLarge,
+    MalformedRequest,
+    NotLeader,
+    RangeNotFound,
+    RequestError,
+    ShardKVError,
+    UnknownMethod,
+)
+from shardkv.machine import reads
+from shardkv.machine.clock import HybridClock
+from shardkv.multiraft.driver import Driver
+from shardkv.multiraft.replica import Replica, Requester, WaitingRead, WriteGroup
+from shardkv.storage.engine import Engine
+from shardkv.types import KEY_BYTES_MAX, SESSION_BYTES, VALUE_BYTES_MAX
+from shardkv.wire import commands
+from shardkv.wire.requests import (
+    GET_KEYS_MAX,
+    SCAN_PAGE_BYTES_MAX,
+    SCAN_PAGE_ENTRIES_MAX,
+    Consistency,
+    Method,
+    Request,
+)
+
+COMMANDS_PER_REQUEST_MAX: Final = 1_024
+
+Slow = Callable[[Requester, Request], None]
+"""Starts a task for a request that takes several steps."""
+
+
+class Requests:
+    """The method table of a node. :meth:`dispatch` never raises and never waits."""
+
+    def __init__(self, driver: Driver, clock: Clock, hybrid_clock: HybridClock, slow: Slow) -> None:
+        self._driver = driver
+        self._replicas = driver.catalog.replicas
+        self._engine: Engine = driver.engine
+        self._clock = clock
+        self._hybrid_clock = hybrid_clock
+        self._slow = slow
+        self._methods: dict[int, Callable[[Requester, Request], None]] = {
+            Method.WRITE: self._write,
+            Method.GET: self._get,
+            Method.SCAN: self._scan,
+        }
+        for method in Method:
+            self._methods.setdefault(method, slow)
+
+    def dispatch(self, requester: Requester, request: Request) -> None:
+        """Answer a request, now or later."""
+        try:
+            if not self._hybrid_clock.observe(request.timestamp):
+                raise RequestError(
+                    f"the request's timestamp {request.timestamp} lies further ahead of this node's clock than it "
+                    "accepts; check the clocks"
+                )
+            method = self._methods.get(request.method)
+            if method is None:
+                raise UnknownMethod(f"this node knows no method {request.method}; it may be older than the client")
+            method(requester, request)
+        except ShardKVError as error:
+            requester.refuse(request.id, error)
+
+    def _replica(self, request: Request) -> Replica:
+        replica = self._replicas.get(request.range_id)  # type: ignore[call-overload]
+        if replica is None:
+            raise RangeNotFound(f"this node holds no replica of range {request.range_id}")
+        return replica  # type: ignore[no-any-return]
+
+    # Writes
+
+    def _write(self, requester: Requester, request: Request) -> None:
+        match request.arguments:
+            case [bytes(session), bytes(data)] if len(session) == SESSION_BYTES:
+                pass
+            case _:
+                raise MalformedRequest("a write's arguments are a session of 16 bytes and its commands")
+        replica = self._replica(request)
+        machine = replica.check_route(request.span_generation)
+        decoded = commands.decode(data)
+        if not 0 < len(decoded) <= COMMANDS_PER_REQUEST_MAX:
+            raise MalformedRequest(f"a write has 1 to {COMMANDS_PER_REQUEST_MAX} commands, not {len(decoded)}")
+        start, end = machine.descriptor.span
+        for command in decoded:
+            problem = commands.validate(command, KEY_BYTES_MAX, VALUE_BYTES_MAX)
+            if problem is not None:
+                raise MalformedRequest(problem)
+            key = command[commands.KEY]
+            if key < start or (end is not None and key >= end):
+                raise EpochMismatch(current=(machine.descriptor,))
+        replica.enqueue(WriteGroup(requester, request.id, session, data, decoded))
+        self._driver.propose_later(replica)
+
+    # Reads
+
+    def _get(self, requester: Requester, request: Request) -> None:
+        match request.arguments:
+            case [int(consistency), [*keys]] if len(keys) <= GET_KEYS_MAX:
+                pass
+            case _:
+                raise MalformedRequest(f"a get's arguments are a consistency and at most {GET_KEYS_MAX} keys")
+        for key in keys:
+            if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
+                raise KeyTooLarge(f"a key is 1 to {KEY_BYTES_MAX} bytes")
+        generation, engine = request.span_generation, self._engine
+
+        def serve(replica: Replica) -> Any:
+            return reads.get(replica.check_route(generation), engine, keys)
+
+        self._read(requester, request, consistency, serve)
+
+    def _scan(self, requester: Requester, request: Request) -> None:
+        match request.arguments:
+            case [
+                int(consistency),
+                bytes(start),
+                bytes() | None as end,
+                int(limit),
+                int(bytes_max),
+                bool(reverse),
+                bool(keys_only),
+            ] if limit > 0 and bytes_max > 0:
+                pass
+            case _:
+                raise MalformedRequest("a scan's arguments are out of shape")
+        if end is not None and end < start:
+            raise InvalidRange("a scan's end lies below its start")
+        limit, bytes_max = min(limit, SCAN_PAGE_ENTRIES_MAX), min(bytes_max, SCAN_PAGE_BYTES_MAX)
+        generation, engine = request.span_generation, self._engine
+
+        def serve(replica: Replica) -> Any:
+            machine = replica.check_route(generation)
+            return reads.scan_page(machine, engine, start, end, limit, bytes_max, reverse, keys_only)
+
+        self._read(requester, request, consistency, serve)
+
+    def _read(self, requester: Requester, request: Request, consistency: int, serve: Callable[[Replica], Any]) -> None:
+        """Serve a read at the moment at which its consistency allows it."""
+        replica = self._replica(request)
+        replica.check_route(request.span_generation)
+        if consistency == Consistency.STALE:
+            # Every known leader was heard within an election timeout: that bounds how stale the answer can be.
+            if not replica.raft.leader:
+                raise NotLeader("this replica has not heard from a leader lately")
+            requester.answer(request.id, serve(replica))
+            return
+        if replica.leads:
+            # The clock is read after the request came in, and nothing is awaited between it and the read.
+            if replica.can_read(self._clock.monotonic_ns()):
+                requester.answer(request.id, serve(replica))
+                return
+        elif consistency != Consistency.FOLLOWER:
+            raise replica.not_leader()
+        elif not replica.raft.leader:
+            raise Busy("this replica knows no leader to ask for a read index")
+        replica.await_read(WaitingRead(requester, request.id, serve))
+        self._driver.propose_later(replica)

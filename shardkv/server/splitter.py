@@ -1,0 +1,91 @@
+"""Splitting ranges that have grown too large: measure, choose a key, split. One range at a time, in slices.
+
+Lives here: when a range is measured and that it is then split. Does not live here: the split itself. A range is
+measured once its writes since the last time could have taken it over the size; a slice reads few keys, so that the
+loop's other work goes on in between.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import trio
+
+from shardkv.environment import Clock
+from shardkv.errors import ShardKVError
+from shardkv.machine.size import RangeMeasure
+from shardkv.multiraft.driver import Driver
+from shardkv.multiraft.replica import Replica
+from shardkv.types import PLACEMENT_RANGE, RangeId
+
+INTERVAL_SECONDS: Final = 0.1
+SLICE_KEYS: Final = 1_000
+"""About a millisecond of the loop's time."""
+RETRY_SECONDS: Final = 2.0
+"""After a split that did not come about."""
+
+
+class Splitter:
+    """The node's splitting service, for the ranges that it leads. ``sizes`` are the last measured bytes of each."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        clock: Clock,
+        split: Callable[[RangeId, bytes], Awaitable[object]],
+        split_bytes: Callable[[], int],
+        log: Any,
+    ) -> None:
+        self._driver = driver
+        self._clock = clock
+        self._split = split
+        self._split_bytes = split_bytes
+        self._log = log
+        self.sizes: dict[RangeId, int] = {}
+        self._retry_at_ns: dict[RangeId, int] = {}
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        while True:
+            await self._clock.sleep(INTERVAL_SECONDS)
+            for replica in list(self._driver.catalog.replicas.values()):
+                if self._wants_measuring(replica):
+                    await self._measure(replica)
+
+    def bytes_of(self, replica: Replica) -> int:
+        """About how large a range is: as last measured, and what was written since."""
+        written = replica.machine.bytes_written if replica.machine is not None else 0
+        return self.sizes.get(replica.range_id, 0) + written
+
+    def _wants_measuring(self, replica: Replica) -> bool:
+        machine = replica.machine
+        if machine is None or replica.range_id == PLACEMENT_RANGE or not replica.leads:
+            return False
+        if self._clock.monotonic_ns() < self._retry_at_ns.get(replica.range_id, 0):
+            return False
+        size = self.sizes.get(replica.range_id)
+        return size is None or size + machine.bytes_written > self._split_bytes()
+
+    async def _measure(self, replica: Replica) -> None:
+        machine = replica.machine
+        assert machine is not None, f"range {replica.range_id} is measured uninitialised"
+        machine.bytes_written = 0
+        generation = machine.descriptor.epoch.span
+        snapshot = self._driver.engine.snapshot()
+        try:
+            measure = RangeMeasure(snapshot, machine.descriptor.span)
+            while not measure.step(SLICE_KEYS):
+                await self._clock.sleep(0)
+        finally:
+            snapshot.close()
+        if replica.machine is not machine or machine.descriptor.epoch.span != generation:
+            return
+        self.sizes[replica.range_id] = measure.bytes
+        if measure.bytes <= self._split_bytes() or measure.split_key is None:
+            return
+        try:
+            await self._split(replica.range_id, measure.split_key)
+            self.sizes[replica.range_id] = measure.bytes // 2
+            self._log.info("split", range=replica.range_id, bytes=measure.bytes)
+        except ShardKVError as error:
+            self._log.info("split put off", range=replica.range_id, reason=str(error))
+            self._retry_at_ns[replica.range_id] = self._clock.monotonic_ns() + int(RETRY_SECONDS * 1e9)
