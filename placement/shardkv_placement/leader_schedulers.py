@@ -28,6 +28,8 @@ OPERATORS_PER_ROUND_MAX: Final = 256
 
 def drain_leaders(view: ClusterView) -> tuple[Operator, ...]:
     """Take every leadership, the placement group's too, from nodes that are about to stop."""
+    if not any(node.draining and node.live for node in view.nodes.values()):
+        return ()
     leads = Leads.of(view)
     found: list[Operator] = []
     for range_view in view.ranges.values():
@@ -96,10 +98,15 @@ class Leads:
     @classmethod
     def of(cls, view: ClusterView) -> "Leads":
         leads = cls(dict.fromkeys(view.nodes, 0), {}, view.settings.transfers_per_node_max, {})
-        for range_view in view.ranges.values():
-            if range_view.leader is not None and range_view.range_id != PLACEMENT_RANGE:
-                leads.counts[range_view.leader] = leads.counts.get(range_view.leader, 0) + 1
-                leads.led.setdefault(range_view.leader, []).append(range_view)
+        counts, led = leads.counts, leads.led
+        for range_id, range_view in view.ranges.items():
+            if range_view.statistics is not None and range_id != PLACEMENT_RANGE:
+                leader = range_view.statistics.leader
+                if leader not in led:
+                    led[leader] = []
+                led[leader].append(range_view)
+        for leader, ranges in led.items():
+            counts[leader] = len(ranges)
         for operator in view.operators.values():
             step = operator.current
             running = view.ranges.get(operator.range_id)

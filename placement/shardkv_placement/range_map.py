@@ -113,7 +113,7 @@ class RangeMap:
         for range_id, starts in found.items():
             newest = self._newest[range_id]
             for start in starts:
-                assert not self._segments[start].descriptor.newer_than(newest), (self._segments[start], newest)
+                assert _rank(self._segments[start].descriptor) <= _rank(newest), (self._segments[start], newest)
             assert any(self._segments[start].descriptor == newest for start in starts), (newest, starts)
 
     def _index_at(self, key: bytes) -> int:
@@ -136,7 +136,7 @@ class RangeMap:
         range_id = descriptor.range_id
         self._starts.setdefault(range_id, []).append(start)
         newest = self._newest.get(range_id)
-        if newest is None or descriptor.newer_than(newest):
+        if newest is None or _rank(descriptor) > _rank(newest):
             self._newest[range_id] = descriptor
 
     def _remove(self, segment: Segment) -> None:
@@ -150,7 +150,14 @@ class RangeMap:
             del self._newest[range_id]
         elif self._newest[range_id] == descriptor:
             left = [self._segments[other].descriptor for other in starts]
-            self._newest[range_id] = max(left, key=lambda each: (each.epoch.span, each.epoch.membership))
+            self._newest[range_id] = max(left, key=_rank)
+
+
+def _rank(descriptor: RangeDescriptor) -> tuple[object, ...]:
+    """Newest last, among descriptors of one range. Two of the same epoch cannot both be true; should they be reported
+    all the same, every replica, restarted or not, still takes the same one."""
+    start, end = descriptor.span
+    return (descriptor.epoch.span, descriptor.epoch.membership, start, end is None, end or b"", descriptor.replicas)
 
 
 def _laid_over(segments: list[Segment], descriptor: RangeDescriptor) -> list[Segment]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId, Replica, ReplicaRole
+from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE, NodeId, RangeId, Replica, ReplicaRole
 from shardkv_placement.operators import (
     UNALLOCATED,
     AddLearners,
@@ -40,7 +40,11 @@ def place_replicas(view: ClusterView) -> tuple[Operator, ...]:
     """Grow the ranges that have too few voters, the placement group first, and shed what no range needs."""
     loads = _Loads.of(view)
     found: list[Operator] = []
-    for range_view in view.ranges.values():
+    serving = {node.node_id for node in view.nodes.values() if node.state is not NodeState.DECOMMISSIONED}
+    placement, others = target_voters(view, PLACEMENT_RANGE), target_voters(view, FIRST_RANGE)
+    for range_id, range_view in view.ranges.items():
+        if _settled(range_view, others if range_id else placement, serving):
+            continue
         planned = plan(view, range_view, loads)
         if isinstance(planned, Operator):
             loads.add(planned)
@@ -48,6 +52,17 @@ def place_replicas(view: ClusterView) -> tuple[Operator, ...]:
             if len(found) >= OPERATORS_PER_ROUND_MAX:
                 break
     return tuple(found)
+
+
+def _settled(range_view: RangeView, target: int, serving: set[NodeId]) -> bool:
+    """Whether nothing is to be done, as for nearly all of many ranges: the quick half of :func:`plan`."""
+    replicas = range_view.descriptor.replicas
+    if len(replicas) < target:
+        return False
+    for node_id, _, role in replicas:  # noqa: SIM110 (a generator costs twice as much, for every range)
+        if role is not ReplicaRole.VOTER or node_id not in serving:
+            return False
+    return True
 
 
 def why_not(view: ClusterView, range_view: RangeView) -> str:

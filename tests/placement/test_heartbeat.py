@@ -124,12 +124,13 @@ def test_of_two_who_claim_to_lead_the_one_with_the_higher_term_does() -> None:
     line = Line()
     line.group.join(2)
     other = Reporter(NodeId(2), 1, "host2:7000")
-    line.reporter.report(report(1, term=4))
-    other.report(report(1, term=5))
-    line.statistics.receive(line.group.state, other.heartbeat(), 1.0)
-    line.send()
-    assert line.statistics.ranges[RangeId(1)].leader == 2
-    other.report(report(1, term=6, leads=False))
+    for mine, theirs, leader in ((4, 5, 2), (7, 5, 1), (7, 8, 2)):
+        line.reporter.report(report(1, term=mine))
+        other.report(report(1, term=theirs))
+        line.statistics.receive(line.group.state, other.heartbeat(), 1.0)
+        line.send()
+        assert line.statistics.ranges[RangeId(1)].leader == leader
+    other.report(report(1, term=9, leads=False))
     line.statistics.receive(line.group.state, other.heartbeat(), 1.0)
     assert line.statistics.ranges[RangeId(1)].leader == 1
 
