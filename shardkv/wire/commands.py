@@ -47,6 +47,7 @@ _VALUE_HEAD: Final = Struct(">BI")
 _U64: Final = Struct(">BQ")
 _NULL: Final = b"\xf6"
 _U64_END: Final = 1 << 64
+_U32_END: Final = 1 << 32
 
 _ARRAY, _BYTES_U16, _BYTES_U32, _UINT32, _UINT64, _NEGATIVE64 = 0x80, 0x59, 0x5A, 0x1A, 0x1B, 0x3B
 
@@ -118,12 +119,34 @@ def decode(data: bytes) -> list[Command]:
 
 def validate(command: Command, key_bytes_max: int, value_bytes_max: int) -> str | None:
     """What is wrong with a command that came from outside, or None. Limits in bytes."""
+    # A sound PUT, the common case, in one expression at half the cost; it allows nothing that _problem does not.
+    if type(command) is list and len(command) == 8:
+        op, sequence, issued_at, below, digest, key, value, condition = command
+        if (
+            type(op) is type(sequence) is type(issued_at) is type(below) is type(digest) is int
+            and op == 0
+            and 0 <= sequence < _U64_END
+            and 0 <= issued_at < _U64_END
+            and 0 <= below < _U64_END
+            and 0 <= digest < _U32_END
+            and type(key) is type(value) is bytes
+            and 0 < len(key) <= key_bytes_max
+            and len(value) <= value_bytes_max
+            and (condition is None or (type(condition) is int and 0 <= condition < _U64_END))
+        ):
+            return None
+    return _problem(command, key_bytes_max, value_bytes_max)
+
+
+def _problem(command: Command, key_bytes_max: int, value_bytes_max: int) -> str | None:
     if type(command) is not list or len(command) < 7:
         return "a command must be an array of at least 7 fields"
     op, sequence, issued_at, below, digest, key, argument = command[:7]
     for field in (op, sequence, issued_at, below, digest):
         if type(field) is not int or not 0 <= field < _U64_END:
             return "a command's first five fields must be unsigned 64-bit integers"
+    if digest >= _U32_END:
+        return "a command's digest must have 32 bits"
     if type(key) is not bytes or len(key) > key_bytes_max or (not key and op != Op.DELETE_RANGE):
         return f"a key must be 1 to {key_bytes_max} bytes"
     if len(command) != _FIELDS_BY_OP.get(op):
