@@ -25,8 +25,10 @@ MAGIC: Final = b"\xf5kvR"
 HEADER: Final = Struct("<4sIIIQQQ")
 """magic, checksum, meta bytes, data bytes, segment id, sequence number, highest sequence number known to be synced."""
 HEADER_BYTES: Final = HEADER.size
-_SUMMED: Final = 8
-"""The checksum covers the header from here on, then the meta section."""
+_HEADER_START: Final = Struct("<4sI")
+_HEADER_SUMMED: Final = Struct("<IIQQQ")
+"""The checksum covers the second part of the header, then the meta section."""
+_SUMMED: Final = _HEADER_START.size
 
 META_BYTES_MAX: Final = 1 << 30
 DATA_BYTES_MAX: Final = 1 << 30
@@ -189,9 +191,8 @@ def seed_of(token: bytes) -> int:
 
 
 def pack_header(seed: int, meta: bytes, data_bytes: int, segment_id: int, sequence: int, synced_sequence: int) -> bytes:
-    header = HEADER.pack(MAGIC, 0, len(meta), data_bytes, segment_id, sequence, synced_sequence)
-    crc = crc32(meta, crc32(header[_SUMMED:], seed))
-    return header[:4] + crc.to_bytes(4, "little") + header[_SUMMED:]
+    summed = _HEADER_SUMMED.pack(len(meta), data_bytes, segment_id, sequence, synced_sequence)
+    return _HEADER_START.pack(MAGIC, crc32(meta, crc32(summed, seed))) + summed
 
 
 def unpack_header(data: bytes, segment_id: int) -> Header | None:

@@ -34,7 +34,6 @@ from shardkv.storage.segment import (
     PLACE_SEGMENT_SHIFT,
     SPARE_PREFIX,
     Segment,
-    Spares,
     segment_id_of,
     segment_path,
 )
@@ -85,7 +84,7 @@ class Recovered:
     """How much of a torn tail held something and was cut off."""
 
 
-def recover(disk: Disk, directory: str, seed: int, segment_bytes: int, spares: Spares) -> Recovered:
+def recover(disk: Disk, directory: str, seed: int, segment_bytes: int, *, create: bool) -> Recovered:
     """Open the log in ``directory``, or begin one. Blocks. Raises Corruption, StorageError, OutOfSpace."""
     disk.make_directory(directory)
     ids = []
@@ -96,7 +95,9 @@ def recover(disk: Disk, directory: str, seed: int, segment_bytes: int, spares: S
         elif name.startswith(SPARE_PREFIX):
             disk.unlink(f"{directory}/{name}")
     if not ids:
-        return _begin(disk, directory, seed, segment_bytes, spares)
+        if not create:
+            raise Corruption(f"{directory} holds no segment of the log, and this node had one; {_ADVICE}")
+        return _begin(disk, directory, seed, segment_bytes)
     ids.sort()
     # Old segments are unlinked oldest first, but a crash may let a later removal survive without an earlier one.
     run = [segment_id for position, segment_id in enumerate(ids) if ids[-1] - segment_id == len(ids) - 1 - position]
@@ -108,7 +109,7 @@ def recover(disk: Disk, directory: str, seed: int, segment_bytes: int, spares: S
         raise
 
 
-def _begin(disk: Disk, directory: str, seed: int, segment_bytes: int, spares: Spares) -> Recovered:
+def _begin(disk: Disk, directory: str, seed: int, segment_bytes: int) -> Recovered:
     """The first segment. Its name comes after its checkpoint is synced: an oldest segment without one is damaged."""
     state = LogState()
     meta = state.encode_checkpoint()
@@ -271,12 +272,12 @@ class _Recovery:
     def _witness(self, segment: Segment, offset: int, missing: int) -> int | None:
         """The offset of a sound record from ``offset`` on that says that number ``missing`` was synced."""
         assert segment.file is not None, f"{segment.path} is not open"
-        window = _Window(segment.file)
+        window, probe = _Window(segment.file), _Window(segment.file)
         while offset < window.size:
             data = window.read(offset, WINDOW_BYTES)
             position = data.find(MAGIC)
             while position >= 0:
-                found = self._summed(_Window(segment.file), segment, offset + position)
+                found = self._summed(probe, segment, offset + position)
                 if found is not None and found[0].synced_sequence >= missing:
                     return offset + position
                 position = data.find(MAGIC, position + 1)

@@ -137,16 +137,25 @@ class Wal:
         self._cut_bytes = 0
 
     @classmethod
-    def open(cls, disk: Disk, directory: str, settings: WalSettings = WalSettings(), *, token: bytes = b"") -> "Wal":
+    def open(
+        cls,
+        disk: Disk,
+        directory: str,
+        settings: WalSettings = WalSettings(),
+        *,
+        token: bytes = b"",
+        create: bool = True,
+    ) -> "Wal":
         """Recover the log in ``directory``, or begin one. Blocks; run it in a worker thread.
 
-        ``token`` is the data directory's own; every checksum starts from it. Raises Corruption (the message says where
-        and what to do), StorageError, OutOfSpace.
+        ``token`` is the data directory's own; every checksum starts from it. Say ``create=False`` for a directory that
+        is a node's already: an empty log there has been lost, and with it votes (trap 24). Raises Corruption (the
+        message says where and what to do), StorageError, OutOfSpace.
         """
         assert 0 < settings.segment_bytes <= SEGMENT_BYTES_MAX, f"{settings.segment_bytes} bytes a segment"
         seed = seed_of(token)
         spares = Spares(disk, directory, settings.segment_bytes)
-        recovered = recover(disk, directory, seed, settings.segment_bytes, spares)
+        recovered = recover(disk, directory, seed, settings.segment_bytes, create=create)
         wal = cls(disk, directory, settings, seed, spares, recovered.state, recovered.sequence)
         wal._cut_bytes = recovered.cut_bytes
         return wal
@@ -171,12 +180,16 @@ class Wal:
     def append(self, updates: Sequence[LogUpdate]) -> Callable[[], None]:
         """Encode one record for the whole turn and take it into memory; the job that makes it durable.
 
+        Without updates there is no record, and the job makes durable what was appended before.
+
         Hand the job to the writer thread; when it has returned, this record and all before it are on disk. Jobs may
         be merged: each writes all that is queued when it starts, with one sync, and one that finds its record synced
         returns at once. Updates of one group apply in their order. Raises StorageError once the log has failed.
         """
         if self._failure is not None:
             raise self._refusal()
+        if not updates:
+            return partial(self._write_through, self._sequence)
         meta, pieces, crcs, data_bytes = encode_turn(updates)
         segment, base = self._queue_record(meta, pieces, data_bytes)
         try:
@@ -253,7 +266,7 @@ class Wal:
             self._write_queued()
         except BaseException as error:
             self._failure = error
-            if isinstance(error, StorageError):
+            if isinstance(error, StorageError) or not isinstance(error, Exception):
                 raise
             raise StorageError(f"writing the log in {self._directory} failed: {error!r}; the node must end") from error
 

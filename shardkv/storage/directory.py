@@ -1,0 +1,213 @@
+"""Whose data directory this is: format, cluster, node, and how often it was opened.
+
+Layout: ``DATA/identity`` (this module's file), ``DATA/LOCK`` (held while a node runs), ``DATA/wal/`` (the shared Raft
+log), ``DATA/engine/`` (the ordered store), ``DATA/ingest/`` (files on their way into it; what a start finds there is
+left over). Does not live here: what those hold. The rule: a directory that is not certainly ours, of a format that we
+know and free for us to use, is refused before anything in it is changed.
+"""
+
+from dataclasses import dataclass, replace
+from struct import Struct
+from typing import Final
+from zlib import crc32
+
+from shardkv.environment import DirectoryLock, Disk, Ids
+from shardkv.errors import Corruption, DataDirectoryError, StorageError
+from shardkv.types import NodeId
+
+FORMAT: Final = 1
+"""Of everything under the directory. Raised when an older program could no longer read it."""
+
+IDENTITY_NAME: Final = "identity"
+LOCK_NAME: Final = "LOCK"
+WAL_NAME: Final = "wal"
+ENGINE_NAME: Final = "engine"
+INGEST_NAME: Final = "ingest"
+
+TOKEN_BYTES: Final = 16
+CLUSTER_ID_BYTES: Final = 16
+NAME_BYTES_MAX: Final = 255
+
+_MAGIC: Final = b"shardkv\n"
+_START: Final = Struct("<8sII")
+"""magic, format, checksum of what follows. These stay where they are in every format."""
+_FIELDS: Final = Struct("<16sQ16sQH")
+"""directory token, boot counter, cluster id (zeros: none yet), node id (0: none yet), bytes of the name."""
+
+_NO_CLUSTER: Final = bytes(CLUSTER_ID_BYTES)
+_HARMLESS: Final = frozenset((LOCK_NAME, f"{IDENTITY_NAME}.temporary", "lost+found"))
+"""What may stand in a directory that has no identity yet: what a first start that died leaves, and an empty volume."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    token: bytes
+    """16 random bytes, of this directory alone; the log's checksums start from it."""
+    boot: int
+    """How often the directory was opened, 1 the first time. A lower one than peers have seen is a restored disk."""
+    cluster_id: bytes | None = None
+    node_id: NodeId | None = None
+    name: str | None = None
+
+    @property
+    def assigned(self) -> bool:
+        """Whether the directory belongs to a node of a cluster yet."""
+        return self.cluster_id is not None
+
+
+def encode_identity(identity: Identity) -> bytes:
+    name = (identity.name or "").encode()
+    body = _FIELDS.pack(
+        identity.token, identity.boot, identity.cluster_id or _NO_CLUSTER, identity.node_id or 0, len(name)
+    )
+    return _START.pack(_MAGIC, FORMAT, crc32(body + name)) + body + name
+
+
+def decode_identity(data: bytes, path: str) -> Identity:
+    """The inverse of :func:`encode_identity`. Raises DataDirectoryError for a newer format, Corruption for damage."""
+    advice = (
+        "the directory cannot be used as it is: restore that one file from a copy, or remove the node from the cluster "
+        "and start it anew with an empty data directory"
+    )
+    if len(data) < _START.size:
+        raise Corruption(f"{path} holds {len(data)} bytes, too few; {advice}")
+    magic, version, crc = _START.unpack_from(data)
+    if magic != _MAGIC:
+        raise Corruption(f"{path} does not begin as an identity does; {advice}")
+    body = data[_START.size :]
+    if crc32(body) != crc or len(body) < _FIELDS.size:
+        if version > FORMAT:
+            raise DataDirectoryError(_newer(path, version))
+        raise Corruption(f"{path} is damaged, its checksum is wrong; {advice}")
+    if version > FORMAT:
+        raise DataDirectoryError(_newer(path, version))
+    token, boot, cluster_id, node_id, name_bytes = _FIELDS.unpack_from(body)
+    name = body[_FIELDS.size :]
+    if version < 1 or len(name) != name_bytes:
+        raise Corruption(f"{path} says format {version} and a name of {name_bytes} bytes, not {len(name)}; {advice}")
+    if cluster_id == _NO_CLUSTER:
+        return Identity(token, boot)
+    return Identity(token, boot, cluster_id, NodeId(node_id), name.decode())
+
+
+def _newer(path: str, version: int) -> str:
+    return (
+        f"{path} is of format {version}, and this program knows formats up to {FORMAT}: it was written by a newer "
+        "version of shardkv; start that version"
+    )
+
+
+class DataDirectory:
+    """An open, locked data directory. :meth:`close` gives it back."""
+
+    def __init__(self, disk: Disk, path: str, identity: Identity, lock: DirectoryLock) -> None:
+        self._disk = disk
+        self._lock = lock
+        self.path = path
+        self.identity = identity
+        self.wal_path = f"{path}/{WAL_NAME}"
+        self.engine_path = f"{path}/{ENGINE_NAME}"
+        self.ingest_path = f"{path}/{INGEST_NAME}"
+
+    def assign(self, cluster_id: bytes, node_id: NodeId, name: str) -> None:
+        """Make the directory that of a node, durably. Blocks. Saying the same again does nothing.
+
+        Call it once the log has been opened: a directory that is assigned has a log, so from then on a start must not
+        begin an empty one. Raises DataDirectoryError if it is another node's.
+        """
+        assert len(cluster_id) == CLUSTER_ID_BYTES, f"a cluster id of {len(cluster_id)} bytes"
+        assert cluster_id != _NO_CLUSTER, "a cluster id of zeros means none"
+        assert node_id > 0, f"node id {node_id}"
+        assert 0 < len(name.encode()) <= NAME_BYTES_MAX, f"a name of {len(name.encode())} bytes"
+        self.require(cluster_id=cluster_id, node_id=node_id, name=name)
+        if not self.identity.assigned:
+            self._store(replace(self.identity, cluster_id=cluster_id, node_id=node_id, name=name))
+
+    def require(
+        self, *, cluster_id: bytes | None = None, node_id: NodeId | None = None, name: str | None = None
+    ) -> None:
+        """Raise DataDirectoryError if the directory belongs to another cluster or node than those given (not None)."""
+        mine = self.identity
+        if not mine.assigned:
+            return
+        assert mine.cluster_id is not None, "assigned without a cluster"
+        if cluster_id is not None and cluster_id != mine.cluster_id:
+            raise DataDirectoryError(
+                f"{self.path} belongs to cluster {mine.cluster_id.hex()}, not to {cluster_id.hex()}; "
+                "give this node another data directory, or connect it to its own cluster"
+            )
+        if (node_id is not None and node_id != mine.node_id) or (name is not None and name != mine.name):
+            raise DataDirectoryError(
+                f"{self.path} belongs to the node named {mine.name!r} (id {mine.node_id}), not to {name!r} "
+                f"(id {node_id if node_id is not None else 'any'}); start it under its own name, or give this node "
+                "another data directory"
+            )
+
+    def _store(self, identity: Identity) -> None:
+        self._disk.write_atomically(f"{self.path}/{IDENTITY_NAME}", encode_identity(identity))
+        self.identity = identity
+
+    def close(self) -> None:
+        self._lock.release()
+
+
+def open_directory(disk: Disk, ids: Ids, path: str) -> DataDirectory:
+    """Lock the data directory at ``path``, making it if there is none, and count this start. Blocks.
+
+    Raises DataDirectoryError (not a directory, foreign, of a newer format, in use), Corruption (damaged identity),
+    StorageError, OutOfSpace; each message says what to do.
+    """
+    path = path.rstrip("/") or "/"
+    identity_path = f"{path}/{IDENTITY_NAME}"
+    _make(disk, path)
+    _refuse_foreign(disk, path)
+    lock = disk.lock(f"{path}/{LOCK_NAME}")
+    try:
+        # Again, for it may have been somebody's just before.
+        _refuse_foreign(disk, path)
+        try:
+            identity = decode_identity(disk.read(identity_path), identity_path)
+        except FileNotFoundError:
+            identity = Identity(ids.random_bytes(TOKEN_BYTES), 0)
+        directory = DataDirectory(disk, path, identity, lock)
+        directory._store(replace(identity, boot=identity.boot + 1))
+        for child in (directory.wal_path, directory.engine_path, directory.ingest_path):
+            disk.make_directory(child)
+    except BaseException:
+        lock.release()
+        raise
+    return directory
+
+
+def _make(disk: Disk, path: str) -> None:
+    if disk.exists(path):
+        return
+    try:
+        disk.make_directory(path)
+    except (OSError, StorageError) as error:
+        raise DataDirectoryError(
+            f"the data directory {path} cannot be made: {error}; check the path and its permissions"
+        ) from error
+
+
+def _refuse_foreign(disk: Disk, path: str) -> None:
+    """Raise DataDirectoryError unless the directory is empty or has an identity. Changes nothing."""
+    try:
+        names = disk.list(path)
+    except (OSError, StorageError) as error:
+        raise DataDirectoryError(
+            f"{path} is not a directory that can be read: {error}; give a directory as data directory"
+        ) from error
+    if IDENTITY_NAME in names:
+        return
+    if WAL_NAME in names or ENGINE_NAME in names:
+        raise DataDirectoryError(
+            f"{path} holds a node's data and no {IDENTITY_NAME} file: it was lost; restore that one file from a copy, "
+            "or remove the node from the cluster and start it anew with an empty data directory"
+        )
+    foreign = [name for name in names if name not in _HARMLESS]
+    if foreign:
+        raise DataDirectoryError(
+            f"{path} is not empty and holds no shardkv data (but {', '.join(foreign[:3])}, …); give an empty or a new "
+            "directory as data directory"
+        )

@@ -1,0 +1,245 @@
+"""The durable engine alone: what a killed process leaves, its memory, its errors, and rocksdict's two surprises."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import rocksdict
+
+from shardkv.errors import Corruption, OutOfSpace, StorageError
+from shardkv.storage.engine import WriteBatch
+from shardkv.storage.rocks import RocksEngine, RocksSettings, _translated
+
+LOW, HIGH = b"", b"\xff" * 8
+ROOT = Path(__file__).parents[2]
+
+WRITER = """
+import sys
+from shardkv.storage.engine import WriteBatch
+from shardkv.storage.rocks import RocksEngine, RocksSettings
+engine = RocksEngine(sys.argv[1], RocksSettings(write_buffer_bytes=64 * 1024))
+number = 0
+while True:
+    for _ in range(50):
+        number += 1
+        batch = WriteBatch()
+        batch.put(b"last", b"%d" % number)
+        batch.put(b"own %08d" % number, b"x" * 100)
+        batch.delete(b"own %08d" % (number - 20))
+        batch.delete_range(b"own %08d" % (number - 40), b"own %08d" % (number - 30))
+        engine.write(batch)
+    if number % 200 == 0:
+        engine.flush()
+        print(number, flush=True)
+"""
+
+INGESTER = """
+import os, signal, sys
+from shardkv.storage.engine import WriteBatch
+from shardkv.storage.rocks import RocksEngine
+path, flush = sys.argv[1:]
+engine = RocksEngine(path)
+batch = WriteBatch()
+batch.put(b"a", b"a batch before")
+engine.write(batch)
+if flush == "flush":
+    engine.flush()
+builder = engine.builder(path + ".sst")
+builder.put(b"m", b"ingested")
+builder.finish()
+engine.ingest(path + ".sst")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+FILLER = """
+import sys
+from shardkv.storage.engine import WriteBatch
+from shardkv.storage.rocks import RocksEngine
+engine = RocksEngine(sys.argv[1])
+for start in range(0, 100_000, 500):
+    batch = WriteBatch()
+    for number in range(start, start + 500):
+        batch.put(b"key %012d" % number, b"v" * 100)
+    engine.write(batch)
+for start in range(0, 100_000, 50):
+    engine.get(b"key %012d" % start)
+engine.flush()
+for pair in engine.scan(b"", b"z"):
+    pass
+rss = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+print(int(rss.split()[1]))
+engine.close()
+"""
+
+
+def child(script: str, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return f"{tmp_path}/engine"
+
+
+@pytest.mark.parametrize("flushes", [1, 4])
+def test_a_killed_process_leaves_a_prefix_of_the_batches_no_older_than_the_last_flush(path: str, flushes: int) -> None:
+    """DESIGN 4.3: with RocksDB's own log off and one column family."""
+    flushed = 0
+    with child(WRITER, path) as process:
+        assert process.stdout is not None
+        for _ in range(flushes):
+            flushed = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+    engine = RocksEngine(path)
+    last = int(engine.get(b"last") or 0)
+    assert last >= flushed
+    expected = [b"own %08d" % number for number in range(max(last - 19, 1), last + 1)]
+    between = [b"own %08d" % number for number in range(max(last - 30, 1), max(last - 19, 1)) if number > last - 20]
+    assert [key for key, _ in engine.scan(b"own", b"owo")] == between + expected
+    engine.check()
+    engine.close()
+
+
+@pytest.mark.parametrize("flush", ["flush", "no flush"])
+def test_trap_19_an_ingested_file_survives_a_kill_where_an_earlier_batch_does_not(path: str, flush: str) -> None:
+    """TRAPS 19: why a flush must come before an ingest. If this ever fails, RocksDB has become kinder."""
+    with child(INGESTER, path, flush) as process:
+        assert process.wait() == -signal.SIGKILL
+    engine = RocksEngine(path)
+    expected = {b"m": b"ingested"}
+    if flush == "flush":
+        expected[b"a"] = b"a batch before"
+    assert dict(engine.scan(LOW, HIGH)) == expected
+    assert not os.path.exists(f"{path}.sst")
+    engine.close()
+
+
+def test_a_hundred_thousand_keys_fit_into_150_mib(path: str) -> None:
+    with child(FILLER, path) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) < 150 * 1024
+        assert process.wait() == 0
+
+
+def test_closing_keeps_what_was_not_flushed(path: str) -> None:
+    engine = RocksEngine(path)
+    batch = WriteBatch()
+    batch.put(b"k", b"v")
+    engine.write(batch)
+    engine.close()
+    engine.close()
+    engine = RocksEngine(path)
+    assert engine.get(b"k") == b"v"
+    engine.close()
+
+
+def test_settings_given_at_reopening_win_over_those_on_disk(path: str) -> None:
+    """rocksdict takes the column family's options from disk unless they are named."""
+    RocksEngine(path, RocksSettings(write_buffer_bytes=8 * 1024 * 1024)).close()
+    RocksEngine(path, RocksSettings(write_buffer_bytes=4 * 1024 * 1024)).close()
+    newest = max(Path(path).glob("OPTIONS-*"))
+    assert "write_buffer_size=4194304" in newest.read_text()
+
+
+def test_rocksdicts_own_snapshot_iterators_are_not_used(path: str) -> None:
+    """They see later writes in 0.3.29. When this fails, they have been mended and ours may become simpler."""
+    database = rocksdict.Rdict(path, options=rocksdict.Options(raw_mode=True))
+    database[b"a"] = b"1"
+    snapshot, iterator = database.snapshot(), database.iter()
+    database[b"b"] = b"2"
+    assert [key for key, _ in snapshot.items()] == [b"a", b"b"]
+    iterator.seek(b"")
+    iterator.next()
+    assert not iterator.valid()
+    del snapshot, iterator
+    database.close()
+
+
+def test_a_snapshot_of_an_engine_that_was_only_ingested_into_costs_no_keys(path: str) -> None:
+    """RocksDB's compaction drops live keys while a snapshot of sequence number 0 is held."""
+    engine = RocksEngine(path)
+    assert engine._db.latest_sequence_number() > 0
+    snapshot = engine.snapshot()
+    expected: dict[bytes, bytes] = {}
+    for number in range(6):
+        pairs = {b"shared": b"%d" % number, b"own %d" % number: b"", b"p %d" % number: b""}
+        builder = engine.builder(f"{path}.sst")
+        for key in sorted(pairs):
+            builder.put(key, pairs[key])
+        builder.finish()
+        engine.ingest(f"{path}.sst")
+        expected |= pairs
+    engine._db.compact_range(None, None)
+    assert dict(engine.scan(LOW, HIGH)) == expected
+    assert list(snapshot.scan(LOW, HIGH)) == []
+    engine.close()
+
+
+def test_a_second_opening_is_refused(path: str) -> None:
+    engine = RocksEngine(path)
+    with pytest.raises(StorageError, match=r"opening .*engine"):
+        RocksEngine(path)
+    engine.close()
+
+
+def test_a_damaged_table_is_corruption_when_read(path: str) -> None:
+    engine = RocksEngine(path)
+    batch = WriteBatch()
+    for number in range(1000):
+        batch.put(b"key %d" % number, os.urandom(50))
+    engine.write(batch)
+    engine.close()
+    (table,) = Path(path).glob("*.sst")
+    content = bytearray(table.read_bytes())
+    content[100:30_000] = bytes(29_900)
+    table.write_bytes(content)
+    engine = RocksEngine(path)
+    reads: list[Callable[[], object]] = [
+        lambda: [engine.get(b"key %d" % number) for number in range(1000)],
+        lambda: engine.get_many([b"key %d" % number for number in range(1000)]),
+        lambda: list(engine.scan(LOW, HIGH)),
+        lambda: list(engine.scan(LOW, HIGH, reverse=True)),
+        lambda: list(engine.snapshot().scan(LOW, HIGH)),
+        lambda: list(engine.snapshot().scan(LOW, HIGH, reverse=True)),
+        lambda: [engine.snapshot().get(b"key %d" % number) for number in range(1000)],
+    ]
+    for read in reads:
+        with pytest.raises(Corruption, match="rebuild its replicas"):
+            read()
+
+
+def test_a_full_disk_and_other_errors_keep_their_kind() -> None:
+    assert type(_translated(Exception("IO error: No space left on device: while appending"), "writing")) is OutOfSpace
+    assert type(_translated(Exception("Corruption: block checksum mismatch"), "reading")) is Corruption
+    assert type(_translated(Exception("IO error: whatever"), "reading")) is StorageError
+
+
+@pytest.mark.parametrize("stopped, delayed", [(0, 0), (1, 0), (0, 1000)])
+def test_a_stall_shows_before_a_write_would_wait(path: str, stopped: int, delayed: int) -> None:
+    """A stalled write blocks with the interpreter lock held (LIBRARIES), so the caller asks first."""
+
+    class Stalling:
+        def property_int_value(self, name: str) -> int:
+            return {"rocksdb.is-write-stopped": stopped, "rocksdb.actual-delayed-write-rate": delayed}[name]
+
+    engine = RocksEngine(path)
+    assert not engine.stalled()
+    database = engine._db
+    engine._db = Stalling()
+    assert engine.stalled() == bool(stopped or delayed)
+    engine._db = database
+    engine.close()
+
+
+def test_a_closed_snapshot_is_refused(path: str) -> None:
+    engine = RocksEngine(path)
+    snapshot = engine.snapshot()
+    snapshot.close()
+    with pytest.raises(StorageError, match="closed"):
+        list(snapshot.scan(LOW, HIGH))
+    engine.close()
