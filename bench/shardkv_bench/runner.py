@@ -1,0 +1,202 @@
+"""Runs client processes side by side and adds up what they measured.
+
+A client process that used nearly a whole core was itself the limit; :attr:`Result.client_bound` says so, and more
+processes are the remedy. Workers are ended by their process id.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from shardkv_bench.histogram import Histogram, merged
+from shardkv_bench.worker import Task
+
+CLIENT_BOUND_FRACTION: Final = 0.85
+"""A client process busier than this was the bottleneck, or close to it."""
+GRACE_SECONDS: Final = 60.0
+"""How long a worker may take beyond the time it was told to run."""
+NS_PER_MS: Final = 1e6
+
+
+class WorkerFailed(Exception):
+    """A client process ended early; its stderr has been passed on. ``code`` is its exit code, or 1."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What all client processes of one run measured together."""
+
+    ops: int
+    errors: int
+    error_kinds: dict[str, int]
+    seconds: float
+    client_cpu_s: float
+    server_cpu_s: float
+    processes: int
+    histogram: Histogram
+
+    @property
+    def throughput(self) -> float:
+        """Operations per second."""
+        return self.ops / self.seconds if self.seconds else 0.0
+
+    @property
+    def client_cpu_us(self) -> float:
+        """Microseconds of client processor time for each operation."""
+        return self.client_cpu_s / self.ops * 1e6 if self.ops else 0.0
+
+    @property
+    def server_cpu_us(self) -> float:
+        return self.server_cpu_s / self.ops * 1e6 if self.ops else 0.0
+
+    @property
+    def client_bound(self) -> bool:
+        return self.client_cpu_s > CLIENT_BOUND_FRACTION * self.seconds * self.processes
+
+    def quantile_ms(self, fraction: float) -> float:
+        return round(self.histogram.quantile(fraction) / NS_PER_MS, 4)
+
+    @property
+    def max_ms(self) -> float:
+        return round(self.histogram.maximum / NS_PER_MS, 4)
+
+
+def loading(task: Task) -> Task:
+    """The task that writes every record which ``task`` will touch."""
+    return replace(task, action="load", inflight=1, warmup_seconds=0.0, seconds=0.0)
+
+
+def report_fields(task: Task, result: Result) -> dict[str, object]:
+    """What ``bench run --json`` prints."""
+    return {
+        "workload": task.workload,
+        "inflight": task.inflight,
+        "seconds": round(result.seconds, 3),
+        "ops": result.ops,
+        "errors": result.errors,
+        "throughput": round(result.throughput, 1),
+        "p50_ms": result.quantile_ms(0.5),
+        "p95_ms": result.quantile_ms(0.95),
+        "p99_ms": result.quantile_ms(0.99),
+        "p999_ms": result.quantile_ms(0.999),
+        "max_ms": result.max_ms,
+        "client_cpu_s": round(result.client_cpu_s, 3),
+    }
+
+
+def combine(results: list[Result]) -> Result:
+    """Several runs of the same load, one after another, as one."""
+    kinds: dict[str, int] = {}
+    for result in results:
+        for kind, count in result.error_kinds.items():
+            kinds[kind] = kinds.get(kind, 0) + count
+    return Result(
+        ops=sum(result.ops for result in results),
+        errors=sum(result.errors for result in results),
+        error_kinds=kinds,
+        seconds=sum(result.seconds for result in results),
+        client_cpu_s=sum(result.client_cpu_s for result in results),
+        server_cpu_s=sum(result.server_cpu_s for result in results),
+        processes=results[0].processes,
+        histogram=merged(result.histogram for result in results),
+    )
+
+
+def run(task: Task, processes: int = 1, server_cpu: Callable[[], float] = lambda: 0.0) -> Result:
+    """Run a task in so many client processes, which share its operations in flight.
+
+    ``server_cpu`` is read at both edges of the measured time. Raises WorkerFailed.
+    """
+    processes = min(processes, task.inflight) if task.action == "run" else processes
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(_worker(each)) for each in shares(task, processes)]
+        for worker in workers:
+            worker.expect("ready")
+        for worker in workers:
+            worker.go()
+        for worker in workers:
+            worker.expect("measuring")
+        before = server_cpu()
+        for worker in workers:
+            worker.expect("measured")
+        used = server_cpu() - before
+        answers = [worker.result() for worker in workers]
+    return Result(
+        ops=sum(answer["ops"] for answer in answers),
+        errors=sum(answer["errors"] for answer in answers),
+        error_kinds={kind: count for answer in answers for kind, count in answer["error_kinds"].items()},
+        seconds=max(answer["seconds"] for answer in answers),
+        client_cpu_s=sum(answer["client_cpu_s"] for answer in answers),
+        server_cpu_s=used,
+        processes=processes,
+        histogram=merged(Histogram.from_json(answer["histogram"]) for answer in answers),
+    )
+
+
+def shares(task: Task, processes: int) -> list[Task]:
+    """A task cut for so many processes: operations in flight and connections are split, nothing is lost."""
+    return [
+        replace(
+            task,
+            process=number,
+            processes=processes,
+            inflight=max(1, len(range(number, task.inflight, processes))),
+            connections=max(1, len(range(number, task.connections, processes))),
+        )
+        for number in range(processes)
+    ]
+
+
+class _Worker:
+    def __init__(self, child: "subprocess.Popen[str]") -> None:
+        self._child = child
+
+    def expect(self, wanted: str) -> None:
+        line = self._line()
+        if line.strip() != wanted:
+            raise WorkerFailed(f"a client process said {line!r} instead of {wanted!r}")
+
+    def go(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.write("go\n")
+        self._child.stdin.flush()
+
+    def result(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._line())
+        return answer
+
+    def _line(self) -> str:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            code = self._child.wait(GRACE_SECONDS)
+            raise WorkerFailed(f"a client process ended with {code}", code if code > 0 else 1)
+        return line
+
+
+@contextlib.contextmanager
+def _worker(task: Task) -> Iterator[_Worker]:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "shardkv_bench.worker", task.to_json()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield _Worker(child)
+        child.wait(GRACE_SECONDS)
+    finally:
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()

@@ -1,0 +1,134 @@
+"""Drives shardkv through its public Python client: what a user's program would pay, this pays.
+
+Each of ``inflight`` lanes does one operation after another; lanes share ``connections`` clients.
+"""
+
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Final
+
+import trio
+
+from shardkv.errors import ShardKVError
+from shardkv_bench.worker import Measurement, Task, wait_for_go
+from shardkv_bench.workloads import WORKLOADS, Kind, Operation, Plan, key_of, value_of
+
+BULK_KEYS: Final = 1_000
+"""Keys of one ``put_many`` of the bulk workload."""
+VALUES: Final = 256
+"""Different values that are written; making one for each operation would be measured too."""
+
+
+def connect(addresses: str) -> contextlib.AbstractAsyncContextManager[Any]:
+    import shardkv_client
+
+    client: contextlib.AbstractAsyncContextManager[Any] = shardkv_client.connect(addresses)
+    return client
+
+
+def perform(task: Task) -> Measurement:
+    """Do what the task says. Errors of single operations are counted, others escape."""
+    return trio.run(_load if task.action == "load" else _run, task)
+
+
+async def _run(task: Task) -> Measurement:
+    plan = Plan(WORKLOADS[task.workload], task.records, task.seed, task.process, task.processes)
+    measurement = Measurement()
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(connect(task.addresses))
+            for _ in range(min(task.connections, task.inflight))
+        ]
+        for client in clients:
+            await client.get(key_of(0))
+        wait_for_go()
+        async with trio.open_nursery() as nursery:
+            for lane in range(task.inflight):
+                nursery.start_soon(_lane, clients[lane % len(clients)], plan, task, measurement)
+            await trio.sleep(task.warmup_seconds)
+            measurement.begin()
+            await trio.sleep(task.seconds)
+            measurement.end()
+            nursery.cancel_scope.cancel()
+    return measurement
+
+
+async def _lane(client: Any, plan: Plan, task: Task, measurement: Measurement) -> None:
+    values = [value_of(number, task.value_bytes) for number in range(VALUES)]
+    perform_kind = _performers(client, plan, values, task)
+    next_operation, clock, done = plan.next, time.perf_counter_ns, measurement.done
+    while True:
+        operation = next_operation()
+        started = clock()
+        try:
+            count = await perform_kind[operation.kind](operation)
+        except ShardKVError as error:
+            measurement.failed(type(error).__name__)
+        else:
+            done(started, count)
+
+
+def _performers(
+    client: Any, plan: Plan, values: list[bytes], task: Task
+) -> dict[Kind, Callable[[Operation], Awaitable[int]]]:
+    """A function for each kind of operation; it returns how many operations that was."""
+
+    async def read(operation: Operation) -> int:
+        await client.get(key_of(operation.record))
+        return 1
+
+    async def update(operation: Operation) -> int:
+        await client.put(key_of(operation.record), values[operation.record % VALUES])
+        return 1
+
+    async def insert(operation: Operation) -> int:
+        await client.put(key_of(operation.record), values[operation.record % VALUES])
+        plan.inserted()
+        return 1
+
+    async def scan(operation: Operation) -> int:
+        async with client.scan(key_of(operation.record), None, limit=operation.scan_records) as entries:
+            async for _ in entries:
+                pass
+        return 1
+
+    async def read_modify_write(operation: Operation) -> int:
+        key = key_of(operation.record)
+        await client.get(key)
+        await client.put(key, values[operation.record % VALUES])
+        return 1
+
+    async def bulk(operation: Operation) -> int:
+        records = ((operation.record + number) % task.records for number in range(BULK_KEYS))
+        await client.put_many([(key_of(record), values[record % VALUES]) for record in records])
+        return BULK_KEYS
+
+    return {
+        Kind.READ: read,
+        Kind.UPDATE: update,
+        Kind.INSERT: insert,
+        Kind.SCAN: scan,
+        Kind.READ_MODIFY_WRITE: read_modify_write,
+        Kind.BULK: bulk,
+    }
+
+
+async def _load(task: Task) -> Measurement:
+    """Write every record once with ``put_many``. Errors escape: a half-loaded run would measure something else."""
+    measurement = Measurement()
+    values = [value_of(number, task.value_bytes) for number in range(VALUES)]
+    async with connect(task.addresses) as client:
+        await client.get(key_of(0))
+        wait_for_go()
+        measurement.begin()
+        await client.put_many(pairs_of(range(task.process, task.records, task.processes), values))
+        measurement.done(time.perf_counter_ns())
+        measurement.end()
+    measurement.ops = len(range(task.process, task.records, task.processes))
+    return measurement
+
+
+def pairs_of(records: range, values: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    for record in records:
+        yield key_of(record), values[record % VALUES]

@@ -1,0 +1,96 @@
+"""``shardkv bench run``: the load generator against a cluster that runs already."""
+
+import sys
+
+import click
+
+from shardkv.cli.root import Example, ExampleGroup
+from shardkv.cli.session import connect_option, json_option, required
+from shardkv.cli.table import render
+
+WORKLOAD_NAMES = ("a", "b", "c", "d", "e", "f", "write", "read", "bulk")
+
+
+@click.group(cls=ExampleGroup, example="shardkv bench run --connect 127.0.0.1:7001 --workload a --inflight 64")
+def bench() -> None:
+    """Generate load and measure."""
+
+
+@bench.command(
+    cls=Example,
+    example="""
+    shardkv bench run --connect 127.0.0.1:7001 --workload a --inflight 64 --seconds 10
+    shardkv bench run --connect 127.0.0.1:7001 --workload write --inflight 256 --processes 2 --json
+    """,
+)
+@connect_option
+@click.option("--workload", type=click.Choice(WORKLOAD_NAMES), default="a", show_default=True, help="What to do.")
+@click.option("--inflight", type=click.IntRange(1, 65_536), default=64, show_default=True, help="Operations at a time.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="How long to measure.")
+@click.option("--warmup", type=click.FloatRange(0), default=1.0, show_default=True, help="Seconds before that.")
+@click.option("--records", type=click.IntRange(1), default=100_000, show_default=True, help="Records in the data set.")
+@click.option("--value-bytes", type=click.IntRange(0, 1 << 20), default=100, show_default=True, help="Size of a value.")
+@click.option("--connections", type=click.IntRange(1, 1024), default=4, show_default=True, help="Clients to share.")
+@click.option("--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="Client processes.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Equal seeds draw equal operations.")
+@click.option("--load/--no-load", default=True, show_default=True, help="Write all records first.")
+@json_option
+@click.pass_context
+def run(
+    ctx: click.Context,
+    addresses: str | None,
+    workload: str,
+    inflight: int,
+    seconds: float,
+    warmup: float,
+    records: int,
+    value_bytes: int,
+    connections: int,
+    processes: int,
+    seed: int,
+    load: bool,
+    as_json: bool,
+) -> None:
+    """Run a workload: YCSB's a to f, or plain write, read and bulk (put_many).
+
+    Prints throughput and latencies. With --json: workload, inflight, seconds, ops, errors, throughput, p50_ms,
+    p95_ms, p99_ms, p999_ms, max_ms, client_cpu_s.
+    """
+    from shardkv_bench import runner
+    from shardkv_bench.worker import Task
+
+    task = Task(
+        driver="shardkv",
+        action="run",
+        addresses=required(ctx, addresses),
+        workload=workload,
+        records=records,
+        value_bytes=value_bytes,
+        inflight=inflight,
+        connections=connections,
+        warmup_seconds=warmup,
+        seconds=seconds,
+        seed=seed,
+    )
+    try:
+        if load and workload != "bulk":
+            click.echo(f"loading {records:,} records", err=True)
+            runner.run(runner.loading(task), processes)
+        click.echo(f"running workload {workload} for {seconds:g} s", err=True)
+        result = runner.run(task, processes)
+    except runner.WorkerFailed as failure:
+        click.echo(f"Error: {failure}", err=True)
+        ctx.exit(failure.code)
+    fields = runner.report_fields(task, result)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(fields, indent=2))
+    else:
+        sys.stdout.write(render(list(fields), [[str(value) for value in fields.values()]], numeric=fields))
+    if result.client_bound:
+        click.echo("note: the client was busy throughout; more --processes may show a higher throughput", err=True)
+    for kind, count in result.error_kinds.items():
+        click.echo(f"note: {count:,} operations failed with {kind}", err=True)
+    if not result.ops:
+        ctx.exit(1)

@@ -1,0 +1,262 @@
+"""``shardkv import`` and ``shardkv export``: streams of JSON lines or CSV that carry on where they were interrupted.
+
+What was done stands in ``FILE.progress`` beside the file, written after every batch: for an import the offset up to
+which every record is acknowledged, for an export the offset that is on disk and the last key before it. It is removed
+at the end. An import repeats at most one batch, which is harmless: puts of the same values.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import click
+
+from shardkv.cli import records, text
+from shardkv.cli.data import after_prefix, span_options
+from shardkv.cli.progress import Progress
+from shardkv.cli.root import Example
+from shardkv.cli.session import Client, Session, base64_option, connected
+
+BATCH_KEYS_MAX: Final = 5_000
+BATCH_BYTES_MAX: Final = 8 * 1024 * 1024
+FINGERPRINT_BYTES_MAX: Final = 4_096
+
+format_option = click.option(
+    "--format",
+    "given_format",
+    type=click.Choice(records.FORMATS),
+    help="jsonl or csv.  [default: by the file's name, else jsonl]",
+)
+resume_option = click.option("--resume", is_flag=True, help="Carry on where an earlier run was interrupted.")
+
+
+class Checkpoint:
+    """The ``FILE.progress`` file of one command. Nothing is kept for stdin and stdout."""
+
+    def __init__(self, file_name: str, identity: Mapping[str, object]) -> None:
+        self.path = None if file_name == "-" else Path(file_name + ".progress")
+        self._identity = dict(identity)
+
+    def load(self) -> dict[str, Any] | None:
+        """What an earlier run left, None if it left nothing. Raises a usage error when it was another command's."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            saved: dict[str, Any] = json.loads(self.path.read_bytes())
+        except ValueError:
+            raise click.UsageError(f"{self.path} is damaged; remove it to start anew") from None
+        differing = [name for name, value in self._identity.items() if saved.get(name) != value]
+        if differing:
+            raise click.UsageError(f"{self.path} belongs to a command with another {', '.join(differing)}")
+        return saved
+
+    def save(self, **state: object) -> None:
+        if self.path is not None:
+            temporary = self.path.with_name(self.path.name + ".new")
+            temporary.write_text(json.dumps({**self._identity, **state}))
+            temporary.replace(self.path)
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+@click.command(
+    "import",
+    cls=Example,
+    example="shardkv import --connect 127.0.0.1:7001 words.jsonl\nshardkv import --resume words.csv",
+)
+@click.argument("file_name", metavar="FILE")
+@format_option
+@resume_option
+@connected
+def import_(session: Session, file_name: str, given_format: str | None, resume: bool) -> None:
+    """Put every key and value of FILE (- is stdin): JSON lines such as {"key":"a","value":"1"}, or CSV with a header.
+
+    Bytes that are not UTF-8 come as key_base64 and value_base64.
+    """
+    file_format = records.format_of(file_name, given_format)
+    with _open_input(file_name) as file:
+        checkpoint = Checkpoint(
+            file_name, {"command": "import", "format": file_format, "fingerprint": _fingerprint(file, file_name)}
+        )
+        saved = checkpoint.load() if resume else None
+        if resume and file_name == "-":
+            raise click.UsageError("stdin cannot be resumed; import from a file")
+        start = saved or {"offset": 0, "line": 0, "count": 0}
+        total = None if file_name == "-" else os.fstat(file.fileno()).st_size
+        with Progress("import", unit="bytes", total=total) as progress:
+            count = session.run(_importer(session, file, file_format, start, checkpoint, progress))
+    checkpoint.remove()
+    click.echo(f"imported {count:,} keys", err=True)
+
+
+def _importer(
+    session: Session,
+    file: BinaryIO,
+    file_format: str,
+    start: Mapping[str, int],
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> Any:
+    async def body(client: Client) -> int:
+        count = start["count"]
+        batches = _batches(records.read_records(file, file_format, start["offset"], start["line"]))
+        try:
+            for batch, last in batches:
+                await client.put_many(batch, timeout=session.timeout)
+                count += len(batch)
+                checkpoint.save(offset=last.offset_after, line=last.line, count=count)
+                progress.update(last.offset_after, f"{count:,} keys")
+        except records.BadRecord as problem:
+            raise click.UsageError(f"{problem} ({count:,} keys before it are imported)") from None
+        return count
+
+    return body
+
+
+def _batches(
+    found: Iterator[records.Record],
+) -> Iterator[tuple[list[tuple[bytes, bytes]], records.Record]]:
+    """Records in batches bounded in keys and bytes, each with its last record. A bad record ends them after the
+    batch before it."""
+    batch: list[tuple[bytes, bytes]] = []
+    size = 0
+    last: records.Record | None = None
+    problem: records.BadRecord | None = None
+    while problem is None:
+        try:
+            record = next(found, None)
+        except records.BadRecord as bad:
+            problem, record = bad, None
+        if record is not None:
+            batch.append((record.key, record.value))
+            size += len(record.key) + len(record.value)
+            last = record
+        if batch and last is not None and (record is None or len(batch) >= BATCH_KEYS_MAX or size >= BATCH_BYTES_MAX):
+            yield batch, last
+            batch, size = [], 0
+        if record is None and problem is None:
+            return
+    raise problem
+
+
+@contextlib.contextmanager
+def _open_input(file_name: str) -> Iterator[BinaryIO]:
+    if file_name == "-":
+        yield sys.stdin.buffer
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(Path(file_name).open("rb"))
+        except OSError as problem:
+            raise click.UsageError(f"cannot read {file_name}: {problem.strerror}") from None
+        yield file
+
+
+def _fingerprint(file: BinaryIO, file_name: str) -> str:
+    """Tells whether a file is still the one that was begun: its first bytes."""
+    if file_name == "-":
+        return ""
+    start = file.read(FINGERPRINT_BYTES_MAX)
+    file.seek(0)
+    return hashlib.sha256(start).hexdigest()
+
+
+@click.command(
+    cls=Example,
+    example="shardkv export --connect 127.0.0.1:7001 all.jsonl\nshardkv export --prefix user/ users.csv --resume",
+)
+@click.argument("file_name", metavar="FILE")
+@click.argument("start", default="")
+@click.argument("end", required=False)
+@click.option("--prefix", help="All keys that begin with this, instead of START and END.")
+@format_option
+@resume_option
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
+@base64_option
+@connected
+def export(
+    session: Session,
+    file_name: str,
+    start: str,
+    end: str | None,
+    prefix: str | None,
+    given_format: str | None,
+    resume: bool,
+    overwrite: bool,
+    base64_text: bool,
+) -> None:
+    """Write every key from START to END with its value and version to FILE (- is stdout), as JSON lines or CSV."""
+    file_format = records.format_of(file_name, given_format)
+    span = span_options(start, end, prefix, base64_text)
+    if "prefix" in span:
+        span = {"start": span["prefix"], "end": after_prefix(span["prefix"])}
+    checkpoint = Checkpoint(
+        file_name, {"command": "export", "format": file_format, "span": text.to_json(span, compact=True)}
+    )
+    saved = checkpoint.load() if resume else None
+    with _open_output(file_name, saved, resume, overwrite) as file:
+        if saved is None:
+            header = records.write_header(file_format)
+            file.write(header)
+            checkpoint.save(offset=len(header), last_key_hex=None, count=0)
+        elif saved["last_key_hex"] is not None:
+            span["start"] = bytes.fromhex(saved["last_key_hex"]) + b"\x00"
+        with Progress("export") as progress:
+            count = session.run(_exporter(session, file, file_format, span, saved, checkpoint, progress))
+    checkpoint.remove()
+    click.echo(f"exported {count:,} keys", err=True)
+
+
+def _exporter(
+    session: Session,
+    file: BinaryIO,
+    file_format: str,
+    span: Mapping[str, Any],
+    saved: Mapping[str, Any] | None,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> Any:
+    async def body(client: Client) -> int:
+        count = saved["count"] if saved else 0
+        async with client.scan(**span, timeout=session.timeout) as entries:
+            async for entry in entries:
+                file.write(records.write_record(file_format, entry.key, entry.value, entry.version))
+                count += 1
+                if count % BATCH_KEYS_MAX == 0:
+                    file.flush()
+                    if checkpoint.path is not None:
+                        os.fsync(file.fileno())
+                        checkpoint.save(offset=file.tell(), last_key_hex=entry.key.hex(), count=count)
+                    progress.update(count)
+        file.flush()
+        return count
+
+    return body
+
+
+@contextlib.contextmanager
+def _open_output(file_name: str, saved: Mapping[str, Any] | None, resume: bool, overwrite: bool) -> Iterator[BinaryIO]:
+    if file_name == "-":
+        if resume:
+            raise click.UsageError("stdout cannot be resumed; export to a file")
+        yield sys.stdout.buffer
+        return
+    path = Path(file_name)
+    if saved is not None:
+        with path.open("r+b") as file:
+            file.truncate(saved["offset"])
+            file.seek(saved["offset"])
+            yield file
+        return
+    if path.exists() and not overwrite:
+        why = "and there is nothing to resume" if resume else "; give --overwrite to replace it"
+        raise click.UsageError(f"{file_name} exists{'' if why.startswith(';') else ' '}{why}")
+    with path.open("wb") as file:
+        yield file

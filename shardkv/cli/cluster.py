@@ -1,0 +1,158 @@
+"""The cluster as it is: status, nodes, ranges, leader. Read-only."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import click
+
+from shardkv.cli import text
+from shardkv.cli.root import Example
+from shardkv.cli.session import Client, Session, base64_option, connected, json_option, read_key
+from shardkv.cli.table import render
+from shardkv.wire.requests import Method
+
+NODE_COLUMNS: Final = ("id", "name", "address", "state", "replicas", "leaders")
+RANGE_COLUMNS: Final = ("id", "start", "end", "leader", "replicas", "epoch", "bytes")
+LEADER_COLUMNS: Final = ("range", "leader", "name", "address")
+UNBOUNDED: Final = "∞"
+"""Shown for an unbounded end; in JSON it is null."""
+
+
+async def fetch_status(client: Client, timeout: float) -> dict[str, Any]:
+    answer = await client.call(Method.STATUS, timeout=timeout)
+    return dict(answer)
+
+
+async def fetch_nodes(client: Client, timeout: float) -> list[dict[str, Any]]:
+    """Each node's row, by id."""
+    status = await fetch_status(client, timeout)
+    return sorted((dict(row) for row in status["node_table"]), key=lambda row: int(row["id"]))
+
+
+async def fetch_ranges(client: Client, timeout: float) -> list[dict[str, Any]]:
+    """Each range's row, by start."""
+    answer = await client.call(Method.RANGES, timeout=timeout)
+    return sorted((dict(row) for row in answer), key=lambda row: bytes(row["start"]))
+
+
+def print_rows(
+    columns: Sequence[str], rows: Sequence[Mapping[str, Any]], as_json: bool, numeric: Sequence[str]
+) -> None:
+    """A table, or a JSON array of objects with the same fields."""
+    if as_json:
+        click.echo(text.to_json([{column: row.get(column) for column in columns} for row in rows]))
+        return
+    shown = [[cell(column, row.get(column)) for column in columns] for row in rows]
+    sys.stdout.write(render(columns, shown, numeric))
+
+
+def cell(column: str, value: object) -> str:
+    """A table cell."""
+    if value is None:
+        return UNBOUNDED if column == "end" else "-"
+    if isinstance(value, bytes):
+        return text.escape(value) or '""'
+    if column == "bytes" and isinstance(value, int):
+        return human_bytes(value)
+    if column == "epoch" and isinstance(value, Sequence) and not isinstance(value, str):
+        return ".".join(str(part) for part in value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(str(part) for part in value)
+    return str(value)
+
+
+def human_bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@click.command(cls=Example, example="shardkv status --connect 127.0.0.1:7001")
+@json_option
+@connected
+def status(session: Session, as_json: bool) -> None:
+    """Show the cluster in short: its id and version, how many nodes and ranges, who leads the placement."""
+
+    async def body(client: Client) -> dict[str, Any]:
+        return await fetch_status(client, session.timeout)
+
+    answer = session.run(body)
+    if isinstance(answer.get("cluster_id"), bytes):
+        answer["cluster_id"] = answer["cluster_id"].hex()
+    if as_json:
+        click.echo(text.to_json(answer))
+        return
+    plain = {name: value for name, value in answer.items() if not isinstance(value, list | dict)}
+    widest = max(map(len, plain), default=0)
+    for name, value in plain.items():
+        click.echo(f"{name.replace('_', ' '):<{widest}}  {cell(name, value)}")
+
+
+@click.command(cls=Example, example="shardkv nodes --connect 127.0.0.1:7001 --json")
+@json_option
+@connected
+def nodes(session: Session, as_json: bool) -> None:
+    """List the nodes, with how many replicas each holds and how many ranges it leads."""
+
+    async def body(client: Client) -> list[dict[str, Any]]:
+        return await fetch_nodes(client, session.timeout)
+
+    print_rows(NODE_COLUMNS, session.run(body), as_json, numeric=("id", "replicas", "leaders"))
+
+
+@click.command(cls=Example, example="shardkv ranges --connect 127.0.0.1:7001")
+@json_option
+@connected
+def ranges(session: Session, as_json: bool) -> None:
+    """List the ranges: their keys, leader and replicas (node ids), epoch and size."""
+
+    async def body(client: Client) -> list[dict[str, Any]]:
+        return await fetch_ranges(client, session.timeout)
+
+    print_rows(RANGE_COLUMNS, session.run(body), as_json, numeric=("id", "leader", "bytes"))
+
+
+@click.command(cls=Example, example="shardkv leader --connect 127.0.0.1:7001 greeting")
+@click.argument("key", required=False)
+@json_option
+@base64_option
+@connected
+def leader(session: Session, key: str | None, as_json: bool, base64_text: bool) -> None:
+    """Show which node leads the range that holds KEY; without KEY, which one leads the placement.
+
+    Exit code 1 when there is no leader now.
+    """
+    wanted = None if key is None else read_key(key, base64_text)
+
+    async def body(client: Client) -> dict[str, Any]:
+        cluster = await fetch_status(client, session.timeout)
+        if wanted is None:
+            return leader_row(0, cluster.get("placement_leader"), cluster["node_table"])
+        rows = await fetch_ranges(client, session.timeout)
+        found = next(row for row in reversed(rows) if bytes(row["start"]) <= wanted)
+        return leader_row(found["id"], found["leader"], cluster["node_table"])
+
+    row = session.run(body)
+    print_rows(LEADER_COLUMNS, [row], as_json, numeric=("range", "leader"))
+    if row["leader"] is None:
+        click.echo("no leader is known now", err=True)
+        click.get_current_context().exit(1)
+
+
+def leader_row(range_id: int, node_id: object, node_table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    node = next((row for row in node_table if row["id"] == node_id), {})
+    return {"range": range_id, "leader": node_id, "name": node.get("name"), "address": node.get("address")}
+
+
+async def resolve_node(client: Client, name_or_id: str, timeout: float) -> int:
+    """A node's id from its name or id. Raises a usage error when no node is called that."""
+    rows = await fetch_nodes(client, timeout)
+    for row in rows:
+        if name_or_id in (str(row["id"]), row["name"]):
+            return int(row["id"])
+    known = ", ".join(f"{row['id']} ({row['name']})" for row in rows)
+    raise click.BadParameter(f"there is no node {name_or_id!r}; there are {known}", param_hint="NODE")

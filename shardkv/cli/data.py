@@ -1,0 +1,254 @@
+"""The one-shot data commands: get, put, del, scan, cas, incr, delete-range. The shell runs the same ones."""
+
+import sys
+from typing import Any
+
+import click
+
+from shardkv.cli import text
+from shardkv.cli.root import Example
+from shardkv.cli.session import Client, Session, base64_option, connected, json_option, read_bytes, read_key
+from shardkv.cli.table import TableWriter
+
+consistency_option = click.option(
+    "--consistency",
+    type=click.Choice(["linearizable", "follower", "stale"]),
+    help="Which replica may answer.  [default: linearizable]",
+)
+version_type = click.IntRange(min=0)
+
+
+def _reading(session: Session, consistency: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"timeout": session.timeout}
+    if consistency is not None:
+        options["consistency"] = consistency
+    return options
+
+
+def _absent(key: bytes, base64_text: bool) -> None:
+    click.echo(f"no such key: {text.show(key, base64_text)}", err=True)
+    click.get_current_context().exit(1)
+
+
+@click.command(cls=Example, example="shardkv get --connect 127.0.0.1:7001 greeting")
+@click.argument("key")
+@click.option("--raw", is_flag=True, help="Write the value's bytes as they are, without a newline.")
+@consistency_option
+@json_option
+@base64_option
+@connected
+def get(session: Session, key: str, raw: bool, consistency: str | None, as_json: bool, base64_text: bool) -> None:
+    """Print the value of KEY. Exit code 1 when it is absent."""
+    wanted = read_key(key, base64_text)
+
+    async def body(client: Client) -> Any:
+        return await client.get(wanted, **_reading(session, consistency))
+
+    entry = session.run(body)
+    if entry is None:
+        if as_json:
+            click.echo("null")
+        _absent(wanted, base64_text)
+    elif raw:
+        sys.stdout.buffer.write(entry.value)
+    elif as_json:
+        click.echo(text.to_json({"key": entry.key, "value": entry.value, "version": entry.version}))
+    else:
+        click.echo(text.show(entry.value, base64_text))
+
+
+def _value(typed: str, base64_text: bool) -> bytes:
+    if typed == "-":
+        return sys.stdin.buffer.read()
+    return read_bytes(typed, base64_text, "VALUE")
+
+
+def _print_version(version: int, as_json: bool) -> None:
+    click.echo(text.to_json({"version": version}) if as_json else str(version))
+
+
+@click.command(
+    cls=Example,
+    example="shardkv put --connect 127.0.0.1:7001 greeting hello\nshardkv put picture - < picture.png",
+)
+@click.argument("key")
+@click.argument("value")
+@click.option("--if-version", type=version_type, metavar="VERSION", help="Only if KEY is at this version; 0: absent.")
+@json_option
+@base64_option
+@connected
+def put(session: Session, key: str, value: str, if_version: int | None, as_json: bool, base64_text: bool) -> None:
+    """Set KEY to VALUE and print its new version. A VALUE of - is read from stdin, byte for byte."""
+    wanted, data = read_key(key, base64_text), _value(value, base64_text)
+
+    async def body(client: Client) -> Any:
+        return await client.put(wanted, data, if_version=if_version, timeout=session.timeout)
+
+    _print_version(session.run(body), as_json)
+
+
+@click.command(cls=Example, example="shardkv cas --connect 127.0.0.1:7001 greeting 467213411123200001 hi")
+@click.argument("key")
+@click.argument("version", type=version_type)
+@click.argument("value")
+@json_option
+@base64_option
+@connected
+def cas(session: Session, key: str, version: int, value: str, as_json: bool, base64_text: bool) -> None:
+    """Set KEY to VALUE if KEY is at VERSION (0: if it is absent), and print its new version.
+
+    Exit code 1 when it is at another version, which is printed on stderr.
+    """
+    wanted, data = read_key(key, base64_text), _value(value, base64_text)
+
+    async def body(client: Client) -> Any:
+        return await client.put(wanted, data, if_version=version, timeout=session.timeout)
+
+    _print_version(session.run(body), as_json)
+
+
+@click.command(
+    cls=Example,
+    example="shardkv incr --connect 127.0.0.1:7001 visits\nshardkv incr stock -5",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("key")
+@click.argument("delta", type=click.IntRange(-(1 << 63), (1 << 63) - 1), default=1)
+@json_option
+@base64_option
+@connected
+def incr(session: Session, key: str, delta: int, as_json: bool, base64_text: bool) -> None:
+    """Add DELTA (1 if not given) to the decimal number at KEY and print the sum. An absent key counts as 0."""
+    wanted = read_key(key, base64_text)
+
+    async def body(client: Client) -> Any:
+        return await client.increment(wanted, delta, timeout=session.timeout)
+
+    number = session.run(body)
+    click.echo(text.to_json({"value": str(number)}) if as_json else str(number))
+
+
+@click.command("del", cls=Example, example="shardkv del --connect 127.0.0.1:7001 greeting")
+@click.argument("key")
+@click.option("--if-version", type=version_type, metavar="VERSION", help="Only if KEY is at this version.")
+@json_option
+@base64_option
+@connected
+def delete(session: Session, key: str, if_version: int | None, as_json: bool, base64_text: bool) -> None:
+    """Delete KEY. Exit code 1 when it was absent."""
+    wanted = read_key(key, base64_text)
+
+    async def body(client: Client) -> Any:
+        return await client.delete(wanted, if_version=if_version, timeout=session.timeout)
+
+    deleted = session.run(body)
+    if as_json:
+        click.echo(text.to_json({"deleted": deleted}))
+    if not deleted:
+        _absent(wanted, base64_text)
+    elif not as_json:
+        click.echo("deleted")
+
+
+@click.command(
+    cls=Example,
+    example="shardkv scan --connect 127.0.0.1:7001 a m --limit 10\nshardkv scan --prefix user/ --keys-only --json",
+)
+@click.argument("start", default="")
+@click.argument("end", required=False)
+@click.option("--prefix", help="All keys that begin with this, instead of START and END.")
+@click.option("--limit", type=click.IntRange(min=0), help="At most so many keys.")
+@click.option("--reverse", is_flag=True, help="From the last key to the first.")
+@click.option("--keys-only", is_flag=True, help="Leave the values out.")
+@consistency_option
+@json_option
+@base64_option
+@connected
+def scan(
+    session: Session,
+    start: str,
+    end: str | None,
+    prefix: str | None,
+    limit: int | None,
+    reverse: bool,
+    keys_only: bool,
+    consistency: str | None,
+    as_json: bool,
+    base64_text: bool,
+) -> None:
+    """List keys from START (included) to END (excluded) with values and versions, in order."""
+    options = span_options(start, end, prefix, base64_text)
+    options |= {"limit": limit, "reverse": reverse, "keys_only": keys_only, **_reading(session, consistency)}
+
+    async def as_rows(client: Client) -> None:
+        columns = ["key", "version"] if keys_only else ["key", "value", "version"]
+        table = TableWriter(columns, sys.stdout.write, numeric=["version"])
+        async with client.scan(**options) as entries:
+            async for entry in entries:
+                cells = [text.show(entry.key, base64_text), str(entry.version)]
+                if not keys_only:
+                    cells.insert(1, text.show(entry.value, base64_text))
+                table.add(cells)
+        table.close()
+
+    async def as_document(client: Client) -> None:
+        separator = "["
+        async with client.scan(**options) as entries:
+            async for entry in entries:
+                fields = {"key": entry.key, "value": entry.value, "version": entry.version}
+                if keys_only:
+                    del fields["value"]
+                click.echo(separator + text.to_json(fields, compact=True), nl=False)
+                separator = ",\n "
+        click.echo("[]" if separator == "[" else "]")
+
+    session.run(as_document if as_json else as_rows)
+
+
+def span_options(start: str, end: str | None, prefix: str | None, base64_text: bool) -> dict[str, Any]:
+    """The keys a command is about, as ``scan`` takes them. Raises a usage error for a prefix with bounds."""
+    if prefix is not None:
+        if start or end is not None:
+            raise click.UsageError("--prefix excludes START and END")
+        return {"prefix": read_bytes(prefix, base64_text, "--prefix")}
+    return {
+        "start": read_bytes(start, base64_text, "START"),
+        "end": None if end is None else read_key(end, base64_text, "END"),
+    }
+
+
+@click.command("delete-range", cls=Example, example="shardkv delete-range --connect 127.0.0.1:7001 a m")
+@click.argument("start", required=False)
+@click.argument("end", required=False)
+@click.option("--prefix", help="All keys that begin with this, instead of START and END.")
+@click.option("--to-end", is_flag=True, help="From START on, without an END.")
+@base64_option
+@connected
+def delete_range(
+    session: Session, start: str | None, end: str | None, prefix: str | None, to_end: bool, base64_text: bool
+) -> None:
+    """Delete every key from START (included) to END (excluded). Atomic within each range."""
+    if prefix is None and (start is None or (end is None) != to_end):
+        raise click.UsageError("give START and END, or START and --to-end, or --prefix")
+    if prefix is not None and to_end:
+        raise click.UsageError("--prefix excludes --to-end")
+    options = span_options(start or "", end, prefix, base64_text)
+    first, last = options.get("start"), options.get("end")
+    if "prefix" in options:
+        first, last = options["prefix"], after_prefix(options["prefix"])
+        if not first:
+            raise click.BadParameter(
+                "an empty prefix would delete everything; say START '' --to-end", param_hint="--prefix"
+            )
+
+    async def body(client: Client) -> None:
+        await client.delete_range(first, last, timeout=session.timeout)
+
+    session.run(body)
+    click.echo("deleted")
+
+
+def after_prefix(prefix: bytes) -> bytes | None:
+    """The first key above every key that begins with ``prefix``; None when there is none."""
+    kept = prefix.rstrip(b"\xff")
+    return kept[:-1] + bytes((kept[-1] + 1,)) if kept else None

@@ -1,0 +1,157 @@
+"""``shardkv demo``: a cluster of real node processes on this machine, with or without a tour of it.
+
+``python -m shardkv.cli.demo`` (``make demo``) takes the tour. The nodes end with this process, however it ends: each
+watches a pipe that only this process holds open.
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from shardkv.cli import exits
+from shardkv.cli.local_cluster import LocalCluster, NodeFailed
+from shardkv.cli.root import Example
+from shardkv.cli.table import render
+
+WATCH_SECONDS = 0.5
+
+
+class Terminated(Exception):
+    """SIGTERM arrived: stop the nodes and end cleanly."""
+
+
+@click.command(
+    cls=Example,
+    example="""
+    shardkv demo
+    shardkv demo --nodes 5 --data ./demo --base-port 7001 --no-shell
+    """,
+)
+@click.option("--nodes", type=click.IntRange(1, 16), default=3, show_default=True, help="How many nodes.")
+@click.option("--data", type=click.Path(file_okay=False), help="Keep the data here.  [default: a temporary directory]")
+@click.option("--base-port", type=click.IntRange(1, 65_520), help="The first node's port.  [default: free ports]")
+@click.option("--shell/--no-shell", "with_shell", default=True, help="Open the shell, or run until interrupted.")
+@click.option("--tour/--no-tour", "with_tour", default=False, help="Load data, show the cluster, kill a leader.")
+@click.pass_context
+def demo(
+    ctx: click.Context, nodes: int, data: str | None, base_port: int | None, with_shell: bool, with_tour: bool
+) -> None:
+    """Start a cluster of real nodes on this machine and open the shell on it.
+
+    The nodes end when this command does. With --no-shell it runs until interrupted.
+    """
+    ctx.exit(run_demo(nodes, data, base_port, with_shell, with_tour))
+
+
+def run_demo(nodes: int, data: str | None, base_port: int | None, with_shell: bool, with_tour: bool) -> int:
+    """The exit code: 1 when the tour found an acknowledged write missing, or a node failed to start."""
+    signal.signal(signal.SIGTERM, _terminate)
+    with _directory(data) as directory, _cluster(directory, nodes, base_port, with_tour) as cluster:
+        started = time.monotonic()
+        try:
+            cluster.start()
+        except NodeFailed as failure:
+            click.echo(f"Error: {failure}", err=True)
+            return exits.FAILED
+        click.secho(f"{nodes} nodes serve after {time.monotonic() - started:.1f} s", bold=True)
+        rows = [
+            [name, cluster.addresses[name], str(cluster.processes[name].pid), str(cluster.processes[name].log)]
+            for name in cluster.names
+        ]
+        sys.stdout.write(render(["node", "address", "pid", "log"], rows))
+        click.echo(f"\nconnect from another terminal with  shardkv shell --connect {cluster.connect}")
+        try:
+            return _use(cluster, with_shell, with_tour)
+        except Terminated:
+            return exits.DONE
+
+
+def _use(cluster: LocalCluster, with_shell: bool, with_tour: bool) -> int:
+    code = exits.DONE
+    if with_tour:
+        import trio
+
+        from shardkv.cli.tour import run_tour
+
+        try:
+            complete = trio.run(run_tour, cluster)
+        except BaseExceptionGroup as group:
+            raise exits.leaf(group) from group
+        code = exits.DONE if complete else exits.FAILED
+        if not sys.stdin.isatty():
+            return code
+    if with_shell:
+        from shardkv.cli.shell import run_shell
+
+        click.echo("\nThe shell: help lists the commands, Ctrl-D leaves and stops the nodes")
+        return run_shell(cluster.connect, banner="") or code
+    click.echo("running until interrupted", err=True)
+    _watch(cluster)
+    return code
+
+
+def _watch(cluster: LocalCluster) -> None:
+    """Wait for a signal; say when a node ends by itself."""
+    ended: set[str] = set()
+    while True:
+        time.sleep(WATCH_SECONDS)
+        for name in set(cluster.names) - set(cluster.running) - ended:
+            ended.add(name)
+            process = cluster.processes[name]
+            click.echo(f"node {name} ended with {process.exit_code}; its log is {process.log}", err=True)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
+@contextlib.contextmanager
+def _directory(data: str | None) -> Iterator[Path]:
+    """The given directory, which stays, or a temporary one, which does not."""
+    if data is not None:
+        path = Path(data)
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+        return
+    path = Path(tempfile.mkdtemp(prefix="shardkv-demo-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _cluster(directory: Path, nodes: int, base_port: int | None, with_tour: bool) -> LocalCluster:
+    """A cluster on the directory. A second start on the same data takes the same ports, which the nodes know."""
+    from shardkv.cli.tour import SPLIT_BYTES
+
+    saved_path = directory / "demo.json"
+    options = ["--split-bytes", str(SPLIT_BYTES)] if with_tour else []
+    if saved_path.exists():
+        saved = json.loads(saved_path.read_text())
+        if saved["nodes"] != nodes or (base_port is not None and saved["addresses"]["n1"] != f"127.0.0.1:{base_port}"):
+            raise click.UsageError(
+                f"{directory} holds a cluster of {saved['nodes']} nodes, the first at {saved['addresses']['n1']};"
+                " give the same --nodes and --base-port, or another --data"
+            )
+        cluster = LocalCluster(directory, nodes=nodes, base_port=base_port, options=options)
+        cluster.addresses = saved["addresses"]
+        return cluster
+    cluster = LocalCluster(directory, nodes=nodes, base_port=base_port, options=options)
+    saved_path.write_text(json.dumps({"nodes": nodes, "addresses": cluster.addresses}))
+    return cluster
+
+
+if __name__ == "__main__":
+    from shardkv.cli.root import shardkv
+
+    shardkv(["demo", "--tour", *sys.argv[1:]], prog_name="shardkv")

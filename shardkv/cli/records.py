@@ -1,0 +1,143 @@
+"""Files of keys and values: JSON lines and CSV, read and written as byte streams with known offsets.
+
+A record is a key and a value (and, written, a version). JSON lines follow the JSON rules; CSV has a header and the
+columns ``key, key_base64, value, value_base64, version``, of each pair exactly one filled. Text is verbatim, without
+escapes. Offsets are what lets an interrupted import or export carry on.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import BinaryIO, Final, NamedTuple
+
+from shardkv.cli import text
+
+FORMATS: Final = ("jsonl", "csv")
+CSV_COLUMNS: Final = ("key", "key_base64", "value", "value_base64", "version")
+
+
+class Record(NamedTuple):
+    key: bytes
+    value: bytes
+    offset_after: int
+    """Where the next record starts in the file, in bytes."""
+    line: int
+    """The line it ends on, from 1."""
+
+
+class BadRecord(ValueError):
+    """A record that cannot be read; the message begins with its line."""
+
+
+def format_of(path: str, given: str | None) -> str:
+    """The format asked for, or the one that the file's name says; JSON lines if it says nothing."""
+    return given or ("csv" if path.lower().endswith(".csv") else "jsonl")
+
+
+def write_header(file_format: str) -> bytes:
+    return _csv_line(CSV_COLUMNS) if file_format == "csv" else b""
+
+
+def write_record(file_format: str, key: bytes, value: bytes, version: int) -> bytes:
+    """One record with its line end."""
+    fields = dict([text.json_field("key", key), text.json_field("value", value), ("version", str(version))])
+    if file_format == "csv":
+        return _csv_line([str(fields.get(column, "")) for column in CSV_COLUMNS])
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _csv_line(cells: tuple[str, ...] | list[str]) -> bytes:
+    line = io.StringIO()
+    # "\n" alone would leave a bare "\r" in a field unquoted and so unreadable.
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().encode()
+
+
+def read_records(file: BinaryIO, file_format: str, offset: int = 0, line: int = 0) -> Iterator[Record]:
+    """The records from ``offset`` on, which is 0 or an ``offset_after``; ``line`` counts the lines before it.
+
+    Raises:
+        BadRecord: a line is not a record; those before it have been yielded.
+    """
+    lines = _Lines(file, offset, line)
+    return _read_csv(file, lines) if file_format == "csv" else _read_json_lines(lines)
+
+
+class _Lines:
+    """The lines of a file as text, with the offset and the count of those handed out."""
+
+    def __init__(self, file: BinaryIO, offset: int, line: int) -> None:
+        self.offset = offset
+        self.line = line
+        self._file = file
+        if offset:
+            file.seek(offset)
+
+    def __iter__(self) -> Iterator[str]:
+        for raw in self._file:
+            self.offset += len(raw)
+            self.line += 1
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as problem:
+                raise BadRecord(f"line {self.line}: not UTF-8: {problem}") from None
+
+
+def _read_json_lines(lines: _Lines) -> Iterator[Record]:
+    for content in lines:
+        if content.isspace():
+            continue
+        try:
+            fields = json.loads(content)
+        except ValueError as problem:
+            raise BadRecord(f"line {lines.line}: not JSON: {problem}") from None
+        yield _record(fields, lines)
+
+
+def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
+    resumed_at = lines.offset
+    if resumed_at:
+        file.seek(0)
+    top = _Lines(file, 0, 0)
+    header = next(csv.reader(top), [])
+    if header:
+        header[0] = header[0].removeprefix("\ufeff")
+    if "key" not in header and "key_base64" not in header:
+        raise BadRecord(f"line 1: a CSV file starts with a header such as key,value; this is {header!r:.200}")
+    if resumed_at:
+        file.seek(resumed_at)
+    else:
+        lines.offset, lines.line = top.offset, top.line
+    csv.field_size_limit(64 * 1024 * 1024)
+    rows = csv.reader(lines, strict=True)
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as problem:
+            raise BadRecord(f"line {lines.line}: not CSV: {problem}") from None
+        if row is None:
+            return
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise BadRecord(f"line {lines.line}: {len(row)} fields under a header of {len(header)}")
+        fields: dict[str, object] = dict(zip(header, row))
+        for name in ("key", "value"):
+            if fields.get(name + text.BASE64_SUFFIX):
+                fields.pop(name, None)
+            elif fields.get(name + text.BASE64_SUFFIX) == "":
+                fields.pop(name + text.BASE64_SUFFIX)
+        yield _record(fields, lines)
+
+
+def _record(fields: object, lines: _Lines) -> Record:
+    if not isinstance(fields, dict):
+        raise BadRecord(f"line {lines.line}: a record must be an object with key and value")
+    try:
+        key, value = text.bytes_from_json(fields, "key"), text.bytes_from_json(fields, "value")
+    except ValueError as problem:
+        raise BadRecord(f"line {lines.line}: {problem}") from None
+    if not key or value is None:
+        raise BadRecord(f"line {lines.line}: a record needs a key of at least one byte and a value")
+    return Record(key, value, lines.offset, lines.line)

@@ -1,0 +1,142 @@
+"""How a command reaches the cluster: over a connection of its own, or over the shell's.
+
+Commands are plain functions. Each hands an async body to a session, which runs it with a client. ``connect`` is the
+one place that opens a client; tests put a fake there.
+"""
+
+import functools
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, Protocol, TypeVar
+
+import click
+
+from shardkv.cli import text
+from shardkv.cli.exits import leaf
+
+T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
+Client = Any
+"""A ``shardkv_client`` client, or a fake in tests."""
+TIMEOUT_SECONDS: Final = 10.0
+Body = Callable[[Client], Awaitable[T]]
+
+
+def connect(addresses: str) -> AbstractAsyncContextManager[Client]:
+    """Open a client. Imported here, so that ``--help`` needs no client."""
+    import shardkv_client
+
+    client: AbstractAsyncContextManager[Client] = shardkv_client.connect(addresses)
+    return client
+
+
+class Session(Protocol):
+    timeout: float
+    """Seconds for each call to the cluster."""
+
+    def run(self, body: Body[T]) -> T:
+        """Run ``body`` with a client. Errors come out as they were raised."""
+        ...
+
+
+class OneShot:
+    """A session of one command: connects, runs the body, closes."""
+
+    def __init__(self, addresses: str, timeout: float) -> None:
+        self.addresses = addresses
+        self.timeout = timeout
+
+    def run(self, body: Body[T]) -> T:
+        import trio
+
+        async def connected() -> T:
+            async with connect(self.addresses) as client:
+                return await body(client)
+
+        try:
+            return trio.run(connected)
+        except BaseExceptionGroup as group:
+            raise leaf(group) from group
+
+
+connect_option: Final = click.option(
+    "--connect",
+    "addresses",
+    envvar="SHARDKV_CONNECT",
+    show_envvar=True,
+    metavar="HOST:PORT,...",
+    help="Any node's address.",
+)
+timeout_option: Final = click.option(
+    "--timeout", type=click.FloatRange(min=0.001), metavar="SECONDS", help="For each request.  [default: 10]"
+)
+
+
+def connected(function: Function) -> Function:
+    """Give a command ``--connect`` and ``--timeout``; it receives ``session``, which in the shell is the shell's."""
+
+    def wrapper(ctx: click.Context, addresses: str | None, timeout: float | None, **arguments: Any) -> Any:
+        shell = ctx.find_object(ShellSession)
+        if shell is not None:
+            session: Session = shell.with_timeout(timeout)
+        else:
+            session = OneShot(required(ctx, addresses), timeout or TIMEOUT_SECONDS)
+        return function(session=session, **arguments)
+
+    wrapped: Any = functools.update_wrapper(wrapper, function)
+    for add in (click.pass_context, timeout_option, connect_option):
+        wrapped = add(wrapped)
+    result: Function = wrapped
+    return result
+
+
+def required(ctx: click.Context, addresses: str | None) -> str:
+    """The addresses to connect to. Raises a usage error when there are none, or one is no address."""
+    from shardkv.config import parse_address
+
+    if not addresses:
+        raise click.UsageError("give --connect HOST:PORT or set SHARDKV_CONNECT", ctx)
+    for address in addresses.split(","):
+        try:
+            parse_address(address.strip())
+        except ValueError as problem:
+            raise click.BadParameter(str(problem), ctx, param_hint="--connect") from None
+    return addresses
+
+
+class ShellSession:
+    """The session of commands typed in the shell: bodies run in the shell's trio loop, over its open client.
+
+    ``run_in_loop`` is called in the shell's own thread and blocks until the body is done.
+    """
+
+    def __init__(self, run_in_loop: Callable[[Body[Any]], Any], timeout: float = TIMEOUT_SECONDS) -> None:
+        self._run_in_loop = run_in_loop
+        self.timeout = timeout
+
+    def run(self, body: Body[T]) -> T:
+        result: T = self._run_in_loop(body)
+        return result
+
+    def with_timeout(self, timeout: float | None) -> "ShellSession":
+        return self if timeout is None else ShellSession(self._run_in_loop, timeout)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+base64_option = click.option("--base64", "base64_text", is_flag=True, help="Keys and values are base64, in and out.")
+
+
+def read_bytes(typed: str, base64_text: bool, what: str) -> bytes:
+    """A typed key or value. Raises a usage error that names ``what``."""
+    try:
+        return text.read(typed, base64_text)
+    except ValueError as problem:
+        raise click.BadParameter(str(problem), param_hint=what) from None
+
+
+def read_key(typed: str, base64_text: bool, what: str = "KEY") -> bytes:
+    """A typed key that must not be empty."""
+    key = read_bytes(typed, base64_text, what)
+    if not key:
+        raise click.BadParameter("a key has at least one byte", param_hint=what)
+    return key

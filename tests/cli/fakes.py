@@ -1,0 +1,173 @@
+"""A client without a cluster: a dict, versions that grow, and switches for what may go wrong."""
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from click.testing import CliRunner, Result
+
+from shardkv import errors
+from shardkv.cli import session
+from shardkv.cli.root import shardkv
+from shardkv.types import Entry
+from shardkv.wire.requests import Method
+
+FIRST_VERSION = 467_213_411_123_200_000
+"""Above 2**53, as real versions are."""
+
+
+class FakeScan:
+    def __init__(self, entries: list[Entry]) -> None:
+        self._entries = iter(entries)
+
+    async def __aenter__(self) -> "FakeScan":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        pass
+
+    def __aiter__(self) -> "FakeScan":
+        return self
+
+    async def __anext__(self) -> Entry:
+        await trio.lowlevel.checkpoint()
+        entry = next(self._entries, None)
+        if entry is None:
+            raise StopAsyncIteration
+        if isinstance(entry, Exception):
+            raise entry
+        return entry
+
+
+class FakeClient:
+    """``fail`` is raised by every call; ``fail_after`` lets so many batches or entries through first."""
+
+    def __init__(self) -> None:
+        self.data: dict[bytes, Entry] = {}
+        self.version = FIRST_VERSION
+        self.addresses: list[str] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.fail: BaseException | None = None
+        self.fail_after: int | None = None
+        self.batches: list[list[tuple[bytes, bytes]]] = []
+
+    def _check(self) -> None:
+        if self.fail is not None and self.fail_after is None:
+            raise self.fail
+
+    def set(self, key: bytes, value: bytes) -> None:
+        self.version += 1
+        self.data[key] = Entry(key, value, self.version)
+
+    async def get(self, key: bytes, *, timeout: float, consistency: str = "linearizable") -> Entry | None:
+        self.calls.append(("get", key, consistency, timeout))
+        self._check()
+        return self.data.get(key)
+
+    def _compare(self, key: bytes, if_version: int | None) -> None:
+        current = self.data[key].version if key in self.data else 0
+        if if_version is not None and if_version != current:
+            raise errors.VersionMismatch(current=current)
+
+    async def put(self, key: bytes, value: bytes, *, timeout: float, if_version: int | None = None) -> int:
+        self._check()
+        self._compare(key, if_version)
+        self.set(key, value)
+        return self.version
+
+    async def delete(self, key: bytes, *, timeout: float, if_version: int | None = None) -> bool:
+        self._check()
+        self._compare(key, if_version)
+        return self.data.pop(key, None) is not None
+
+    async def increment(self, key: bytes, delta: int, *, timeout: float) -> int:
+        self._check()
+        number = (int(self.data[key].value) if key in self.data else 0) + delta
+        self.set(key, str(number).encode())
+        return number
+
+    async def put_many(self, pairs: Iterable[tuple[bytes, bytes]], *, timeout: float) -> int:
+        batch = list(pairs)
+        if self.fail is not None and (self.fail_after is None or len(self.batches) >= self.fail_after):
+            raise self.fail
+        self.batches.append(batch)
+        for key, value in batch:
+            self.set(key, value)
+        return len(batch)
+
+    def scan(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+        timeout: float,
+        consistency: str = "linearizable",
+    ) -> FakeScan:
+        found: list[Any] = [
+            entry
+            for key, entry in sorted(self.data.items(), reverse=reverse)
+            if (key.startswith(prefix) if prefix is not None else key >= start and (end is None or key < end))
+        ][:limit]
+        if self.fail is not None and (self.fail_after is None or self.fail_after < len(found)):
+            found[self.fail_after or 0 :] = [self.fail]
+        return FakeScan(found)
+
+    async def delete_range(self, start: bytes, end: bytes | None, *, timeout: float) -> None:
+        self._check()
+        self.calls.append(("delete_range", start, end))
+        for key in [key for key in self.data if key >= start and (end is None or key < end)]:
+            del self.data[key]
+
+    async def call(self, method: Method, *arguments: object, timeout: float, **target: object) -> Any:
+        self._check()
+        self.calls.append((method, arguments, target))
+        match method:
+            case Method.STATUS:
+                return {
+                    "cluster_id": b"\x01\xff",
+                    "version": 7,
+                    "nodes": 2,
+                    "ranges": 2,
+                    "placement_leader": 1,
+                    "node_table": [
+                        {"id": 2, "name": "n2", "address": "h:2", "state": "up", "replicas": 2, "leaders": 0},
+                        {"id": 1, "name": "n1", "address": "h:1", "state": "up", "replicas": 2, "leaders": 1},
+                    ],
+                }
+            case Method.RANGES:
+                row = {"replicas": [1, 2], "epoch": [1, 2], "bytes": 3 * 1024 * 1024}
+                return [
+                    {"id": 3, "start": b"m\xff", "end": None, "leader": None, **row},
+                    {"id": 1, "start": b"", "end": b"m\xff", "leader": 1, **row},
+                ]
+        return None
+
+
+class World:
+    """Runs command lines against one fake client."""
+
+    def __init__(self, client: FakeClient) -> None:
+        self.client = client
+
+    def run(self, *arguments: str, input: bytes | str | None = None, connect: bool = True) -> Result:
+        env = {"SHARDKV_CONNECT": "127.0.0.1:7001"} if connect else {}
+        return CliRunner(env=env).invoke(shardkv, list(arguments), input=input)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    client = FakeClient()
+
+    @asynccontextmanager
+    async def connect(addresses: str) -> AsyncIterator[FakeClient]:
+        client.addresses.append(addresses)
+        yield client
+
+    monkeypatch.setattr(session, "connect", connect)
+    return World(client)

@@ -1,0 +1,150 @@
+"""status, nodes, ranges, leader and admin against a fake client; help, completion and what starting costs."""
+
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+
+from shardkv.cli.root import COMMANDS, Example, ExampleGroup
+from shardkv.cli.root import shardkv as root
+from shardkv.cli.table import WIDTH_ROWS_MAX, TableWriter, render, width
+from shardkv.wire.requests import Method
+from tests.cli.fakes import World, world
+
+__all__ = ["world"]
+
+
+def test_status_tells_the_cluster_in_short(world: World) -> None:
+    output = world.run("status").stdout
+    assert "placement leader  1" in output
+    assert "01ff" in output
+    document = json.loads(world.run("status", "--json").stdout)
+    assert document["cluster_id"] == "01ff"
+    assert len(document["node_table"]) == document["nodes"] == 2
+
+
+def test_nodes_is_a_table_by_id(world: World) -> None:
+    """DESIGN 2.2: nodes: name, id, address, state, replicas, leaders."""
+    lines = world.run("nodes").stdout.splitlines()
+    assert lines[0].split() == ["ID", "NAME", "ADDRESS", "STATE", "REPLICAS", "LEADERS"]
+    assert lines[1].split() == ["1", "n1", "h:1", "up", "2", "1"]
+    rows = json.loads(world.run("nodes", "--json").stdout)
+    assert [row["name"] for row in rows] == ["n1", "n2"]
+    assert set(rows[0]) == {"id", "name", "address", "state", "replicas", "leaders"}
+
+
+def test_ranges_is_a_table_by_start_and_an_unbounded_end_is_null_in_json(world: World) -> None:
+    """DESIGN 2.2: ranges: id, start, end, leader, replicas, epoch, bytes; an unbounded end is null."""
+    lines = world.run("ranges").stdout.splitlines()
+    assert lines[0].split() == ["ID", "START", "END", "LEADER", "REPLICAS", "EPOCH", "BYTES"]
+    assert lines[1].split() == ["1", '""', r"m\xff", "1", "1,2", "1.2", "3.0", "MiB"]
+    assert lines[2].split() == ["3", r"m\xff", "∞", "-", "1,2", "1.2", "3.0", "MiB"]
+    first, second = json.loads(world.run("ranges", "--json").stdout)
+    assert first == {
+        "id": 1,
+        "start": "",
+        "end_base64": "bf8=",
+        "leader": 1,
+        "replicas": [1, 2],
+        "epoch": [1, 2],
+        "bytes": 3 * 1024 * 1024,
+    }
+    assert second["end"] is None
+
+
+def test_leader_names_the_node_that_leads_a_key(world: World) -> None:
+    [row] = json.loads(world.run("leader", "a", "--json").stdout)
+    assert row == {"range": 1, "leader": 1, "name": "n1", "address": "h:1"}
+    [row] = json.loads(world.run("leader", "--json").stdout)
+    assert (row["range"], row["name"]) == (0, "n1")
+    result = world.run("leader", "z")
+    assert result.exit_code == 1
+    assert "no leader" in result.stderr
+
+
+def test_operations_name_what_they_are_about(world: World) -> None:
+    assert world.run("admin", "split", r"m\x00").exit_code == 0
+    assert world.run("admin", "transfer", "3", "n2").exit_code == 0
+    assert world.run("admin", "transfer", "3", "2").exit_code == 0
+    assert world.run("admin", "snapshot", "3").exit_code == 0
+    sent = [call for call in world.client.calls if call[0] is not Method.STATUS]
+    assert sent == [
+        (Method.SPLIT, (b"m\x00",), {"key": b"m\x00"}),
+        (Method.TRANSFER, (3, 2), {"range_id": 3}),
+        (Method.TRANSFER, (3, 2), {"range_id": 3}),
+        (Method.SNAPSHOT, (3,), {"range_id": 3}),
+    ]
+    result = world.run("admin", "transfer", "3", "n9")
+    assert result.exit_code == 2
+    assert "there are 1 (n1), 2 (n2)" in result.stderr
+
+
+def commands() -> list[tuple[str, click.Command]]:
+    context = click.Context(root)
+    found: list[tuple[str, click.Command]] = [("shardkv", root)]
+    for name in COMMANDS:
+        command = root.get_command(context, name)
+        assert command is not None
+        found.append((name, command))
+        if isinstance(command, click.Group):
+            found += [(f"{name} {inner}", each) for inner, each in command.commands.items()]
+    return found
+
+
+@pytest.mark.parametrize("name, command", commands(), ids=[name for name, _ in commands()])
+def test_every_command_has_help_with_an_example(name: str, command: click.Command) -> None:
+    """DESIGN 2.2: every command has --help with an example."""
+    assert isinstance(command, Example | ExampleGroup)
+    assert f"shardkv {name}".removeprefix("shardkv ") in command.example
+    assert command.help
+    assert "Example" in command.get_help(click.Context(command, info_name=name))
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and not parameter.hidden:
+            assert parameter.help, (name, parameter.name)
+
+
+@pytest.mark.parametrize("shell, words", [("bash", "complete -o"), ("zsh", "#compdef"), ("fish", "complete ")])
+def test_completion_prints_a_script(world: World, shell: str, words: str) -> None:
+    result = world.run("completion", shell)
+    assert result.exit_code == 0
+    assert words in result.stdout
+    assert "_SHARDKV_COMPLETE" in result.stdout
+    assert world.run("completion", "tcsh").exit_code == 2
+
+
+def test_a_data_command_starts_without_rich_prompt_toolkit_or_the_node() -> None:
+    """Work order: startup of `shardkv get` must stay light."""
+    script = """
+import sys
+from shardkv.cli.root import shardkv
+try:
+    shardkv(["get", "a"])
+except SystemExit as ended:
+    assert ended.code == 2, ended.code
+heavy = {"rich", "prompt_toolkit", "structlog", "rocksdict", "zstandard", "shardkv_bench", "shardkv.server"}
+print(*sorted(heavy & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={})
+    assert result.stdout == "\n"
+
+
+def test_wide_and_combining_characters_keep_columns_aligned() -> None:
+    assert [width(text) for text in ("abc", "日本", "e\u0301")] == [3, 4, 1]
+    lines = render(["k", "v"], [["日本", "1"], ["ab", "2"]]).splitlines()
+    assert [width(line[: line.index(end)]) for line, end in zip(lines[1:], ["1", "2"])] == [6, 6]
+
+
+def test_a_long_table_streams_after_its_first_rows() -> None:
+    """A scan of millions of keys is not held in memory for its column widths."""
+    written: list[str] = []
+    table = TableWriter(["n"], written.append, numeric=["n"])
+    for number in range(WIDTH_ROWS_MAX - 1):
+        table.add([str(number)])
+    assert written == []
+    table.add(["x"])
+    assert len(written) == WIDTH_ROWS_MAX + 1
+    table.add(["wider than before"])
+    table.close()
+    assert written[-1] == "wider than before\n"

@@ -1,0 +1,182 @@
+"""The data commands against a fake client: output, the JSON rules and the exit codes of DESIGN 2.2."""
+
+import json
+
+import pytest
+
+from shardkv import errors
+from tests.cli.fakes import FIRST_VERSION, World, world
+
+__all__ = ["world"]
+
+
+def test_put_prints_the_version_and_get_the_value(world: World) -> None:
+    assert world.run("put", "a", "1").output == f"{FIRST_VERSION + 1}\n"
+    result = world.run("get", "a")
+    assert (result.output, result.exit_code) == ("1\n", 0)
+
+
+def test_a_key_that_is_absent_is_exit_code_one(world: World) -> None:
+    """DESIGN 2.2: 1 the cluster answered with an error or the key is absent."""
+    for arguments in (["get", "a"], ["del", "a"]):
+        result = world.run(*arguments)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert "no such key: a" in result.stderr
+    result = world.run("get", "a", "--json")
+    assert (json.loads(result.stdout), result.exit_code) == (None, 1)
+
+
+def test_get_shows_bytes_escaped_raw_or_as_base64(world: World) -> None:
+    world.client.set(b"\xff", b"a\\b\n\xfe")
+    assert world.run("get", r"\xff").stdout == "a\\\\b\\x0a\\xfe\n"
+    assert world.run("get", r"\xff", "--raw").stdout_bytes == b"a\\b\n\xfe"
+    assert world.run("get", "/w==", "--base64").stdout == "YVxiCv4=\n"
+    assert json.loads(world.run("get", r"\xff", "--json").stdout) == {
+        "key_base64": "/w==",
+        "value_base64": "YVxiCv4=",
+        "version": str(FIRST_VERSION + 1),
+    }
+
+
+def test_put_reads_a_value_of_dash_from_stdin_byte_for_byte(world: World) -> None:
+    """DESIGN 2.2: `put KEY -` reads stdin."""
+    assert world.run("put", "a", "-", input=b"\x00\xff\r\n").exit_code == 0
+    assert world.client.data[b"a"].value == b"\x00\xff\r\n"
+
+
+def test_compare_and_set_moves_only_from_the_version_given(world: World) -> None:
+    assert world.run("cas", "a", "0", "1").exit_code == 0
+    version = world.client.version
+    assert world.run("cas", "a", str(version), "2").stdout == f"{version + 1}\n"
+    result = world.run("cas", "a", str(version), "3")
+    assert result.exit_code == 1
+    assert str(version + 1) in result.stderr
+    assert world.run("cas", "a", "-1", "3").exit_code == 2
+
+
+def test_increments_may_be_negative(world: World) -> None:
+    assert world.run("incr", "n").stdout == "1\n"
+    assert world.run("incr", "n", "-5").stdout == "-4\n"
+    assert json.loads(world.run("incr", "n", "2", "--json").stdout) == {"value": "-2"}
+    assert world.run("incr", "n", "--colour").exit_code == 2
+    assert world.run("incr", "n", str(1 << 63)).exit_code == 2
+
+
+def test_delete_says_whether_the_key_was_there(world: World) -> None:
+    world.client.set(b"a", b"1")
+    assert world.run("del", "a", "--if-version", "3").exit_code == 1
+    assert world.run("del", "a").stdout == "deleted\n"
+    assert json.loads(world.run("del", "a", "--json").stdout) == {"deleted": False}
+
+
+def test_scan_prints_an_aligned_table(world: World) -> None:
+    world.client.set(b"a", b"1")
+    world.client.set("bé".encode(), b"22\xff")
+    lines = world.run("scan").stdout.splitlines()
+    assert lines[0].split() == ["KEY", "VALUE", "VERSION"]
+    assert lines[1].split() == ["a", "1", str(FIRST_VERSION + 1)]
+    assert lines[2].split() == ["bé", r"22\xff", str(FIRST_VERSION + 2)]
+    assert len({line.index(end) for line, end in zip(lines[1:], ["1", "22"])}) == 1
+
+
+def test_scan_takes_bounds_prefix_limit_and_order(world: World) -> None:
+    for key in (b"a", b"b1", b"b2", b"c"):
+        world.client.set(key, b"v")
+
+    def keys(*arguments: str) -> list[str]:
+        result = world.run("scan", "--json", *arguments)
+        assert result.exit_code == 0, result.output
+        return [row["key"] for row in json.loads(result.stdout)]
+
+    assert keys() == ["a", "b1", "b2", "c"]
+    assert keys("b1", "c") == ["b1", "b2"]
+    assert keys("--prefix", "b") == ["b1", "b2"]
+    assert keys("--limit", "2", "--reverse") == ["c", "b2"]
+    assert keys("x") == []
+    assert "value" not in json.loads(world.run("scan", "--json", "--keys-only").stdout)[0]
+    assert world.run("scan", "a", "--prefix", "b").exit_code == 2
+
+
+def test_delete_range_needs_an_end_or_says_that_there_is_none(world: World) -> None:
+    """Forgetting the end must not delete everything."""
+    for arguments in ([], ["a"], ["a", "b", "--to-end"], ["--prefix", "a", "--to-end"], ["--prefix", ""]):
+        assert world.run("delete-range", *arguments).exit_code == 2, arguments
+    assert world.client.calls == []
+    assert world.run("delete-range", "a", "b").exit_code == 0
+    assert world.run("delete-range", "a", "--to-end").exit_code == 0
+    assert world.run("delete-range", "--prefix", r"a\xff").exit_code == 0
+    assert world.run("delete-range", "--prefix", r"\xff").exit_code == 0
+    assert world.client.calls == [
+        ("delete_range", b"a", b"b"),
+        ("delete_range", b"a", None),
+        ("delete_range", b"a\xff", b"b"),
+        ("delete_range", b"\xff", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (errors.Unavailable("no leader"), 3),
+        (errors.OutcomeUnknown("the answer was lost"), 4),
+        (errors.Conflict("beaten"), 1),
+        (errors.NotAnInteger("not a number"), 1),
+        (errors.KeyTooLarge("too large"), 2),
+        (ConnectionRefusedError("refused"), 3),
+        (KeyboardInterrupt(), 130),
+        (BaseExceptionGroup("group", [errors.OutcomeUnknown("lost")]), 4),
+        (BaseExceptionGroup("group", [errors.Conflict("x"), BaseExceptionGroup("g", [KeyboardInterrupt()])]), 130),
+    ],
+)
+def test_every_kind_of_failure_has_its_exit_code(world: World, error: BaseException, code: int) -> None:
+    """DESIGN 2.2: 0 done, 1 error or absent, 2 usage, 3 not reached in time, 4 outcome unknown, 130 interrupted."""
+    world.client.fail = error
+    result = world.run("put", "a", "1")
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr
+
+
+def test_a_bug_shows_its_traceback(world: World) -> None:
+    world.client.fail = ZeroDivisionError()
+    assert isinstance(world.run("put", "a", "1").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["get"],
+        ["get", ""],
+        ["get", r"\q"],
+        ["get", "?", "--base64"],
+        ["get", "a", "--colour"],
+        ["put", "a"],
+        ["put", "a", r"\q"],
+        ["cas", "a", "x", "1"],
+        ["scan", "--limit", "-1"],
+        ["get", "a", "--timeout", "0"],
+        ["get", "a", "--connect", "somewhere"],
+        ["colour"],
+    ],
+)
+def test_wrong_usage_is_exit_code_two_and_reaches_no_cluster(world: World, arguments: list[str]) -> None:
+    assert world.run(*arguments).exit_code == 2
+    assert world.client.addresses == []
+
+
+def test_the_address_comes_from_the_option_else_from_the_environment(world: World) -> None:
+    """DESIGN 2.2: --connect falls back to SHARDKV_CONNECT."""
+    world.client.set(b"a", b"1")
+    world.run("get", "a")
+    world.run("get", "a", "--connect", "h:1,h:2")
+    assert world.client.addresses == ["127.0.0.1:7001", "h:1,h:2"]
+    result = world.run("get", "a", connect=False)
+    assert result.exit_code == 2
+    assert "SHARDKV_CONNECT" in result.stderr
+
+
+def test_timeout_and_consistency_reach_the_client(world: World) -> None:
+    world.client.set(b"a", b"1")
+    world.run("get", "a", "--timeout", "2.5", "--consistency", "follower")
+    assert world.client.calls == [("get", b"a", "follower", 2.5)]
