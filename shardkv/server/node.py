@@ -63,16 +63,30 @@ POLL_SECONDS: Final = 0.02
 PEERS_NAME: Final = "peers"
 
 Ready = Callable[[str, str], None]
+OpenEngine = Callable[[NodeConfig, str], Engine]
 
 
-async def run_node(config: NodeConfig, environment: Environment, *, ready: Ready, stop: trio.Event) -> None:
+def open_engine(config: NodeConfig, path: str) -> Engine:
+    """The engine that the configuration asks for. Blocks."""
+    return MemoryEngine() if config.storage.engine == "memory" else RocksEngine(path)
+
+
+async def run_node(
+    config: NodeConfig,
+    environment: Environment,
+    *,
+    ready: Ready,
+    stop: trio.Event,
+    open_engine: OpenEngine = open_engine,
+) -> None:
     """Run one node until ``stop`` is set, then drain and stop it cleanly.
 
-    ``ready(name, address)`` is called once the node serves. Raises ShardKVError when it cannot start, or must not go
+    ``ready(name, address)`` is called once the node serves. ``open_engine`` makes its engine; a simulation hands in one
+    whose crashes it controls. Raises ShardKVError when it cannot start, or must not go
     on: DataDirectoryError, ConfigError, WrongCluster, StorageError; the message says what to do.
     """
     try:
-        await _Node(config, environment, ready, stop).run()
+        await _Node(config, environment, ready, stop, open_engine).run()
     except BaseExceptionGroup as group:
         raise main_error(group) from group
 
@@ -80,11 +94,14 @@ async def run_node(config: NodeConfig, environment: Environment, *, ready: Ready
 class _Node:
     """The composition. Attributes come to be in the order of a start."""
 
-    def __init__(self, config: NodeConfig, environment: Environment, ready: Ready, stop: trio.Event) -> None:
+    def __init__(
+        self, config: NodeConfig, environment: Environment, ready: Ready, stop: trio.Event, open_engine: OpenEngine
+    ) -> None:
         self._config = config
         self._environment = environment
         self._ready = ready
         self._stop = stop
+        self._open_engine = open_engine
         self._log: Any = structlog.get_logger().bind(node=config.name)
         self._hybrid_clock = HybridClock(environment.clock, config.clock_offset_max_ms)
         self._known_boots = KnownBoots()
@@ -105,11 +122,17 @@ class _Node:
                     "--join HOST:PORT to join one"
                 )
             self._wal = await workers.run(self._open_log)
-            self._engine: Engine = await workers.run(self._open_engine)
+            self._engine: Engine = await workers.run(self._open_engine, self._config, directory.engine_path)
+            cancelled = True
             try:
                 await self._listen_and_run()
+                cancelled = False
+            except Exception:
+                cancelled = False
+                raise
             finally:
-                with trio.CancelScope(shield=True):
+                # To be cancelled is to die: nothing is tidied up, for a crash must find what a crash leaves.
+                if not cancelled:
                     await workers.run(self._wal.close)
                     await workers.run(self._engine.close)
         finally:
@@ -120,11 +143,6 @@ class _Node:
         settings = WalSettings(segment_bytes=storage.segment_bytes)
         directory = self._directory
         return Wal.open(self._environment.disk, directory.wal_path, settings, token=directory.identity.token)
-
-    def _open_engine(self) -> Engine:
-        if self._config.storage.engine == "memory":
-            return MemoryEngine()
-        return RocksEngine(self._directory.engine_path)
 
     async def _listen_and_run(self) -> None:
         async with trio.open_nursery() as nursery:
