@@ -86,6 +86,9 @@ def plain_struct(count: int) -> Struct:
     return found
 
 
+pack_plain_one: Final = plain_struct(1).pack
+
+
 def _mixed_struct(count: int) -> Struct:
     found = _mixed_structs.get(count)
     if found is None:
