@@ -1,0 +1,52 @@
+"""Whole clusters in virtual time: that they form, serve, and lose nothing when nodes die."""
+
+import pytest
+
+from shardkv.errors import ShardKVError
+from tests.server.world import world
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+
+async def test_three_nodes_form_a_cluster_and_serve_reads_and_writes() -> None:
+    async with world(3) as cluster, cluster.client() as kv:
+        version = await kv.put(b"k", b"v")
+        entry = await kv.get(b"k")
+        assert entry is not None
+        assert (entry.key, entry.value, entry.version) == (b"k", b"v", version)
+        assert await kv.increment(b"n", 5) == 5
+        assert await kv.delete(b"k") is True
+        assert await kv.get(b"k") is None
+
+
+async def test_acknowledged_writes_survive_the_leader_being_killed() -> None:
+    async with world(3) as cluster, cluster.client() as kv:
+        for number in range(20):
+            await kv.put(b"key%d" % number, b"value")
+        leader = await cluster.leader_of(kv, b"key0")
+        await leader.kill()
+        for number in range(20):
+            assert await kv.get(b"key%d" % number) is not None, number
+        await kv.put(b"after", b"v")
+        await leader.start()
+        assert await kv.get(b"after") is not None
+
+
+async def test_acknowledged_writes_survive_all_nodes_losing_power_at_once() -> None:
+    """What was not synced is gone from every disk and nothing was flushed to any engine (trap 20)."""
+    async with world(3) as cluster, cluster.client() as kv:
+        acknowledged = []
+        for number in range(50):
+            try:
+                await kv.put(b"key%d" % number, b"value%d" % number)
+                acknowledged.append(number)
+            except ShardKVError:
+                break
+        for node in cluster.nodes.values():
+            await node.power_off()
+        for node in cluster.nodes.values():
+            await node.start()
+        for number in acknowledged:
+            entry = await kv.get(b"key%d" % number)
+            assert entry is not None, number
+            assert entry.value == b"value%d" % number
