@@ -56,6 +56,8 @@ _ENVELOPE_OVERHEAD: Final = len(_USER) + HEAD_BYTES
 ISSUED_AHEAD_MS_MAX: Final = 500
 """How far a command may be issued ahead of replicated time. It equals the default of ``clock_offset_max`` but is no
 setting: replicas with different settings would come to different rows."""
+_FIND_MAX: Final = 8
+"""A group of up to this many commands looks its records up one by one."""
 _DECIMAL: Final = re.compile(rb"-?[0-9]{1,19}", re.ASCII)
 _INT64_MIN: Final = -(1 << 63)
 _INT64_MAX: Final = (1 << 63) - 1
@@ -221,10 +223,11 @@ def _run_plain_puts(run: WriteRun, session_id: bytes, commands: Group) -> list[A
 class _General:
     """A group of any commands, one at a time."""
 
-    __slots__ = ("below", "fresh", "issued_at", "kept", "run_", "session_id")
+    __slots__ = ("below", "count", "fresh", "issued_at", "kept", "run_", "session_id")
 
     def __init__(self, run: WriteRun, session_id: bytes) -> None:
         self.run_ = run
+        self.count = 0
         self.session_id = session_id
         session = run.table.sessions.get(session_id)
         self.below = 0 if session is None else session.acknowledged_below
@@ -236,6 +239,7 @@ class _General:
 
     def run(self, commands: Group) -> list[Any]:
         run = self.run_
+        self.count = len(commands)
         outcomes = []
         for command in commands:
             outcomes.append(self._outcome(command))
@@ -285,6 +289,8 @@ class _General:
             session = self.run_.table.sessions.get(self.session_id)
             if session is None or sequence > session.highest:
                 return None
+            if self.count <= _FIND_MAX:
+                return session.find(sequence)
             self.kept = session.records()
         return self.kept.get(sequence)
 

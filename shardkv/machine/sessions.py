@@ -155,8 +155,17 @@ class Session:
         self.pieces: list[Piece] = []
         """Oldest first; row indices never fall."""
 
+    def find(self, sequence: int) -> Record | None:
+        """The record of one command, if it is kept."""
+        for _, lowest, highest, piece in self.pieces:
+            if lowest <= sequence <= highest:
+                found = piece_records(piece).get(sequence)
+                if found is not None:
+                    return found
+        return None
+
     def records(self) -> dict[int, Record]:
-        """Every record that is kept, by sequence. Costs a walk over all of them."""
+        """Every record that is kept, by sequence; cheaper than :meth:`find` for more than a few."""
         found: dict[int, Record] = {}
         for _, _, _, piece in self.pieces:
             found.update(piece_records(piece))

@@ -48,6 +48,19 @@ def test_a_retry_gets_the_first_outcome_and_changes_nothing(reload: bool) -> Non
     assert [row for row in range_.rows() if row[0] != keys.applied_key(1)] == kept
 
 
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_large_group_that_was_applied_in_part_is_completed(reload: bool) -> None:
+    """After a change of leader a client sends everything unsettled again; some of it had been applied."""
+    range_, client = World(), Client()
+    sealed = [client.increment(b"n") for _ in range(40)]
+    first = range_.do(client, *sealed[0::3])
+    if reload:
+        range_.reload()
+    again = range_.do(client, *sealed)
+    assert again[0::3] == first
+    assert sorted(again) == list(range(1, 41))
+
+
 def test_a_retry_in_the_same_entry_is_applied_once() -> None:
     range_, client = World(), Client()
     one = client.increment(b"n")
