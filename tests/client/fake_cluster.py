@@ -99,6 +99,8 @@ class FakeCluster:
         span = KeyRange(left.descriptor.span.start, right.descriptor.span.end)
         left.descriptor = left.descriptor.with_span(span, Epoch(left.descriptor.epoch.membership, generation))
         left.records |= right.records
+        for session, below in right.acknowledged.items():
+            left.acknowledged[session] = max(below, left.acknowledged.get(session, 0))
         del self.ranges[right.id]
 
     def move(self, key: bytes, nodes: list[int], leader: int) -> None:

@@ -1,4 +1,4 @@
-"""A fake cluster behind real sockets, in threads of its own, so that the client under test may run on any event loop."""
+"""A fake cluster behind real sockets, in threads of its own: the client under test may run on any event loop."""
 
 import socket
 import threading
@@ -44,7 +44,7 @@ class FakeServer:
     def __enter__(self) -> Self:
         for node in self.cluster.nodes.values():
             listener = socket.create_server(("127.0.0.1", 0))
-            node.address = "127.0.0.1:%d" % listener.getsockname()[1]
+            node.address = f"127.0.0.1:{listener.getsockname()[1]}"
             self._sockets.append(listener)
             self._start(self._accept, listener, node)
         return self

@@ -7,6 +7,7 @@ link is the engine's. ``dials``, ``drops`` and ``outputs`` are orders to whoever
 
 from collections.abc import Callable, Iterable
 from enum import Enum
+from math import inf
 from typing import Final, NamedTuple
 
 from shardkv.errors import ProtocolError, ShardKVError
@@ -62,7 +63,7 @@ class Link:
         "parts",
         "parts_bytes",
         "peer",
-        "pinged",
+        "pinged_at",
         "received_at",
         "state",
         "watched",
@@ -84,7 +85,7 @@ class Link:
         self.received_at = now
         self.owed_since = now
         """Since when the node has owed at least one answer."""
-        self.pinged = False
+        self.pinged_at = -inf
         self.watched = False
         """A timer looks after its silence; one at a time."""
         self.draining = False
@@ -274,11 +275,10 @@ class Links:
             self.drop(link, f"silent for {now - heard_at:.1f} s while it owed an answer", now)
             return
         if now < ping_at:
-            link.pinged = False
             self._timers.at(ping_at, lambda at: self._look_after(link, at))
             return
-        if not link.pinged:
-            link.pinged = True
+        if link.pinged_at <= heard_at:  # the node has spoken since, or was never asked
+            link.pinged_at = now
             self.write(link, _PING)
         self._timers.at(lost_at, lambda at: self._look_after(link, at))
 

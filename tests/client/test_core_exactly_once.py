@@ -1,0 +1,376 @@
+"""A write is applied exactly once, and its outcome is what DESIGN §2.4 and §4.6 promise."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardkv import errors
+from shardkv.types import SESSION_WINDOW_MAX, timestamp_at
+from shardkv.wire.commands import Op
+from shardkv.wire.requests import Method
+from shardkv_client.core import Settings
+from shardkv_client.core.session import Session
+from tests.client.fake_cluster import BASE_MS
+from tests.client.world import World
+
+
+def test_trap_12_a_write_whose_answer_is_lost_is_applied_once():
+    """TRAPS 12: the same bytes under the same sequence; the fake cluster asserts that they never differ."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    world.lose_answers = 3
+    call = world.increment(b"n", 5)
+    assert world.run(call) == 5
+    assert call.attempts == 4
+    assert [op for _, _, op in world.cluster.applied].count(Op.INCREMENT) == 1
+
+
+def test_a_retry_after_a_split_finds_its_record_in_the_other_half():
+    world = World()
+    world.run(world.put(b"z", b"v"))
+    world.lose_answers = 1
+    call = world.increment(b"z1", 5)
+    while call.attempts == 0 or world.lose_answers:
+        world.step()
+    world.cluster.split(b"m", leader=3)
+    assert world.run(call) == 5
+    assert world.cluster.data[b"z1"][0] == b"5"
+
+
+@pytest.mark.parametrize("error", [errors.NotLeader(), errors.RangeNotFound("gone"), errors.Busy("full")], ids=repr)
+@pytest.mark.parametrize("answer", [errors.Unavailable("no quorum"), errors.OutcomeUnknown("stepped down")], ids=repr)
+def test_every_refusal_that_may_pass_is_retried_with_the_same_bytes(error, answer):
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    refusals = [error, answer, error]
+    for node in world.cluster.nodes.values():
+        node.faults.append(lambda request: refusals.pop() if request.method == Method.WRITE and refusals else None)
+    call = world.increment(b"n")
+    assert world.run(call) == 1
+    assert call.attempts == 4
+
+
+def test_a_read_that_ends_by_its_deadline_is_unavailable():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.mute.add(1)
+    with pytest.raises(errors.Unavailable):
+        world.run(world.get(b"k", timeout=3.0))
+    assert world.now == pytest.approx(103.0, abs=0.1)
+
+
+def test_a_write_that_was_never_sent_is_unavailable():
+    """DESIGN §2.4: certainly not applied."""
+    world = World(nodes=1)
+    world.down.add(1)
+    call = world.put(b"k", b"v", timeout=3.0)
+    with pytest.raises(errors.Unavailable, match="nothing was applied"):
+        world.run(call)
+    assert call.attempts == 0
+    assert world.core.session.next_sequence == 1, "no sequence is used up by what is never sent"
+
+
+def test_a_write_that_was_sent_is_of_unknown_outcome():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.mute.add(1)
+    with pytest.raises(errors.OutcomeUnknown, match="may have been applied"):
+        world.run(world.put(b"k", b"w", timeout=3.0))
+
+
+@pytest.mark.parametrize("stale", [errors.TooOld("old"), errors.SequenceReused("settled")], ids=repr)
+def test_a_retry_that_is_too_old_is_of_unknown_outcome(stale):
+    """The first attempt may have been applied, and its record dropped."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.lose_requests = 1
+    world.cluster.nodes[1].faults.append(lambda request: stale if request.method == Method.WRITE else None)
+    with pytest.raises(errors.OutcomeUnknown):
+        world.run(world.put(b"k", b"w"))
+
+
+def test_a_first_attempt_that_is_too_old_is_issued_again():
+    """It was certainly not applied: a client that was suspended carries on with a new sequence."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    refusals = [errors.TooOld("old")]
+    world.cluster.nodes[1].faults.append(
+        lambda request: refusals.pop() if request.method == Method.WRITE and refusals else None
+    )
+    world.run(world.put(b"k", b"w"))
+    assert [sequence for sequence, _ in world.cluster.windows] == [1, 3]
+
+
+def test_an_answer_of_the_database_is_raised_and_not_retried():
+    world = World(nodes=1)
+    version = world.run(world.put(b"k", b"v"))
+    call = world.put(b"k", b"w", if_version=version - 1)
+    with pytest.raises(errors.VersionMismatch) as caught:
+        world.run(call)
+    assert caught.value.current == version
+    assert call.attempts == 1
+    world.run(world.put(b"n", b"text"))
+    with pytest.raises(errors.NotAnInteger):
+        world.run(world.increment(b"n"))
+
+
+def test_trap_25_a_conditional_write_that_failed_stays_failed():
+    """TRAPS 25: its duplicate after the key changed gets the recorded outcome."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.lose_answers = 1
+    call = world.put(b"k", b"w", if_version=0)
+    while not world.cluster.windows[1:]:
+        world.step()
+    del world.cluster.data[b"k"]
+    with pytest.raises(errors.VersionMismatch):
+        world.run(call)
+
+
+def test_a_refusal_on_a_retry_does_not_hide_that_the_first_may_have_applied():
+    """A node without space refuses; the earlier attempt may have been applied elsewhere."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.cluster.nodes[1].faults.append(
+        lambda request: errors.OutOfSpace("full") if request.method == Method.WRITE else None
+    )
+    with pytest.raises(errors.OutOfSpace):
+        world.run(world.put(b"k", b"w"))
+    world.lose_requests = 1
+    with pytest.raises(errors.OutcomeUnknown, match="full"):
+        world.run(world.put(b"k", b"w"))
+
+
+# --- sequences, windows, stamps -----------------------------------------------------------------------------------
+
+
+def test_acknowledged_below_is_the_lowest_unsettled_sequence():
+    """DESIGN §4.6: what the server may forget."""
+    world = World(nodes=2)
+    world.cluster.split(b"m", leader=2)
+    world.run(world.put(b"a", b"v"), world.put(b"z", b"v"))
+    world.mute.add(2)
+    stuck = world.put(b"z", b"w", timeout=5.0)
+    world.core.flush(world.now)
+    world._perform()
+    for _ in range(3):
+        world.run(world.put(b"a", b"v"))
+    assert world.cluster.windows[-3:] == [(4, 3), (5, 3), (6, 3)]
+    with pytest.raises(errors.OutcomeUnknown):
+        world.run(stuck)
+    world.run(world.put(b"a", b"v"))
+    assert world.cluster.windows[-1] == (7, 7), "an unknown outcome is never retried, so it is settled"
+
+
+def test_a_cancelled_write_stays_registered_until_it_is_answered():
+    """Were it settled at once, its bytes in flight would be refused or, worse, be reused."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    call = world.put(b"k", b"w")
+    world.core.flush(world.now)
+    world.core.cancel(call)
+    assert not call.done
+    assert world.core.session.unsettled == {2}
+    world._perform()
+    world.settle()
+    assert call.done
+    assert world.core.session.unsettled == set()
+    assert world.cluster.data[b"k"][0] == b"w", "a cancelled write may still apply"
+
+
+def test_a_cancelled_write_is_not_sent_again():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.lose_requests = 1
+    call = world.put(b"k", b"w")
+    world.core.flush(world.now)
+    world.core.cancel(call)
+    world._perform()
+    world.pass_time(1.0)
+    assert call.done
+    assert call.attempts == 1
+    assert world.cluster.data[b"k"][0] == b"v"
+
+
+def test_a_cancelled_write_that_was_not_sent_never_is():
+    world = World(nodes=1)
+    call = world.put(b"k", b"w")
+    world.core.cancel(call)
+    assert call.done
+    world.pass_time(1.0)
+    assert not world.cluster.data
+
+
+def test_the_window_is_never_exceeded():
+    """A sequence at most 1,024 above the lowest unsettled; the fake cluster asserts it for each command."""
+    world = World(nodes=2, settings=Settings(calls_in_flight_max=5_000))
+    world.cluster.split(b"m", leader=2)
+    world.run(world.put(b"a", b"v"), world.put(b"z", b"v"))
+    world.mute.add(2)
+    stuck = world.put(b"z", b"w", timeout=1.0)
+    calls = [world.put(b"a%d" % i, b"v", timeout=5.0) for i in range(2_000)]
+    world.core.flush(world.now)
+    world._perform()
+    world.settle()
+    assert sum(call.done for call in calls) == SESSION_WINDOW_MAX
+    assert not stuck.done
+    world.run(*calls)
+    assert all(call.error is None for call in calls)
+    assert max(sequence - below for sequence, below in world.cluster.windows) == SESSION_WINDOW_MAX
+
+
+def test_calls_beyond_the_in_flight_bound_wait_their_turn():
+    world = World(nodes=1, settings=Settings(calls_in_flight_max=10))
+    world.run(world.put(b"k", b"v"))
+    calls = [world.put(b"k%d" % i, b"v") for i in range(35)]
+    before = len(world.frames)
+    world.run(*calls)
+    assert [len(world.cluster.windows), len(world.frames) - before] == [36, 4]
+
+
+def test_a_call_that_waits_for_its_turn_ends_by_its_deadline():
+    world = World(nodes=1, settings=Settings(calls_in_flight_max=1))
+    world.run(world.put(b"k", b"v"))
+    world.mute.add(1)
+    first, second = world.put(b"k", b"1", timeout=5.0), world.put(b"k", b"2", timeout=1.0)
+    with pytest.raises(errors.Unavailable):
+        world.run(second)
+    assert not first.done
+
+
+@given(st.lists(st.tuples(st.sampled_from(["issue", "settle", "rebase", "wait"]), st.integers(0, 2_000)), max_size=80))
+def test_stamps_never_decrease_while_sequences_grow(steps):
+    """DESIGN §4.6, whatever the servers' clocks say and in whatever order commands are settled."""
+    session = Session(b"s" * 16)
+    session.rebase(timestamp_at(BASE_MS), 0.0)
+    now, last = 0.0, 0
+    for action, amount in steps:
+        if action == "issue" and session.open:
+            stamp = session.issued_at_ms(now)
+            session.issue()
+            assert stamp >= last
+            last = stamp
+        elif action == "settle" and session.unsettled:
+            session.settle(sorted(session.unsettled)[amount % len(session.unsettled)])
+        elif action == "rebase":
+            session.rebase(timestamp_at(BASE_MS + amount - 1_000), now)
+        elif action == "wait":
+            now += amount / 1_000
+        session.check()
+
+
+# --- delete_range ---------------------------------------------------------------------------------------------------
+
+
+def delete_everything(world, start, end):
+    """What Client.delete_range does, on the core."""
+    while start is not None:
+        start = world.run(world.delete_range(start, end))
+
+
+def filled(**options):
+    world = World(**options)
+    calls = [world.put(b"%02d" % i, b"v") for i in range(100)]
+    world.run(*calls)
+    return world
+
+
+@pytest.mark.parametrize("splits", [[], [b"50"], [b"20", b"50", b"70"]], ids=str)
+@pytest.mark.parametrize("span", [(b"", None), (b"10", b"90"), (b"30", b"60"), (b"50", None)], ids=repr)
+def test_a_delete_range_goes_from_range_to_range(splits, span):
+    world = filled()
+    for key in splits:
+        world.cluster.split(key)
+    start, end = span
+    delete_everything(world, start, end)
+    kept = [b"%02d" % i for i in range(100) if not (b"%02d" % i >= start and (end is None or b"%02d" % i < end))]
+    assert list(world.cluster.data) == kept
+
+
+@pytest.mark.parametrize("end", [b"90", None])
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_piece_is_cut_anew_only_when_its_owner_knows_nothing_of_it(applied, end):
+    """DESIGN §4.6: after a split the same bytes are sent first; only EpochMismatch from the owner allows a new cut."""
+    world = filled()
+    call = world.delete_range(b"10", end)
+    world.lose_answers, world.lose_requests = (1, 0) if applied else (0, 1)
+    while world.lose_answers or world.lose_requests:
+        world.step()
+    deleted_at = len(world.cluster.applied)
+    world.cluster.split(b"50")
+    reached = world.run(call)
+    if applied:
+        assert len(world.cluster.applied) == deleted_at, "the record answers, nothing is deleted again"
+    assert reached in (None, b"50")
+    if reached is not None:
+        delete_everything(world, reached, end)
+    assert list(world.cluster.data) == [b"%02d" % i for i in range(100) if i < 10 or (end is not None and i >= 90)]
+
+
+# --- everything at once ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 7), min_size=5, max_size=40))
+def test_counters_add_up_whatever_breaks(seed, happenings):
+    """Increments under cuts, crashes, leader changes and splits: each that succeeded counts once, others at most once."""
+    world = World(seeds=[1, 2, 3], seed=seed)
+    keys = [b"a", b"h", b"m", b"t"]
+    calls = []
+    for index, happening in enumerate(happenings):
+        calls += [world.increment(key, 1, timeout=6.0) for key in keys]
+        world.pass_time(0.0013 * (seed % 7 + 1))
+        target = world.cluster.range_of(keys[index % 4])
+        match happening:
+            case 0:
+                world.lose_requests += 1
+            case 1:
+                world.lose_answers += 1
+            case 2:
+                target.leader = seed % 3 + 1
+            case 3:
+                for link in list(world.open):
+                    world.cut(link)
+                world._perform()
+            case 4:
+                key = b"%c" % (100 + index)
+                if world.cluster.range_of(key).descriptor.span.start != key:
+                    world.cluster.split(key)
+            case 5:
+                world.crash(2)
+                for each in world.cluster.ranges.values():
+                    each.leader = 1 if each.leader == 2 else each.leader
+            case 6:
+                world.down.clear()
+            case 7:
+                if target.descriptor.span.end is not None:
+                    world.cluster.merge(keys[index % 4])
+    for call in calls:
+        try:
+            world.run(call)
+        except errors.ShardKVError:
+            assert isinstance(call.error, (errors.OutcomeUnknown, errors.Unavailable))
+    for key in keys:
+        mine = [call for call in calls if call.key == key]
+        certain = sum(call.error is None for call in mine)
+        possible = certain + sum(isinstance(call.error, errors.OutcomeUnknown) for call in mine)
+        assert certain <= int(world.cluster.data.get(key, (b"0", 0))[0]) <= possible
+        results = [call.result for call in mine if call.error is None]
+        assert len(set(results)) == len(results)
+    issued = sorted(set(world.cluster.issued))
+    assert [stamp for _, stamp in issued] == sorted(stamp for _, stamp in issued)
+
+
+def test_closing_fails_pending_calls_as_their_deadline_would():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.mute.add(1)
+    sent = world.put(b"k", b"w")
+    world.core.flush(world.now)
+    unsent, read = world.put(b"k", b"x"), world.get(b"k")
+    world.core.close(world.now)
+    assert isinstance(sent.error, errors.OutcomeUnknown)
+    assert isinstance(unsent.error, errors.Unavailable)
+    assert isinstance(read.error, errors.Unavailable)
+    with pytest.raises(errors.ClientClosed):
+        world.put(b"k", b"y")

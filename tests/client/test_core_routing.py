@@ -1,0 +1,369 @@
+"""The core finds the node that serves a key, and finds it again when it moves (DESIGN §4.6, §4.9)."""
+
+import pytest
+
+from shardkv import errors
+from shardkv.types import Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
+from shardkv.wire.frames import FrameKind, encode_frame
+from shardkv.wire.requests import Method
+from shardkv_client.core import Settings
+from tests.client.world import World
+
+
+def test_the_first_call_looks_up_the_range_and_asks_its_leader():
+    """Seeds are any nodes: routes and addresses come from whichever answers."""
+    world = World(seeds=[2])
+    version = world.run(world.put(b"k", b"v"))
+    assert world.cluster.data[b"k"] == (b"v", version)
+    assert len(world.requests_to(2, Method.ROUTES)) == 1
+    assert len(world.requests_to(1, Method.WRITE)) == 1
+    assert not world.requests_to(2, Method.WRITE)
+
+
+def test_later_calls_need_no_lookup():
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    frames = len(world.frames)
+    world.run(world.get(b"k"))
+    assert len(world.frames) == frames + 1
+
+
+def test_calls_of_one_moment_share_a_request_and_a_frame():
+    """DESIGN §5: the cost is per batch. Writes of one range share a WRITE, gets a GET, both a frame."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    before = len(world.frames)
+    calls = [world.put(b"p%d" % i, b"v") for i in range(50)] + [world.get(b"p%d" % i) for i in range(50)]
+    world.run(*calls)
+    ((node, asked),) = world.frames[before:]
+    assert node == 1
+    assert sorted(each.method for each in asked) == [Method.WRITE, Method.GET]
+
+
+def test_a_hint_is_followed_at_once():
+    """NotLeader names the leader: the next attempt goes there, without backoff."""
+    world = World()
+    world.run(world.get(b"k"))
+    world.cluster.range_of(b"k").leader = 3
+    started = world.now
+    world.run(world.put(b"k", b"v"))
+    assert len(world.requests_to(1, Method.WRITE)) == 1
+    assert len(world.requests_to(3, Method.WRITE)) == 1
+    assert world.now - started < 0.008  # one answer, one dial with its greeting, one answer
+    world.run(world.put(b"k", b"w"))
+    assert len(world.requests_to(1, Method.WRITE)) == 1, "the new leader is remembered"
+
+
+def test_without_a_hint_the_replicas_are_tried_in_turn():
+    world = World()
+    world.run(world.get(b"k"))
+    target = world.cluster.range_of(b"k")
+    for node in world.cluster.nodes.values():
+        node.faults.append(
+            lambda request, node=node: (
+                errors.NotLeader() if request.method == Method.WRITE and target.leader != node.id else None
+            )
+        )
+    target.leader = 3
+    world.run(world.put(b"k", b"v"))
+    assert [node for node, asked in world.frames if asked[0].method == Method.WRITE] == [1, 2, 3]
+
+
+def test_two_nodes_that_name_each_other_are_not_asked_in_a_tight_circle():
+    """Hints are believed twice; then there is a backoff between attempts."""
+    world = World()
+    world.run(world.get(b"k"))
+    target = world.cluster.range_of(b"k")
+    for node, other in ((1, 2), (2, 1)):
+        world.cluster.nodes[node].faults.append(
+            lambda request, other=other: errors.NotLeader(hint=other) if request.method == Method.WRITE else None
+        )
+    target.leader = None
+    call = world.put(b"k", b"v", timeout=2.0)
+    with pytest.raises(errors.OutcomeUnknown):
+        world.run(call)
+    assert call.attempts < 60
+
+
+def test_a_leaders_death_sends_the_same_call_to_the_others():
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    world.crash(1)
+    world.cluster.range_of(b"k").leader = 2
+    started = world.now
+    world.run(world.put(b"k", b"w"))
+    assert world.now - started < 0.1
+    assert world.cluster.data[b"k"][0] == b"w"
+
+
+def test_a_mute_leader_is_given_up_after_its_silence():
+    """A node that hangs keeps its connections: a ping that is not answered ends them."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    world.mute.add(1)
+    world.cluster.range_of(b"k").leader = 2
+    started = world.now
+    world.run(world.put(b"k", b"w"))
+    assert 1.4 < world.now - started < 2.0
+
+
+def test_a_slow_node_that_answers_pings_is_kept():
+    """Silence means no bytes at all, not a late answer."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    answer = world._answer
+    world._answer = lambda link, node, kind, payload: (  # type: ignore[method-assign]
+        answer(link, node, kind, payload) if kind is not FrameKind.REQUEST else None
+    )
+    call = world.put(b"k", b"w", timeout=8.0)
+    with pytest.raises(errors.OutcomeUnknown):
+        world.run(call)
+    assert len(world.dials) == 1
+    assert call.attempts == 1
+
+
+def test_a_split_is_learned_from_the_answer():
+    """EpochMismatch carries the newer descriptors; no lookup is needed."""
+    world = World()
+    world.run(world.put(b"a", b"v"), world.put(b"z", b"v"))
+    lookups = len(world.requests_to(1, Method.ROUTES))
+    world.cluster.split(b"m", leader=2)
+    world.run(world.put(b"z", b"w"))
+    world.run(world.put(b"a", b"w"))
+    assert [route.start for route in world.core.router.cache] == [b"", b"m"]
+    assert len(world.requests_to(1, Method.ROUTES)) == lookups
+    assert world.cluster.data[b"z"][0] == b"w"
+
+
+def test_a_merge_is_learned_from_the_answer():
+    world = World()
+    world.cluster.split(b"m")
+    world.run(world.put(b"a", b"v"), world.put(b"z", b"v"))
+    world.cluster.merge(b"a")
+    world.run(world.put(b"z", b"w"), world.put(b"a", b"w"))
+    assert [route.start for route in world.core.router.cache] == [b""]
+
+
+def test_a_range_that_moved_away_is_looked_up_again():
+    """RangeNotFound from a replica that is gone."""
+    world = World(nodes=5)
+    world.cluster.move(b"", [1, 2], leader=1)
+    world.run(world.put(b"k", b"v"))
+    world.cluster.move(b"", [4, 5], leader=5)
+    world.run(world.put(b"k", b"w"))
+    assert world.cluster.data[b"k"][0] == b"w"
+    assert world.requests_to(5, Method.WRITE)
+
+
+def test_a_node_that_lags_behind_is_asked_again_later():
+    """EpochMismatch with nothing new teaches nothing; a backoff keeps the client from asking in a circle."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    stale = [True]
+    world.cluster.nodes[1].faults.append(
+        lambda request: errors.EpochMismatch() if request.method == Method.WRITE and stale[0] else None
+    )
+    call = world.put(b"k", b"w")
+    world.pass_time(1.0)
+    assert not call.done
+    assert 3 < call.attempts < 40
+    stale[0] = False
+    world.run(call)
+
+
+def test_busy_is_retried_until_it_works():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    busy = [5]
+
+    def fault(request):
+        if request.method == Method.WRITE and busy[0]:
+            busy[0] -= 1
+            return errors.Busy("full")
+        return None
+
+    world.cluster.nodes[1].faults.append(fault)
+    world.run(world.put(b"k", b"w"))
+    assert busy == [0]
+
+
+def test_follower_reads_stay_with_one_replica_and_leave_it_when_it_fails():
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    world.run(world.get(b"k", consistency=1))
+    world.run(world.get(b"k", consistency=2))
+    (reader,) = {node for node, asked in world.frames if asked[0].method == Method.GET}
+    world.crash(reader)
+    assert world.run(world.get(b"k", consistency=1))[0] == b"v"
+
+
+def test_reads_and_writes_respect_each_others_timestamps():
+    """DESIGN §4.4: every request carries the highest timestamp that the client has seen."""
+    world = World()
+    version = world.run(world.put(b"k", b"v"))
+    world.run(world.get(b"k"))
+    assert world.cluster.nodes[1].timestamps[-1] >= version
+
+
+def test_admin_calls_go_where_they_are_told():
+    world = World()
+    world.cluster.split(b"m", leader=2)
+    world.cluster.add_range(b"", b"").descriptor  # noqa: B018 - the next id is taken
+    del world.cluster.ranges[3]
+    placement = world.cluster.ranges[1].descriptor
+    world.cluster.ranges[0] = type(world.cluster.ranges[1])(
+        RangeDescriptor(RangeId(0), KeyRange(b"", b""), Epoch(1, 1), placement.replicas), 3
+    )
+    assert world.run(world.admin(Method.SPLIT, b"x", key=b"z"))["node"] == 2
+    assert world.run(world.admin(Method.SPLIT, b"x", range_id=2))["node"] == 2
+    assert world.run(world.admin(Method.PLACEMENT, 1, range_id=0)) == {"node": 3, "range": 0, "arguments": [1]}
+    assert world.run(world.admin(Method.NODE_STATUS, node_id=3))["node"] == 3
+    assert "node" in world.run(world.admin(Method.STATUS))
+    with pytest.raises(errors.NotFound):
+        world.run(world.admin(Method.NODE_STATUS, node_id=77))
+    with pytest.raises(errors.NotFound):
+        world.run(world.admin(Method.SPLIT, b"x", range_id=77))
+
+
+def test_an_admin_call_that_is_not_repeatable_is_never_sent_twice():
+    """Its outcome is unknown as soon as its answer is lost."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    call = world.admin(Method.SPLIT, b"x", key=b"k")
+    world.core.flush(world.now)
+    (link,) = world.open
+    world.cut(link)
+    with pytest.raises(errors.OutcomeUnknown):
+        world.run(call)
+    again = world.admin(Method.STATUS, repeatable=True)
+    world.core.flush(world.now)
+    assert world.run(again)["node"] == 1
+
+
+def test_all_seeds_are_tried_until_one_answers():
+    world = World(seeds=[1, 2, 3])
+    world.down = {1, 2}
+    world.cluster.range_of(b"").leader = 3
+    world.run(world.put(b"k", b"v"))
+
+
+def test_a_node_that_says_goodbye_gets_nothing_new_but_may_answer():
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    (link,) = (link for link, node in world.open.items() if node.id == 1)
+    call = world.put(b"k", b"w")
+    world.core.flush(world.now)
+    world.core.link_bytes(link, encode_frame(FrameKind.GOODBYE, b""), world.now)
+    world.cluster.range_of(b"k").leader = 1
+    world._perform()
+    world.run(call)
+    assert call.attempts == 1
+    world.cluster.range_of(b"k").leader = 2
+    world.run(world.put(b"k", b"x"))
+    assert world.requests_to(2, Method.WRITE)
+
+
+def test_nodes_of_another_cluster_are_not_spoken_to():
+    world = World(nodes=2, seeds=[1])
+    world.run(world.put(b"k", b"v"))
+    world.crash(1)
+    world.cluster.range_of(b"k").leader = 2
+    world.cluster.cluster_id = b"x" * 16
+    call = world.get(b"k", timeout=1.0)
+    with pytest.raises(errors.Unavailable, match=r"another cluster|refused"):
+        world.run(call)
+
+
+def test_a_refusal_is_named_when_the_call_fails():
+    world = World(nodes=1)
+    world.refusal = errors.Unauthenticated("show a certificate")
+    with pytest.raises(errors.Unavailable, match="show a certificate"):
+        world.run(world.get(b"k", timeout=1.0))
+
+
+def test_a_peer_that_breaks_the_protocol_is_dropped():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    call = world.put(b"k", b"w")
+    world.core.flush(world.now)
+    (link,) = world.open
+    world.core.link_bytes(link, encode_frame(FrameKind.RESPONSE, b"\x81\x01"), world.now)
+    assert world.core.links.drops == [link]
+    world.run(call)
+    assert call.attempts == 2
+
+
+@pytest.mark.parametrize(
+    "result",
+    [[], [1, 2], ["x"], [None], [[1]], 5, [True]],
+    ids=repr,
+)
+def test_an_answer_of_another_shape_costs_the_connection_not_the_call(result):
+    """Validate where bytes come in: a broken node must not make a put return nonsense."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    node = world.cluster.nodes[1]
+    handle = node._handle
+    broken = [True]
+
+    def once(request):
+        if request.method == Method.WRITE and broken.pop():
+            node._handle = handle
+            return result
+        return handle(request)
+
+    node._handle = once
+    call = world.put(b"k", b"w")
+    world.run(call)
+    assert call.attempts == 2
+    assert len(world.dials) == 2
+
+
+def test_unanswered_requests_to_a_node_are_bounded_as_it_asked():
+    """Welcome.inflight_max: beyond it the node stops reading, so the rest waits here."""
+    world = World(nodes=1, settings=Settings(keys_per_get_max=1))
+    world.inflight_max = 4
+    world.run(world.put(b"k", b"v"))
+    calls = [world.get(b"k%d" % i) for i in range(50)]
+    most = 0
+    while not all(call.done for call in calls):
+        world.step()
+        most = max(most, max((len(link.inflight) for link in world.open), default=0))
+    assert most == 4
+
+
+def test_a_get_that_is_too_large_together_is_asked_in_halves():
+    """A node refuses an answer above its frame bound; one at a time always fits."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.cluster.nodes[1].faults.append(
+        lambda request: (
+            errors.ValueTooLarge("more than a frame")
+            if request.method == Method.GET and len(request.arguments[1]) > 3
+            else None
+        )
+    )
+    calls = [world.get(b"k") for _ in range(40)]
+    world.run(*calls)
+    assert all(call.result[0] == b"v" for call in calls)
+
+
+def test_of_two_descriptors_that_overlap_the_newer_stays():
+    """DESIGN §4.9: the larger span generation wins in clients too."""
+    world = World()
+    cache = world.core.router.cache
+    replicas = (Replica(NodeId(1), ReplicaId(1)),)
+
+    def descriptor(range_id, start, end, generation):
+        return RangeDescriptor(RangeId(range_id), KeyRange(start, end), Epoch(1, generation), replicas)
+
+    assert cache.insert(descriptor(1, b"", None, 5), 1) == []
+    assert cache.insert(descriptor(2, b"m", None, 5), 1) is None, "the same generation does not evict"
+    assert cache.insert(descriptor(2, b"m", None, 4), 1) is None
+    (evicted,) = cache.insert(descriptor(2, b"m", None, 6), 1)
+    assert evicted.range_id == 1
+    assert cache.find(b"a") is None
+    assert cache.find(b"z").range_id == 2
+    cache.insert(descriptor(1, b"", b"m", 6), 1)
+    assert cache.find(b"a").range_id == 1
+    cache.check()
