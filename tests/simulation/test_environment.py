@@ -156,6 +156,21 @@ async def test_the_jobs_of_a_crashed_node_do_not_run(nursery: trio.Nursery) -> N
 
 
 @simulated
+async def test_a_fenced_node_that_still_runs_is_called_back_by_nothing(nursery: trio.Nursery) -> None:
+    e = world(latency_seconds=lambda: 0.5)
+    ran: list[str] = []
+    worker: SerialWorker = await nursery.start(e.workers.serial, "log")
+    worker.submit(lambda: ran.append("serial"), lambda result, error: ran.append("called back"))
+    nursery.start_soon(e.workers.run, ran.append, "general")
+    await trio.sleep(0.1)
+    e.fence()
+    await trio.sleep(10)
+    worker.submit(lambda: ran.append("later"), lambda result, error: ran.append("called back"))
+    await trio.sleep(10)
+    assert ran == []
+
+
+@simulated
 async def test_a_crash_ends_a_node_whose_disk_stalls(nursery: trio.Nursery) -> None:
     e = world()
     async with trio.open_nursery() as node:

@@ -301,6 +301,18 @@ async def test_a_killed_node_is_missed_at_once_and_sends_nothing_more(nursery: t
 
 
 @simulated
+async def test_what_a_fenced_node_sends_goes_nowhere(nursery: trio.Nursery) -> None:
+    """Between the fence and its cancellation a crashed node may still run, but must not be heard (DESIGN 3)."""
+    world = World()
+    one, two = await world.pair(nursery)
+    world.b.fence()
+    assert two.send_nowait(b"goodbye") == 7
+    await two.send_all(b"goodbye")
+    two.close_now()
+    assert await arrives(one, 60) is None
+
+
+@simulated
 async def test_a_machine_without_power_is_silent_until_it_is_back(nursery: trio.Nursery) -> None:
     world = World()
     one, _ = await world.pair(nursery)

@@ -17,7 +17,7 @@ from shardkv.simulation import (
 from shardkv.transport import Connection, Identity, KnownBoots, PeerPool, PoolSettings, Purpose, accept, greet
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
-from shardkv.wire.handshake import Hello, Role, decode_refused, encode_hello
+from shardkv.wire.handshake import Hello, Role, Welcome, decode_refused, encode_hello, encode_welcome
 
 CLUSTER, OTHER = b"c" * 16, b"o" * 16
 ONE, TWO = NodeId(1), NodeId(2)
@@ -190,14 +190,45 @@ async def test_a_node_without_a_cluster_takes_no_peers(nursery: trio.Nursery) ->
         await one.dial(two, HELLO)
 
 
-@simulated
-async def test_another_node_at_the_address_is_noticed_by_the_dialler(nursery: trio.Nursery) -> None:
+@pytest.mark.parametrize(
+    ("welcome", "kind", "reason"),
+    [
+        (Welcome(1, OTHER, TWO, 5, 0, 1), WrongCluster, "belongs to cluster 6f6f"),
+        (Welcome(1, CLUSTER, NodeId(3), 5, 0, 1), WrongCluster, "is node 3, not 2"),
+        (Welcome(2, CLUSTER, TWO, 5, 0, 1), VersionUnsupported, "was not offered"),
+    ],
+)
+def test_another_node_at_the_address_is_noticed_by_the_dialler(
+    welcome: Welcome, kind: type[ShardKVError], reason: str
+) -> None:
     """Should the listener not check, the dialler does."""
+
+    @simulated
+    async def run(nursery: trio.Nursery) -> None:
+        one, two, _ = two_nodes()
+
+        async def welcome_anybody(stream: Stream) -> None:
+            await stream.receive(1000)
+            await stream.send_all(encode_welcome(welcome))
+            await trio.sleep_forever()
+
+        await nursery.start(two.environment.network.listen, two.address, welcome_anybody)
+        with pytest.raises(kind, match=reason):
+            await one.dial(two, HELLO)
+
+    run()  # type: ignore[operator]
+
+
+@simulated
+async def test_a_listener_that_goes_away_in_the_greeting_is_a_broken_connection(nursery: trio.Nursery) -> None:
     one, two, _ = two_nodes()
-    await two.start(nursery)
-    two.identity = Identity(OTHER, TWO, 5)
-    with pytest.raises(WrongCluster):
-        await one.dial(two, Hello(Role.CLIENT, CLUSTER))
+
+    async def leave(stream: Stream) -> None:
+        await stream.receive(1000)
+
+    await nursery.start(two.environment.network.listen, two.address, leave)
+    with pytest.raises(trio.BrokenResourceError, match="before the greeting was over"):
+        await one.dial(two, HELLO)
 
 
 @simulated

@@ -204,6 +204,15 @@ def test_a_compressed_payload_that_is_no_fair_one_is_refused(packed: bytes, reas
     assert peak < 1 << 17
 
 
+def test_a_fair_ratio_does_not_lift_the_bound() -> None:
+    payload = b"".join(b"%08d" % (number * number % 1_000_003) for number in range(20_000))
+    flags, packed = compress_payload(payload)
+    stream = encode_frame(FrameKind.RAFT, packed, flags=flags)
+    assert FrameDecoder(len(payload)).feed(stream) == [(FrameKind.RAFT, payload)]
+    with pytest.raises(ProtocolError, match="would expand to 160000; at most 159999"):
+        FrameDecoder(len(payload) - 1).feed(stream)
+
+
 def test_a_frame_that_lies_about_its_size_is_refused() -> None:
     packed = bytearray(bomb(1200))
     descriptor = packed[4]
