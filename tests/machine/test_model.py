@@ -26,6 +26,10 @@ VALUES = st.sampled_from([b"", b"1", b"-5", b"x"])
 UNEXECUTED = (errors.TooOld.code, errors.EpochMismatch.code, errors.SequenceReused.code, errors.MalformedRequest.code)
 
 
+UNKNOWN = -1
+"""The version of a key that an increment has set, until a read tells it."""
+
+
 class Command:
     """A sealed command, what it means to the model, and its outcome once it has one."""
 
@@ -50,9 +54,14 @@ def on_model(model: dict[bytes, tuple[bytes, int]], command: Command, answered: 
             number = int(model.get(key, (b"0", 0))[0]) + arguments[1]
         except ValueError:
             return "not an integer"
-        model[key] = (b"%d" % number, -1)
+        model[key] = (b"%d" % number, UNKNOWN)
         return number
     condition = arguments[-1]
+    if condition is not None and version == UNKNOWN:
+        # Set by an increment of the same entry, and so unlike any version that a client could have named.
+        assert answered[0] == errors.VersionMismatch.code, f"{name}{arguments} was answered {answered}"
+        model[key] = (model[key][0], answered[2][0])
+        return answered
     if condition is not None and condition != version:
         return errors.to_wire(errors.VersionMismatch(current=version))
     if name == "delete":
@@ -114,6 +123,7 @@ class RangeModel(RuleBasedStateMachine):
         generation = self.range.machine.descriptor.epoch.span - int(old_route)
         outcomes = self.range.write(*((command.client, [command.sealed]) for command in sent), generation=generation)
         self._answered(sent, [outcome for [outcome] in outcomes])
+        self._learn_versions()
 
     @rule(sent=st.lists(commands, min_size=1, max_size=6))
     def send_grouped(self, sent: list[Command]) -> None:
@@ -123,6 +133,7 @@ class RangeModel(RuleBasedStateMachine):
         outcomes = self.range.write(*((client, [command.sealed for command in own]) for client, own in groups))
         for (_, own), answers in zip(groups, outcomes):
             self._answered(own, answers)
+        self._learn_versions()
 
     def _answered(self, sent: list[Command], outcomes: list[Any]) -> None:
         for command, outcome in zip(sent, outcomes, strict=True):
@@ -141,9 +152,11 @@ class RangeModel(RuleBasedStateMachine):
             if command.name == "put" and type(outcome) is int:
                 assert outcome > self.versions, f"version {outcome} after {self.versions}"
                 self.versions = outcome
+
+    def _learn_versions(self) -> None:
         for key, (value, version) in list(self.model.items()):
             entry = self.range.get(key)
-            if version == -1 and entry is not None:
+            if version == UNKNOWN and entry is not None:
                 self.model[key] = (value, entry[1])
 
     @rule(who=st.integers(0, 1))
