@@ -130,17 +130,18 @@ class RocksEngine:
     def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         if start >= end:
             return iter(())
-        options = rocksdict.ReadOptions()
-        options.set_iterate_upper_bound(end)
+        # No upper bound in the iterator's options: their memory is freed under the iterator, which then runs past it.
         try:
-            iterator = self._db.iter(options)
+            iterator = self._db.iter()
             if reverse:
                 iterator.seek_for_prev(end)
+                if iterator.valid() and iterator.key() == end:
+                    iterator.prev()
             else:
                 iterator.seek(start)
         except Exception as error:
             raise _translated(error, "scanning") from error
-        return _backward(iterator, start) if reverse else _forward(iterator)
+        return _backward(iterator, start) if reverse else _forward(iterator, end)
 
     def snapshot(self) -> "RocksSnapshot":
         try:
@@ -226,10 +227,13 @@ class RocksEngine:
             previous = key
 
 
-def _forward(iterator: Any) -> Iterator[tuple[bytes, bytes]]:
-    valid, key, value, following = iterator.valid, iterator.key, iterator.value, iterator.next
+def _forward(iterator: Any, end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+    valid, read_key, read_value, following = iterator.valid, iterator.key, iterator.value, iterator.next
     while valid():
-        yield key(), value()
+        key = read_key()
+        if end is not None and key >= end:
+            return
+        yield key, read_value()
         following()
     _ended_well(iterator)
 
