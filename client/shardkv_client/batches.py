@@ -12,7 +12,7 @@ from typing import Any, Final
 from shardkv.errors import BatchError
 from shardkv.wire.commands import Op, pack_put
 from shardkv_client.core import Call, Core, WriteCall
-from shardkv_client.limits import check_key, check_value
+from shardkv_client.limits import check_key_size, check_key_type, check_value_size, check_value_type
 from shardkv_client.waiter import Waiter
 
 Pairs = Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]] | AsyncIterable[tuple[bytes, bytes]]
@@ -192,8 +192,10 @@ def _checked(pair: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
         key, value = pair
     except (TypeError, ValueError):
         raise TypeError(f"put_many takes pairs of a key and a value, not {pair!r:.60}") from None
-    check_key(key)
-    check_value(value)
+    check_key_type(key)
+    check_value_type(value)
+    check_key_size(key)
+    check_value_size(value)
     return key, value
 
 

@@ -31,10 +31,12 @@ from shardkv_client.core.routing import parse_nodes, parse_routes
 from shardkv_client.environment import Environment, RealEnvironment, tell_when_forked
 from shardkv_client.limits import (
     check_delta,
-    check_key,
+    check_key_size,
+    check_key_type,
     check_limit,
     check_timeout,
-    check_value,
+    check_value_size,
+    check_value_type,
     check_version,
     consistency_of,
     distinct,
@@ -99,6 +101,7 @@ class Client:
             # In a task of its own, so that the client may be closed in another task than it was opened in.
             self._task = asyncio.create_task(host.run(), name="shardkv client")
         self._host = host
+        self._closed_because = "the client is closed; open a new one with connect()"
         self._notify = waiter.notify
         self._wait = waiter.wait
         self._submit = host.core.submit
@@ -110,23 +113,24 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
-
-    async def aclose(self) -> None:
-        """End pending calls as their deadlines would, and close every connection. May be called again."""
-        host = self._host
-        self._closed_because = "the client is closed; open a new one with connect()"
-        if host is None:
-            return
-        host.close()
         nursery, self._nursery = self._nursery, None
         if nursery is not None:
-            # Shielded, so that a cancelled body's Cancelled is raised by the body and not by the tasks here as well.
+            # The body is over. Shielded and cancelled, the nursery lets out nothing, not even the cancellation that
+            # ended its task together with the body: what leaves is the body's own exception.
             nursery.cancel_scope.shield = True
             nursery.cancel_scope.cancel()
             await self._nursery_manager.__aexit__(None, None, None)
+
+    async def aclose(self) -> None:
+        """End pending calls as their deadlines would, and close every connection. May be called again.
+
+        Under trio ``async with`` must still be left where it was entered; under asyncio this is all that is needed.
+        """
+        host = self._host
+        if host is not None:
+            await host.aclose()
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
             await asyncio.wait([task])
 
     def forked(self) -> None:
@@ -160,11 +164,13 @@ class Client:
             VersionMismatch: it is not; ``current`` is the version it is at.
             OutcomeUnknown: the write was sent but not answered in time.
         """
-        check_key(key)
-        check_value(value)
+        check_key_type(key)
+        check_value_type(value)
         if if_version is not None:
             check_version(if_version)
         check_timeout(timeout)
+        check_key_size(key)
+        check_value_size(value)
         call = WriteCall(Op.PUT, key, pack_put(key, value, if_version), self._now() + timeout)
         version: int = await self._perform(call)
         return version
@@ -178,18 +184,21 @@ class Client:
             consistency: ``"linearizable"``; ``"follower"``: the same, served by any replica; ``"stale"``: by any
                 replica from what it has, which may lag behind.
         """
-        check_key(key)
+        check_key_type(key)
+        number = consistency_of(consistency)
         check_timeout(timeout)
-        call = ReadCall(key, consistency_of(consistency), self._now() + timeout, self._settings.keys_per_get_max)
+        check_key_size(key)
+        call = ReadCall(key, number, self._now() + timeout, self._settings.keys_per_get_max)
         found: list[Any] | None = await self._perform(call)
         return None if found is None else Entry(key, found[0], found[1])
 
     async def delete(self, key: bytes, *, if_version: int | None = None, timeout: float = TIMEOUT_SECONDS) -> bool:
         """Delete a key; whether it was there. ``if_version`` as in :meth:`put`."""
-        check_key(key)
+        check_key_type(key)
         if if_version is not None:
             check_version(if_version)
         check_timeout(timeout)
+        check_key_size(key)
         call = WriteCall(Op.DELETE, key, pack_delete(key, if_version), self._now() + timeout)
         was_there: bool = await self._perform(call)
         return was_there
@@ -200,9 +209,10 @@ class Client:
         Raises:
             NotAnInteger: the key holds something else, or the sum would not fit; nothing is changed.
         """
-        check_key(key)
+        check_key_type(key)
         check_delta(delta)
         check_timeout(timeout)
+        check_key_size(key)
         call = WriteCall(Op.INCREMENT, key, pack_increment(key, delta), self._now() + timeout)
         number: int = await self._perform(call)
         return number

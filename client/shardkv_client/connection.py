@@ -44,6 +44,8 @@ class Host:
     ) -> None:
         self._environment = environment
         self._flush_bell: Doorbell = waiter.doorbell()
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
         self._timer_scope: anyio.CancelScope | None = None
         self._group: anyio.abc.TaskGroup | None = None
         self._pipes: dict[Link, _Pipe] = {}
@@ -58,21 +60,28 @@ class Host:
         )
 
     async def run(self) -> None:
-        """Until cancelled. Lets out nothing but the cancellation."""
+        """Until closed or cancelled. Lets out nothing but a cancellation."""
         try:
-            async with anyio.create_task_group() as self._group:
-                self._group.start_soon(self._keep_time)
-                await self._keep_flushing()
+            with self._scope:
+                async with anyio.create_task_group() as self._group:
+                    self._group.start_soon(self._keep_time)
+                    await self._keep_flushing()
         except Exception:  # noqa: BLE001 - the body of `async with` must not see our bugs
             _log.exception("the client ends because of a bug in it; please report it")
         finally:
             self.close("the client's tasks have ended")
+            self._ended.set()
 
     def close(self, reason: str = "the client was closed") -> None:
         """End every pending call and every connection. Nothing is waited for."""
         self.core.close(self.monotonic(), reason)
-        for pipe in self._pipes.values():
-            pipe.scope.cancel()
+        self._scope.cancel()
+
+    async def aclose(self) -> None:
+        """The same, and wait until no task is left."""
+        self.close()
+        with anyio.CancelScope(shield=True):
+            await self._ended.wait()
 
     async def _keep_flushing(self) -> None:
         bell = self._flush_bell

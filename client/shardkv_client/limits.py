@@ -20,11 +20,28 @@ _INT64_MIN: Final = -(1 << 63)
 _INT64_END: Final = 1 << 63
 
 
-def check_key(key: bytes) -> None:
+def check_key_type(key: bytes) -> None:
     if not isinstance(key, bytes):
         raise TypeError(f"a key must be bytes, not {type(key).__name__}; encode text first, for example key.encode()")
+
+
+def check_value_type(value: bytes) -> None:
+    if not isinstance(value, bytes):
+        raise TypeError(
+            f"a value must be bytes, not {type(value).__name__}; encode text first, for example value.encode()"
+        )
+
+
+def check_key_size(key: bytes) -> None:
     if not 0 < len(key) <= KEY_BYTES_MAX:
         raise KeyTooLarge(f"a key must have 1 to {KEY_BYTES_MAX} bytes; this one has {len(key)}")
+
+
+def check_value_size(value: bytes) -> None:
+    if len(value) > VALUE_BYTES_MAX:
+        raise ValueTooLarge(
+            f"a value may have {VALUE_BYTES_MAX} bytes; this one has {len(value)}: spread it over several keys"
+        )
 
 
 def distinct(keys: Iterable[bytes]) -> list[bytes]:
@@ -34,19 +51,10 @@ def distinct(keys: Iterable[bytes]) -> list[bytes]:
         raise TypeError(f"a list of keys is wanted, not one {type(given).__name__}; put it into a list")
     wanted = list(dict.fromkeys(keys))
     for key in wanted:
-        check_key(key)
+        check_key_type(key)
+    for key in wanted:
+        check_key_size(key)
     return wanted
-
-
-def check_value(value: bytes) -> None:
-    if not isinstance(value, bytes):
-        raise TypeError(
-            f"a value must be bytes, not {type(value).__name__}; encode text first, for example value.encode()"
-        )
-    if len(value) > VALUE_BYTES_MAX:
-        raise ValueTooLarge(
-            f"a value may have {VALUE_BYTES_MAX} bytes; this one has {len(value)}: spread it over several keys"
-        )
 
 
 def check_version(version: int) -> None:

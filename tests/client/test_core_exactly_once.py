@@ -313,7 +313,7 @@ def test_a_piece_is_cut_anew_only_when_its_owner_knows_nothing_of_it(applied, en
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 7), min_size=5, max_size=40))
 def test_counters_add_up_whatever_breaks(seed, happenings):
-    """Increments under cuts, crashes, leader changes and splits: each that succeeded counts once, others at most once."""
+    """Increments under cuts, crashes, leader changes, splits: one that succeeded counts once, others at most once."""
     world = World(seeds=[1, 2, 3], seed=seed)
     keys = [b"a", b"h", b"m", b"t"]
     calls = []
