@@ -1,0 +1,193 @@
+"""The blocking face (DESIGN §2.3): the same methods from any thread, and an error after a fork."""
+
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from shardkv import errors
+from shardkv_client import Settings, connect_blocking
+from tests.client.fake_cluster import FakeCluster
+from tests.client.fake_server import FakeServer
+
+
+@pytest.fixture
+def server():
+    with FakeServer(FakeCluster(nodes=2)) as running:
+        yield running
+
+
+def test_every_method_works_without_await(server):
+    server.cluster.split(b"05", leader=2)
+    with connect_blocking(server.addresses, settings=Settings(scan_page_entries_max=3)) as kv:
+        version = kv.put(b"k", b"v")
+        assert kv.get(b"k").version == version
+        with pytest.raises(errors.VersionMismatch):
+            kv.put(b"k", b"w", if_version=0)
+        assert kv.delete(b"k", if_version=version) is True
+        assert kv.increment(b"n", 3) == 3
+        kv.delete_range()
+        assert kv.put_many((b"%02d" % i, b"v") for i in range(10)) == 10
+        assert list(kv.get_many(b"%02d" % i for i in (7, 2))) == [b"07", b"02"]
+        assert [entry.key for entry in kv.scan()] == [b"%02d" % i for i in range(10)]
+        with kv.scan(reverse=True, limit=7) as scan:
+            assert next(scan).key == b"09"
+        assert list(scan) == []
+        assert len(kv.nodes()) == 2
+        assert len(kv.ranges()) == 2
+        assert "node" in kv.status()
+        assert kv.call(12, node_id=2)["node"] == 2
+        with pytest.raises(TypeError):
+            kv.put("k", b"v")
+        with pytest.raises(errors.BatchError):
+            kv.put_many((b"%04d" % i if i < 900 else i, b"v") for i in range(1_000))
+
+
+def test_many_threads_share_one_client(server):
+    with connect_blocking(server.addresses) as kv:
+
+        def count(_):
+            return [kv.increment(b"n") for _ in range(25)]
+
+        with ThreadPoolExecutor(16) as pool:
+            results = [number for numbers in pool.map(count, range(16)) for number in numbers]
+        assert sorted(results) == list(range(1, 401))
+
+
+def test_after_closing_calls_raise_client_closed_and_pending_ones_end(server):
+    kv = connect_blocking(server.addresses)
+    kv.put(b"k", b"v")
+    server.let_go.clear()
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(kv.put, b"k", b"w")
+        server.held.wait()
+        kv.close()
+        server.let_go.set()
+        with pytest.raises(errors.OutcomeUnknown):
+            pending.result()
+    kv.close()
+    with pytest.raises(errors.ClientClosed):
+        kv.get(b"k")
+    assert not [thread for thread in threading.enumerate() if thread.name == "shardkv client"]
+
+
+def test_the_exception_of_the_block_leaves_as_itself(server):
+    with pytest.raises(ZeroDivisionError), connect_blocking(server.addresses) as kv:
+        kv.put(b"k", b"v")
+        1 / 0  # noqa: B018
+
+
+def test_a_bad_address_is_refused_in_the_callers_thread():
+    with pytest.raises(errors.ConfigError):
+        connect_blocking("nowhere")
+
+
+CHILD = """
+import os, sys
+from shardkv import errors
+from shardkv_client import connect_blocking
+
+with connect_blocking(sys.argv[1]) as kv:
+    kv.put(b"k", b"parent")
+    sessions = {kv._client._host.core.session.id}
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            kv.put(b"k", b"child")
+        except errors.ClientClosed as error:
+            assert "fork" in str(error), error
+            kv.close()
+            with connect_blocking(sys.argv[1]) as own:
+                own.put(b"c", b"child")
+                assert own._client._host.core.session.id not in sessions
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+    kv.put(b"k", b"parent again")
+print("done")
+"""
+
+
+def in_subprocess(code: str, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_after_a_fork_the_child_gets_an_error_and_may_open_its_own(server):
+    """A forked thread does not exist; without this the call would hang. The child's client has a new session."""
+    assert in_subprocess(CHILD, server.addresses) == "done"
+    assert server.cluster.data[b"k"][0] == b"parent again"
+    assert server.cluster.data[b"c"][0] == b"child"
+
+
+ASYNC_CHILD = """
+import asyncio, os, sys
+from shardkv import errors
+from shardkv_client import connect
+
+async def main():
+    async with connect(sys.argv[1]) as kv:
+        await kv.put(b"k", b"v")
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                await kv.put(b"k", b"w")
+            except errors.ClientClosed as error:
+                code = 0 if "fork" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        await kv.put(b"k", b"x")
+asyncio.run(main())
+print("done")
+"""
+
+
+def test_after_a_fork_the_async_client_does_not_use_its_parents_session(server):
+    assert in_subprocess(ASYNC_CHILD, server.addresses) == "done"
+
+
+IMPORTS = """
+import sys
+import shardkv_client
+heavy = [name for name in sys.modules if name.split(".")[0] in
+         ("rocksdict", "click", "rich", "starlette", "hypercorn", "prompt_toolkit", "structlog", "shardkv_placement")]
+heavy += [name for name in sys.modules if name.startswith("shardkv.")
+          and name.split(".")[1] not in ("errors", "types", "codec", "wire", "address")]
+print(heavy)
+"""
+
+
+def test_importing_the_client_loads_neither_the_engine_nor_the_server():
+    """DESIGN §2.3: a program that talks to a cluster does not pay for running one."""
+    assert in_subprocess(IMPORTS) == "[]"
+
+
+PURE = """
+import sys
+sys.modules["trio"] = sys.modules["anyio"] = None
+import importlib.util, pathlib, types
+package = types.ModuleType("shardkv_client")
+package.__path__ = [str(pathlib.Path(sys.argv[1]))]
+sys.modules["shardkv_client"] = package
+import shardkv_client.core
+print(sorted(name for name in ("trio", "anyio") if sys.modules.get(name)))
+"""
+
+
+def test_the_core_needs_no_event_loop():
+    """DESIGN §3: sans-IO, so that a simulation runs the real logic."""
+    import shardkv_client
+
+    assert in_subprocess(PURE, os.path.dirname(shardkv_client.__file__)) == "[]"

@@ -1,0 +1,119 @@
+"""The client takes time, chance and connections from whoever hands them in (DESIGN §3)."""
+
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from shardkv import errors
+from shardkv.types import NodeId
+from shardkv.wire import requests
+from shardkv.wire.frames import FrameDecoder, FrameKind, encode_frame
+from shardkv.wire.handshake import Welcome, encode_welcome
+from shardkv_client import connect
+from tests.client.fake_cluster import FakeCluster, FakeNode
+
+
+class MemoryStream:
+    """A stream to a fake node without a socket. It takes a few bytes at a time, so that writers have work."""
+
+    def __init__(self, node: FakeNode) -> None:
+        self._node = node
+        self._decoder = FrameDecoder()
+        self._send, self._receive = trio.open_memory_channel[bytes](1_000)
+        self.closed = False
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        self._take(bytes(data[:7]))
+        return min(7, len(data))
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        self._take(bytes(data))
+
+    def _take(self, data: bytes) -> None:
+        if self.closed:
+            raise trio.ClosedResourceError
+        for kind, payload in self._decoder.feed(data):
+            if kind is FrameKind.HELLO:
+                clock = self._node.cluster.clock
+                answer = encode_welcome(Welcome(1, b"c" * 16, NodeId(self._node.id), 1, clock, 100))
+            else:
+                answer = encode_frame(FrameKind.RESPONSE, requests.join(self._node.serve(payload)))
+            self._send.send_nowait(answer)
+
+    async def receive(self, count_max: int) -> bytes:
+        return await self._receive.receive()
+
+    async def aclose(self) -> None:
+        self.closed = True
+        self._receive.close()
+        await trio.lowlevel.checkpoint()
+
+
+class VirtualEnvironment:
+    def __init__(self, cluster: FakeCluster) -> None:
+        self.cluster = cluster
+        self.streams: list[MemoryStream] = []
+        self.reachable = True
+
+    def monotonic(self) -> float:
+        return trio.current_time()
+
+    async def sleep(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+
+    def random(self) -> float:
+        return 0.5
+
+    def random_bytes(self, count: int) -> bytes:
+        return b"r" * count
+
+    async def dial(self, address: str) -> Any:
+        if not self.reachable:
+            raise ConnectionRefusedError(address)
+        node = next(node for node in self.cluster.nodes.values() if node.address == address)
+        self.streams.append(MemoryStream(node))
+        return self.streams[-1]
+
+
+async def test_the_client_runs_in_virtual_time_over_streams_that_are_handed_in(autojump_clock):
+    environment = VirtualEnvironment(FakeCluster(nodes=2))
+    async with connect("n1:1", environment=environment) as kv:
+        await kv.put(b"k", b"v")
+        environment.cluster.range_of(b"k").leader = 2
+        assert await kv.put_many({b"%04d" % i: b"v" for i in range(1_000)}) == 1_000
+        assert environment.cluster.seen.keys() >= {(b"r" * 16, 1)}
+        assert len([entry async for entry in kv.scan()]) == 1_001
+    assert all(stream.closed for stream in environment.streams)
+
+
+async def test_deadlines_follow_the_clock_that_is_handed_in(autojump_clock):
+    environment = VirtualEnvironment(FakeCluster(nodes=1))
+    environment.reachable = False
+    async with connect("n1:1", environment=environment) as kv:
+        started = trio.current_time()
+        with pytest.raises(errors.Unavailable, match="ConnectionRefusedError"):
+            await kv.put(b"k", b"v", timeout=600.0)
+        assert trio.current_time() - started == pytest.approx(600.0)
+        started = trio.current_time()
+        with pytest.raises(errors.Unavailable):
+            await kv.get(b"k")
+        assert trio.current_time() - started == pytest.approx(10.0), "the default"
+
+
+async def test_an_exception_of_a_stream_is_a_broken_connection_whatever_its_class(autojump_clock, caplog):
+    """A connection's task lets nothing out; what is not a network error is logged, for it is a bug."""
+    environment = VirtualEnvironment(FakeCluster(nodes=1))
+    async with connect("n1:1", environment=environment) as kv:
+        await kv.put(b"k", b"v")
+        stream = environment.streams[0]
+
+        def explode(data: bytes) -> int:
+            raise ValueError("no stream raises this")
+
+        stream.send_nowait = explode
+        await kv.put(b"k", b"w")
+    assert "no stream raises this" in caplog.text
+    assert len(environment.streams) == 2
