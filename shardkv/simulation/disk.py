@@ -369,6 +369,7 @@ class SimulatedDisk:
         return sorted([*directory.present, *below])
 
     def make_directory(self, path: str) -> None:
+        assert posixpath.isabs(path), f"{path!r} is not absolute"
         self._count("make_directory", path)
         while path not in self._directories and not self._changes_nothing:
             self._directories[path] = _Directory()

@@ -47,6 +47,7 @@ def test_any_chunking_gives_the_same_frames(frames: list[tuple[FrameKind, bytes]
     assert decoder.buffered == 0
 
 
+@settings(max_examples=25)
 @given(FRAMES)
 def test_byte_by_byte_gives_the_same_frames(frames: list[tuple[FrameKind, bytes]]) -> None:
     stream = b"".join(encode_frame(kind, payload[:300]) for kind, payload in frames)
@@ -121,7 +122,7 @@ def test_the_frames_before_a_bad_one_in_the_same_read_do_not_hide_it() -> None:
 
 def test_a_sender_of_tiny_pieces_does_not_make_us_keep_an_object_for_each() -> None:
     """Memory is bounded by the frame, whatever the pieces: two bytes as an object of their own take 35."""
-    size = 1 << 20
+    size = 1 << 17
     decoder = FrameDecoder(size)
     decoder.feed(encode_frame(FrameKind.RAFT, bytes(size))[:HEAD_BYTES])
     tracemalloc.start()

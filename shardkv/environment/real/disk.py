@@ -180,6 +180,7 @@ class RealDisk:
             return sorted(os.listdir(path))
 
     def make_directory(self, path: str) -> None:
+        assert os.path.isabs(path), f"{path!r} is not absolute"
         missing: list[str] = []
         while not os.path.isdir(path):
             missing.append(path)
