@@ -16,7 +16,8 @@ def test_scans_under_way_at_once_each_keep_their_own_end(tmp_path: Path) -> None
     engine.write(batch)
     for reverse in (False, True):
         scans = [
-            engine.scan(b"key/%05d" % start, b"key/%05d" % (start + 10), reverse=reverse) for start in range(0, 1_900, 50)
+            engine.scan(b"key/%05d" % start, b"key/%05d" % (start + 10), reverse=reverse)
+            for start in range(0, 1_900, 50)
         ]
         for start, scan in zip(range(0, 1_900, 50), scans):
             expected = [b"key/%05d" % number for number in range(start, start + 10)]
