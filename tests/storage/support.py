@@ -89,11 +89,12 @@ class MemoryDisk:
         )
 
     def make_directory(self, path: str) -> None:
-        if path in self.names:
-            raise StorageError(f"{path} is not a directory")
         parts = path.strip("/").split("/")
         for count in range(1, len(parts) + 1):
-            self.directories.add("/" + "/".join(parts[:count]))
+            directory = "/" + "/".join(parts[:count])
+            if directory in self.names:
+                raise StorageError(f"{directory} is not a directory")
+            self.directories.add(directory)
 
     def rename(self, source: str, target: str) -> None:
         self.changing("rename", target)

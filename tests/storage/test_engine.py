@@ -159,7 +159,7 @@ class RocksMachine(EngineMachine):
 TestMemoryMachine = MemoryMachine.TestCase
 TestMemoryMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
 TestRocksMachine = RocksMachine.TestCase
-TestRocksMachine.settings = settings(max_examples=20, stateful_step_count=20, deadline=None, derandomize=True)
+TestRocksMachine.settings = settings(max_examples=12, stateful_step_count=20, deadline=None, derandomize=True)
 
 
 @pytest.fixture(params=["memory", "rocks"])

@@ -1,0 +1,164 @@
+"""Whose data directory it is: made once, counted at each start, refused when in doubt, and never changed then."""
+
+import itertools
+
+import pytest
+
+from shardkv.errors import Corruption, DataDirectoryError
+from shardkv.storage.directory import DataDirectory, Identity, decode_identity, encode_identity, open_directory
+from shardkv.types import NodeId
+
+from .support import MemoryDisk, Node
+
+PATH = "/data"
+CLUSTER, OTHER = b"C" * 16, b"D" * 16
+NODE = NodeId(4)
+
+
+class CountingIds:
+    def __init__(self) -> None:
+        self.counter = itertools.count(1)
+
+    def random_bytes(self, count: int) -> bytes:
+        return next(self.counter).to_bytes(count, "big")
+
+
+def start(disk: MemoryDisk, ids: CountingIds | None = None) -> DataDirectory:
+    return open_directory(disk, ids or CountingIds(), PATH)
+
+
+def restarted(disk: MemoryDisk) -> DataDirectory:
+    """A start after a crash: what was not durable is gone, and so are the dead process's locks."""
+    return start(disk.lost())
+
+
+def test_a_new_directory_gets_a_token_and_counts_its_starts() -> None:
+    disk = MemoryDisk()
+    first = start(disk)
+    assert first.identity == Identity((1).to_bytes(16, "big"), 1)
+    assert not first.identity.assigned
+    first.close()
+    second = start(disk, CountingIds())
+    assert second.identity == Identity(first.identity.token, 2)
+    assert {name for name in disk.directories if name.startswith("/data/")} == {
+        "/data/wal",
+        "/data/engine",
+        "/data/ingest",
+    }
+
+
+def test_the_boot_counter_survives_a_crash_right_after_the_start() -> None:
+    """TRAPS 24: peers refuse a lower one, so it must never be given twice."""
+    disk = MemoryDisk()
+    for boot in range(1, 5):
+        directory = start(disk)
+        assert directory.identity.boot == boot
+        disk = disk.lost()
+
+
+def test_an_assignment_stays() -> None:
+    disk = MemoryDisk()
+    directory = start(disk)
+    directory.assign(CLUSTER, NODE, "anna")
+    directory.assign(CLUSTER, NODE, "anna")
+    again = restarted(disk)
+    assert again.identity == Identity(directory.identity.token, 2, CLUSTER, NODE, "anna")
+    assert again.identity.assigned
+    again.assign(CLUSTER, NODE, "anna")
+
+
+@pytest.mark.parametrize(
+    "cluster_id, node_id, name, match",
+    [
+        (OTHER, NODE, "anna", "belongs to cluster 4343"),
+        (CLUSTER, NodeId(5), "anna", "the node named 'anna'"),
+        (CLUSTER, NODE, "bert", "under its own name"),
+    ],
+)
+def test_a_directory_of_another_cluster_or_node_is_refused(
+    cluster_id: bytes, node_id: NodeId, name: str, match: str
+) -> None:
+    disk = MemoryDisk()
+    directory = start(disk)
+    directory.require(cluster_id=cluster_id, node_id=node_id, name=name)
+    directory.assign(CLUSTER, NODE, "anna")
+    before = disk.read("/data/identity")
+    with pytest.raises(DataDirectoryError, match=match):
+        directory.assign(cluster_id, node_id, name)
+    with pytest.raises(DataDirectoryError, match=match):
+        directory.require(cluster_id=cluster_id, node_id=node_id, name=name)
+    assert disk.read("/data/identity") == before
+
+
+def test_a_directory_in_use_is_refused_and_not_counted() -> None:
+    disk = MemoryDisk()
+    first = start(disk)
+    with pytest.raises(DataDirectoryError, match="held by another"):
+        start(disk)
+    first.close()
+    assert start(disk).identity.boot == 2
+
+
+@pytest.mark.parametrize("name, match", [("photo.jpg", "not empty"), ("wal", "lost"), ("engine", "lost")])
+def test_a_foreign_directory_is_refused_and_left_as_it_is(name: str, match: str) -> None:
+    disk = MemoryDisk()
+    disk.make_directory(PATH)
+    disk.names[f"{PATH}/{name}"] = Node(bytearray(b"mine"), bytearray(b"mine"))
+    with pytest.raises(DataDirectoryError, match=match):
+        start(disk)
+    assert disk.list(PATH) == [name]
+    assert not disk.locks
+
+
+def test_an_empty_directory_and_the_remains_of_a_dead_first_start_are_taken() -> None:
+    disk = MemoryDisk()
+    disk.make_directory(PATH)
+    for name in ("LOCK", "identity.temporary"):
+        disk.names[f"{PATH}/{name}"] = Node()
+    assert start(disk).identity.boot == 1
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused() -> None:
+    disk = MemoryDisk()
+    disk.names[PATH] = Node()
+    with pytest.raises(DataDirectoryError, match="not a directory"):
+        start(disk)
+    disk = MemoryDisk()
+    disk.names["/data"] = Node()
+    with pytest.raises(DataDirectoryError, match="cannot be made"):
+        open_directory(disk, CountingIds(), "/data/node")
+
+
+def test_a_newer_format_is_refused_whatever_follows_it() -> None:
+    disk = MemoryDisk()
+    start(disk).close()
+    content = disk.names["/data/identity"].current
+    content[8] = 2
+    before = bytes(content)
+    with pytest.raises(DataDirectoryError, match="newer version"):
+        start(disk)
+    assert disk.read("/data/identity") == before
+    assert not disk.locks
+
+
+def test_every_flipped_bit_and_every_cut_of_an_identity_is_noticed() -> None:
+    identity = Identity(b"T" * 16, 7, CLUSTER, NODE, "anna")
+    data = encode_identity(identity)
+    assert decode_identity(data, "identity") == identity
+    for position in range(len(data)):
+        for bit in range(8):
+            broken = bytearray(data)
+            broken[position] ^= 1 << bit
+            with pytest.raises((Corruption, DataDirectoryError)):
+                decode_identity(bytes(broken), "identity")
+        with pytest.raises(Corruption, match="empty data directory"):
+            decode_identity(data[:position], "identity")
+
+
+def test_a_damaged_identity_gives_the_lock_back() -> None:
+    disk = MemoryDisk()
+    start(disk).close()
+    disk.names["/data/identity"].current[20] ^= 1
+    with pytest.raises(Corruption, match="checksum"):
+        start(disk)
+    assert not disk.locks

@@ -1,0 +1,483 @@
+"""The shared log at work: one record a turn, one sync for many, rotation, collection, cache, tombstones."""
+
+from random import Random
+
+import pytest
+
+from shardkv.errors import Corruption, OutOfSpace, StorageError
+from shardkv.raft.errors import SnapshotTemporarilyUnavailable
+from shardkv.raft.messages import ConfState, Entry, EntryType, HardState, Snapshot, SnapshotMetadata
+from shardkv.storage.record import CompactLog, CreateGroup, LogUpdate, ResetLog, Tombstone
+from shardkv.storage.wal import Wal, WalSettings
+from shardkv.types import RangeId, ReplicaId
+
+from .model import DIRECTORY, SMALL, Driver, state_of
+from .support import MemoryDisk
+
+R1, R2, R3 = RangeId(1), RangeId(2), RangeId(3)
+NODES = ConfState((1, 2, 3))
+
+
+def entry(index: int, data: bytes = b"x", term: int = 1) -> Entry:
+    return Entry(term, index, EntryType.NORMAL, data)
+
+
+def create(range_id: RangeId, replica_id: int = 10, index: int = 0, term: int = 0) -> LogUpdate:
+    return LogUpdate(range_id, create=CreateGroup(ReplicaId(replica_id), index, term, NODES, b"payload"))
+
+
+def opened(disk: MemoryDisk | None = None, settings: WalSettings = SMALL) -> Wal:
+    return Wal.open(disk or MemoryDisk(), DIRECTORY, settings)
+
+
+def count_operations(disk: MemoryDisk) -> list[str]:
+    operations: list[str] = []
+    disk.observe = lambda name, path: operations.append(name)
+    return operations
+
+
+def test_a_turn_of_many_groups_is_one_write_and_one_sync() -> None:
+    """DESIGN 4.2: one record for the whole turn, one sync for all groups."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1), create(R2), create(R3)])()
+    operations = count_operations(disk)
+    job = wal.append([LogUpdate(group, HardState(1, 10, 0), (entry(1),)) for group in (R1, R2, R3)])
+    assert operations == []
+    job()
+    assert operations == ["pwrite", "sync"]
+
+
+def test_jobs_that_wait_are_merged_into_one_sync() -> None:
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    operations = count_operations(disk)
+    jobs = [wal.append([LogUpdate(R1, entries=(entry(index),))]) for index in range(1, 4)]
+    for job in jobs:
+        job()
+    assert operations == ["pwrite", "pwrite", "pwrite", "sync"]
+    assert opened(disk.lost()).groups[R1].last_index() == 3
+
+
+def test_a_turn_without_updates_writes_no_record_and_waits_for_the_earlier_ones() -> None:
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])
+    before = wal.statistics().sequence
+    wal.append([])()
+    assert wal.statistics().sequence == wal.synced_sequence == before
+    assert R1 in opened(disk.lost()).groups
+
+
+def test_the_loop_touches_no_file_when_it_appends_rotates_or_collects() -> None:
+    """All of that is the writer thread's; the loop would stand still for milliseconds."""
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(0), WalSettings(segment_bytes=2048, closed_segments_max=1000))
+    operations = count_operations(disk)
+    driver.append(create(R1))
+    for index in range(1, 40):
+        driver.append(LogUpdate(R1, HardState(1, 0, index), (entry(index, bytes(200)),)))
+        driver.append(LogUpdate(R1, compact=CompactLog(index, 1)))
+    assert driver.wal.statistics().segments > 3
+    assert driver.wal.collect() is not None
+    assert operations == []
+
+
+def test_a_prepared_spare_spares_the_writer_from_making_a_segment() -> None:
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    prepare = wal.prepare()
+    assert prepare is not None
+    assert wal.prepare() is None, "it is being made"
+    prepare()
+    assert wal.statistics().spare_ready
+    assert wal.prepare() is None
+    operations = count_operations(disk)
+    wal.append([LogUpdate(R1, HardState(1), (entry(1, bytes(1750)),))])()
+    wal.append([LogUpdate(R1, entries=(entry(2, bytes(1750)),))])()
+    assert operations == ["pwrite", "sync", "rename", "sync_directory", "pwrite", "pwrite", "sync"]
+    assert wal.prepare() is not None
+
+
+def test_a_full_disk_while_preparing_is_no_failure_yet() -> None:
+    """DESIGN 4.11: an out-of-space node refuses writes and serves on; it must learn of it before it is too late."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+
+    def full(name: str, _path: str) -> None:
+        if name == "pwrite":
+            raise OutOfSpace("no space left")
+
+    disk.observe = full
+    prepare = wal.prepare()
+    assert prepare is not None
+    with pytest.raises(OutOfSpace):
+        prepare()
+    disk.observe = lambda name, path: None
+    assert not wal.statistics().failed
+    wal.append([create(R1)])()
+    again = wal.prepare()
+    assert again is not None
+    again()
+    assert wal.statistics().spare_ready
+
+
+def test_a_record_larger_than_a_segment_gets_a_segment_of_its_size() -> None:
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    data = Random(0).randbytes(10_000)
+    wal.append([LogUpdate(R1, HardState(1), (entry(1, data), entry(2, data)))])()
+    wal.append([LogUpdate(R1, entries=(entry(3),))])()
+    wal.check()
+    again = opened(disk.lost())
+    assert [found.data for found in again.groups[R1].entries(1, 4, 1 << 30)] == [data, data, b"x"]
+
+
+def test_segments_go_when_all_groups_have_compacted_past_them() -> None:
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(0), WalSettings(segment_bytes=2048, move_live_fraction_max=0.0))
+    driver.append(create(R1), create(R2))
+    driver.append(LogUpdate(R2, HardState(1, 0, 0), (entry(1, bytes(300)),)))
+    for index in range(1, 60):
+        driver.append(LogUpdate(R1, HardState(1, 0, index), (entry(index, bytes(100)),)))
+    driver.append(LogUpdate(R1, compact=CompactLog(59, 1)))
+    driver.sync()
+    assert driver.wal.statistics().segments > 4
+    assert driver.wal.collect() is None, "range 2 still needs the first segment"
+    driver.append(LogUpdate(R2, HardState(1, 0, 1), compact=CompactLog(1, 1)))
+    driver.collect()
+    driver.sync()
+    assert driver.wal.statistics().segments == 1
+    assert [name for name in disk.names if name.endswith(".wal")] == [
+        f"{DIRECTORY}/{driver.wal.statistics().oldest_segment_id:016x}.wal"
+    ]
+    assert state_of(opened_with_token(disk.lost())) == driver.model.state()
+
+
+def opened_with_token(disk: MemoryDisk) -> Wal:
+    return Wal.open(disk, DIRECTORY, SMALL, token=b"token")
+
+
+def test_a_straggler_is_written_forward_so_that_its_segment_can_go() -> None:
+    """DESIGN 4.3: one idle group must not hold back the log of all others."""
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(0), WalSettings(segment_bytes=2048))
+    driver.append(create(R1), create(R2))
+    driver.append(LogUpdate(R2, HardState(1, 0, 0), (entry(1, b"idle"), entry(2, b"range"))))
+    for index in range(1, 40):
+        driver.append(LogUpdate(R1, HardState(1, 0, index), (entry(index, bytes(100)),)))
+    driver.append(LogUpdate(R1, compact=CompactLog(39, 1)))
+    driver.sync()
+    driver.collect()
+    driver.sync()
+    statistics = driver.wal.statistics()
+    assert (statistics.segments, statistics.moved_entries) == (1, 2)
+    for wal in (driver.wal, opened_with_token(disk.lost())):
+        assert [found.data for found in wal.groups[R2].entries(1, 3, 1 << 30)] == [b"idle", b"range"]
+        assert state_of(wal) == driver.model.state()
+
+
+def test_old_entries_hold_back_no_more_segments_than_set_however_large_they_are() -> None:
+    """The oldest segment is full of live entries: too much to move at once, but the log must not grow for ever."""
+    disk = MemoryDisk()
+    settings = WalSettings(segment_bytes=2048, closed_segments_max=4, move_bytes_max=300, cache_bytes_max=0)
+    driver = Driver(disk, Random(0), settings)
+    driver.append(create(R1), create(R2))
+    for index in range(1, 9):
+        driver.append(LogUpdate(R2, HardState(1, 0, 0), (entry(index, bytes([index]) * 200),)))
+    for index in range(1, 400):
+        driver.append(LogUpdate(R1, HardState(1, 0, index), (entry(index, bytes(100)),), compact=CompactLog(index, 1)))
+        driver.sync()
+        driver.collect()
+        driver.sync()
+        assert driver.wal.statistics().segments <= settings.closed_segments_max + 5
+    assert driver.dropped > 10
+    assert [found.data[:1] for found in driver.wal.groups[R2].entries(1, 9, 1 << 30)] == [
+        bytes([n]) for n in range(1, 9)
+    ]
+    assert state_of(opened_with_token(disk.lost())) == driver.model.state()
+
+
+def test_metadata_alone_holds_back_no_segment() -> None:
+    """Every segment starts with a checkpoint of all groups, so idle groups without entries pin nothing."""
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(0), SMALL)
+    driver.append(*(create(RangeId(number)) for number in range(1, 6)))
+    driver.append(LogUpdate(R2, HardState(7, 3, 0)), LogUpdate(R3, tombstone=Tombstone(ReplicaId(10), b"gone")))
+    for index in range(1, 100):
+        driver.append(LogUpdate(R1, HardState(1, 0, index), (entry(index, bytes(100)),), compact=CompactLog(index, 1)))
+        driver.collect()
+    driver.sync()
+    assert driver.wal.statistics().segments == 1
+    assert driver.wal.statistics().moved_entries == 0
+    again = opened_with_token(disk.lost())
+    assert again.groups[R2].hard_state == HardState(7, 3, 0)
+    assert again.tombstones == {R3: 10}
+    assert state_of(again) == driver.model.state()
+
+
+def test_old_data_leave_memory_and_are_read_back_from_the_segment() -> None:
+    disk = MemoryDisk()
+    wal = opened(disk, WalSettings(segment_bytes=1 << 20, cache_bytes_max=5_000))
+    wal.append([create(R1)])()
+    random = Random(0)
+    written = [random.randbytes(100) for _ in range(100)]
+    for index, data in enumerate(written, 1):
+        wal.append([LogUpdate(R1, entries=(entry(index, data),))])()
+        assert wal.statistics().cached_bytes <= 5_000
+    log = wal.groups[R1]
+    cached = sum(isinstance(item, Entry) for item in log._items)
+    assert 5 < cached < 20
+    assert [found.data for found in log.entries(1, 101, 1 << 30)] == written
+
+
+def test_data_that_are_not_on_disk_yet_stay_in_memory() -> None:
+    """Evicted before its write, an entry would be read back as zeros."""
+    disk = MemoryDisk()
+    wal = opened(disk, WalSettings(segment_bytes=1 << 20, cache_bytes_max=0))
+    wal.append([create(R1)])()
+    jobs = [wal.append([LogUpdate(R1, entries=(entry(index, b"%d" % index * 50),))]) for index in range(1, 10)]
+    log = wal.groups[R1]
+    assert all(isinstance(item, Entry) for item in log._items)
+    assert [found.index for found in log.entries(1, 10, 1 << 30)] == list(range(1, 10))
+    jobs[-1]()
+    wal.append([LogUpdate(R1, entries=(entry(10),))])()
+    assert not any(isinstance(item, Entry) for item in log._items[:9])
+
+
+def test_an_entry_that_rotted_on_disk_is_corruption_when_it_is_read_back() -> None:
+    disk = MemoryDisk()
+    wal = opened(disk, WalSettings(segment_bytes=1 << 20, cache_bytes_max=0))
+    wal.append([create(R1)])()
+    wal.append([LogUpdate(R1, entries=(entry(1, b"precious"), entry(2)))])()
+    wal.append([LogUpdate(R1, entries=(entry(3),))])()
+    (path,) = [name for name in disk.names if name.endswith(".wal")]
+    content = disk.names[path].current
+    content[content.index(b"precious")] ^= 1
+    with pytest.raises(Corruption, match="not what was written"):
+        wal.groups[R1].entries(1, 2, 1 << 30)
+
+
+def test_recovery_of_a_large_log_keeps_no_data_in_memory() -> None:
+    disk = MemoryDisk()
+    wal = opened(disk, WalSettings(segment_bytes=1 << 20))
+    wal.append([create(R1)])()
+    for index in range(1, 200):
+        wal.append([LogUpdate(R1, entries=(entry(index, bytes(1000)),))])()
+    again = opened(disk.lost())
+    assert again.statistics().cached_bytes == 0
+    assert not any(isinstance(item, Entry) for item in again.groups[R1]._items)
+    assert again.groups[R1].entries(199, 200, 1 << 30)[0].data == bytes(1000)
+
+
+def test_an_empty_log_where_there_was_one_is_corruption() -> None:
+    """TRAPS 24: a node on an emptied directory would vote again in old terms."""
+    disk = MemoryDisk()
+    with pytest.raises(Corruption, match="this node had one"):
+        Wal.open(disk, DIRECTORY, create=False)
+    Wal.open(disk, DIRECTORY).close()
+    Wal.open(disk, DIRECTORY, create=False)
+
+
+def test_closing_writes_what_is_queued() -> None:
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])
+    wal.close()
+    assert R1 in opened(disk.lost()).groups
+
+
+def test_a_format_that_is_not_known_is_not_taken_for_damage() -> None:
+    """A sound record of a later format must be refused, not cut off as a torn tail."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    from shardkv.storage import record
+
+    segment = wal._segment
+    meta = bytes((record.RecordKind.TURN, record.FORMAT + 1))
+    header = record.pack_header(wal._seed, meta, 0, segment.id, wal.statistics().sequence + 1, 0)
+    assert segment.file is not None
+    segment.file.pwrite(header + meta, segment.end)
+    with pytest.raises(Corruption, match="its format is 2"):
+        opened(disk)
+
+
+def test_an_update_that_cannot_be_never_reaches_the_disk() -> None:
+    """It is our own bug; the process ends, and what is on disk stays sound."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    with pytest.raises(AssertionError, match="after 0"):
+        wal.append([LogUpdate(R1, entries=(entry(5),))])
+    with pytest.raises(StorageError, match="failed before"):
+        wal.append([LogUpdate(R1, HardState(1))])
+    assert opened(disk.copy()).groups[R1].last_index() == 0
+
+
+def test_the_owner_answers_for_snapshots_and_the_applied_configuration() -> None:
+    wal = opened()
+    wal.append([create(R1)])()
+    log = wal.groups[R1]
+    with pytest.raises(SnapshotTemporarilyUnavailable):
+        log.snapshot()
+    made = Snapshot(SnapshotMetadata(3, 1, NODES), b"state")
+    log.snapshot_source = lambda: made
+    assert log.snapshot() is made
+    assert log.initial_state() == (HardState(0, 0, 0), NODES)
+    log.applied_conf_state = ConfState((1, 2))
+    assert log.initial_state() == (HardState(0, 0, 0), ConfState((1, 2)))
+
+
+def test_trap_10_term_and_vote_never_move_back() -> None:
+    """TRAPS 10: a vote given twice in a term elects two leaders."""
+    for second in (HardState(4, 2, 1), HardState(5, 3, 1), HardState(5, 0, 1), HardState(6, 0, 0)):
+        wal = opened()
+        wal.append([create(R1)])()
+        wal.append([LogUpdate(R1, HardState(5, 2, 1), (entry(1),))])()
+        with pytest.raises(AssertionError, match=r"moves back|vote changes"):
+            wal.append([LogUpdate(R1, second)])
+    wal = opened()
+    wal.append([create(R1)])()
+    for allowed in (HardState(5, 0, 0), HardState(5, 2, 0), HardState(5, 2, 0), HardState(6, 0, 0)):
+        wal.append([LogUpdate(R1, allowed)])()
+    assert wal.groups[R1].hard_state == HardState(6, 0, 0)
+
+
+def test_trap_10_a_committed_entry_is_never_overwritten() -> None:
+    for update in (LogUpdate(R1, entries=(entry(2, term=3),)), LogUpdate(R1, reset=ResetLog(1, 3, NODES))):
+        wal = opened()
+        wal.append([create(R1)])()
+        wal.append([LogUpdate(R1, HardState(1, 0, 2), (entry(1), entry(2), entry(3)))])()
+        with pytest.raises(AssertionError, match="commit"):
+            wal.append([update])
+
+
+def test_trap_10_an_overwritten_tail_does_not_come_back() -> None:
+    """TRAPS 10, ABA: entries of an old term that a new leader replaced are gone, whatever is still in the segments."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    wal.append([LogUpdate(R1, HardState(1, 0, 1), tuple(entry(index, b"old") for index in range(1, 6)))])()
+    wal.append([LogUpdate(R1, HardState(2, 0, 1), (entry(2, b"new", term=2),))])()
+    for log in (wal.groups[R1], opened(disk.lost()).groups[R1]):
+        assert log.last_index() == 2
+        assert [(found.term, found.data) for found in log.entries(1, 3, 1 << 30)] == [(1, b"old"), (2, b"new")]
+
+
+def test_trap_11_compaction_keeps_every_entry_after_its_index() -> None:
+    """TRAPS 11: a follower one entry behind must not need a snapshot; the term before the first entry stays known."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    entries = tuple(entry(index, b"%d" % index) for index in range(1, 11))
+    wal.append([LogUpdate(R1, HardState(1, 0, 10), entries)])()
+    wal.append([LogUpdate(R1, compact=CompactLog(9, 1))])()
+    wal.append([LogUpdate(R1, compact=CompactLog(4, 1))])()
+    for log in (wal.groups[R1], opened(disk.lost()).groups[R1]):
+        assert (log.first_index(), log.last_index(), log.term(9)) == (10, 10, 1)
+        assert log.entries(10, 11, 0)[0].data == b"10"
+
+
+def test_trap_11_only_committed_entries_are_compacted() -> None:
+    wal = opened()
+    wal.append([create(R1)])()
+    wal.append([LogUpdate(R1, HardState(1, 0, 1), (entry(1), entry(2)))])()
+    with pytest.raises(AssertionError, match="committed 1"):
+        wal.append([LogUpdate(R1, compact=CompactLog(2, 1))])
+
+
+def test_trap_20_creation_tombstone_and_hard_state_survive_without_the_engine() -> None:
+    """TRAPS 20: the engine may have lost the split's or the removal's batch; the log has the truth and says so."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1, 11), create(R2, 22, index=5, term=4)])()
+    wal.append([LogUpdate(R2, HardState(9, 22, 5)), LogUpdate(R1, tombstone=Tombstone(ReplicaId(11), b"merged"))])()
+    again = opened(disk.lost())
+    child = again.groups[R2]
+    assert (child.replica_id, child.payload, child.hard_state) == (22, b"payload", HardState(9, 22, 5))
+    assert (child.first_index(), child.last_index(), child.term(5)) == (6, 5, 4)
+    assert again.groups[R1].tombstone == Tombstone(ReplicaId(11), b"merged")
+    assert again.tombstones == {R1: 11}
+
+
+def test_trap_20_an_ended_groups_log_stays_until_it_is_released() -> None:
+    """TRAPS 20: freed before the engine was flushed past the batch that ended the group, its log could not be
+    replayed."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1, 11)])()
+    wal.append([LogUpdate(R1, HardState(1, 0, 2), (entry(1), entry(2)))])()
+    wal.append([LogUpdate(R1, tombstone=Tombstone(ReplicaId(11), b"why"))])()
+    ended = opened(disk.lost()).groups[R1]
+    assert ended.ended
+    assert [found.index for found in ended.entries(1, 3, 1 << 30)] == [1, 2]
+    with pytest.raises(AssertionError, match="has ended"):
+        opened(disk.copy()).append([LogUpdate(R1, entries=(entry(3),))])
+    with pytest.raises(AssertionError, match="has ended"):
+        opened(disk.copy()).append([LogUpdate(R1, HardState(2, 0, 2))])
+    with pytest.raises(AssertionError, match="is not released"):
+        opened(disk.copy()).append([create(R1, 12)])
+    wal.append([LogUpdate(R1, release=True)])()
+    assert (dict(wal.groups), wal.tombstones) == ({}, {R1: 11})
+    wal.append([create(R1, 12)])()
+    assert opened(disk.lost()).groups[R1].replica_id == 12
+
+
+def test_trap_20_only_an_ended_group_is_released() -> None:
+    wal = opened()
+    wal.append([create(R1, 11)])()
+    with pytest.raises(AssertionError, match="has not ended"):
+        wal.append([LogUpdate(R1, release=True)])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_trap_03_an_ended_replica_is_not_created_again(known: bool) -> None:
+    """TRAPS 3: replica ids are never reused; the tombstone counts for replicas that were never here, too."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    if known:
+        wal.append([create(R1, 11)])()
+    wal.append([LogUpdate(R1, tombstone=Tombstone(ReplicaId(11)))])()
+    if known:
+        wal.append([LogUpdate(R1, release=True)])()
+    for range_id in (10, 11):
+        with pytest.raises(AssertionError, match="11 has ended"):
+            opened(disk.lost()).append([create(R1, range_id)])
+    opened(disk.lost()).append([create(R1, 12)])()
+
+
+def test_trap_03_a_late_tombstone_of_an_older_replica_does_not_end_the_newer_one() -> None:
+    wal = opened()
+    wal.append([create(R1, 12)])()
+    wal.append([LogUpdate(R1, tombstone=Tombstone(ReplicaId(11)))])()
+    assert not wal.groups[R1].ended
+    assert wal.tombstones == {R1: 11}
+    wal.check()
+
+
+def test_trap_02_an_adopted_child_keeps_the_vote_it_gave_before_the_split() -> None:
+    """TRAPS 2 and DESIGN 4.3: a split resets the log of a replica that a message had created, never its hard state."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([LogUpdate(R2, create=CreateGroup(ReplicaId(22), 0, 0, ConfState()))])()
+    wal.append([LogUpdate(R2, HardState(7, 3, 0))])()
+    wal.append([LogUpdate(R2, reset=ResetLog(5, 5, NODES))])()
+    for log in (wal.groups[R2], opened(disk.lost()).groups[R2]):
+        assert log.initial_state() == (HardState(7, 3, 5), NODES)
+        assert (log.first_index(), log.term(5)) == (6, 5)
+
+
+def test_an_installed_snapshot_replaces_the_log() -> None:
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    wal.append([LogUpdate(R1, HardState(1, 2, 1), (entry(1), entry(2), entry(3)))])()
+    wal.append([LogUpdate(R1, HardState(4, 0, 20), reset=ResetLog(20, 3, ConfState((4, 5, 6))))])()
+    wal.append([LogUpdate(R1, HardState(4, 0, 20), (entry(21, term=4),))])()
+    for log in (wal.groups[R1], opened(disk.lost()).groups[R1]):
+        assert log.initial_state() == (HardState(4, 0, 20), ConfState((4, 5, 6)))
+        assert (log.first_index(), log.last_index(), log.term(20), log.term(21)) == (21, 21, 3, 4)
