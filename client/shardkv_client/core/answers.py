@@ -6,11 +6,13 @@ may succeed elsewhere or later is tried again, with the same bytes, until the de
 """
 
 from enum import Enum
+from typing import Any
 
 from shardkv import errors
 from shardkv.errors import (
     Busy,
     OutcomeUnknown,
+    ProtocolError,
     RequestError,
     RoutingError,
     SequenceReused,
@@ -18,7 +20,7 @@ from shardkv.errors import (
     TooOld,
     Unavailable,
 )
-from shardkv_client.core.calls import AdminCall, Call, Kind, WriteCall
+from shardkv_client.core.calls import AdminCall, Call, DeleteRangeCall, Kind, ScanCall, Sent, WriteCall
 
 
 class Verdict(Enum):
@@ -73,3 +75,31 @@ def failure(call: Call, reason: str) -> ShardKVError:
 def copy(error: ShardKVError) -> ShardKVError:
     """The same error as another object, since each caller's traceback grows on its own."""
     return errors.from_wire(errors.to_wire(error))
+
+
+def next_start(call: DeleteRangeCall) -> bytes | None:
+    """Where the next piece of a delete_range starts, now that this one is deleted."""
+    reached = call.piece_end
+    if reached is None or (call.end is not None and reached >= call.end):
+        return None
+    return reached
+
+
+def check_page(call: ScanCall, result: object, sent: Sent) -> tuple[list[Any], bool, Any]:
+    """The page, trusted from here on. Raises ProtocolError for one that no scan can have."""
+    match result:
+        case [list() as flat, bool(more)] if len(flat) % 3 == 0:
+            keys: list[Any] = flat[::3]
+        case _:
+            raise ProtocolError("a scan was answered with something that is no page")
+    for key in keys:
+        if type(key) is not bytes:
+            raise ProtocolError("a scan was answered with a key that is not bytes")
+    ordered = sorted(set(keys), reverse=call.reverse)
+    if ordered != keys:
+        raise ProtocolError("a scan was answered out of order")
+    if keys:
+        low, high = (keys[-1], keys[0]) if call.reverse else (keys[0], keys[-1])
+        if low < call.start or (call.end is not None and high >= call.end):
+            raise ProtocolError("a scan was answered with keys outside its span")
+    return flat, more, sent.descriptor

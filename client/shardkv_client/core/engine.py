@@ -5,12 +5,10 @@ the orders in ``links.dials``, ``links.drops`` and ``links.outputs``. Nothing he
 that is what lets a simulation run this very code.
 """
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
 from shardkv.errors import (
-    ClientClosed,
     EpochMismatch,
     MalformedRequest,
     NotFound,
@@ -27,7 +25,7 @@ from shardkv.wire.frames import FrameKind
 from shardkv.wire.handshake import Welcome
 from shardkv.wire.requests import Method, Response, decode_responses
 from shardkv_client.core import answers
-from shardkv_client.core.answers import Verdict
+from shardkv_client.core.answers import Verdict, check_page, next_start
 from shardkv_client.core.cache import Route
 from shardkv_client.core.calls import (
     LINEARIZABLE,
@@ -38,8 +36,8 @@ from shardkv_client.core.calls import (
     ReadCall,
     ScanCall,
     Sent,
-    WriteCall,
 )
+from shardkv_client.core.ledger import Ledger
 from shardkv_client.core.links import Link, Links, LinkState
 from shardkv_client.core.packing import Packer
 from shardkv_client.core.routing import Router, parse_nodes, parse_routes
@@ -73,11 +71,12 @@ class Core:
         wake_timer: Callable[[], None],
     ) -> None:
         self.settings = settings
-        self.closed = False
         self._random = random
-        self._wake_flush = wake_flush
         self.timers = Timers(wake_timer)
         self.session = Session(session)
+        ledger = self.ledger = Ledger(settings, self.timers, self.session, wake_flush, self._internal_done)
+        self.submit = ledger.submit
+        self.cancel = ledger.cancel
         self.links = Links(
             seeds,
             settings=settings,
@@ -92,128 +91,42 @@ class Core:
             links=self.links,
             timers=self.timers,
             backoff=self._backoff,
-            send=self._send_internal,
-            requeue=self._requeue,
+            send=ledger.submit_internal,
+            requeue=ledger.requeue,
         )
         self._now = 0.0
         """The time of the event under way."""
-        self.flush_wanted = False
-        self._ready: list[Any] = []
-        """Calls for the next flush."""
-        self._backlog: deque[Any] = deque()
-        """Calls beyond the in-flight bounds."""
-        self._held: deque[WriteCall] = deque()
-        """New commands that the session's window has no place for."""
         self._anywhere: list[AdminCall] = []
         """Calls for any node, while none is connected."""
-        self.calls_active = 0
-        """Calls within the bounds: sent, or on their way to be; abandoned ones too, until they are settled."""
-        self.bytes_active = 0
 
     def _backoff(self, failures: int) -> float:
         settings = self.settings
         seconds = min(settings.backoff_seconds_max, settings.backoff_seconds_min * 2.0 ** min(failures - 1, 16))
         return seconds * (0.5 + 0.5 * self._random())
 
-    # --- calls in -----------------------------------------------------------------------------------------------
-
-    def submit(self, call: Call) -> None:
-        """Take a call. ``call.notify`` is called, with it, from a later event; never from within this one."""
-        if self.closed:
-            raise ClientClosed("the client is closed; open a new one with connect()")
-        self.timers.add_deadline(call)
-        settings = self.settings
-        if self.calls_active >= settings.calls_in_flight_max or self.bytes_active >= settings.bytes_in_flight_max:
-            self._backlog.append(call)
-            return
-        call.admitted = True
-        self.calls_active += 1
-        self.bytes_active += call.size
-        self._ready.append(call)
-        if not self.flush_wanted:
-            self.flush_wanted = True
-            self._wake_flush()
-
-    def _admit_backlog(self) -> None:
-        settings = self.settings
-        backlog = self._backlog
-        admitted = []
-        while (
-            backlog
-            and self.calls_active < settings.calls_in_flight_max
-            and self.bytes_active < settings.bytes_in_flight_max
-        ):
-            call = backlog.popleft()
-            if not call.done:
-                call.admitted = True
-                self.calls_active += 1
-                self.bytes_active += call.size
-                admitted.append(call)
-        self._requeue(admitted)
-
-    def _send_internal(self, call: AdminCall, now: float) -> None:
-        self.timers.add_deadline(call)
-        self._requeue([call])
-
-    def cancel(self, call: Call) -> None:
-        """Nobody waits for the call any more. A command that was sent stays registered until it is settled."""
-        if call.done:
-            return
-        call.notify = None
-        if not (call.kind is Kind.WRITE and call.attempts):
-            self._finish(call, None, None)
-
-    def _requeue(self, calls: list[Any]) -> None:
-        if calls:
-            self._ready.extend(calls)
-            if not self.flush_wanted:
-                self.flush_wanted = True
-                self._wake_flush()
-
-    def _finish(self, call: Any, result: object, error: Exception | None) -> None:
-        assert not call.done, f"a {call.kind.name} call ended twice"
-        call.done = True
-        call.result = result
-        call.error = error
-        if call.internal:
-            self._internal_done(call)
-            return
-        if call.kind is Kind.WRITE:
-            if call.sealed is not None:
-                self._settle(call)
-            call.body = b""  # the deadline heap may keep the call for a while yet, but not its bytes
-        if call.admitted:
-            self.calls_active -= 1
-            self.bytes_active -= call.size
-            if self._backlog:
-                self._admit_backlog()
-        notify = call.notify
-        if notify is not None:
-            call.notify = None
-            notify(call)
-
-    def _settle(self, call: WriteCall) -> None:
-        """The command, as it was sealed, will never be sent again."""
-        call.sealed = None
-        if self.session.settle(call.sequence) and self._held:
-            held = list(self._held)
-            self._held.clear()
-            self._requeue(held)
+    # --- time ---------------------------------------------------------------------------------------------------
 
     def _internal_done(self, call: AdminCall) -> None:
-        if self.closed:
+        if self.ledger.closed:
             return
         if call.method == Method.ROUTES:
             self.router.looked_up(call, self._now)
         else:
             self.router.nodes_listed(call, self._now)
 
-    # --- time ---------------------------------------------------------------------------------------------------
-
     @property
     def due(self) -> float:
         """When :meth:`tick` must be called at the latest."""
         return self.timers.due
+
+    @property
+    def flush_wanted(self) -> bool:
+        """Whether :meth:`flush` has something to do."""
+        return self.ledger.flush_wanted
+
+    @property
+    def closed(self) -> bool:
+        return self.ledger.closed
 
     def tick(self, now: float) -> None:
         self._now = now
@@ -222,19 +135,19 @@ class Core:
     def _expire(self, call: Call) -> None:
         problem = self.links.problem
         reason = "no answer before the timeout" if call.attempts else "no node could be asked before the timeout"
-        self._finish(call, None, answers.failure(call, f"{reason} (last problem: {problem})" if problem else reason))
+        self.ledger.finish(
+            call, None, answers.failure(call, f"{reason} (last problem: {problem})" if problem else reason)
+        )
 
     def close(self, now: float, reason: str = "the client was closed") -> None:
         """End every pending call as its deadline would; later ones raise ClientClosed."""
-        if self.closed:
+        if self.ledger.closed:
             return
-        self.closed = True
         self._now = now
-        self._backlog.clear()
-        self._held.clear()
+        self.ledger.close()
         for call in self.timers.live():
             if not call.done:
-                self._finish(call, None, answers.failure(call, reason))
+                self.ledger.finish(call, None, answers.failure(call, reason))
         for link in self.links.close():
             link.state = LinkState.CLOSED
             self.links.drops.append(link)
@@ -244,18 +157,17 @@ class Core:
     def flush(self, now: float) -> None:
         """Send everything that is ready: the calls of one moment share requests and frames."""
         self._now = now
+        ledger = self.ledger
         for _ in range(FLUSH_ROUNDS_MAX):
             # Calls that were found to have nowhere to go may have started lookups; those go out in the same flush.
-            ready, self._ready = self._ready, []
+            ready, ledger.ready = ledger.ready, []
             for route in self._group(ready, now):
                 calls, route.batch = route.batch, []
                 self._dispatch(route, calls, now)
-            if not self._ready or self.closed:
+            if not ledger.ready:
                 break
         self.packer.finish()
-        self.flush_wanted = bool(self._ready)
-        if self._ready:
-            self._wake_flush()
+        ledger.flushed()
 
     def _group(self, ready: list[Any], now: float) -> list[Route]:
         routes: list[Route] = []
@@ -264,7 +176,7 @@ class Core:
             if call.done:
                 continue
             if call.notify is None and not call.internal:
-                self._finish(call, None, None)  # abandoned, and not to be sent again
+                self.ledger.finish(call, None, None)  # abandoned, and not to be sent again
                 continue
             key = call.key
             if key is not None:
@@ -272,7 +184,7 @@ class Core:
             elif call.kind is Kind.ADMIN and call.range_id is not None:
                 route = self.router.cache.find_id(call.range_id)
                 if route is None and call.range_id:
-                    self._finish(call, None, NotFound(f"there is no range {call.range_id}; list the ranges"))
+                    self.ledger.finish(call, None, NotFound(f"there is no range {call.range_id}; list the ranges"))
                     continue
             else:
                 self._unrouted(call, now)
@@ -317,7 +229,7 @@ class Core:
             if rest and not for_window:
                 peer.waiting.extend(rest)
             elif rest:
-                self._held.extend(rest)
+                self.ledger.held.extend(rest)
         elif kind is Kind.READ:
             peer.waiting.extend(packer.reads(link, route, calls, consistency, now))
         else:
@@ -346,7 +258,7 @@ class Core:
         if peer is None:
             self._node_unknown(call, now)
         elif peer.link is None and peer.dial_after > now:
-            self.timers.at(peer.dial_after, lambda _: self._requeue([call]))
+            self.timers.at(peer.dial_after, lambda _: self.ledger.requeue([call]))
         else:
             if peer.link is None:
                 links.dial(peer, now)
@@ -359,13 +271,13 @@ class Core:
     def _node_unknown(self, call: AdminCall, now: float) -> None:
         self.router.want_nodes(now)
         if self.links.nodes and not self.router.asking_nodes:
-            self._finish(call, None, NotFound(f"there is no node {call.node_id}; list the nodes"))
+            self.ledger.finish(call, None, NotFound(f"there is no node {call.node_id}; list the nodes"))
         else:
-            self.timers.at(now + self.settings.backoff_seconds_min, lambda _: self._requeue([call]))
+            self.timers.at(now + self.settings.backoff_seconds_min, lambda _: self.ledger.requeue([call]))
 
     def _retry_anywhere(self, now: float) -> None:
         calls, self._anywhere = self._anywhere, []
-        self._requeue(calls)
+        self.ledger.requeue(calls)
 
     # --- links --------------------------------------------------------------------------------------------------
 
@@ -377,13 +289,13 @@ class Core:
     def link_down(self, link: Link, problem: str, now: float) -> None:
         """The connection could not be made, or has ended."""
         self._now = now
-        if not self.closed:
+        if not self.ledger.closed:
             self.links.lost(link, problem, now)
 
     def link_bytes(self, link: Link, data: bytes, now: float) -> None:
         """Bytes came from the node."""
         self._now = now
-        if link.is_closed() or self.closed:
+        if link.is_closed() or self.ledger.closed:
             return
         try:
             frames = link.decoder.feed(data)
@@ -403,7 +315,7 @@ class Core:
         if not self.links.nodes:
             self.router.want_nodes(now)
         waiting, link.peer.waiting = link.peer.waiting, []
-        self._requeue(waiting)
+        self.ledger.requeue(waiting)
         self._retry_anywhere(now)
 
     def _link_lost(self, link: Link, requests: list[Sent], waiting: list[Call], now: float) -> None:
@@ -417,12 +329,12 @@ class Core:
                 if call.done:
                     continue
                 if call.notify is None and not call.internal:
-                    self._finish(call, None, None)
+                    self.ledger.finish(call, None, None)
                 elif answers.may_repeat(call):
-                    self._requeue([call])
+                    self.ledger.requeue([call])
                 else:
-                    self._finish(call, None, answers.failure(call, f"the connection to {link.address} was lost"))
-        self._requeue(waiting)
+                    self.ledger.finish(call, None, answers.failure(call, f"the connection to {link.address} was lost"))
+        self.ledger.requeue(waiting)
         self._retry_anywhere(now)
 
     def _saw(self, timestamp: int, now: float) -> None:
@@ -454,7 +366,7 @@ class Core:
         peer = link.peer
         if peer.waiting and link.state is LinkState.READY:
             waiting, peer.waiting = peer.waiting, []
-            self._requeue(waiting)
+            self.ledger.requeue(waiting)
 
     def _written(self, link: Link, sent: Sent, outcomes: object, now: float) -> None:
         calls = sent.calls
@@ -464,7 +376,7 @@ class Core:
             if type(outcome) is not list and type(outcome) is not _OUTCOMES[call.op]:
                 raise ProtocolError(f"the outcome of a {call.op.name} cannot be {outcome!r:.40}")
         self.router.succeeded(sent.route, link.peer.node_id, LINEARIZABLE)
-        finish = self._finish
+        finish = self.ledger.finish
         for call, outcome in zip(calls, outcomes):
             if call.done:
                 continue  # ended by its deadline; its sequence is settled
@@ -475,7 +387,7 @@ class Core:
                     raise ProtocolError(f"an outcome that cannot be read: {problem}") from problem
                 self._failed(link, sent, call, error, now, recorded=True)
             elif call.op is Op.DELETE_RANGE:
-                finish(call, _next_start(call), None)
+                finish(call, next_start(call), None)
             else:
                 finish(call, outcome, None)
 
@@ -490,7 +402,7 @@ class Core:
                 case _:
                     raise ProtocolError(f"a get cannot be answered with {result!r:.40}")
         self.router.succeeded(sent.route, link.peer.node_id, sent.consistency)
-        finish = self._finish
+        finish = self.ledger.finish
         for call, result in zip(calls, results):
             if not call.done:
                 finish(call, result, None)
@@ -498,7 +410,7 @@ class Core:
     def _answered(self, link: Link, sent: Sent, result: Any) -> None:
         (call,) = sent.calls
         if sent.kind is Kind.SCAN:
-            result = _check_page(call, result, sent)
+            result = check_page(call, result, sent)
         elif call.internal:
             try:
                 result = parse_routes(result) if call.method == Method.ROUTES else parse_nodes(result)
@@ -507,7 +419,7 @@ class Core:
         if sent.route is not None:
             self.router.succeeded(sent.route, link.peer.node_id, sent.consistency)
         if not call.done:
-            self._finish(call, result, None)
+            self.ledger.finish(call, result, None)
 
     def _refused(self, link: Link, sent: Sent, error: ShardKVError, now: float) -> None:
         """A whole request failed."""
@@ -515,7 +427,7 @@ class Core:
             # The answer may only be too large together; one at a time it cannot be.
             for call in sent.calls:
                 call.batch_max = max(1, len(sent.calls) // 2)
-            self._requeue([call for call in sent.calls if not call.done])
+            self.ledger.requeue([call for call in sent.calls if not call.done])
             return
         for call in sent.calls:
             if not call.done:
@@ -524,17 +436,17 @@ class Core:
     def _failed(self, link: Link, sent: Sent, call: Any, error: ShardKVError, now: float, *, recorded: bool) -> None:
         verdict = answers.judge(call, error, recorded=recorded)
         if verdict is Verdict.FINAL:
-            self._finish(call, None, answers.copy(error))
+            self.ledger.finish(call, None, answers.copy(error))
             return
         if verdict is Verdict.UNKNOWN:
             unknown = OutcomeUnknown(f"an earlier attempt may have been applied, and now: {error}")
-            self._finish(call, None, unknown)
+            self.ledger.finish(call, None, unknown)
             return
         if call.notify is None and not call.internal:
-            self._finish(call, None, None)
+            self.ledger.finish(call, None, None)
             return
         if verdict is Verdict.ANEW:
-            self._renew(call)
+            self.ledger.renew(call)
             verdict = Verdict.LATER
         if sent.route is None:
             self._failed_anywhere(link, call, error, now)
@@ -544,14 +456,14 @@ class Core:
             self._reroute(link, sent, call, error, now)
         else:
             self.router.busy(sent.route, sent.mark, now)
-        self._requeue([call])
+        self.ledger.requeue([call])
 
     def _failed_anywhere(self, link: Link, call: AdminCall, error: ShardKVError, now: float) -> None:
         """A node refused a call that was for it, or for any node, for the moment."""
         self.links.problem = f"{link.address}: {error}"
         self.links.another_next()
         call.failures += 1
-        self.timers.at(now + self._backoff(call.failures), lambda _: self._requeue([call]))
+        self.timers.at(now + self._backoff(call.failures), lambda _: self.ledger.requeue([call]))
 
     def _reroute(self, link: Link, sent: Sent, call: Any, error: ShardKVError, now: float) -> None:
         router = self.router
@@ -585,13 +497,8 @@ class Core:
             ):
                 end = descriptor.span.end
                 if end is not None and (call.sealed_end is None or call.sealed_end > end):
-                    self._renew(call)
+                    self.ledger.renew(call)
                 return
-
-    def _renew(self, call: WriteCall) -> None:
-        """Issue a command again that was certainly not applied, as a new one."""
-        self._settle(call)
-        call.attempts = 0
 
     def check(self) -> None:
         """Walk every invariant."""
@@ -599,39 +506,4 @@ class Core:
         self.timers.check()
         self.links.check()
         self.router.check()
-        live = [call for call in self.timers.live() if not call.internal]
-        admitted = [call for call in live if call.admitted]
-        assert len(admitted) == self.calls_active, f"{len(admitted)} calls are admitted, {self.calls_active} counted"
-        size = sum(call.size for call in admitted)
-        assert size == self.bytes_active, f"{size} bytes are admitted, {self.bytes_active} counted"
-        assert self.calls_active <= self.settings.calls_in_flight_max, f"{self.calls_active} calls are in flight"
-        sealed = {call.sequence for call in live if isinstance(call, WriteCall) and call.sealed is not None}
-        assert sealed == self.session.unsettled, f"sealed {sorted(sealed)[:5]}, unsettled differs"
-
-
-def _next_start(call: DeleteRangeCall) -> bytes | None:
-    """Where the next piece of a delete_range starts, now that this one is deleted."""
-    reached = call.piece_end
-    if reached is None or (call.end is not None and reached >= call.end):
-        return None
-    return reached
-
-
-def _check_page(call: ScanCall, result: object, sent: Sent) -> tuple[list[Any], bool, Any]:
-    """The page, trusted from here on. Raises ProtocolError for one that no scan can have."""
-    match result:
-        case [list() as flat, bool(more)] if len(flat) % 3 == 0:
-            keys: list[Any] = flat[::3]
-        case _:
-            raise ProtocolError("a scan was answered with something that is no page")
-    for key in keys:
-        if type(key) is not bytes:
-            raise ProtocolError("a scan was answered with a key that is not bytes")
-    ordered = sorted(set(keys), reverse=call.reverse)
-    if ordered != keys:
-        raise ProtocolError("a scan was answered out of order")
-    if keys:
-        low, high = (keys[-1], keys[0]) if call.reverse else (keys[0], keys[-1])
-        if low < call.start or (call.end is not None and high >= call.end):
-            raise ProtocolError("a scan was answered with keys outside its span")
-    return flat, more, sent.descriptor
+        self.ledger.check()
