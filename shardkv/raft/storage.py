@@ -77,7 +77,10 @@ class RaftStorage(Protocol):
     def last_index(self) -> int: ...
 
     def snapshot(self) -> Snapshot:
-        """The newest snapshot. Raises ``SnapshotTemporarilyUnavailable`` while one is being made."""
+        """A snapshot as of the applied index, or little older. Raises ``SnapshotTemporarilyUnavailable`` for now.
+
+        One from before a member was added does not name it in its configuration, and that member refuses it.
+        """
         ...
 
 

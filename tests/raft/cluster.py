@@ -32,6 +32,7 @@ from shardkv.raft.messages import (
     Message,
     MessageType,
     Snapshot,
+    SnapshotMetadata,
 )
 
 M = MessageType
@@ -59,13 +60,36 @@ def change(text: str, transition: ConfChangeTransition = ConfChangeTransition.AU
     return ConfChange(tuple(single(part) for part in text.split()), transition)
 
 
+class LiveStorage(MemoryStorage):
+    """A log whose snapshots are made when they are asked for, of what is applied then.
+
+    A snapshot from before a member was added does not name it, and would be refused by it.
+    """
+
+    __slots__ = ("host",)
+
+    def __init__(self, host: "Host", conf_state: ConfState) -> None:
+        super().__init__(conf_state)
+        self.host = host
+
+    def written_snapshot(self) -> Snapshot:
+        return super().snapshot()
+
+    def snapshot(self) -> Snapshot:
+        node = self.host.node
+        if node.applied <= self.written_snapshot().metadata.index:
+            return self.written_snapshot()
+        metadata = SnapshotMetadata(node.applied, self.term(node.applied), node.configuration)
+        return Snapshot(metadata, _SEPARATOR.join(self.host.applied))
+
+
 class Host:
     """One replica with its disk and its state machine, a list of what was applied."""
 
     def __init__(self, cluster: "Cluster", replica_id: int, conf_state: ConfState) -> None:
         self.cluster = cluster
         self.id = replica_id
-        self.storage = MemoryStorage(conf_state)
+        self.storage = LiveStorage(self, conf_state)
         self.hold_writes = False
         """Whether storage work waits until :meth:`write` is called."""
         self.up = True
@@ -73,7 +97,7 @@ class Host:
 
     def _start(self) -> None:
         changed = self.cluster.settings | self.cluster.own_settings.get(self.id, {})
-        snapshot = self.storage.snapshot()
+        snapshot = self.storage.written_snapshot()
         self.applied = [part for part in snapshot.data.split(_SEPARATOR) if part]
         self.work: list[Message] = []
         self.read_states: list[ReadState] = []

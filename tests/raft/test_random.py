@@ -14,9 +14,18 @@ from shardkv.raft import InvalidConfChange, LeaseSettings, ProposalDropped, Role
 from shardkv.raft.messages import ConfChange, ConfChangeTransition, Entry
 from tests.raft.cluster import TICK_NS, Cluster, change
 
-STEPS = 4_000
+STEPS = 2_000
 DRIFT = 0.1
 LEASE = LeaseSettings(promise_ns=8 * TICK_NS, drift=DRIFT)
+NODES: dict[str, Any] = {"pre_vote": True, "check_quorum": True, "lease": LEASE}
+MEMBERSHIP = NODES | {"membership": True, "step_down_on_removal": True}
+TIGHT: dict[str, Any] = {
+    "message_bytes_max": 1,
+    "inflight_messages_max": 2,
+    "inflight_bytes_max": 8,
+    "committed_bytes_per_ready_max": 1,
+    "uncommitted_bytes_max": 64,
+}
 
 
 class Checkers:
@@ -25,7 +34,8 @@ class Checkers:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.leader_of_term: dict[int, int] = {}
-        self.committed: dict[int, Entry] = {}
+        self.committed: dict[int, tuple[Entry, int]] = {}
+        """By index the entry, and the term of the replica that was first seen to have committed it."""
         self.reads: dict[bytes, int] = {}
         self.reads_seen = 0
         self.leases_seen = 0
@@ -53,14 +63,16 @@ class Checkers:
 
     def _committed_entries(self, id_: int) -> None:
         """Paper figure 3: log matching, leader completeness and state machine safety."""
-        log = self.cluster[id_].raft.log
+        node = self.cluster[id_]
+        log = node.raft.log
         for index in range(log.first_index, log.committed + 1):
             (entry,) = log.slice(index, index + 1, 1 << 60)
-            known = self.committed.setdefault(index, entry)
+            known, _ = self.committed.setdefault(index, (entry, node.term))
             assert known == entry, f"{id_} has committed {entry}, others {known}"
-        if self.cluster[id_].committed_in_term:
-            for index, entry in self.committed.items():
-                if index >= log.first_index:
+        if node.role is Role.LEADER:
+            for index, (entry, term) in self.committed.items():
+                # A leader that was deposed does not know what came after it.
+                if index >= log.first_index and node.term > term:
                     assert log.term_or_zero(index) == entry.term, f"leader {id_} lacks committed {entry}"
 
     def _lease(self, id_: int) -> None:
@@ -83,6 +95,9 @@ class Run:
         self.random = random.Random(seed)
         self.membership = settings.pop("membership", False)
         self.cluster = Cluster(self.random.choice([3, 3, 5]), randrange=self.random.randrange, **settings)
+        if self.membership:
+            for _ in range(2):
+                self.cluster.add(len(self.cluster.hosts) + 1)
         for id_ in self.cluster.hosts:
             # Each clock has its own rate, and no two differ by more than the drift bound.
             rate = 1 + self.random.uniform(-DRIFT, DRIFT) / 2.2
@@ -101,20 +116,21 @@ class Run:
     def step(self) -> None:
         cluster, draw = self.cluster, self.random.random()
         host = cluster.hosts[self.random.choice(self.ids())]
-        if draw < 0.45:
-            self._deliver()
-        elif draw < 0.70:
+        if draw < 0.36:
+            for _ in range(self.random.choice([1, 2, 8])):
+                self._deliver()
+        elif draw < 0.60:
             cluster.process_all() if self.random.random() < 0.3 else self._process(host)
-        elif draw < 0.88:
+        elif draw < 0.76:
             if host.up:
                 host.write(self.random.choice([1, 2, None]))
-        elif draw < 0.95:
+        elif draw < 0.90:
             cluster.now += int(TICK_NS * self.random.uniform(0.1, 0.6))
             if host.up:
                 host.node.tick(cluster.clock(host.id))
-        elif draw < 0.985:
+        elif draw < 0.99:
             self._request(host)
-        elif draw < 0.995:
+        elif draw < 0.996:
             self._disturb(host)
         elif host.up:
             self._restart(host)
@@ -162,7 +178,9 @@ class Run:
             return
         target = self.random.choice(self.ids())
         kind = self.random.choice("vvvlr")
-        if kind == "r" and len(node.configuration.voters) < 3:
+        # Never through two voters (DESIGN 4.10): there a leader that steps down on its removal can leave the other one
+        # unable to win, for want of the vote of a longer log that nobody replicates any more.
+        if kind in "lr" and target in node.configuration.voters and len(node.configuration.voters) <= 3:
             return
         transition = self.random.choice(list(ConfChangeTransition))
         node.propose_conf_change(change(f"{kind}{target}", transition))
@@ -181,7 +199,7 @@ class Run:
             host.node.doubt(cluster.clock(host.id))
         elif draw < 0.9:
             host.node.report_unreachable(self.random.choice(self.ids()))
-        elif host.node.applied > host.storage.snapshot().metadata.index and not host.work:
+        elif host.node.applied > host.storage.written_snapshot().metadata.index and not host.work:
             host.compact()
 
     def _restart(self, host: Any) -> None:
@@ -213,13 +231,21 @@ class Run:
         assert applied == [applied[0]] * len(applied)
 
     def _settled_leader(self) -> Any:
-        """Tick until one member has led for several election timeouts, so that nobody is about to depose it."""
+        """Tick until one member has led for several election timeouts, so that nobody is about to depose it.
+
+        Who was removed is taken away as its host would do: it cannot know of its removal, and would campaign for ever.
+        """
         cluster, before, since = self.cluster, 0, 0
         for tick in range(800):
             cluster.tick()
             self.checkers.check()
+            _, configuration = max((host.node.applied, host.node.configuration) for host in cluster.hosts.values())
+            members = {*configuration.voters, *configuration.learners, *configuration.voters_outgoing}
+            for id_ in self.ids():
+                if id_ not in members:
+                    cluster.hosts[id_].crash()
             leaders = cluster.leaders()
-            term = max(cluster[id_].term for id_ in self.ids())
+            term = max(cluster[id_].term for id_ in members)
             if len(leaders) != 1 or cluster[leaders[0]].term != term or term != before:
                 before, since = term, tick
             elif tick - since > 50:
@@ -254,32 +280,25 @@ def test_a_group_with_synchronous_writes_stays_safe_and_recovers(seed: int) -> N
 @pytest.mark.parametrize("seed", range(12))
 def test_a_group_with_the_nodes_settings_stays_safe_and_recovers(seed: int) -> None:
     """Pre-vote, check-quorum and the lease, with drifting clocks: whoever has a lease is alone. Traps 6 and 7."""
-    run(seed, pre_vote=True, check_quorum=True, lease=LEASE, commit_broadcast=False)
+    run(seed, **NODES, commit_broadcast=False)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_group_with_changing_members_stays_safe_and_recovers(seed: int) -> None:
     """Trap 9: learners, simple and joint changes, crashes in between, and the lease."""
-    run(seed, pre_vote=True, check_quorum=True, lease=LEASE, membership=True)
+    run(seed, **MEMBERSHIP)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_group_with_tight_bounds_stays_safe_and_recovers(seed: int) -> None:
     """One entry a message, two messages in flight, one entry handed out at a time."""
-    run(
-        seed,
-        message_bytes_max=1,
-        inflight_messages_max=2,
-        inflight_bytes_max=8,
-        committed_bytes_per_ready_max=1,
-        uncommitted_bytes_max=64,
-    )
+    run(seed, **TIGHT)
 
 
 def test_the_random_runs_do_what_they_are_for() -> None:
     """Checkers that never saw a lease, a read or a change of leaders would prove nothing."""
-    groups = [run(seed, pre_vote=True, check_quorum=True, lease=LEASE, membership=True) for seed in range(100, 104)]
+    groups = [run(seed, **MEMBERSHIP) for seed in range(100, 104)]
     assert sum(group.checkers.leases_seen for group in groups) > 100
     assert sum(group.checkers.reads_seen for group in groups) > 10
-    assert sum(len(group.checkers.leader_of_term) for group in groups) > 12
-    assert sum(len(group.checkers.committed) for group in groups) > 80
+    assert sum(len(group.checkers.leader_of_term) for group in groups) > 6
+    assert sum(len(group.checkers.committed) for group in groups) > 40
