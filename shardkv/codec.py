@@ -70,6 +70,7 @@ def loads(data: bytes) -> Any:
             semantic_decoders=_SEMANTIC_DECODERS,
             max_depth=DEPTH_MAX,
             allow_indefinite=False,
+            allow_duplicate_keys=False,
             strict_hashable_types=True,
         ).decode()
     except (cbor2.CBORError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
