@@ -148,7 +148,7 @@ def _run_plain_put(run: WriteRun, session_id: bytes, commands: Group) -> list[An
         or condition is not None
         or not below <= sequence <= below + SESSION_WINDOW_MAX
         or not run.oldest <= issued_at <= run.newest
-        or (session is not None and (sequence <= session.highest or sequence < session.acknowledged_below))
+        or (session is not None and sequence <= session.highest)
         or key < span.start
         or (span.end is not None and key >= span.end)
         or digest > DIGEST_MASK
@@ -191,7 +191,7 @@ def _run_plain_puts(run: WriteRun, session_id: bytes, commands: Group) -> list[A
         or highest - min(belows) > SESSION_WINDOW_MAX
         or min(issued) < run.oldest
         or max(issued) > run.newest
-        or (session is not None and (first <= session.highest or first < session.acknowledged_below))
+        or (session is not None and first <= session.highest)
         or not all(map(lt, sequences, sequences[1:]))
         or min(user_keys) < span.start
         or (span.end is not None and max(user_keys) >= span.end)

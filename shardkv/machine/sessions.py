@@ -149,7 +149,7 @@ class Session:
         self.acknowledged_below = 0
         """Every sequence below it is settled: its client will not ask again."""
         self.highest = -1
-        """No record has a sequence above it."""
+        """No record has a sequence above it, nor is any settled sequence: a command tells of lower ones only."""
         self.last_row = -1
         """Index of the newest row that names this session; when it expires the session goes."""
         self.pieces: list[Piece] = []
@@ -315,6 +315,9 @@ class SessionTable:
 def _check_session(session_id: bytes, session: Session, indices: set[int]) -> None:
     assert session.id == session_id, f"session {session.id.hex()} is filed under {session_id.hex()}"
     assert session.last_row in indices, f"session {session_id.hex()} was last in row {session.last_row}, which is gone"
+    assert session.acknowledged_below <= session.highest, (
+        f"session {session_id.hex()} has settled all below {session.acknowledged_below}, above {session.highest}"
+    )
     previous = -1
     for row, lowest, highest, piece in session.pieces:
         assert row in indices, f"session {session_id.hex()} holds a piece of row {row}, which is gone"

@@ -100,6 +100,20 @@ def test_an_increment_refuses_what_is_no_signed_64_bit_decimal(text: bytes) -> N
     assert range_.value(b"n") == text
 
 
+def test_an_increment_refuses_a_number_beyond_64_bits_although_the_sum_would_fit() -> None:
+    range_, client = World(), Client()
+    outcomes = range_.do(client, client.put(b"n", b"9223372036854775808"), client.increment(b"n", -1))
+    assert code(outcomes[1]) == errors.NotAnInteger.code
+
+
+def test_a_delete_of_an_absent_key_writes_nothing() -> None:
+    range_, client = World(), Client()
+    data = encode_write_entry([(client.session, commands.join([client.delete(b"k")]))], range_.now_ms << 18, 1)
+    batch = WriteBatch()
+    assert range_.machine.apply(11, world.TERM, data, batch, range_.engine).outcomes == [[False]]
+    assert b"\x10k" not in batch.changes
+
+
 @pytest.mark.parametrize("start, delta", [((1 << 63) - 1, 1), (-(1 << 63), -1)])
 def test_an_increment_that_would_leave_64_bits_changes_nothing(start: int, delta: int) -> None:
     range_, client = World(), Client()
@@ -164,6 +178,7 @@ def test_keys_outside_the_span_are_refused_unrecorded_and_unwritten() -> None:
         lambda: client.delete_range(b"a", b"c"),
         lambda: client.delete_range(b"c", b"n"),
         lambda: client.delete_range(b"x", b"y"),
+        lambda: client.delete_range(b"m", None),
         lambda: client.delete_range(b"", None),
     ):
         before = range_.rows()

@@ -283,6 +283,9 @@ def test_a_digest_of_more_than_32_bits_is_cut_and_not_a_crash() -> None:
     version = range_.do(client, wide)
     assert code(version) == 0
     assert range_.do(client, wide) == version
+    other, same = World(), Client()
+    same.sequence = 1
+    assert [code(outcome) for outcome in other.do(same, wide, same.put(b"l", b""))] == [0, 0]
 
 
 def test_the_general_path_and_the_fast_one_come_to_the_same() -> None:
