@@ -1,0 +1,23 @@
+"""What all tests share: how hypothesis searches.
+
+In the suite it is deterministic, so that a run's outcome depends on the code alone. To search further:
+``HYPOTHESIS_PROFILE=explore make unit``.
+"""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# How long a step takes says something of the machine, not of the code.
+settings.register_profile(
+    "suite",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.register_profile(
+    "explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=2_000, print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
