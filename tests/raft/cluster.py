@@ -16,6 +16,7 @@ from shardkv.raft import (
     ReadState,
     Ready,
     Role,
+    SnapshotTemporarilyUnavailable,
     decode_conf_change,
 )
 from shardkv.raft.messages import (
@@ -66,16 +67,20 @@ class LiveStorage(MemoryStorage):
     A snapshot from before a member was added does not name it, and would be refused by it.
     """
 
-    __slots__ = ("host",)
+    __slots__ = ("busy", "host")
 
     def __init__(self, host: "Host", conf_state: ConfState) -> None:
         super().__init__(conf_state)
         self.host = host
+        self.busy = False
+        """Whether a snapshot cannot be had now."""
 
     def written_snapshot(self) -> Snapshot:
         return super().snapshot()
 
     def snapshot(self) -> Snapshot:
+        if self.busy:
+            raise SnapshotTemporarilyUnavailable
         node = self.host.node
         if node.applied <= self.written_snapshot().metadata.index:
             return self.written_snapshot()

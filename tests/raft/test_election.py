@@ -214,8 +214,8 @@ def test_a_late_pre_vote_answer_is_no_vote() -> None:
     node.step(Message(M.PRE_VOTE_RESP, 1, 2, 1))
     node.step(Message(M.PRE_VOTE_RESP, 1, 3, 1))
     assert node.role is Role.CANDIDATE
-    node.step(Message(M.PRE_VOTE_RESP, 1, 4, 1))
-    node.step(Message(M.PRE_VOTE_RESP, 1, 5, 1))
+    for late in (2, 3, 4, 5):
+        node.step(Message(M.PRE_VOTE_RESP, 1, late, 1))
     assert node.role is Role.CANDIDATE
 
 
@@ -302,6 +302,28 @@ def test_leadership_is_handed_over_without_waiting_for_a_timeout() -> None:
     assert {cluster[id_].leader for id_ in cluster.hosts} == {3}
 
 
+def test_leadership_is_not_handed_to_a_learner_nor_to_a_stranger() -> None:
+    """Thesis 3.10: the target must be able to win; else proposals would wait for nothing."""
+    cluster = Cluster(voters=2, learners=1)
+    cluster.elect(1)
+    for target in (3, 9, 1):
+        cluster[1].transfer_leader(target)
+        assert cluster[1].transferee == 0
+    assert cluster[1].propose(b"x") == (1, 2)
+
+
+@pytest.mark.parametrize("kind", [M.APP, M.HEARTBEAT])
+def test_a_leader_of_an_earlier_term_is_told_so_where_votes_may_be_ignored(kind: M) -> None:
+    """etcd-io/raft #5451, #6277: else a replica that went ahead could neither win nor join again."""
+    for changed in ({"pre_vote": True}, {"check_quorum": True}, {}):
+        node = fresh(2, **changed)
+        node.step(Message(M.APP, 2, 1, 5))
+        node.ready()
+        node.step(Message(kind, 2, 3, 4))
+        told = [(answer.to, answer.term) for answer in after_write(node.ready())] if node.has_ready() else []
+        assert told == ([(3, 5)] if changed else [])
+
+
 def test_a_transfer_waits_for_the_target_to_catch_up() -> None:
     """Thesis 3.10: the target must have all entries before it is told to campaign."""
     cluster = Cluster()
@@ -354,10 +376,23 @@ def test_followers_that_doubt_elect_a_leader_long_before_the_timeout() -> None:
     cluster.hosts[1].crash()
     for id_ in (2, 3):
         cluster[id_].doubt(cluster.now)
-    cluster.tick(count=STAGGER_TICKS * 2)
-    (leader,) = cluster.leaders()
-    assert leader in (2, 3)
-    assert cluster[leader].term == 2
+    cluster.settle()
+    assert cluster.leaders() == [3], "whose turn is first need not wait, and the other helps it at once"
+    assert cluster[3].term == 2
+
+
+def test_a_doubting_follower_whose_log_is_too_short_leaves_the_next_one_its_turn() -> None:
+    """The first in turn may not be able to win; the group must not wait for a timeout because of it."""
+    cluster = Cluster(pre_vote=True, check_quorum=True)
+    cluster.elect(1)
+    cluster.cut = {(1, 3), (3, 1)}
+    cluster[1].propose(b"x")
+    cluster.settle()
+    cluster.hosts[1].crash()
+    for id_ in (2, 3):
+        cluster[id_].doubt(cluster.now)
+    cluster.tick(count=STAGGER_TICKS + 1)
+    assert cluster.leaders() == [2]
 
 
 def test_doubting_followers_take_turns_and_the_order_changes_with_the_term() -> None:

@@ -281,6 +281,30 @@ def test_trap_06_after_timeout_now_there_is_no_lease_in_that_term() -> None:
     assert valid(cluster, 3), "the next term has a lease of its own"
 
 
+def test_trap_06_a_lease_that_still_runs_is_not_resumed_when_the_transfer_is_given_up() -> None:
+    """With a promise longer than the transfer, time alone would not have ended the lease."""
+    cluster = led(lease=LeaseSettings(promise_ns=100 * TICK_NS, drift=DRIFT))
+    cluster.dropped = lambda message: message.type is M.TIMEOUT_NOW
+    cluster[1].transfer_leader(3)
+    cluster.tick(1, count=10)
+    assert cluster[1].transferee == 0
+    assert cluster[1].status().lease_until > cluster.now
+    assert not valid(cluster)
+
+
+def test_a_later_term_of_the_same_leader_has_a_lease_again() -> None:
+    """The freedom that TimeoutNow gave was for one term."""
+    cluster = led()
+    cluster[1].transfer_leader(3)
+    cluster.settle()
+    cluster[3].transfer_leader(1)
+    cluster.settle()
+    assert cluster.leaders() == [1]
+    assert not valid(cluster), "nobody has promised anything in this term yet"
+    cluster.tick(1)
+    assert valid(cluster)
+
+
 def test_a_transfer_bypasses_the_promise_of_target_and_voters() -> None:
     """Thesis 3.10: it has the leader's own word; else a transfer would take as long as a failover."""
     cluster = led()

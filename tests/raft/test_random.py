@@ -241,9 +241,11 @@ class Run:
             self.checkers.check()
             _, configuration = max((host.node.applied, host.node.configuration) for host in cluster.hosts.values())
             members = {*configuration.voters, *configuration.learners, *configuration.voters_outgoing}
-            for id_ in self.ids():
+            for id_, host in cluster.hosts.items():
                 if id_ not in members:
-                    cluster.hosts[id_].crash()
+                    host.crash()
+                elif not host.up:
+                    host.restart()
             leaders = cluster.leaders()
             term = max(cluster[id_].term for id_ in members)
             if len(leaders) != 1 or cluster[leaders[0]].term != term or term != before:

@@ -110,6 +110,33 @@ def test_only_what_is_committed_and_on_this_disk_is_applied() -> None:
     assert [entry.index for entry in node.ready().committed_entries] == [1, 2]
 
 
+def test_what_is_committed_but_only_in_memory_waits_while_the_rest_is_applied() -> None:
+    """DESIGN 4.2: the hand-out ends where the disk does, not where the commit index does."""
+    node = fresh(2)
+    node.step(Message(M.APP, 2, 1, 1, entries=(Entry(1, 1),)))
+    answers = after_write(node.ready())
+    node.step(Message(M.APP, 2, 1, 1, 1, 1, (Entry(1, 2),), 2))
+    for response in answers:
+        if response.to == 2:
+            node.step(response)
+    assert node.committed == 2
+    assert [entry.index for entry in node.ready().committed_entries] == [1]
+
+
+def test_an_append_from_before_the_commit_index_is_answered_with_it() -> None:
+    """etcd-io/raft: what is committed agrees, so the log need not be asked; it may even be compacted there."""
+    cluster = led()
+    for _ in range(3):
+        cluster[1].propose(b"x")
+    cluster.settle()
+    cluster.tick(1)
+    host = cluster.hosts[2]
+    host.compact()
+    host.node.step(Message(M.APP, 2, 1, 1, 1, 1, (Entry(1, 2, data=b"x"),), 2))
+    (answer,) = after_write(host.node.ready())
+    assert (answer.reject, answer.index) == (False, 4)
+
+
 def test_a_follower_refuses_entries_that_do_not_follow_its_log() -> None:
     """Paper 5.3: the consistency check on the preceding entry's index and term."""
     node = fresh(2, terms=[1, 1])

@@ -109,3 +109,35 @@ def test_a_replica_with_a_snapshot_to_write_does_not_campaign() -> None:
     node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot_at(9, voters=(1, 2, 3))))
     node.campaign()
     assert node.role is Role.FOLLOWER
+
+
+def test_no_snapshot_is_made_for_a_follower_that_is_away() -> None:
+    """etcd-io/raft: making one is expensive, and whoever is away cannot take it."""
+    cluster = led(check_quorum=True)
+    cluster.isolate(3)
+    cluster[1].report_unreachable(3)
+    cluster[1].propose(b"a")
+    cluster.tick(1, count=25)
+    assert not cluster[1].status().progress[3].recent_active
+    cluster.hosts[1].compact()
+    cluster[1].propose(b"b")
+    assert cluster[1].status().progress[3].state is ProgressState.PROBE
+    cluster.heal()
+    cluster.tick(1, count=2)
+    assert cluster.hosts[3].applied == [b"a", b"b"]
+
+
+def test_a_snapshot_that_is_not_ready_yet_is_asked_for_again() -> None:
+    """``SnapshotTemporarilyUnavailable``: nothing waits for it, and the next heartbeat answer tries again."""
+    cluster = led()
+    cluster.isolate(3)
+    cluster[1].propose(b"a")
+    cluster.settle()
+    cluster.hosts[1].compact()
+    cluster.hosts[1].storage.busy = True
+    cluster.heal()
+    cluster.tick(1, count=3)
+    assert cluster[1].status().progress[3].state is ProgressState.PROBE
+    cluster.hosts[1].storage.busy = False
+    cluster.tick(1, count=2)
+    assert cluster.hosts[3].applied == [b"a"]
