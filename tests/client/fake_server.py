@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -32,6 +33,7 @@ class FakeServer:
         self.held = threading.Event()
         """Set once an answer is being kept back."""
         self.connections = 0
+        self._started_at = time.monotonic()
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -117,6 +119,7 @@ class FakeServer:
 
     def _answer(self, node: FakeNode, kind: FrameKind, payload: bytes) -> bytes:
         with self._lock:
+            self.cluster.now_ms = (time.monotonic() - self._started_at) * 1_000
             if kind is FrameKind.HELLO:
                 decode_hello(payload)
                 if self.refusal is not None:

@@ -367,3 +367,27 @@ def test_of_two_descriptors_that_overlap_the_newer_stays():
     cache.insert(descriptor(1, b"", b"m", 6), 1)
     assert cache.find(b"a").range_id == 1
     cache.check()
+
+
+def test_stale_reads_go_on_while_there_is_no_leader():
+    """Any replica serves them, so a range that waits for its election does not hold them up."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    world.run(world.get(b"k", consistency=2))
+    world.cluster.range_of(b"k").leader = None
+    stuck = world.put(b"k", b"w", timeout=3.0)
+    for _ in range(20):
+        world.pass_time(0.02)
+        started = world.now
+        assert world.run(world.get(b"k", consistency=2))[0] == b"v"
+        assert world.now - started < 0.004
+    assert not stuck.done
+
+
+def test_clients_spread_their_follower_reads():
+    readers = set()
+    for seed in range(12):
+        world = World(seed=seed)
+        world.run(world.get(b"k", consistency=1))
+        readers |= {node for node, asked in world.frames if asked[0].method == Method.GET}
+    assert readers == {1, 2, 3}

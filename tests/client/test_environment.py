@@ -35,6 +35,7 @@ class MemoryStream:
     def _take(self, data: bytes) -> None:
         if self.closed:
             raise trio.ClosedResourceError
+        self._node.cluster.now_ms = trio.current_time() * 1_000
         for kind, payload in self._decoder.feed(data):
             if kind is FrameKind.HELLO:
                 clock = self._node.cluster.clock

@@ -29,6 +29,7 @@ class Route:
         "pending",
         "range_id",
         "reader",
+        "reads_blocked_until",
         "start",
         "turn",
         "voters",
@@ -40,17 +41,20 @@ class Route:
         """The node that answers for the range, as far as is known."""
         self.turn = 0
         """Which voter is tried next while no leader is known."""
-        self.reader = 0
+        self.reader: int | None = None
         """Which replica serves this client's follower and stale reads."""
         self.mark = 0
         """Grows with every change of mind about where to send; answers to what was sent before it teach nothing."""
         self.failures = 0
         """Changes of mind since the last success."""
         self.blocked_until = 0.0
+        """Until when linearizable reads and writes wait, after a failure."""
+        self.reads_blocked_until = 0.0
+        """The same for follower and stale reads."""
         self.batch: list[Any] = []
         """Calls of the flush that is under way."""
         self.pending: list[Any] = []
-        """Calls that wait for ``blocked_until``."""
+        """Calls that wait for either."""
         self.evicted = False
         self.update(descriptor)
 

@@ -91,6 +91,7 @@ class Core:
             links=self.links,
             timers=self.timers,
             backoff=self._backoff,
+            random=random,
             send=ledger.submit_internal,
             requeue=ledger.requeue,
         )
@@ -199,11 +200,7 @@ class Core:
         return routes
 
     def _dispatch(self, route: Route, calls: list[Any], now: float) -> None:
-        if route.blocked_until > now:
-            route.pending.extend(calls)
-            return
-        first = calls[0]
-        kind = first.kind
+        kind = calls[0].kind
         if kind is Kind.WRITE and all(call.kind is kind for call in calls):
             self._dispatch_alike(route, kind, LINEARIZABLE, calls, now)
             return
@@ -215,7 +212,7 @@ class Core:
             self._dispatch_alike(route, kind, consistency, group, now)
 
     def _dispatch_alike(self, route: Route, kind: Kind, consistency: int, calls: list[Any], now: float) -> None:
-        peer = self.router.peer_for(route, consistency, now) if route.blocked_until <= now else None
+        peer = self.router.peer_for(route, consistency, now)
         if peer is None:
             route.pending.extend(calls)
             return
@@ -328,9 +325,7 @@ class Core:
             for call in sent.calls:
                 if call.done:
                     continue
-                if call.notify is None and not call.internal:
-                    self.ledger.finish(call, None, None)
-                elif answers.may_repeat(call):
+                if answers.may_repeat(call):
                     self.ledger.requeue([call])
                 else:
                     self.ledger.finish(call, None, answers.failure(call, f"the connection to {link.address} was lost"))
@@ -442,9 +437,6 @@ class Core:
             unknown = OutcomeUnknown(f"an earlier attempt may have been applied, and now: {error}")
             self.ledger.finish(call, None, unknown)
             return
-        if call.notify is None and not call.internal:
-            self.ledger.finish(call, None, None)
-            return
         if verdict is Verdict.ANEW:
             self.ledger.renew(call)
             verdict = Verdict.LATER
@@ -455,7 +447,7 @@ class Core:
         if verdict is Verdict.ELSEWHERE:
             self._reroute(link, sent, call, error, now)
         else:
-            self.router.busy(sent.route, sent.mark, now)
+            self.router.busy(sent.route, sent.mark, now, consistency=sent.consistency)
         self.ledger.requeue([call])
 
     def _failed_anywhere(self, link: Link, call: AdminCall, error: ShardKVError, now: float) -> None:
@@ -475,7 +467,7 @@ class Core:
                 self._recut(link, call, error)
             if not any(news) and not route.evicted and route.descriptor is sent.descriptor:
                 # The node knows no better than we do: it lags behind, or the range is about to change.
-                router.busy(route, sent.mark, now)
+                router.busy(route, sent.mark, now, consistency=sent.consistency)
                 router.refresh(route, now)
             return
         hint = error.hint if isinstance(error, NotLeader) else None

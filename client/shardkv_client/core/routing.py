@@ -28,6 +28,7 @@ class Router:
         links: Links,
         timers: Timers,
         backoff: Callable[[int], float],
+        random: Callable[[], float],
         send: Callable[[AdminCall, float], None],
         requeue: Callable[[list[Any]], None],
     ) -> None:
@@ -35,6 +36,7 @@ class Router:
         self._links = links
         self._timers = timers
         self._backoff = backoff
+        self._random = random
         self._send = send
         self._requeue = requeue
         self.cache = RangeCache(settings.ranges_cached_max)
@@ -51,6 +53,8 @@ class Router:
 
     def peer_for(self, route: Route, consistency: int, now: float) -> Peer | None:
         """The peer to hand calls for ``route`` to, dialled if need be; None: the route is blocked, keep them."""
+        if (route.blocked_until if consistency == LINEARIZABLE else route.reads_blocked_until) > now:
+            return None
         if consistency == LINEARIZABLE and route.leader is not None:
             peer = self._links.peer_of(route.leader)
             if peer is not None and peer.link is not None:
@@ -62,6 +66,9 @@ class Router:
         if consistency == LINEARIZABLE:
             nodes, turn = route.voters or route.nodes, route.turn
         else:
+            if route.reader is None:
+                # Any replica will do; clients that all took the first one would leave the others idle.
+                route.reader = int(self._random() * len(route.nodes))
             nodes, turn = route.nodes, route.reader
         candidates = [nodes[(turn + step) % len(nodes)] for step in range(len(nodes))]
         if consistency == LINEARIZABLE and route.leader is not None:
@@ -77,20 +84,24 @@ class Router:
                 return peer
             else:
                 retry_at = min(retry_at, peer.dial_after)
-        self._block(route, retry_at)
+        self._block(route, consistency, retry_at)
         return None
 
-    def _block(self, route: Route, until: float) -> None:
-        route.blocked_until = until
+    def _block(self, route: Route, consistency: int, until: float) -> None:
+        # Apart, so that stale reads go on while there is no leader.
+        if consistency == LINEARIZABLE:
+            route.blocked_until = until
+        else:
+            route.reads_blocked_until = until
         self._blocked[route] = None
         self._timers.at(until, partial(self._unblock, route))
 
     def _unblock(self, route: Route, now: float) -> None:
-        if route.blocked_until <= now:
+        if route.blocked_until <= now or route.reads_blocked_until <= now:
             self._release(route)
 
     def _release(self, route: Route) -> None:
-        route.blocked_until = 0.0
+        route.blocked_until = route.reads_blocked_until = 0.0
         self._blocked.pop(route, None)
         pending, route.pending = route.pending, []
         self._requeue(pending)
@@ -111,7 +122,7 @@ class Router:
         route.mark += 1
         route.failures += 1
         if consistency != LINEARIZABLE:
-            route.reader += 1
+            route.reader = (route.reader or 0) + 1
         elif hint is not None and hint != node_id:
             route.leader = hint
             if self._links.peer_of(hint) is None:
@@ -125,20 +136,21 @@ class Router:
             else:
                 route.turn += 1
         if route.failures > 1:
-            self._block(route, now + self._backoff(route.failures - 1))
+            self._block(route, consistency, now + self._backoff(route.failures - 1))
         if route.failures % max(len(route.nodes), 2) == 0:
             self.refresh(route, now)
 
-    def busy(self, route: Route, mark: int, now: float) -> None:
+    def busy(self, route: Route, mark: int, now: float, *, consistency: int) -> None:
         """The node asked is the right one but does not take more; it is left alone for a while."""
         if route.evicted or mark != route.mark:
             return
         route.mark += 1
         route.failures += 1
-        self._block(route, now + self._backoff(route.failures))
+        self._block(route, consistency, now + self._backoff(route.failures))
         if route.failures % (len(route.nodes) + 3) == 0:
             route.leader = None  # it may have lost its leadership without knowing
             route.turn += 1
+            route.reader = (route.reader or 0) + 1
             self.refresh(route, now)
 
     def learn(self, descriptor: RangeDescriptor, leader: int | None) -> bool:

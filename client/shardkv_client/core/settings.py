@@ -26,7 +26,7 @@ class Settings:
     scan_page_entries_max: int = 1_000
     scan_page_bytes_max: int = 1024 * 1024
     backoff_seconds_min: float = 0.01
-    backoff_seconds_max: float = 0.2
+    backoff_seconds_max: float = 0.1
     """Well under an election, so that a new leader is found soon after it exists."""
     dial_seconds: float = 2.0
     """For the connection and its greeting together."""
