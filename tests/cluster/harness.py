@@ -1,20 +1,48 @@
-"""Real node processes for tests: a cluster on loopback in the test's own directory, and a client on it.
+"""Real node processes for tests: a cluster on loopback in the test's own directory, and clients on it.
 
 The process manager is the one that the demo and the load generator use. Blocking calls go through a thread, so a test
 may kill and restart nodes while its own client tasks carry on. When a test fails, every node's last log lines are
-shown. No test sleeps: it waits for a ``ready`` line, an answer or an exit.
+shown. No test sleeps to let something happen: it waits until it can be seen to have happened, with a deadline.
 """
 
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import trio
 
+from shardkv.errors import OutcomeUnknown, Unavailable
+from shardkv.types import RangeDescriptor, ReplicaRole
+from shardkv.wire.requests import Method
 from shardkv_bench.local_cluster import LocalCluster
+from shardkv_client import connect
+from shardkv_client.client import Client
 
-__all__ = ["LocalCluster", "cluster", "kill", "restart", "show_logs", "terminate"]
+__all__ = [
+    "LocalCluster",
+    "client",
+    "cluster",
+    "eventually",
+    "kill",
+    "leader_of",
+    "logs_on_failure",
+    "node_names",
+    "ranges_of",
+    "resident_bytes",
+    "restart",
+    "settled",
+    "show_logs",
+    "started",
+    "terminate",
+]
+
+SECONDS_MAX = 60.0
+"""What a condition may take to come true. Generous: it only ends tests that would hang."""
+POLL_SECONDS = 0.05
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -40,6 +68,48 @@ async def cluster(
             await trio.to_thread.run_sync(world.stop)
 
 
+@contextmanager
+def started(directory: Path, *, nodes: int = 3, options: Iterable[str] = ()) -> Iterator[LocalCluster]:
+    """A running cluster for a fixture that the tests of a module share. It may still be growing."""
+    with LocalCluster(directory, nodes=nodes, options=options) as world:
+        world.start()
+        yield world
+
+
+@contextmanager
+def logs_on_failure(world: LocalCluster) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        show_logs(world)
+        raise
+
+
+@asynccontextmanager
+async def client(world: LocalCluster, **options: Any) -> AsyncIterator[Client]:
+    """A client of the cluster. When the test fails inside, the nodes' logs are shown."""
+    with logs_on_failure(world):
+        async with connect(options.pop("addresses", world.connect), **options) as kv:
+            yield kv
+
+
+async def eventually(what: str, condition: Callable[[], Awaitable[T]], seconds: float = SECONDS_MAX) -> T:
+    """The condition's answer once it is true; an error of the database counts as not yet. Fails after ``seconds``."""
+    answer: object = None
+    with trio.move_on_after(seconds):
+        while True:
+            try:
+                found = await condition()
+            except (Unavailable, OutcomeUnknown) as error:
+                answer = error
+            else:
+                if found:
+                    return found
+                answer = found
+            await trio.sleep(POLL_SECONDS)
+    raise AssertionError(f"after {seconds:g} s it is not so that {what}; last seen: {answer!r}")
+
+
 async def kill(world: LocalCluster, name: str) -> None:
     """End a node as a crash would."""
     await trio.to_thread.run_sync(world.kill, name)
@@ -50,9 +120,55 @@ async def terminate(world: LocalCluster, name: str) -> int:
     return await trio.to_thread.run_sync(world.terminate, name)
 
 
-async def restart(world: LocalCluster, name: str) -> None:
-    """Start a node again on its data and wait until it serves."""
-    await trio.to_thread.run_sync(world.restart, name)
+async def restart(world: LocalCluster, *names: str) -> None:
+    """Start nodes again on their data and wait until they serve."""
+    for name in names:
+        world.start_node(name)
+    await trio.to_thread.run_sync(world.wait_ready, names)
+
+
+async def ranges_of(kv: Client) -> list[tuple[RangeDescriptor, int | None]]:
+    """Every range and its leader's node id, the placement group first."""
+    placement = await kv.call(Method.ROUTES, None, 1)
+    return [(RangeDescriptor.from_wire(descriptor), leader) for descriptor, leader in placement] + await kv.ranges()
+
+
+async def settled(kv: Client, nodes: int = 3) -> None:
+    """Wait until every range and the placement group have a voter on each of ``nodes`` nodes, and nothing moves."""
+
+    async def looks_so() -> bool:
+        for descriptor, leader in await ranges_of(kv):
+            voters = [replica for replica in descriptor.replicas if replica.role is ReplicaRole.VOTER]
+            if leader is None or len(voters) != nodes or len(descriptor.replicas) != nodes:
+                return False
+        status = await kv.status()
+        return bool(status["settled"]) and all(row["state"] == "live" for row in status["node_table"])
+
+    await eventually(f"every range has {nodes} voters and nothing moves", looks_so)
+
+
+async def node_names(kv: Client) -> dict[int, str]:
+    return {node.id: node.name for node in await kv.nodes()}
+
+
+async def leader_of(kv: Client, key: bytes) -> str:
+    """The name of the node that leads the key's range; waits until there is one."""
+
+    async def known() -> str | None:
+        for descriptor, leader in await kv.ranges():
+            if descriptor.span.contains(key) and leader is not None:
+                return (await node_names(kv)).get(leader)
+        return None
+
+    return str(await eventually(f"{key!r} has a leader", known))
+
+
+def resident_bytes(pid: int) -> int:
+    """What a process holds in memory."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"process {pid} has no VmRSS")
 
 
 def show_logs(world: LocalCluster) -> None:
