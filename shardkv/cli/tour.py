@@ -148,8 +148,9 @@ async def show_reads(client: Client) -> None:
     faces = []
     async with client.scan(b"cp/1F600", b"cp/1F650", timeout=TIMEOUT_SECONDS) as entries:
         async for entry in entries:
-            faces.append(json.loads(entry.value)["character"])
-    click.echo(f"    {len(faces)} keys: {' '.join(faces[:24])} …")
+            if len(entry.key) == len(b"cp/1F600"):  # keys are ordered as bytes: cp/1F61 lies in between
+                faces.append(json.loads(entry.value)["character"])
+    click.echo(f"    {len(faces)} faces: {' '.join(faces[:24])} …")
 
 
 async def show_compare_and_set(client: Client) -> None:
