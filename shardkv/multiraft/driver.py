@@ -248,6 +248,8 @@ class Driver:
             self.snapshots.install(replica, message)
         if turn.applies:
             self._apply(turn.applies)
+        for replica in turn.confirmed:
+            replica.serve_confirmed()
         for replica in turn.changed:
             self._role_changed(replica)
 

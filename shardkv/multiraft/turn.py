@@ -32,11 +32,21 @@ class Turn:
     """Snapshots to stream to followers."""
     applies: list[tuple[Replica, Message]] = field(default_factory=list)
     """Committed entries for the state machines."""
+    confirmed: list[Replica] = field(default_factory=list)
+    """Replicas with newly confirmed reads. Their index may be applied already: then nothing else will serve them."""
     changed: list[Replica] = field(default_factory=list)
     """Replicas whose role or leader changed."""
 
     def __bool__(self) -> bool:
-        return bool(self.appends or self.installs or self.messages or self.snapshots or self.applies or self.changed)
+        return bool(
+            self.appends
+            or self.installs
+            or self.messages
+            or self.snapshots
+            or self.applies
+            or self.confirmed
+            or self.changed
+        )
 
 
 def gather(replicas: Iterable[Replica]) -> tuple[Turn, list[Replica]]:
@@ -58,8 +68,10 @@ def _gather(replica: Replica, turn: Turn) -> bool:
         ready = raft.ready()
         if ready.soft_state is not None:
             turn.changed.append(replica)
-        for read_state in ready.read_states:
-            replica.confirm_reads(read_state.context, read_state.index)
+        if ready.read_states:
+            for read_state in ready.read_states:
+                replica.confirm_reads(read_state.context, read_state.index)
+            turn.confirmed.append(replica)
         for message in ready.messages:
             kind = message.type
             if kind is MessageType.STORAGE_APPEND:

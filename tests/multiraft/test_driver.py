@@ -1,0 +1,48 @@
+"""The driver and its turns on real logs, in virtual time."""
+
+import pytest
+import trio
+
+from shardkv.errors import EpochMismatch
+from tests.multiraft.world import world
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+
+async def test_a_confirmed_read_of_an_idle_range_is_served_at_once() -> None:
+    """Nothing may ever be applied again: a read whose index is applied already waits for nothing more."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        await hosts.agreed()
+        for host in hosts.values():
+            assert await host.read(b"k").wait() == b"v"
+
+
+async def test_a_split_makes_two_ranges_that_both_take_writes() -> None:
+    async with world(3) as hosts:
+        await hosts.write(b"a", b"1")
+        await hosts.write(b"m", b"2")
+        leader = hosts.leader()
+        await leader.split(b"m", 2).wait()
+        await hosts.write(b"b", b"3")
+        await hosts.write(b"n", b"4", 2)
+        await hosts.agreed(1)
+        await hosts.agreed(2)
+        for host in hosts.values():
+            assert (host.value(b"a"), host.value(b"m", 2), host.value(b"n", 2)) == (b"1", b"2", b"4")
+        with pytest.raises(EpochMismatch):
+            await hosts.leader().read(b"m").wait()
+
+
+async def test_everything_comes_back_after_a_crash_of_all_nodes() -> None:
+    async with world(3) as hosts:
+        for number in range(10):
+            await hosts.write(b"k%d" % number, b"v")
+        for host in hosts.values():
+            await host.crash(power=True)
+        for host in hosts.values():
+            await host.start()
+        await hosts.led()
+        await hosts.agreed()
+        assert all(host.value(b"k9") == b"v" for host in hosts.values())
+        await trio.sleep(1)
