@@ -6,7 +6,7 @@ from shardkv import errors
 from shardkv.types import Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.requests import Method
-from shardkv_client.core import Settings
+from shardkv_client.core import ScanCall, Settings
 from tests.client.world import World
 
 
@@ -391,3 +391,62 @@ def test_clients_spread_their_follower_reads():
         world.run(world.get(b"k", consistency=1))
         readers |= {node for node, asked in world.frames if asked[0].method == Method.GET}
     assert readers == {1, 2, 3}
+
+
+def test_addresses_of_nodes_that_are_gone_are_forgotten():
+    """A client outlives any number of nodes; its seeds stay."""
+    world = World(seeds=[1])
+    world.run(world.put(b"k", b"v"))
+    world.cluster.move(b"", [1], leader=1)
+    for node_id in range(2, 4):
+        del world.cluster.nodes[node_id]
+    world.core.router._nodes_asked_at = None
+    world.core.router.want_nodes(world.now)
+    world.settle()
+    assert list(world.core.links.peers) == ["n1:1"]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        [[b"b", b"v", 1, b"a", b"v", 1], False],
+        [[b"a", b"v", 1, b"a", b"v", 1], False],
+        [[b"a", b"v", 1, b"z", b"v", 1], False],
+        [[b"A", b"v", 1], False],
+        [[b"a", b"v", 1, b"b", b"v", 1, b"c", b"v", 1], False],
+        [[], True],
+        [[b"a", b"v"], False],
+        [["a", b"v", 1], False],
+        [[b"a", b"v", 1]],
+    ],
+    ids=repr,
+)
+def test_a_page_that_no_scan_can_have_costs_the_connection(page):
+    """Out of order, twice, outside the span, above the limit, empty but not the last: none of it reaches the caller."""
+    world = World(nodes=1)
+    world.run(world.put(b"b", b"v"))
+    node = world.cluster.nodes[1]
+    handle = node._handle
+    broken = [True]
+
+    def once(request):
+        return page if request.method == Method.SCAN and broken.pop() else handle(request)
+
+    node._handle = lambda request: once(request) if broken else handle(request)
+    call = world.submit(
+        ScanCall(
+            b"a",
+            b"a",
+            b"d",
+            consistency=0,
+            limit=2,
+            bytes_max=1_000,
+            reverse=False,
+            keys_only=False,
+            deadline=world.now + 5,
+        )
+    )
+    flat, more, _ = world.run(call)
+    assert flat[0] == b"b"
+    assert not more
+    assert call.attempts == 2

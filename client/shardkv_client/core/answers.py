@@ -95,6 +95,8 @@ def check_page(call: ScanCall, result: object, sent: Sent) -> tuple[list[Any], b
     for key in keys:
         if type(key) is not bytes:
             raise ProtocolError("a scan was answered with a key that is not bytes")
+    if len(keys) > call.limit or (more and not keys):
+        raise ProtocolError("a scan was answered with more than its limit, or with an empty page that is not the last")
     ordered = sorted(set(keys), reverse=call.reverse)
     if ordered != keys:
         raise ProtocolError("a scan was answered out of order")

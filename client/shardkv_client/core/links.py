@@ -102,7 +102,7 @@ class Link:
 class Links:
     def __init__(
         self,
-        seeds: Iterable[str],
+        seeds: list[str],
         *,
         settings: Settings,
         backoff: Callable[[int], float],
@@ -115,6 +115,7 @@ class Links:
         self._timers = timers
         self._on_ready = on_ready
         self._on_lost = on_lost
+        self._seeds = frozenset(seeds)
         self.peers: dict[str, Peer] = {address: Peer(address) for address in seeds}
         self._by_node: dict[int, Peer] = {}
         self.nodes: dict[int, NodeInfo] = {}
@@ -146,6 +147,11 @@ class Links:
             self._by_node[node.id] = peer
         for node_id in [known for known in self._by_node if known not in self.nodes]:
             del self._by_node[node_id]
+        listed = {node.address for node in self.nodes.values()} | self._seeds
+        for address in [known for known in self.peers if known not in listed]:
+            peer = self.peers[address]
+            if peer.link is None and not peer.waiting and peer not in self._by_node.values():
+                del self.peers[address]  # so that a client outlives any number of nodes
 
     # --- choosing -----------------------------------------------------------------------------------------------
 

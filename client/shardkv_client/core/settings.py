@@ -40,5 +40,3 @@ class Settings:
     lookups_at_once_max: int = 4
     lookup_seconds: float = 5.0
     ranges_cached_max: int = 100_000
-    drops_remembered_max: int = 64
-    """Connections being wound down after a GOODBYE."""
