@@ -23,6 +23,8 @@ from shardkv.types import KeyRange
 
 LOCAL_PREFIX: Final = b"\x01"
 SYSTEM_PREFIX: Final = b"\x02"
+SYSTEM_END: Final = b"\x03"
+"""The first key after every range's system rows."""
 USER_PREFIX: Final = b"\x10"
 USER_END: Final = b"\x11"
 """The first key after every user key; what an unbounded span ends at."""
@@ -57,8 +59,14 @@ def system_prefix(range_id: int) -> bytes:
 def system_span(range_id: int) -> tuple[bytes, bytes]:
     """All replicated system rows of a range, half-open."""
     if range_id == (1 << 64) - 1:
-        return system_prefix(range_id), b"\x03"
+        return system_prefix(range_id), SYSTEM_END
     return system_prefix(range_id), system_prefix(range_id + 1)
+
+
+def system_key_range_id(key: bytes) -> int:
+    """The range whose replicated system row a key names."""
+    range_id: int = _SYSTEM_HEAD.unpack_from(key)[1]
+    return range_id
 
 
 def kind_span(range_id: int, kind: bytes) -> tuple[bytes, bytes]:

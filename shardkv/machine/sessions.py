@@ -176,9 +176,6 @@ class Session:
         self.pieces.append((row, lowest, highest, piece))
         if highest > self.highest:
             self.highest = highest
-        self.acknowledge(row, acknowledged_below)
-
-    def acknowledge(self, row: int, acknowledged_below: int) -> None:
         self.last_row = row
         if acknowledged_below > self.acknowledged_below:
             self.acknowledged_below = acknowledged_below
@@ -242,11 +239,10 @@ class SessionTable:
             piece = value[offset:end]
             _, session_id, below, count = _PIECE_HEAD.unpack_from(piece)
             session = self.session(session_id)
-            if count:
-                sequences = piece_records(piece)
-                session.add(index, below, min(sequences), max(sequences), piece)
-            else:
-                session.acknowledge(index, below)
+            if not count:
+                raise Corruption(f"session row {index} names session {session_id.hex()} without a record")
+            sequences = piece_records(piece)
+            session.add(index, below, min(sequences), max(sequences), piece)
             named.append(session.id)
             offset = end
         self.remember_row(index, issued_at, tuple(named))
@@ -293,7 +289,9 @@ class SessionTable:
         for session_id in sorted(self.sessions):
             session = self.sessions[session_id]
             below = session.acknowledged_below
-            living = {sequence: record for sequence, record in sorted(session.records().items()) if sequence >= below}
+            living = {sequence: record for sequence, record in session.records().items() if sequence >= below}
+            # The row that last named the session holds at least one record that it has not settled.
+            assert living, f"session {session_id.hex()} has settled all it has, below {below}"
             parts.append(pack_mixed(session_id, below, living))
         return b"".join(parts)
 

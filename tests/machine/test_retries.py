@@ -7,7 +7,7 @@ import pytest
 from shardkv import errors
 from shardkv.machine import keys
 from shardkv.machine.execution import ISSUED_AHEAD_MS_MAX
-from shardkv.machine.sessions import SessionTable, pack_mixed, pack_row, piece_records, row_pieces
+from shardkv.machine.sessions import Record, SessionTable, pack_mixed, pack_row, piece_records, row_pieces
 from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX, Epoch
 from shardkv.wire import commands
 
@@ -152,6 +152,19 @@ def test_acknowledged_below_lets_the_records_go() -> None:
         range_.do(client, client.put(b"k", b""))
         client.below = client.sequence + 1
     assert len(range_.machine.sessions(range_.engine).sessions[client.session].records()) <= 2
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_records_above_acknowledged_below_stay_although_older_ones_of_their_entry_go(reload: bool) -> None:
+    range_, client = World(), Client()
+    old, living = client.increment(b"n"), [client.increment(b"n") for _ in range(4)]
+    range_.do(client, old, *living)
+    client.below = 3
+    range_.do(client, client.put(b"k", b""))
+    if reload:
+        range_.reload()
+    assert range_.do(client, living[-1]) == 5
+    assert code(range_.do(client, old)) == errors.SequenceReused.code
 
 
 def test_an_outcome_that_is_not_recorded_moves_no_session() -> None:
@@ -331,9 +344,23 @@ def test_records_hold_outcomes_and_never_values() -> None:
     assert [sorted(piece_records(piece)) for piece in row_pieces(row)] == [[1, 2]]
 
 
-def test_a_row_of_an_unknown_format_is_corruption() -> None:
-    row = pack_row(1, [pack_mixed(b"s" * 16, 1, {})])
-    assert SessionTable.load([(1, row)]).statistics() == (1, 1, 0)
-    for damaged in (b"\x07" + row[1:], row[:9] + b"\x07" + row[10:]):
+def test_expired_rows_are_let_go_from_memory() -> None:
+    """An hour of writes leaves a minute's rows."""
+    range_ = World()
+    for _ in range(600):
+        range_.now_ms += 6_000
+        client = Client(now_ms=range_.now_ms)
+        client.sequence = client.below = range_.machine.applied_index
+        range_.do(client, client.put(b"k", b""))
+    table = range_.machine.sessions(range_.engine)
+    assert len(table.rows) == 11
+    assert len(table._rows) <= 2 * 11
+
+
+def test_a_row_that_is_damaged_or_of_an_unknown_format_is_corruption() -> None:
+    row = pack_row(1, [pack_mixed(b"s" * 16, 1, {3: Record(7, 0, 9)})])
+    assert SessionTable.load([(1, row)]).statistics() == (1, 1, 50)
+    empty = pack_row(1, [pack_mixed(b"s" * 16, 1, {})])
+    for damaged in (b"\x07" + row[1:], row[:9] + b"\x07" + row[10:], empty):
         with pytest.raises(errors.Corruption):
             SessionTable.load([(1, damaged)])
