@@ -237,6 +237,30 @@ def test_trap_10_an_acknowledgement_of_overwritten_entries_does_not_count() -> N
     assert node.ready().committed_entries == first
 
 
+def test_trap_10_an_acknowledgement_names_the_entry_that_it_is_for() -> None:
+    """The same race within one term: entries of an earlier term are overwritten while their write is reported."""
+    node = fresh(2)
+    node.step(Message(M.APP, 2, 1, 1, entries=(Entry(1, 1),)))
+    node.step(Message(M.HEARTBEAT, 2, 3, 2))
+    late = [answer for answer in after_write(node.ready()) if answer.type is M.STORAGE_APPEND_RESP]
+    node.step(Message(M.APP, 2, 3, 2, entries=(Entry(2, 1),)))
+    assert [answer.term for answer in late] == [node.term]
+    node.step(late[0])
+    assert node.raft.log.stable == 0
+
+
+def test_entries_stay_in_memory_while_their_write_is_not_acknowledged() -> None:
+    """With synchronous writes entries are applied in the same step; a change of term may drop the acknowledgement."""
+    node = fresh(2, async_storage_writes=False)
+    node.step(Message(M.APP, 2, 1, 1, entries=(Entry(1, 1),), commit=1))
+    node.ready()
+    node.step(Message(M.HEARTBEAT, 2, 3, 2))
+    node.advance()
+    assert (node.applied, node.raft.log.stable) == (1, 0)
+    assert node.raft.log.tail == [Entry(1, 1)]
+    node.check()
+
+
 def test_an_acknowledgement_lost_to_a_change_of_term_is_made_up_for() -> None:
     """etcd-io/raft: every storage message acknowledges the log as it is, else the entries would stay in memory."""
     node = fresh(2)
@@ -352,7 +376,7 @@ def test_an_append_is_bounded_in_bytes_but_never_empty() -> None:
 def test_what_is_handed_out_to_be_applied_is_bounded_across_readys() -> None:
     """``committed_bytes_per_ready_max`` counts everything out and not yet acknowledged, as in etcd."""
     size = 100 + ENTRY_OVERHEAD_BYTES
-    node = fresh(2, committed_bytes_per_ready_max=2 * size)
+    node = fresh(2, committed_bytes_per_ready_max=2 * size + 10)
     entries = tuple(Entry(1, index, data=b"x" * 100) for index in range(1, 6))
     node.step(Message(M.APP, 2, 1, 1, entries=entries, commit=5))
     for answer in after_write(node.ready()):

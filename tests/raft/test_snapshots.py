@@ -115,15 +115,16 @@ def test_no_snapshot_is_made_for_a_follower_that_is_away() -> None:
     """etcd-io/raft: making one is expensive, and whoever is away cannot take it."""
     cluster = led(check_quorum=True)
     cluster.isolate(3)
-    cluster[1].report_unreachable(3)
     cluster[1].propose(b"a")
+    cluster.settle()
+    cluster[1].report_unreachable(3)
     cluster.tick(1, count=25)
     assert not cluster[1].status().progress[3].recent_active
     cluster.hosts[1].compact()
     cluster[1].propose(b"b")
     assert cluster[1].status().progress[3].state is ProgressState.PROBE
     cluster.heal()
-    cluster.tick(1, count=2)
+    cluster.tick(1, count=3)
     assert cluster.hosts[3].applied == [b"a", b"b"]
 
 
@@ -141,3 +142,17 @@ def test_a_snapshot_that_is_not_ready_yet_is_asked_for_again() -> None:
     cluster.hosts[1].storage.busy = False
     cluster.tick(1, count=2)
     assert cluster.hosts[3].applied == [b"a"]
+
+
+def test_a_snapshot_older_than_a_compacted_log_never_moves_the_replica_back() -> None:
+    """Paper 7: it comes late; nothing in the log can tell any more that it agrees."""
+    cluster = led()
+    for _ in range(5):
+        cluster[1].propose(b"x")
+    cluster.settle()
+    cluster.tick(1)
+    host = cluster.hosts[2]
+    host.compact()
+    host.node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot_at(2, voters=(1, 2, 3))))
+    assert (host.node.committed, host.node.last_index) == (6, 6)
+    assert host.node.raft.log.snapshot is None
