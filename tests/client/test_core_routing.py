@@ -450,3 +450,28 @@ def test_a_page_that_no_scan_can_have_costs_the_connection(page):
     assert flat[0] == b"b"
     assert not more
     assert call.attempts == 2
+
+
+def test_the_child_of_a_split_is_sought_where_its_parent_was_led():
+    """It is led there at first; guessing otherwise would cost a round trip for each split."""
+    world = World()
+    world.cluster.range_of(b"z").leader = 3
+    world.run(world.put(b"z", b"v"))
+    world.cluster.split(b"m")
+    world.run(world.put(b"z", b"w"))
+    assert {node for node, asked in world.frames if asked[0].method == Method.WRITE} == {3}
+
+
+def test_a_node_that_accepts_but_never_greets_is_given_up():
+    """The dial and its greeting have a bound of their own; the call goes elsewhere after it."""
+    world = World()
+    world.cluster.range_of(b"k").leader = 3
+    world.mute.add(3)
+    call = world.put(b"k", b"v")
+    world.pass_time(1.0)
+    assert not call.done
+    world.cluster.range_of(b"k").leader = 2
+    started = world.now
+    world.run(call)
+    assert world.now - started < 1.5
+    assert call.attempts >= 1

@@ -131,9 +131,6 @@ class RangeCache:
         if any(not descriptor.newer_than(route.descriptor) for route in overlapped):
             return None
         evicted = overlapped if known is None or known in overlapped else [*overlapped, known]
-        if leader is None:
-            # The child of a split is led, at first, by whoever led its parent.
-            leader = next((route.leader for route in evicted if route.leader is not None), None)
         for route in evicted:
             self._evict(route)
         if len(self._by_start) >= self._ranges_max:

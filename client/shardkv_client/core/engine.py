@@ -20,6 +20,7 @@ from shardkv.errors import (
     ShardKVError,
 )
 from shardkv.errors import from_wire as error_from_wire
+from shardkv.types import EVERY_KEY
 from shardkv.wire.commands import Op
 from shardkv.wire.frames import FrameKind
 from shardkv.wire.handshake import Welcome
@@ -462,7 +463,12 @@ class Core:
         route = sent.route
         node_id = link.peer.node_id
         if isinstance(error, EpochMismatch):
-            news = [router.learn(descriptor, None) for descriptor in error.current]
+            # The children of a split are led, at first, by whoever led their parent.
+            known = sent.descriptor.span if sent.descriptor is not None else EVERY_KEY
+            news = [
+                router.learn(descriptor, route.leader if descriptor.span.overlaps(known) else None)
+                for descriptor in error.current
+            ]
             if isinstance(call, DeleteRangeCall) and call.sealed is not None:
                 self._recut(link, call, error)
             if not any(news) and not route.evicted and route.descriptor is sent.descriptor:
