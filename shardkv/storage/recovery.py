@@ -160,7 +160,8 @@ class _Recovery:
         cut_bytes = self._cut(damage, later)
         for segment_id in leftovers:
             self._disk.unlink(segment_path(self._directory, segment_id))
-        self._disk.sync_directory(self._directory)
+        if later or leftovers:
+            self._disk.sync_directory(self._directory)
         return Recovered(self._state, self._sequence, cut_bytes)
 
     # Reading

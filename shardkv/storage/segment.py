@@ -1,7 +1,7 @@
 """One file of the shared Raft log: its name, how far it is filled, who has entries in it, and how it comes to be.
 
-Does not live here: what the records in it say. The rule: a segment gets its final name only when it is zero-filled and
-synced, and the directory is synced before anything in it is relied on.
+Does not live here: what the records in it say. The rule: a segment gets its final name only when it is zero-filled, and
+the directory is synced before anything is written to it.
 """
 
 import re
@@ -106,7 +106,6 @@ class Spares:
         try:
             file.truncate(0)
             file.allocate(self._segment_bytes)
-            file.sync()
         except BaseException:
             file.close()
             raise
@@ -118,7 +117,6 @@ class Spares:
         path, file = ready if ready is not None else self._make()
         if segment.size > self._segment_bytes:
             file.allocate(segment.size)
-            file.sync()
         self._disk.rename(path, segment.path)
         self._disk.sync_directory(self._directory)
         segment.file = file

@@ -6,6 +6,7 @@ import pytest
 
 from shardkv.errors import Corruption, StorageError
 from shardkv.raft.messages import ConfState, Entry, EntryType, HardState
+from shardkv.storage import recovery
 from shardkv.storage.record import HEADER, HEADER_BYTES, CompactLog, CreateGroup, LogUpdate
 from shardkv.storage.wal import Wal, WalSettings
 from shardkv.types import RangeId, ReplicaId
@@ -228,6 +229,90 @@ def test_zeros_over_a_synced_record_are_no_end_of_the_log() -> None:
         broken.names[path].current[start:end] = bytes(end - start)
         with pytest.raises(Corruption, match=rf"offset {start} \(number {sequence}\)"):
             Wal.open(broken, DIRECTORY, SMALL, token=TOKEN)
+
+
+@pytest.mark.parametrize("window_bytes", range(5, 61, 5))
+def test_a_witness_is_found_wherever_the_windows_end(monkeypatch: pytest.MonkeyPatch, window_bytes: int) -> None:
+    """The search reads in windows; a record may begin across the border of two."""
+    monkeypatch.setattr(recovery, "WINDOW_BYTES", window_bytes)
+    disk, _, path = small_log(3)
+    start, end, _, _ = records_in(bytes(disk.names[path].current))[-2]
+    for shift in range(4):
+        broken = disk.copy()
+        broken.names[path].current[start + shift : end] = bytes(end - start - shift)
+        with pytest.raises(Corruption, match="says that it was synced"):
+            Wal.open(broken, DIRECTORY, SMALL, token=TOKEN)
+
+
+def test_a_record_missing_at_the_end_of_a_closed_segment_is_corruption() -> None:
+    """Also one that leaves the checkpoint after it as it was: it overwrote an entry by one of the same index."""
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    wal.append([LogUpdate(R1, HardState(2), (Entry(1, 1), Entry(1, 2)))])()
+    wal.append([LogUpdate(R1, entries=(Entry(2, 2, EntryType.NORMAL, b"the truth"),))])()
+    wal.append([LogUpdate(R1, entries=(Entry(2, 3, EntryType.NORMAL, bytes(1700)),))])()
+    first, second = (f"{DIRECTORY}/{number:016x}.wal" for number in (1, 2))
+    assert second in disk.names
+    start, end, sequence, _ = records_in(bytes(disk.names[first].current))[-1]
+    disk.names[first].current[start:end] = bytes(end - start)
+    with pytest.raises(Corruption, match=rf"number {sequence}\)"):
+        Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+
+
+def test_the_checkpoint_of_a_new_segment_vouches_for_all_before_it() -> None:
+    """One job wrote the end of a segment and the beginning of the next; nothing later says that the former was synced,
+    but the writer syncs a segment before it writes to another."""
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    wal.append([LogUpdate(R1, HardState(1), (Entry(1, 1),))])
+    wal.append([LogUpdate(R1, entries=(Entry(1, 2, EntryType.NORMAL, bytes(1800)),))])()
+    first = f"{DIRECTORY}/{1:016x}.wal"
+    start, _, sequence, _ = records_in(bytes(disk.names[first].current))[-1]
+    disk.names[first].current[start + HEADER_BYTES] ^= 1
+    with pytest.raises(Corruption, match=rf"number {sequence}\)"):
+        Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+
+
+def test_a_segment_that_was_named_and_never_written_to_goes() -> None:
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    job = wal.append([LogUpdate(R1, HardState(1), (Entry(1, 1, EntryType.NORMAL, bytes(2000)),))])
+    second = f"{DIRECTORY}/{2:016x}.wal"
+
+    def observe(_name: str, _path: str) -> None:
+        if second in disk.names:
+            raise Crash
+
+    disk.observe = observe
+    with pytest.raises(Crash):
+        job()
+    survivor = disk.copy()
+    again = Wal.open(survivor, DIRECTORY, SMALL, token=TOKEN)
+    assert again.statistics().sequence == 2
+    assert [name for name in survivor.lost().names if name.endswith(".wal")] == [f"{DIRECTORY}/{1:016x}.wal"]
+
+
+def test_an_old_segment_whose_removal_a_crash_undid_goes_again() -> None:
+    """Segments are unlinked oldest first; the directory's blocks need not reach the disk in that order."""
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(1))
+    while driver.wal.statistics().segments < 4:
+        driver.append(*(driver.update(RangeId(range_id)) for range_id in (1, 2, 3)))
+    driver.sync()
+    oldest = f"{DIRECTORY}/{1:016x}.wal"
+    saved = disk.names[oldest]
+    while driver.wal.statistics().oldest_segment_id < 3:
+        driver.step()
+    driver.sync()
+    assert f"{DIRECTORY}/{2:016x}.wal" not in disk.names
+    crashed = disk.copy()
+    crashed.names[oldest] = crashed.durable_names[oldest] = saved
+    again = Wal.open(crashed, DIRECTORY, SMALL, token=TOKEN)
+    assert state_of(again) == driver.model.state()
+    assert oldest not in crashed.lost().names
 
 
 def test_a_user_value_that_looks_like_a_record_is_no_witness() -> None:
