@@ -1,0 +1,127 @@
+"""A TCP proxy between a client and the nodes that cuts connections after exactly so many bytes, one way or the other.
+
+Lives here: the proxies of all nodes of a cluster, and the client environment whose dials go through them. The bytes
+before the cut arrive, followed by an orderly end; what comes after it is lost. While the gate is shut, nothing gets
+through at all, as in a partition between the client and every node.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import Enum
+from functools import partial
+
+import trio
+
+from shardkv_client.environment import RealEnvironment, Stream
+from tests.cluster.harness import LocalCluster
+
+
+class Way(Enum):
+    REQUEST = "request"
+    ANSWER = "answer"
+
+
+class Proxies:
+    """One proxy in front of each node. The byte counts and cuts are over all of them together."""
+
+    def __init__(self) -> None:
+        self.ports: dict[str, int] = {}
+        """By the node's own address."""
+        self.passed = dict.fromkeys(Way, 0)
+        """Bytes that came through, each way."""
+        self.cuts = 0
+        self._cut_at: tuple[Way, int] | None = None
+        self._shut = False
+        self._shut_after_cut = False
+        self._open: dict[trio.CancelScope, None] = {}
+
+    def cut_after(self, way: Way, count: int, *, and_shut: bool = False) -> None:
+        """Cut the connection that carries the ``count``-th byte from now right behind it; then shut the gate, if so.
+
+        After 0 bytes means: the first thing that comes is lost with its connection.
+        """
+        self._cut_at = (way, count)
+        self._shut_after_cut = and_shut
+
+    def forget_cut(self) -> None:
+        self._cut_at = None
+
+    def shut(self) -> None:
+        """Cut every connection and let no new one through."""
+        self._shut = True
+        for scope in list(self._open):
+            scope.cancel()
+
+    def open(self) -> None:
+        self._shut = False
+
+    async def serve(self, target: str, client: trio.SocketStream) -> None:
+        if self._shut:
+            await client.aclose()
+            return
+        host, _, port = target.rpartition(":")
+        try:
+            node = await trio.open_tcp_stream(host, int(port))
+        except OSError:
+            await client.aclose()
+            return
+        with trio.CancelScope() as scope:
+            self._open[scope] = None
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._pump, client, node, Way.REQUEST, scope)
+                    nursery.start_soon(self._pump, node, client, Way.ANSWER, scope)
+            finally:
+                del self._open[scope]
+                with trio.CancelScope(shield=True):
+                    await client.aclose()
+                    await node.aclose()
+
+    async def _pump(
+        self, source: trio.SocketStream, sink: trio.SocketStream, way: Way, scope: trio.CancelScope
+    ) -> None:
+        try:
+            while data := await source.receive_some(65536):
+                kept = self._before_cut(way, data)
+                if kept:
+                    self.passed[way] += len(kept)
+                    await sink.send_all(kept)
+                if len(kept) < len(data) or self._cut_at == (way, 0):
+                    self._cut_at = None
+                    self.cuts += 1
+                    if self._shut_after_cut:
+                        self.shut()
+                    break
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        scope.cancel()
+
+    def _before_cut(self, way: Way, data: bytes) -> bytes:
+        if self._cut_at is None or self._cut_at[0] is not way:
+            return data
+        count = self._cut_at[1]
+        self._cut_at = (way, max(0, count - len(data)))
+        return data[:count]
+
+
+class ThroughProxies(RealEnvironment):
+    """A client's environment that dials each node through its proxy."""
+
+    def __init__(self, proxies: Proxies) -> None:
+        super().__init__()
+        self._proxies = proxies
+
+    async def dial(self, address: str) -> Stream:
+        return await super().dial(f"127.0.0.1:{self._proxies.ports[address]}")
+
+
+@asynccontextmanager
+async def proxies_of(world: LocalCluster) -> AsyncIterator[Proxies]:
+    proxies = Proxies()
+    async with trio.open_nursery() as nursery:
+        for address in world.addresses.values():
+            serve = partial(trio.serve_tcp, partial(proxies.serve, address), 0, host="127.0.0.1")
+            listeners = await nursery.start(serve)
+            proxies.ports[address] = listeners[0].socket.getsockname()[1]
+        yield proxies
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,234 @@
+"""A write whose connection is cut anywhere is applied once, and its outcome is never told wrong (DESIGN 2.4, 4.6)."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from shardkv.errors import OutcomeUnknown, Unavailable
+from shardkv.wire.requests import Method
+from shardkv_client.client import Client
+from tests.cluster.harness import (
+    LocalCluster,
+    client,
+    eventually,
+    kill,
+    leader_of,
+    node_names,
+    restart,
+    settled,
+    started,
+)
+from tests.cluster.proxy import Proxies, ThroughProxies, Way, proxies_of
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("retries")]
+
+SAMPLES = 9
+"""Positions tried in each direction; `python -m tests.cluster.soak cuts` tries every one."""
+TIMEOUT = 30.0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with started(tmp_path_factory.mktemp("retries")) as running:
+        yield running
+
+
+@asynccontextmanager
+async def both(world: LocalCluster) -> AsyncIterator[tuple[Client, Client, Proxies]]:
+    """A client behind proxies, one with connections of its own, and the proxies."""
+    async with (
+        proxies_of(world) as proxies,
+        client(world) as direct,
+        client(world, environment=ThroughProxies(proxies)) as cut,
+    ):
+        await settled(direct)
+        yield cut, direct, proxies
+
+
+def positions(length: int, samples: int = SAMPLES) -> list[int]:
+    """Places to cut in ``length`` bytes: both ends, what lies around a frame's head, and some between."""
+    if samples > length:
+        return list(range(length + 1))
+    return sorted({0, 1, 6, 7, length - 1, length, *range(0, length, max(1, length // (samples - 5)))})
+
+
+async def lengths(proxies: Proxies, operation: Callable[[], Awaitable[object]]) -> dict[Way, int]:
+    """How many bytes an operation takes each way, once everything about the cluster is known."""
+    await operation()
+    before = dict(proxies.passed)
+    await operation()
+    return {way: proxies.passed[way] - before[way] for way in Way}
+
+
+async def cut_increments(cut: Client, direct: Client, proxies: Proxies, samples: int = SAMPLES) -> int:
+    """Increments with a cut at each place. How many cuts there were."""
+    expected = 0
+
+    async def increment() -> None:
+        nonlocal expected
+        expected += 1
+        assert await cut.increment(b"cut/counter", 1, timeout=TIMEOUT) == expected
+
+    await direct.delete(b"cut/counter")
+    cuts = proxies.cuts
+    for way, length in (await lengths(proxies, increment)).items():
+        for position in positions(length, samples):
+            proxies.cut_after(way, position)
+            await increment()
+            proxies.forget_cut()
+    entry = await direct.get(b"cut/counter")
+    assert entry is not None
+    assert entry.value == b"%d" % expected
+    return proxies.cuts - cuts
+
+
+async def cut_conditional_puts(cut: Client, direct: Client, proxies: Proxies, samples: int = SAMPLES) -> int:
+    """Conditional puts with a cut at each place: applied twice, the second would find another version."""
+    version = 0
+
+    async def put() -> None:
+        nonlocal version
+        version = await cut.put(b"cut/conditional", b"value", if_version=version, timeout=TIMEOUT)
+
+    await direct.delete(b"cut/conditional")
+    cuts = proxies.cuts
+    for way, length in (await lengths(proxies, put)).items():
+        for position in positions(length, samples):
+            proxies.cut_after(way, position)
+            await put()
+            proxies.forget_cut()
+            entry = await direct.get(b"cut/conditional")
+            assert entry is not None
+            assert entry.version == version
+    return proxies.cuts - cuts
+
+
+async def cut_puts(cut: Client, direct: Client, proxies: Proxies, samples: int = SAMPLES) -> int:
+    """Puts with a cut in the answer, and another's write before the retry, which must not undo it."""
+
+    async def put() -> int:
+        return await cut.put(b"cut/put", b"mine", timeout=TIMEOUT)
+
+    cuts = proxies.cuts
+    length = (await lengths(proxies, put))[Way.ANSWER]
+    for position in positions(length - 1, samples):
+        proxies.cut_after(Way.ANSWER, position, and_shut=True)
+        versions: list[int] = []
+
+        async def put_once(found: list[int] = versions) -> None:
+            found.append(await put())
+
+        async with trio.open_nursery() as nursery:
+            seen = proxies.cuts
+            nursery.start_soon(put_once)
+
+            async def was_cut(seen: int = seen) -> bool:
+                return proxies.cuts > seen
+
+            await eventually("the answer was cut", was_cut)
+            theirs = await direct.put(b"cut/put", b"theirs")
+            proxies.open()
+        entry = await direct.get(b"cut/put")
+        assert entry is not None
+        assert (entry.value, entry.version) == (b"theirs", theirs)
+        assert versions[0] < theirs
+    return proxies.cuts - cuts
+
+
+@pytest.mark.parametrize("writes", [cut_increments, cut_conditional_puts, cut_puts])
+async def test_a_write_is_applied_once_wherever_its_connection_is_cut(
+    world: LocalCluster, writes: Callable[[Client, Client, Proxies], Awaitable[int]]
+) -> None:
+    """DESIGN 4.6: the retry is byte-identical under the same (session, sequence), and finds its outcome recorded."""
+    async with both(world) as (cut, direct, proxies):
+        assert await writes(cut, direct, proxies) >= SAMPLES - 2
+
+
+async def lose_answer_then(world: LocalCluster, key: bytes, meanwhile: Callable[[Client], Awaitable[None]]) -> None:
+    """Lose the answer to an increment, do something to the cluster, let the retry through: it was applied once."""
+    async with both(world) as (cut, direct, proxies):
+        await direct.delete(key)
+        assert await cut.increment(key, 7, timeout=TIMEOUT) == 7
+        proxies.cut_after(Way.ANSWER, 0, and_shut=True)
+        sums: list[int] = []
+
+        async def increment() -> None:
+            sums.append(await cut.increment(key, 1, timeout=TIMEOUT))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(increment)
+
+            async def applied() -> bool:
+                entry = await direct.get(key)
+                return entry is not None and entry.value == b"8"
+
+            await eventually("the increment whose answer is lost is applied", applied)
+            await meanwhile(direct)
+            proxies.open()
+        assert sums == [8]
+        entry = await direct.get(key)
+        assert entry is not None
+        assert entry.value == b"8"
+
+
+async def test_a_retry_after_a_split_finds_its_outcome_on_the_other_side(world: LocalCluster) -> None:
+    """Trap 12: the dedupe table is copied on a split; the key lies in the right half by the time of the retry."""
+
+    async def split(direct: Client) -> None:
+        await direct.call(Method.SPLIT, b"moved/", key=b"moved/", timeout=TIMEOUT)
+
+    await lose_answer_then(world, b"moved/key", split)
+
+
+async def test_a_retry_after_a_transfer_finds_its_outcome_at_the_new_leader(world: LocalCluster) -> None:
+    """Trap 12: the dedupe table is replicated state."""
+
+    async def transfer(direct: Client) -> None:
+        name = await leader_of(direct, b"transferred")
+        other = next(node_id for node_id, other in (await node_names(direct)).items() if other != name)
+        range_id = next(each.range_id for each, _ in await direct.ranges() if each.span.contains(b"transferred"))
+        await direct.call(Method.TRANSFER, range_id, other, range_id=range_id, timeout=TIMEOUT)
+
+    await lose_answer_then(world, b"transferred", transfer)
+
+
+async def test_a_retry_after_the_leaders_crash_finds_its_outcome_at_the_new_leader(world: LocalCluster) -> None:
+    """Trap 12, with kill -9 instead of a transfer."""
+    victims: list[str] = []
+
+    async def crash(direct: Client) -> None:
+        victims.append(await leader_of(direct, b"orphaned"))
+        await kill(world, victims[0])
+
+    try:
+        await lose_answer_then(world, b"orphaned", crash)
+    finally:
+        await restart(world, *victims)
+
+
+async def test_a_write_whose_outcome_cannot_be_known_says_so_and_nothing_else(world: LocalCluster) -> None:
+    """DESIGN 2.4: once bytes were handed to a connection only OutcomeUnknown is true, whether it was applied or not."""
+    async with both(world) as (cut, direct, proxies):
+
+        async def put() -> None:
+            await cut.put(b"unknown", b"value", timeout=TIMEOUT)
+
+        sizes = await lengths(proxies, put)
+        places = [(Way.REQUEST, position) for position in (0, sizes[Way.REQUEST] // 2, sizes[Way.REQUEST])]
+        places += [(Way.ANSWER, position) for position in (0, sizes[Way.ANSWER] - 1)]
+        for number, (way, position) in enumerate(places):
+            await put()
+            proxies.cut_after(way, position, and_shut=True)
+            with pytest.raises(OutcomeUnknown):
+                await cut.put(b"unknown", b"%05d" % number, timeout=0.7)
+            with pytest.raises(Unavailable):
+                await cut.put(b"unknown", b"never sent", timeout=0.3)
+            with pytest.raises(Unavailable):
+                await cut.get(b"unknown", timeout=0.3)
+            proxies.open()
+            entry = await direct.get(b"unknown")
+            assert entry is not None
+            applied = position == sizes[way] or way is Way.ANSWER
+            assert entry.value == (b"%05d" % number if applied else b"value"), (way, position)
