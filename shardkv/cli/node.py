@@ -5,6 +5,7 @@ node is and does lives in ``shardkv.server``.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -88,7 +89,8 @@ async def _run(config: NodeConfig) -> None:
 
     stop = trio.Event()
     with _signals(stop):
-        await run_node(config, real_environment(), ready=_print_ready, stop=stop)
+        # This process is the node and nothing else, so the node decides when garbage is collected.
+        await run_node(config, real_environment(), ready=_print_ready, stop=stop, collector=gc)
 
 
 def _print_ready(name: str, address: str) -> None:

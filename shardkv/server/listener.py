@@ -4,6 +4,7 @@ Lives here: what becomes of a connection from accept to close, and the bound on 
 requests and messages mean. Each connection has its own task; whatever goes wrong with it ends it alone.
 """
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
@@ -28,6 +29,15 @@ PEER_FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
 """A turn's messages for one peer; peers are trusted further than clients."""
 ANSWER_BUFFER_BYTES_MAX: Final = 32 * 1024 * 1024
 """Answers to one client that are not sent yet. Its requests stop being looked at long before this."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerStatistics:
+    """A frozen picture of the open connections."""
+
+    connections: int
+    """All: clients, nodes, and those still greeting."""
+    clients: int
 
 
 class Listener:
@@ -150,6 +160,9 @@ class Listener:
             if not data:
                 return
             frames = decoder.feed(data)
+
+    def statistics(self) -> ListenerStatistics:
+        return ListenerStatistics(self._count, len(self._clients))
 
     def goodbye(self) -> None:
         """Send every client elsewhere, and take no more."""

@@ -6,7 +6,7 @@ elsewhere, stop the services, flush.
 """
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 import trio
@@ -21,8 +21,10 @@ from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.maintenance import Maintenance
 from shardkv.multiraft.replica import Requester
 from shardkv.multiraft.snapshots import Snapshots
+from shardkv.server.garbage import Collector, GarbagePolicy
 from shardkv.server.internal_client import connect_cluster, join_cluster
 from shardkv.server.listener import Listener
+from shardkv.server.loop_health import LoopProbe
 from shardkv.server.operations import Operations
 from shardkv.server.peers import PoolPeers, SnapshotDialler
 from shardkv.server.placement_service import PlacementExtension, PlacementService
@@ -53,6 +55,9 @@ from shardkv_placement.commands import Bootstrap, NodeStarted, SetSetting
 from shardkv_placement.heartbeat import HeartbeatReply, Reporter
 from shardkv_placement.settings import Settings
 
+if TYPE_CHECKING:
+    from shardkv.server.admin import Admin
+
 FIRST_NODE: Final = NodeId(1)
 START_SECONDS: Final = 30.0
 """How long a connection waits for a node that is still starting."""
@@ -78,15 +83,18 @@ async def run_node(
     ready: Ready,
     stop: trio.Event,
     open_engine: OpenEngine = open_engine,
+    collector: Collector | None = None,
 ) -> None:
     """Run one node until ``stop`` is set, then drain and stop it cleanly.
 
     ``ready(name, address)`` is called once the node serves. ``open_engine`` makes its engine; a simulation hands in one
-    whose crashes it controls. Raises ShardKVError when it cannot start, or must not go
-    on: DataDirectoryError, ConfigError, WrongCluster, StorageError; the message says what to do.
+    whose crashes it controls. ``collector`` is the process's collector of cyclic garbage, the module ``gc``: handed in
+    by a process that is this node and nothing else, it runs when the node says, until the node ends. Raises
+    ShardKVError when it cannot start, or must not go on: DataDirectoryError, ConfigError, WrongCluster, StorageError;
+    the message says what to do.
     """
     try:
-        await _Node(config, environment, ready, stop, open_engine).run()
+        await _Node(config, environment, ready, stop, open_engine, collector).run()
     except BaseExceptionGroup as group:
         raise main_error(group) from group
 
@@ -95,13 +103,20 @@ class _Node:
     """The composition. Attributes come to be in the order of a start."""
 
     def __init__(
-        self, config: NodeConfig, environment: Environment, ready: Ready, stop: trio.Event, open_engine: OpenEngine
+        self,
+        config: NodeConfig,
+        environment: Environment,
+        ready: Ready,
+        stop: trio.Event,
+        open_engine: OpenEngine,
+        collector: Collector | None,
     ) -> None:
         self._config = config
         self._environment = environment
         self._ready = ready
         self._stop = stop
         self._open_engine = open_engine
+        self._collector = collector
         self._log: Any = structlog.get_logger().bind(node=config.name)
         self._hybrid_clock = HybridClock(environment.clock, config.clock_offset_max_ms)
         self._known_boots = KnownBoots()
@@ -109,6 +124,8 @@ class _Node:
         self._nodes_changed = trio.Event()
         self._nodes: dict[NodeId, tuple[str, str]] = {}
         """Name and address of every node that this one knows of."""
+        self._is_ready = trio.Event()
+        self._admin: Admin | None = None
 
     async def run(self) -> None:
         workers, disk, ids = self._environment.workers, self._environment.disk, self._environment.ids
@@ -148,6 +165,7 @@ class _Node:
         async with trio.open_nursery() as nursery:
             listener = await nursery.start(self._environment.network.listen, self._config.listen, self._handle)
             self._address = self._config.advertise or listener.address
+            await self._start_admin(nursery)
             await self._become_member()
             self._compose()
             await self._run_services()
@@ -159,6 +177,16 @@ class _Node:
             await self._serving.wait()
         if self._serving.is_set():
             await self._listener.handle(stream)
+
+    async def _start_admin(self, nursery: trio.Nursery) -> None:
+        """Before anything that cannot be undone: an address that is in use ends the start."""
+        if self._config.admin is not None:
+            # Imported here, for a node without it shall load no web server.
+            from shardkv.server.admin import Admin
+
+            self._admin = Admin(self._environment, self._log)
+            address = await nursery.start(self._admin.run, self._config.admin)
+            self._log.info("admin endpoint", address=address)
 
     # Membership
 
@@ -261,6 +289,30 @@ class _Node:
             connections_max=config.limits.connections_max,
             inflight_max=config.limits.connection_requests_max,
         )
+        self._probe = LoopProbe(environment.clock, self._log)
+        self._garbage: GarbagePolicy | None = None
+        if self._collector is not None:
+            turns = self._driver.statistics
+            self._garbage = GarbagePolicy(self._collector, environment.clock, lambda: turns().turns, self._log)
+
+    def _show(self) -> None:
+        """Hand the parts to the admin endpoint, if there is one."""
+        if self._admin is not None:
+            from shardkv.server.admin import NodeParts
+
+            parts = NodeParts(
+                self._config.name,
+                self._address,
+                self._identity,
+                self._driver,
+                self._pool,
+                self._listener,
+                self._placement,
+                self._probe,
+                self._garbage,
+                self._is_ready,
+            )
+            self._admin.observe(parts)
 
     def _start_slow(self, requester: Requester, request: Request) -> None:
         self._operations.start(requester, request)
@@ -290,8 +342,12 @@ class _Node:
                 nursery.start_soon(self._remember_nodes)
                 await nursery.start(self._maintenance.run)
                 await nursery.start(self._splitter.run)
+                await nursery.start(self._probe.run)
+                self._show()
                 self._log.info("started", address=self._address, boot=self._directory.identity.boot)
                 await self._ready_when_serving()
+                if self._garbage is not None:
+                    await nursery.start(self._garbage.run)
                 await self._stop.wait()
                 await self._drain()
             nursery.cancel_scope.cancel()
@@ -307,6 +363,7 @@ class _Node:
                     if self._stop.is_set():
                         return
                     await self._environment.clock.sleep(POLL_SECONDS)
+        self._is_ready.set()
         self._ready(self._config.name, self._address)
 
     async def _register(self) -> None:

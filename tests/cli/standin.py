@@ -15,7 +15,7 @@ from shardkv.errors import DataDirectoryError
 
 
 async def run_node(
-    config: NodeConfig, environment: object, *, ready: Callable[[str, str], None], stop: trio.Event
+    config: NodeConfig, environment: object, *, ready: Callable[[str, str], None], stop: trio.Event, **_: object
 ) -> None:
     print(f"starting {config.name}", file=sys.stderr, flush=True)
     if config.name == "broken":

@@ -1,0 +1,236 @@
+"""What the admin endpoint answers, as a plain ASGI application. It changes nothing and knows no web server.
+
+Lives here: the paths, when the node is healthy and when ready, and the bounds on what an asker may cost. Does not live
+here: how the answers look (``metrics``, ``page``, ``json_rules``). The rule: only GET, no bodies, every answer within a
+deadline, and one answer for all who ask at about the same time.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shardkv.environment import Environment
+from shardkv.errors import ShardKVError
+from shardkv.multiraft.driver import Driver
+from shardkv.server.admin import page
+from shardkv.server.admin.json_rules import to_json
+from shardkv.server.admin.metrics import CONTENT_TYPE, Metrics
+from shardkv.server.garbage import GarbagePolicy
+from shardkv.server.listener import Listener
+from shardkv.server.loop_health import LoopProbe
+from shardkv.server.placement_service import PlacementService
+from shardkv.transport.handshake import Identity
+from shardkv.transport.pool import PeerPool
+from shardkv.wire.requests import Method, Request
+
+REQUEST_SECONDS: Final = 8.0
+"""For one answer; above the five seconds that the placement group's leader is given."""
+REQUESTS_AT_ONCE_MAX: Final = 32
+TURN_SECONDS: Final = 2.0
+"""A driver that was woken and takes no turn for so long is not alive."""
+POLL_SECONDS: Final = 0.01
+FRESH_SECONDS: Final = 1.0
+"""An answer about the cluster is good for everybody for so long; below the page's two seconds."""
+
+_STARTING: Final = "the node is starting"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeParts:
+    """The parts of a running node that are looked at. None of them is changed."""
+
+    name: str
+    address: str
+    identity: Identity
+    driver: Driver
+    pool: PeerPool
+    listener: Listener
+    placement: PlacementService
+    probe: LoopProbe
+    garbage: GarbagePolicy | None
+    ready: trio.Event
+    """Set once the node has said that it is ready."""
+
+    def unready(self) -> str:
+        """Why this node should not be sent requests; empty when it should."""
+        if not self.ready.is_set():
+            return _STARTING
+        return "the node is draining" if self.placement.draining else ""
+
+
+class Application:
+    """The ASGI application. ``parts`` is None until the node stands."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.parts: NodeParts | None = None
+        self._clock = environment.clock
+        self._status = _Shared(environment, lambda parts, request: parts.placement.status(request), Method.STATUS)
+        self._ranges = _Shared(environment, lambda parts, request: parts.placement.ranges(request), Method.RANGES)
+        self._under_way = 0
+        handlers = {
+            "/": self._page,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": self._metrics,
+            "/status.json": self._status_json,
+            "/ranges.json": self._ranges_json,
+        }
+        self._answered = dict.fromkeys([*handlers, "other"], 0)
+        self._figures = Metrics(lambda: self.parts, lambda: self._answered)
+        self._routed: ASGIApp = Starlette(routes=[Route(path, handler) for path, handler in handlers.items()])
+
+    # The bounds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            # Start and stop messages, and web sockets, which find no route and are refused.
+            await self._routed(scope, receive, send)
+            return
+        self._answered[scope["path"] if scope["path"] in self._answered else "other"] += 1
+        async with trio.open_nursery() as nursery:
+            # What the asker sends is read while it is answered: a body that nobody takes would block its connection.
+            nursery.start_soon(_discard, receive)
+            await self._bounded(scope, _nothing, send)
+            nursery.cancel_scope.cancel()
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "GET":
+            refusal = PlainTextResponse("only GET is answered here\n", 405, {"Allow": "GET"})
+            await refusal(scope, receive, send)
+            return
+        if self._under_way >= REQUESTS_AT_ONCE_MAX:
+            await _unavailable(f"{self._under_way} requests are being answered already")(scope, receive, send)
+            return
+        self._under_way += 1
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            with self._clock.deadline(REQUEST_SECONDS) as deadline:
+                await self._routed(scope, receive, sending)
+            if deadline.cancelled_caught and not begun:
+                await _unavailable(f"no answer within {REQUEST_SECONDS:g} s")(scope, receive, send)
+        finally:
+            self._under_way -= 1
+
+    # The paths
+
+    async def _healthz(self, request: HttpRequest) -> Response:
+        problem = await self._unhealthy()
+        return _unavailable(problem) if problem else PlainTextResponse("ok\n")
+
+    async def _readyz(self, request: HttpRequest) -> Response:
+        problem = await self._unhealthy() or (self.parts.unready() if self.parts is not None else _STARTING)
+        return _unavailable(problem) if problem else PlainTextResponse("ready\n")
+
+    async def _unhealthy(self) -> str:
+        """Why the node does not do its work; empty when it does."""
+        if self.parts is None:
+            return _STARTING
+        driver = self.parts.driver
+        if driver.wal.statistics().failed:
+            return "the log has failed; see this node's messages, and start it again once its disk is well"
+        turns = driver.statistics().turns
+        driver.wake()
+        with self._clock.deadline(TURN_SECONDS):
+            while driver.statistics().turns == turns:
+                await self._clock.sleep(POLL_SECONDS)
+        if driver.statistics().turns == turns:
+            return f"the driver has taken no turn for {TURN_SECONDS:g} s"
+        return ""
+
+    async def _metrics(self, request: HttpRequest) -> Response:
+        return Response(self._figures.render(), headers={"Content-Type": CONTENT_TYPE, "Cache-Control": "no-store"})
+
+    async def _status_json(self, request: HttpRequest) -> Response:
+        return await self._json(self._status)
+
+    async def _ranges_json(self, request: HttpRequest) -> Response:
+        return await self._json(self._ranges)
+
+    async def _json(self, shared: "_Shared") -> Response:
+        if self.parts is None:
+            return _json_response(to_json({"error": "Unavailable", "message": _STARTING}), 503)
+        try:
+            return _json_response((await shared.get(self.parts)).encoded, 200)
+        except ShardKVError as error:
+            return _json_response(to_json({"error": type(error).__name__, "message": str(error)}), 503)
+
+    async def _page(self, request: HttpRequest) -> Response:
+        """The page as it would look after its first refresh, so that it also serves browsers without scripts."""
+        name, problem = "", ""
+        status: Any = None
+        ranges: Any = None
+        if self.parts is None:
+            problem = _STARTING
+        else:
+            name = self.parts.name
+            try:
+                status = (await self._status.get(self.parts)).value
+                ranges = (await self._ranges.get(self.parts)).value
+            except ShardKVError as error:
+                problem = f"{type(error).__name__}: {error}"
+        return Response(page.render(name, status, ranges, problem), headers=page.HEADERS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    value: Any
+    encoded: bytes
+    """As JSON."""
+
+
+class _Shared:
+    """One answer about the cluster for everybody who asks within FRESH_SECONDS, and one asking at a time."""
+
+    def __init__(
+        self, environment: Environment, ask: Callable[[NodeParts, Request], Awaitable[Any]], method: Method
+    ) -> None:
+        self._clock = environment.clock
+        self._workers = environment.workers
+        self._ask = ask
+        self._request = Request(0, method, 0, 0, 0, [])
+        self._lock = trio.Lock()
+        self._answer: _Answer | None = None
+        self._asked_ns = 0
+
+    async def get(self, parts: NodeParts) -> _Answer:
+        """Raises any ShardKVError; a failure is nobody else's answer."""
+        async with self._lock:
+            now = self._clock.monotonic_ns()
+            if self._answer is None or now - self._asked_ns > FRESH_SECONDS * 1e9:
+                self._answer = None
+                value = await self._ask(parts, self._request)
+                # Ten thousand ranges are more than a megabyte: not in the loop.
+                self._answer = _Answer(value, await self._workers.run(to_json, value))
+                self._asked_ns = now
+            return self._answer
+
+
+def _json_response(encoded: bytes, status: int) -> Response:
+    return Response(encoded, status, {"Content-Type": "application/json", "Cache-Control": "no-store"})
+
+
+def _unavailable(reason: str) -> Response:
+    return PlainTextResponse(reason + "\n", 503)
+
+
+async def _discard(receive: Receive) -> None:
+    """Read and forget what the asker sends, until it has no more to say."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _nothing() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}

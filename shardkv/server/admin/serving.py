@@ -1,0 +1,120 @@
+"""Binding the admin endpoint's address and keeping the web server up.
+
+Lives here: the socket, the web server's bounds, and what happens when it fails. The rule: a failure of the web server,
+whoever provoked it, is logged and it is started again; the node goes on. What cannot be helped at the start, a port in
+use, is an error that says what to do.
+"""
+
+import errno
+import logging
+from typing import Any, Final, cast
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve
+from hypercorn.typing import ASGIFramework
+
+from shardkv.config import parse_address
+from shardkv.environment import Environment
+from shardkv.errors import ConfigError
+from shardkv.server.admin.app import Application, NodeParts
+
+RETRY_SECONDS: Final = 1.0
+"""Before a web server that failed is started again."""
+BACKLOG: Final = 64
+IDLE_SECONDS: Final = 10
+"""A connection on which no request is complete for so long is closed, one that trickles its request among them."""
+UNTAKEN_MS: Final = 10_000
+"""A connection whose other side takes nothing for so long is broken by the system: the web server's sends cannot be
+cancelled, so one asker who does not read could otherwise keep the node from stopping."""
+REQUEST_BYTES_MAX: Final = 16 * 1024
+"""Of the request line and headers together."""
+STOP_SECONDS: Final = 1.0
+
+
+class Admin:
+    """The endpoint: a service. It answers that the node is starting until :meth:`observe` was called."""
+
+    def __init__(self, environment: Environment, log: Any) -> None:
+        self._environment = environment
+        self._log = log
+        self._application = Application(environment)
+
+    def observe(self, parts: NodeParts) -> None:
+        """The node stands: show it from now on."""
+        self._application.parts = parts
+
+    async def run(self, address: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+        """Service: answer at ``address`` until cancelled; the status is the address as bound. Raises ConfigError."""
+        listening, bound = await _bind(address)
+        task_status.started(bound)
+        # Two libraries' names for the same protocol, ASGI.
+        application = cast(ASGIFramework, self._application)
+        while True:
+            try:
+                await serve(application, _web_server(listening.detach()))
+            except Exception as error:  # noqa: BLE001  # whatever it was, the node must not end with it
+                self._log.error("the admin endpoint failed and is started again", reason=repr(error))
+            await self._environment.clock.sleep(RETRY_SECONDS)
+            listening = await self._bind_again(bound)
+
+    async def _bind_again(self, address: str) -> trio.socket.SocketType:
+        while True:
+            try:
+                return (await _bind(address))[0]
+            except ConfigError as error:
+                self._log.error("the admin endpoint is away", reason=str(error))
+                await self._environment.clock.sleep(RETRY_SECONDS)
+
+
+def _web_server(listening: int) -> Config:
+    """The web server's settings for a bound socket, which it takes over."""
+    config = Config()
+    config.bind = [f"fd://{listening}"]
+    config.backlog = BACKLOG
+    config.keep_alive_timeout = IDLE_SECONDS
+    config.read_timeout = IDLE_SECONDS
+    config.h11_max_incomplete_size = REQUEST_BYTES_MAX
+    config.graceful_timeout = STOP_SECONDS
+    config.include_server_header = False
+    config.errorlog = logging.getLogger("hypercorn.error")
+    return config
+
+
+async def _bind(address: str) -> tuple[trio.socket.SocketType, str]:
+    """A bound socket and its address. Raises ConfigError that says what to do."""
+    host, port = parse_address(address, port_low=0)
+    try:
+        found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM, flags=trio.socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"the admin endpoint cannot listen on {address}: {host} is not known ({error})") from error
+    family, kind, protocol, _, target = found[0]
+    listening = trio.socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
+        if hasattr(trio.socket, "TCP_USER_TIMEOUT"):
+            # Connections inherit it.
+            listening.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_USER_TIMEOUT, UNTAKEN_MS)
+        await listening.bind(target)
+        # Here, not only by the web server: two sockets that do not listen yet may share a port.
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"the admin endpoint cannot listen on {address}: {_advice(error, port)}") from error
+    except BaseException:
+        listening.close()
+        raise
+    bound_host, bound_port = listening.getsockname()[:2]
+    return listening, f"[{bound_host}]:{bound_port}" if ":" in bound_host else f"{bound_host}:{bound_port}"
+
+
+def _advice(error: OSError, port: int) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"port {port} is in use; choose another with --admin HOST:PORT, or 0 for any free one"
+        case errno.EADDRNOTAVAIL:
+            return "that is no address of this machine; give --admin one that is, such as 127.0.0.1"
+        case errno.EACCES:
+            return f"port {port} needs privileges; choose one above 1023 with --admin HOST:PORT"
+        case _:
+            return error.strerror or str(error)
