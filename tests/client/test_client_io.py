@@ -597,3 +597,58 @@ async def test_trio_sees_no_abandoned_generators(server):
             with pytest.raises(errors.BatchError):
                 await kv.put_many(source)
     gc.collect()
+
+
+def test_what_a_cancelled_body_raises_leaves_as_itself(backend, server):
+    """The cancellation that ended the client's tasks as well must not take its place."""
+
+    async def main() -> None:
+        with anyio.CancelScope() as scope:
+            with pytest.raises(ZeroDivisionError):
+                async with connect(server.addresses) as kv:
+                    await kv.put(b"k", b"v")
+                    scope.cancel()
+                    try:
+                        await kv.put(b"k", b"v")
+                    finally:
+                        1 / 0  # noqa: B018
+
+    run(backend, main)
+
+
+def test_a_list_is_checked_to_its_end_before_anything_is_sent(backend, server):
+    """DESIGN §2.3: limits are checked before anything is sent, where the input can be looked at twice."""
+
+    async def body(kv: Client) -> None:
+        pairs = [(b"%04d" % i, b"v") for i in range(2_000)]
+        for bad in ([*pairs, ("no", b"v")], dict(pairs) | {b"big": b"v" * (VALUE_BYTES_MAX + 1)}):
+            with pytest.raises((TypeError, errors.ValueTooLarge)):
+                await kv.put_many(bad)
+        assert not server.cluster.data
+
+    with_client(backend, server, body)
+
+
+def test_a_put_many_that_is_cancelled_while_it_reads_lets_go_of_what_is_out(backend, server):
+    async def body(kv: Client) -> None:
+        await kv.put(b"k", b"v")
+        server.let_go.clear()
+
+        async def pairs():
+            for i in range(300):
+                yield b"%04d" % i, b"v"
+            await anyio.to_thread.run_sync(server.held.wait)
+            scope.cancel()
+            await anyio.sleep_forever()
+
+        with anyio.CancelScope() as scope:
+            async with aclosing(pairs()) as source:
+                await kv.put_many(source)
+        ledger = kv._open_host().core.ledger
+        assert ledger.calls_active == 256
+        assert all(call.notify is None for call in kv._open_host().core.timers.live())
+        server.let_go.set()
+        await kv.get(b"k")
+        assert ledger.calls_active == 0
+
+    with_client(backend, server, body)

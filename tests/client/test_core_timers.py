@@ -1,0 +1,39 @@
+"""Deadlines in one heap, at a constant cost and a bounded size."""
+
+from math import inf
+
+from shardkv_client.core.calls import Call
+from shardkv_client.core.timers import DEAD_ENTRIES_MIN, Timers
+
+
+def test_calls_that_ended_do_not_pile_up():
+    """At 20,000 calls a second and 10 s each, a heap that only grew would hold 200,000 dead calls."""
+    timers = Timers(lambda: None)
+    live = [Call(None, 5.0, 0) for _ in range(10)]
+    for call in live:
+        timers.add_deadline(call)
+    for step in range(50_000):
+        call = Call(None, 10.0 + step / 20_000, 0)
+        timers.add_deadline(call)
+        call.done = True
+        assert len(timers._deadlines) <= 2 * (len(live) + 1 + DEAD_ENTRIES_MIN)
+    timers.check()
+    assert timers.live() == live
+
+
+def test_what_is_due_is_known_and_the_timer_is_woken_only_for_something_earlier():
+    woken = []
+    timers = Timers(lambda: woken.append(timers.due))
+    first, second, third = Call(None, 5.0, 0), Call(None, 7.0, 0), Call(None, 3.0, 0)
+    for call in (first, second, third):
+        timers.add_deadline(call)
+    assert woken == [5.0, 3.0]
+    third.done = True
+    expired = []
+    timers.run(6.0, expired.append)
+    assert expired == [first]
+    assert timers.due == 7.0
+    second.done = True
+    timers.run(6.5, expired.append)
+    assert timers.due == inf
+    timers.check()
