@@ -330,6 +330,9 @@ def test_a_table_let_go_when_idle_comes_back_from_its_rows() -> None:
     range_, client = World(), Client()
     attempt = client.increment(b"n")
     range_.do(client, attempt)
+    table = range_.machine.sessions(range_.engine)
+    range_.machine.shrink()
+    assert range_.machine.sessions(range_.engine) is not table
     range_.machine.shrink()
     assert range_.do(client, attempt) == 1
 
