@@ -187,3 +187,18 @@ def test_lease_based_reads_ask_nobody() -> None:
     cluster = led(read_only=ReadOnly.LEASE_BASED, check_quorum=True)
     cluster[1].read_index(b"r")
     assert cluster[1].ready().read_states == [ReadState(1, b"r")]
+
+
+def test_an_answer_cannot_confirm_reads_that_have_not_come_in_yet() -> None:
+    """A number that this leader never sent is worth no more than the newest it did send."""
+    cluster = led()
+    cluster[1].read_index(b"now")
+    for sender in (2, 3):
+        cluster[1].step(Message(M.HEARTBEAT_RESP, 1, sender, 1, context=(99).to_bytes(8, "little")))
+    assert [state.context for state in cluster[1].ready().read_states] == [b"now"]
+    cluster.isolate(1)
+    cluster[1].read_index(b"later")
+    cluster.settle()
+    assert cluster.hosts[1].read_states == []
+    cluster[1].step(Message(M.HEARTBEAT_RESP, 1, 2, 1, context=b"not a number"))
+    cluster[1].check()

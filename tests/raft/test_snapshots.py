@@ -156,3 +156,11 @@ def test_a_snapshot_older_than_a_compacted_log_never_moves_the_replica_back() ->
     host.node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot_at(2, voters=(1, 2, 3))))
     assert (host.node.committed, host.node.last_index) == (6, 6)
     assert host.node.raft.log.snapshot is None
+
+
+def test_a_snapshot_of_what_the_log_already_holds_only_commits_it() -> None:
+    """Paper 7: if the follower has the snapshot's last entry, what follows it is still valid and is kept."""
+    node = fresh(2, terms=[1, 1, 1])
+    node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot_at(2, voters=(1, 2, 3))))
+    assert (node.committed, node.last_index) == (2, 3)
+    assert node.ready().snapshot is None
