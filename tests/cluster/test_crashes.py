@@ -23,7 +23,7 @@ from tests.cluster.harness import (
     started,
 )
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("crashes")]
+pytestmark = pytest.mark.cluster
 
 ANSWERED_WITHIN = 30.0
 """Far above every timeout that the tests ask for: past it something hangs."""

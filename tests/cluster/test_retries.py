@@ -22,7 +22,7 @@ from tests.cluster.harness import (
 )
 from tests.cluster.proxy import Proxies, ThroughProxies, Way, proxies_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("retries")]
+pytestmark = pytest.mark.cluster
 
 SAMPLES = 9
 """Positions tried in each direction; `python -m tests.cluster.soak cuts` tries every one."""
