@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from shardkv.environment import Environment
 from shardkv.errors import Corruption
+from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, Extension, RangeMachine, SplitResult
 from shardkv.machine.snapshot import installing
 from shardkv.multiraft.replica import Replica
 from shardkv.raft import LeaseSettings, RaftNode, RaftSettings
-from shardkv.raft.messages import ConfState, HardState, Message, Snapshot
+from shardkv.raft.messages import NONE, ConfState, HardState, Message, Snapshot
 from shardkv.ranges.admission import Admission, admit_message
 from shardkv.ranges.spans import SpanMap
 from shardkv.ranges.split import RightHalf, adopt
@@ -58,6 +59,8 @@ class Catalog:
         self._timing = timing
         self._make_extension = make_extension
         self._extensions: dict[RangeId, Extension | None] = {}
+        self._refuse_until_ns = 0
+        """Until then no replica of this node votes: before its start it may have promised not to (trap 7)."""
 
     def extension(self, range_id: RangeId) -> Extension | None:
         """The extension of a range's machine, made once; reloading a machine reloads it."""
@@ -75,7 +78,7 @@ class Catalog:
         updates = []
         for descriptor in descriptors:
             range_id = descriptor.range_id
-            if range_id in self._wal.groups:
+            if range_id in self._wal.groups or range_id in self._wal.tombstones:
                 continue
             replica = descriptor.replica_on(self.node_id)
             assert replica is not None, f"bootstrap of {descriptor}, which is not on node {self.node_id}"
@@ -95,13 +98,25 @@ class Catalog:
 
     def recover(self) -> None:
         """Make a replica of every group in the log, after bringing log and engine to agree (trap 20)."""
+        # What was promised before the start is forgotten; refuse for as long as it may last. That binds groups that
+        # come to be within that time too: a crash may have lost the split that made them, or the record of it (trap 7).
+        self._refuse_until_ns = self._environment.clock.monotonic_ns() + self._timing.promise_ns
+        updates = self._unrecorded_groups()
+        if updates:
+            self._wal.append(updates)()
+        updates = []
+        machines: dict[RangeId, RangeMachine | None] = {}
         for range_id, log in sorted(self._wal.groups.items()):
-            if log.ended:
-                continue
-            machine = RangeMachine.load(range_id, self._engine, self.extension(range_id))
-            if machine is not None:
-                self._reconcile(log, machine)
-            self._add(Replica(range_id, log.replica_id, self._raft_node(log, machine, restarted=True), log, machine))
+            if not log.ended:
+                machine = machines[range_id] = RangeMachine.load(range_id, self._engine, self.extension(range_id))
+                if machine is not None:
+                    updates += self._reconcile(log, machine)
+        if updates:
+            # Recorded, not only remembered: what is logged from now on rests on it.
+            self._wal.append(updates)()
+        for range_id, machine in machines.items():
+            log = self._wal.groups[range_id]
+            self._add(Replica(range_id, log.replica_id, self._raft_node(log, machine), log, machine))
             mark = installing(self._engine, range_id)
             if mark is not None:
                 self.replicas[range_id].needs_snapshot = True
@@ -109,21 +124,51 @@ class Catalog:
                     self.spans.claim(range_id, mark.descriptor.span)
         self.check()
 
-    def _reconcile(self, log: GroupLog, machine: RangeMachine) -> None:
+    def _unrecorded_groups(self) -> list[LogUpdate]:
+        """The creation of every range that the engine holds and the log does not know.
+
+        The right half of a split: the engine's batch was flushed before the record of the group's creation was synced.
+        Then nothing that follows from the record has left this node, so the group begins where the split let it.
+        """
+        updates = []
+        start, end = keys.SYSTEM_PREFIX, keys.SYSTEM_END
+        while (first := next(self._engine.scan(start, end), None)) is not None:
+            range_id = RangeId(keys.system_key_range_id(first[0]))
+            start = keys.system_span(range_id)[1]
+            if range_id in self._wal.groups:
+                continue
+            machine = RangeMachine.load(range_id, self._engine)
+            member = machine.descriptor.replica_on(self.node_id) if machine is not None else None
+            if machine is None or member is None or member.replica_id <= self._wal.tombstones.get(range_id, 0):
+                continue
+            begin = (machine.applied_index, machine.applied_term, machine.conf_state)
+            updates.append(LogUpdate(range_id, create=CreateGroup(member.replica_id, *begin)))
+        return updates
+
+    def _reconcile(self, log: GroupLog, machine: RangeMachine) -> list[LogUpdate]:
+        """What the log has to be told of the state in the engine."""
         applied = machine.applied_index
         if applied < log.compact_index:
             raise Corruption(
                 f"range {machine.range_id} has applied {applied}, but its log begins after {log.compact_index}: data "
                 "of this node are lost. Remove the data directory and let the node join anew."
             )
-        if applied > log.last_index():
-            # The engine was flushed, the log's last records were not: what they held is in the engine.
-            self._wal.append(
-                [LogUpdate(machine.range_id, reset=ResetLog(applied, machine.applied_term, machine.conf_state))]
-            )()
         term, vote, commit = log.hard_state
+        if applied > log.last_index() or log.term(applied) != machine.applied_term:
+            if applied < commit:
+                raise Corruption(
+                    f"range {machine.range_id} has applied {applied} in term {machine.applied_term}, and its log has "
+                    f"committed another entry there. Remove the data directory and let the node join anew."
+                )
+            # The engine is ahead: it was flushed and the log's last records were not, or a snapshot was ingested and
+            # the crash came before that was logged. What the log holds there was never committed, or is in the engine.
+            reset = ResetLog(applied, machine.applied_term, machine.conf_state)
+            return [LogUpdate(machine.range_id, reset=reset)]
         if commit < applied:
-            log.set_hard_state(HardState(max(term, machine.applied_term), vote, applied))
+            if machine.applied_term > term:
+                term, vote = machine.applied_term, NONE
+            return [LogUpdate(machine.range_id, hard_state=HardState(term, vote, applied))]
+        return []
 
     def create(self, range_id: RangeId, replica_id: ReplicaId, node_of_sender: tuple[int, NodeId]) -> Replica:
         """An uninitialised replica, made by a leader's first message: it can vote and take a snapshot, no more."""
@@ -173,15 +218,20 @@ class Catalog:
             tombstone=self._wal.tombstones.get(range_id),
         )
         left_span = (left.range_id, left.machine.descriptor.span)
+        # A snapshot of the left half on its way was made before this split, and the log was faster: it will not be
+        # taken. Made after it, its span lies in what the left half owns anyway.
+        self.spans.cancel(left.range_id)
         if decision in (RightHalf.KEEP, RightHalf.DROP):
             if decision is RightHalf.DROP:
                 split.drop(batch)
             self.spans.replace([left_span])
             return None
+        promised_ns = existing.raft.raft.refuse_until if existing is not None else 0
         log = self._begin_log(range_id, member.replica_id, machine)
         split.keep(batch)
         self.spans.replace([left_span, (range_id, split.right.span)])
-        right = Replica(range_id, member.replica_id, self._raft_node(log, machine), log, machine)
+        raft = self._raft_node(log, machine, promised_ns=promised_ns)
+        right = Replica(range_id, member.replica_id, raft, log, machine)
         self._add(right, claim=False)
         return right
 
@@ -192,38 +242,35 @@ class Catalog:
         if log is None:
             self.log([LogUpdate(range_id, create=CreateGroup(replica_id, *begin))])
             return self._wal.groups[range_id]
-        self._adopt_vote(range_id, log)
+        existing = self.replicas.pop(range_id, None)
+        if existing is not None:
+            assert existing.machine is None, f"a split would overwrite range {range_id}, which is initialised"
+            self.log([LogUpdate(range_id, hard_state=_inherited(existing))])
         if log.last_index() < machine.applied_index:
             self.log([LogUpdate(range_id, reset=ResetLog(*begin))])
         return log
 
-    def _adopt_vote(self, range_id: RangeId, log: GroupLog) -> None:
-        """The term and vote of the replica in memory, which may be ahead of the log, live on in its successor."""
-        existing = self.replicas.pop(range_id, None)
-        if existing is not None:
-            assert existing.machine is None, f"a split would overwrite range {range_id}, which is initialised"
-            raft = existing.raft
-            log.set_hard_state(HardState(raft.term, raft.vote, max(log.hard_state.commit, raft.committed)))
-
     def reincarnate(self, replica: Replica, update: LogUpdate) -> None:
         """Go on with new state and the old log, term and vote, after an install that Raft did not ask for."""
-        raft = replica.raft
-        log = replica.log
-        term, vote, commit = log.hard_state
-        if raft.term > term or (raft.term == term and raft.vote != vote):
-            log.set_hard_state(HardState(raft.term, raft.vote, commit))
-        if update.compact is not None:
-            term, vote, commit = log.hard_state
-            log.set_hard_state(HardState(term, vote, max(commit, update.compact.index)))
+        term, vote, commit = _inherited(replica)
+        if update.reset is not None:
+            if update.reset.term > term:
+                term, vote = update.reset.term, NONE
+            commit = update.reset.index
+        elif update.compact is not None:
+            commit = max(commit, update.compact.index)
+        update.hard_state = HardState(term, vote, commit)
         self.log([update])
+        promised_ns = replica.raft.raft.refuse_until
+        replica.abandon(replica.not_leader())
         del self.replicas[replica.range_id]
-        self._add(
-            Replica(replica.range_id, replica.replica_id, self._raft_node(log, replica.machine), log, replica.machine),
-            claim=False,
-        )
+        raft = self._raft_node(replica.log, replica.machine, promised_ns=promised_ns)
+        self._add(Replica(replica.range_id, replica.replica_id, raft, replica.log, replica.machine), claim=False)
 
-    def _raft_node(self, log: GroupLog, machine: RangeMachine | None, *, restarted: bool = False) -> RaftNode:
+    def _raft_node(self, log: GroupLog, machine: RangeMachine | None, *, promised_ns: int = 0) -> RaftNode:
+        """The Raft core of a replica. ``promised_ns``: until when the core that it replaces had promised its vote."""
         timing = self._timing
+        now = self._environment.clock.monotonic_ns()
         settings = RaftSettings(
             replica_id=log.replica_id,
             randrange=self._environment.random.randrange,
@@ -232,16 +279,16 @@ class Catalog:
             disable_proposal_forwarding=True,
             step_down_on_removal=True,
             lease=LeaseSettings(promise_ns=timing.promise_ns),
-            # What was promised before the restart is forgotten; refuse for as long as it may last (trap 7).
-            vote_refusal_ns=timing.promise_ns if restarted else 0,
+            vote_refusal_ns=max(self._refuse_until_ns - now, promised_ns - now, 0),
             commit_broadcast=False,
         )
         applied = log.compact_index
-        log.conf_state = ConfState()
+        # A replica without state knows no members, whatever its log says: so it never campaigns (trap 2).
+        log.applied_conf_state = ConfState()
         if machine is not None:
             applied = machine.applied_index
-            log.conf_state = machine.conf_state
-        return RaftNode(settings, log, applied=applied, now=self._environment.clock.monotonic_ns())
+            log.applied_conf_state = machine.conf_state
+        return RaftNode(settings, log, applied=applied, now=now)
 
     def _add(self, replica: Replica, *, claim: bool = True) -> None:
         assert replica.range_id not in self.replicas, f"range {replica.range_id} has a replica here already"
@@ -276,3 +323,14 @@ class Catalog:
             if machine is not None and range_id != PLACEMENT_RANGE:
                 owner = self.spans.owner_at(machine.descriptor.span.start)
                 assert owner == range_id, f"{machine.descriptor.span} of range {range_id} is owned by {owner}"
+
+
+def _inherited(replica: Replica) -> HardState:
+    """What the core of a replica that is replaced leaves to its successor.
+
+    Its term and vote, for they may be on their way to the disk, and its vote to a candidate; and of what it knows to be
+    committed as much as is in the log.
+    """
+    raft = replica.raft
+    commit = min(raft.committed, raft.raft.log.stable)
+    return HardState(raft.term, raft.vote, max(replica.log.hard_state.commit, commit))

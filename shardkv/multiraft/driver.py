@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 import trio
 
 from shardkv.environment import Environment, SerialWorker
-from shardkv.errors import Busy, EpochMismatch, NotLeader, ShardKVError, StorageError
+from shardkv.errors import Busy, EpochMismatch, NotLeader, RequestError, ShardKVError, StorageError
 from shardkv.machine.clock import HybridClock
 from shardkv.machine.entries import encode_split_entry
 from shardkv.machine.machine import SplitResult
@@ -24,14 +24,14 @@ from shardkv.machine.split import SplitCommand
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.replica import Proposal, Replica, Requester
 from shardkv.multiraft.turn import Turn, gather, log_update
-from shardkv.raft import ProposalDropped, decode_conf_change
+from shardkv.raft import InvalidConfChange, ProposalDropped, decode_conf_change
 from shardkv.raft.messages import NONE, ConfChange, EntryType, Message, MessageType
 from shardkv.storage.engine import BATCH_KEYS_MAX, Engine, WriteBatch
 from shardkv.storage.wal import LogUpdate, Wal
 from shardkv.types import NodeId, RangeId
 from shardkv.wire import raft_codec
 from shardkv.wire.frames import FrameKind, encode_frame
-from shardkv.wire.raft_codec import ReplicaNotice
+from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX, ReplicaNotice
 
 ROUNDS_PER_TURN_MAX: Final = 8
 """How often one turn goes round the ready groups before it lets the connections run again."""
@@ -303,7 +303,12 @@ class Driver:
         """Hand everything that waits to be logged to the writer thread, as one record, unless a sync is running."""
         if self._syncing or not self._appends:
             return
-        appends, self._appends = self._appends, []
+        # A replica that was replaced meanwhile has left its term and vote to its successor, whose log this is now.
+        current = self.catalog.replicas.get
+        appends = [item for item in self._appends if current(item[0].range_id) is item[0]]
+        self._appends = []
+        if not appends:
+            return
         updates = [log_update(replica, message) for replica, message in appends]
         self._syncing = True
         self._syncs += 1
@@ -368,8 +373,8 @@ class Driver:
         self._writer.submit(self.wal.append([update]), logged)
 
     async def settled(self, replica: Replica) -> None:
-        """Wait until nothing that this group wants logged is on its way."""
-        while self._syncing or any(waiting is replica for waiting, _ in self._appends):
+        """Wait until the log has everything that this group, which is resting, wanted logged before."""
+        while any(waiting is replica for waiting, _ in self._appends):
             await self.environment.clock.sleep(self._tick_seconds)
 
     # Messages
@@ -403,11 +408,14 @@ class Driver:
         answers: list[tuple[Proposal, Any]] = []
         touched: dict[RangeId, Replica] = {}
         for replica, message in applies:
-            if self.catalog.replicas.get(replica.range_id) is not replica or replica.machine is None:
-                # It has ended, or waits for the snapshot that alone can give it state: nothing is acknowledged.
+            machine = replica.machine
+            if machine is None or self.catalog.replicas.get(replica.range_id) is not replica:
+                # It has ended, or waits for the snapshot that alone can give it state.
                 continue
             touched[replica.range_id] = replica
             for entry in message.entries:
+                if entry.index <= machine.applied_index:
+                    continue  # held back until a snapshot had brought it
                 proposal = replica.proposals.pop(entry.index, None) if replica.proposals else None
                 if proposal is not None and proposal.term != entry.term:
                     _refuse(proposal, replica.not_leader())
@@ -424,8 +432,9 @@ class Driver:
         now = self.environment.clock.monotonic_ns()
         outgoing: list[tuple[Replica, Message]] = []
         for replica, message in applies:
-            if replica.machine is None:
+            if replica.machine is None and not replica.installing:
                 continue
+            # An install that goes on has made these entries void; unacknowledged they would stay under way for ever.
             self._deliver(replica, message.responses, now, outgoing)
             if replica.confirmed:
                 replica.serve_confirmed()
@@ -449,7 +458,12 @@ class Driver:
         self._entries_applied += 1
         if kind is not EntryType.NORMAL:
             change = decode_conf_change(entry.data)
-            conf_state = replica.raft.apply_conf_change(change)
+            try:
+                conf_state = replica.raft.apply_conf_change(change)
+            except InvalidConfChange as error:
+                # Every replica comes to the same: the entry is applied, and changes nothing.
+                machine.apply(entry.index, entry.term, b"", batch, self.engine)
+                return RequestError(f"the membership change does not fit the range: {error}")
             machine.apply_conf_change(entry.index, entry.term, change.context, conf_state, batch)
             self.hooks.descriptor(replica)
             return [machine.descriptor.to_wire()]
@@ -528,13 +542,13 @@ class Driver:
 
 def _pieces(parts: list[bytes]) -> Iterable[list[bytes]]:
     """Encoded messages cut into frames' worth."""
-    if sum(map(len, parts)) <= PEER_FRAME_BYTES:
+    if len(parts) <= MESSAGES_PER_FRAME_MAX and sum(map(len, parts)) <= PEER_FRAME_BYTES:
         yield parts
         return
     piece: list[bytes] = []
     size = 0
     for part in parts:
-        if piece and size + len(part) > PEER_FRAME_BYTES:
+        if piece and (size + len(part) > PEER_FRAME_BYTES or len(piece) >= MESSAGES_PER_FRAME_MAX):
             yield piece
             piece, size = [], 0
         piece.append(part)

@@ -19,22 +19,25 @@ snapshot again.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import trio
 
 from shardkv import codec
-from shardkv.environment import Environment
-from shardkv.errors import Busy, ProtocolError, ShardKVError, StorageError
-from shardkv.machine.machine import RangeMachine
-from shardkv.machine.snapshot import begin_install, snapshot_rows
+from shardkv.environment import Disk, Environment
+from shardkv.errors import Busy, Corruption, ProtocolError, ShardKVError, StorageError
+from shardkv.machine import keys
+from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine
+from shardkv.machine.rows import InstallMark, unpack_applied, unpack_descriptor
+from shardkv.machine.snapshot import begin_install, engine_spans, snapshot_rows
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.turn import hard_state_of
 from shardkv.raft.messages import ConfState, Message, MessageType, Snapshot, SnapshotMetadata
+from shardkv.ranges.spans import SpanTaken
 from shardkv.storage.engine import Engine, IngestBuilder, WriteBatch
 from shardkv.storage.engine import Snapshot as EngineSnapshot
 from shardkv.storage.wal import CompactLog, LogUpdate, ResetLog
@@ -91,6 +94,7 @@ class Snapshots:
         self._sending: dict[tuple[RangeId, int], None] = {}
         self._receiving: dict[RangeId, None] = {}
         self._incoming: dict[RangeId, _Incoming] = {}
+        """By range, until its install is over."""
         self._files = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -104,8 +108,10 @@ class Snapshots:
     def send(self, replica: Replica, message: Message) -> None:
         """Stream the range to the replica that a SNAP message names; its outcome is reported to the group."""
         key = (replica.range_id, message.to)
+        if key in self._sending:
+            return  # its outcome will be reported
         node_id = replica.node_of(message.to)
-        if node_id is None or replica.machine is None or key in self._sending or len(self._sending) >= SENDING_MAX:
+        if node_id is None or replica.machine is None or len(self._sending) >= SENDING_MAX:
             replica.raft.report_snapshot(message.to, False)
             self._driver.touch(replica)
             return
@@ -138,12 +144,12 @@ class Snapshots:
         sent = False
         try:
             async with self._dial(node_id) as stream:
-                await stream.send(begin)
+                await self._say(stream, begin)
                 rows = 0
                 async for chunk in self._chunks(snapshot, descriptor):
                     rows += len(chunk) // 2
-                    await stream.send(["rows", chunk])
-                await stream.send(["end", rows])
+                    await self._say(stream, ["rows", chunk])
+                await self._say(stream, ["end", rows])
                 with self._environment.clock.deadline(SILENCE_SECONDS_MAX * 3):
                     answer = await stream.receive()
                     sent = answer == ["done"]
@@ -157,6 +163,13 @@ class Snapshots:
             if self._catalog.replicas.get(replica.range_id) is replica:
                 replica.raft.report_snapshot(to, sent)
                 self._driver.touch(replica)
+
+    async def _say(self, stream: SnapshotStream, message: list[Any]) -> None:
+        """Send a part. Raises ProtocolError when the receiver takes nothing for too long."""
+        with self._environment.clock.deadline(SILENCE_SECONDS_MAX) as scope:
+            await stream.send(message)
+        if scope.cancelled_caught:
+            raise ProtocolError("the receiver of a snapshot takes nothing any more")
 
     async def _chunks(self, snapshot: EngineSnapshot, descriptor: RangeDescriptor) -> AsyncIterator[list[bytes]]:
         """The range's rows in chunks, no faster than the rate allows."""
@@ -181,35 +194,35 @@ class Snapshots:
 
     async def receive(self, stream: SnapshotStream, sender: NodeId) -> None:
         """Serve one incoming stream to its end. Raises ProtocolError for what is not a snapshot."""
-        begin = await stream.receive()
-        range_id, message, descriptor = _decode_begin(begin)
+        range_id, message, descriptor = _decode_begin(await self._hear(stream))
         try:
             replica = self._admit(range_id, message, descriptor, sender)
-        except ShardKVError as error:
+            if range_id != PLACEMENT_RANGE:
+                self._catalog.spans.reserve(range_id, descriptor.span)
+        except (ShardKVError, SpanTaken) as error:
             await stream.send(["refused", str(error)])
             return
         self._receiving[range_id] = None
-        if range_id != PLACEMENT_RANGE:
-            self._catalog.spans.reserve(range_id, descriptor.span)
+        self._files += 1
+        path = f"{self._directory}/incoming-{range_id}-{self._files}"
         taken = False
-        builder: IngestBuilder | None = None
         try:
-            self._files += 1
-            path = f"{self._directory}/incoming-{range_id}-{self._files}"
             builder = self._engine.builder(path)
-            await self._fill(stream, builder)
-            await self._environment.workers.run(builder.finish)
-            builder = None
-            assert message.snapshot is not None, f"a snapshot of range {range_id} without one"
-            index, term, _ = message.snapshot.metadata
-            taken = self._take(replica, message, _Incoming(path, descriptor, index, term))
+            try:
+                await self._fill(stream, builder, message, descriptor)
+                await self._environment.workers.run(builder.finish)
+                assert message.snapshot is not None, f"a snapshot of range {range_id} without one"
+                index, term, _ = message.snapshot.metadata
+                taken = self._take(replica, message, _Incoming(path, descriptor, index, term))
+            finally:
+                if not taken:
+                    builder.abandon()
             await stream.send(["done"] if taken else ["refused", "the replica did not need it"])
         finally:
             del self._receiving[range_id]
             if not taken:
                 self._catalog.spans.cancel(range_id)
-            if builder is not None:
-                builder.abandon()
+                await self._environment.workers.run(_remove, self._environment.disk, path)
 
     def _admit(self, range_id: RangeId, message: Message, descriptor: RangeDescriptor, sender: NodeId) -> Replica:
         """The replica that shall have the snapshot. Raises why it cannot have it now; the sender tries again later."""
@@ -217,50 +230,64 @@ class Snapshots:
             raise Busy(f"{len(self._receiving)} snapshots are being received already")
         if range_id in self._receiving or range_id in self._incoming:
             raise Busy(f"a snapshot of range {range_id} is on its way already")
-        overlapping = [other for other in self._catalog.spans.overlapping(descriptor.span) if other != range_id]
-        if overlapping and range_id != PLACEMENT_RANGE:
-            # A split or merge that this node has not applied yet: its own log will bring it (trap 1).
-            raise Busy(f"the span of range {range_id} is still held by range {overlapping[0]} here")
+        if range_id != PLACEMENT_RANGE:
+            overlapping = [other for other in self._catalog.spans.overlapping(descriptor.span) if other != range_id]
+            if overlapping:
+                # A split or merge that this node has not applied yet: its own log will bring it (trap 1).
+                raise Busy(f"the span of range {range_id} is still held by range {overlapping[0]} here")
         replica = self._catalog.admit(range_id, message, sender)
         if replica is None:
             raise Busy(f"range {range_id} has no replica {message.to} here")
         return replica
 
-    async def _fill(self, stream: SnapshotStream, builder: IngestBuilder) -> None:
+    async def _hear(self, stream: SnapshotStream) -> list[Any]:
+        """The next part. Raises ProtocolError when none comes."""
+        part: list[Any] | None = None
+        with self._environment.clock.deadline(SILENCE_SECONDS_MAX):
+            part = await stream.receive()
+        if part is None:
+            raise ProtocolError("the sender of a snapshot fell silent")
+        return part
+
+    async def _fill(
+        self, stream: SnapshotStream, builder: IngestBuilder, message: Message, descriptor: RangeDescriptor
+    ) -> None:
+        """Put the rows that come into the file. Raises ProtocolError unless they are that range's, in that state."""
+        checker = _RowChecker(descriptor)
         rows = 0
         while True:
-            with self._environment.clock.deadline(SILENCE_SECONDS_MAX) as scope:
-                message = await stream.receive()
-            if scope.cancelled_caught:
-                raise ProtocolError("the sender of a snapshot fell silent")
-            match message:
+            part = await self._hear(stream)
+            match part:
                 case ["rows", [*chunk]] if len(chunk) % 2 == 0:
                     for position in range(0, len(chunk), 2):
-                        builder.put(chunk[position], chunk[position + 1])
+                        key, value = chunk[position], chunk[position + 1]
+                        checker.look_at(key, value)
+                        builder.put(key, value)
                     rows += len(chunk) // 2
                 case ["end", int(count)] if count == rows:
+                    assert message.snapshot is not None, f"a snapshot of {descriptor} without one"
+                    checker.require_state(message.snapshot.metadata)
                     return
                 case _:
-                    raise ProtocolError(f"not a part of a snapshot: {str(message)[:100]}")
+                    raise ProtocolError(f"not a part of a snapshot: {str(part)[:100]}")
 
     def _take(self, replica: Replica, message: Message, incoming: _Incoming) -> bool:
         """Offer the arrived snapshot to the group; whether the group wants it."""
         if self._catalog.replicas.get(replica.range_id) is not replica:
             return False
-        self._incoming[replica.range_id] = incoming
         if replica.needs_snapshot:
-            self._nursery.start_soon(self._reinstall, replica, message)
+            if incoming.index < replica.log.compact_index:
+                return False  # of a leader that has applied less than this replica once had
+            self._incoming[replica.range_id] = incoming
+            replica.installing = True
+            self._nursery.start_soon(self._reinstall, replica)
             return True
-        before = replica.raft.last_index, replica.raft.committed
         self._driver.step(replica, message)
-        if replica.raft.committed < incoming.index:
-            del self._incoming[replica.range_id]
+        # Raft keeps the snapshot that it accepts; anything else, an equal one included, is not this one.
+        if replica.raft.raft.log.snapshot is not message.snapshot:
+            self._log.debug("snapshot not needed", range=replica.range_id, committed=replica.raft.committed)
             return False
-        pending = replica.raft.raft.log.snapshot
-        if pending is None or pending.metadata.index != incoming.index:
-            self._log.debug("snapshot not needed", range=replica.range_id, had=before)
-            del self._incoming[replica.range_id]
-            return False
+        self._incoming[replica.range_id] = incoming
         return True
 
     # Installing
@@ -273,7 +300,8 @@ class Snapshots:
     async def _install(self, replica: Replica, message: Message) -> None:
         snapshot = message.snapshot
         assert snapshot is not None, f"range {replica.range_id} installs no snapshot"
-        incoming = self._incoming.pop(replica.range_id)
+        incoming = self._incoming[replica.range_id]
+        await self._driver.settled(replica)
         await self._replace_data(replica, incoming)
         metadata = snapshot.metadata
         update = LogUpdate(
@@ -283,6 +311,7 @@ class Snapshots:
             reset=ResetLog(metadata.index, metadata.term, metadata.conf_state),
         )
         self._driver.log_snapshot(replica, update, message)
+        del self._incoming[replica.range_id]
         self._driver.hooks.descriptor(replica)
 
     async def _replace_data(self, replica: Replica, incoming: _Incoming) -> None:
@@ -301,10 +330,9 @@ class Snapshots:
         replica.machine = machine
         self._catalog.installed(replica)
 
-    async def _reinstall(self, replica: Replica, message: Message) -> None:
+    async def _reinstall(self, replica: Replica) -> None:
         """Install for a replica whose last install was interrupted: it has a log, but no data to apply it to."""
-        incoming = self._incoming.pop(replica.range_id)
-        replica.installing = True
+        incoming = self._incoming[replica.range_id]
         await self._driver.settled(replica)
         await self._replace_data(replica, incoming)
         assert replica.machine is not None, f"range {replica.range_id} has no machine after its install"
@@ -317,7 +345,56 @@ class Snapshots:
         else:
             update.reset = ResetLog(metadata.index, metadata.term, metadata.conf_state)
         self._catalog.reincarnate(replica, update)
+        del self._incoming[replica.range_id]
         self._driver.hooks.descriptor(replica)
+
+
+def _remove(disk: Disk, path: str) -> None:
+    with suppress(FileNotFoundError):
+        disk.unlink(path)
+
+
+class _RowChecker:
+    """Looks at the rows of a snapshot as they come: they go into the engine unseen, and it holds other ranges too."""
+
+    __slots__ = ("_descriptor", "_last", "_spans", "_state", "_stated")
+
+    def __init__(self, descriptor: RangeDescriptor) -> None:
+        self._descriptor = descriptor
+        self._spans = engine_spans(descriptor)
+        self._last = b""
+        self._state: bytes | None = None
+        self._stated: bytes | None = None
+
+    def look_at(self, key: object, value: object) -> None:
+        """Raises ProtocolError for what is no row of this range, or comes out of order."""
+        if type(key) is not bytes or type(value) is not bytes or key <= self._last:
+            raise ProtocolError(f"the rows of a snapshot of range {self._descriptor.range_id} are out of order")
+        self._last = key
+        start, end = self._spans[0]
+        if not start <= key < end:
+            if len(self._spans) == 1:
+                raise ProtocolError(f"a snapshot of range {self._descriptor.range_id} has a row of somebody else's")
+            # The rows of the next span; they are in key order, and so are the spans.
+            del self._spans[0]
+            self._last = b""
+            self.look_at(key, value)
+        elif key == keys.applied_key(self._descriptor.range_id):
+            self._state = value
+        elif key == keys.descriptor_key(self._descriptor.range_id):
+            self._stated = value
+
+    def require_state(self, metadata: SnapshotMetadata) -> None:
+        """Raises ProtocolError unless the rows hold the state that the snapshot was announced as."""
+        try:
+            state = unpack_applied(self._state or b"")
+            descriptor = unpack_descriptor(self._stated or b"")
+        except Corruption as error:
+            raise ProtocolError(f"a snapshot of range {self._descriptor.range_id} has no state: {error}") from error
+        if isinstance(state, InstallMark) or descriptor != self._descriptor:
+            raise ProtocolError(f"a snapshot of range {self._descriptor.range_id} holds another state than announced")
+        if (state.index, state.term, state.conf_state) != tuple(metadata):
+            raise ProtocolError(f"a snapshot of range {self._descriptor.range_id} holds another index than announced")
 
 
 def _decode_begin(begin: list[Any]) -> tuple[RangeId, Message, RangeDescriptor]:
@@ -331,15 +408,30 @@ def _decode_begin(begin: list[Any]) -> tuple[RangeId, Message, RangeDescriptor]:
             int(index),
             int(log_term),
             [[*voters], [*learners], [*outgoing], [*learners_next], bool(auto_leave)],
-            descriptor,
+            fields,
         ]:
             conf_state = ConfState(tuple(voters), tuple(learners), tuple(outgoing), tuple(learners_next), auto_leave)
-            snapshot = Snapshot(SnapshotMetadata(index, log_term, conf_state))
-            message = Message(MessageType.SNAP, to, from_, term, snapshot=snapshot)
             try:
-                return RangeId(range_id), message, RangeDescriptor.from_wire(descriptor)
+                descriptor = RangeDescriptor.from_wire(fields)
             except ValueError as error:
                 raise codec.malformed(str(error)) from error
+            members = {replica.replica_id for replica in descriptor.replicas}
+            ids = (*voters, *learners, *outgoing, *learners_next)
+            if (
+                descriptor.range_id == range_id
+                and descriptor.span.empty == (range_id == PLACEMENT_RANGE)
+                and voters
+                and all(type(each) is int for each in ids)
+                and set(ids) == members
+                and not {*learners, *learners_next} & set(voters)
+                and not set(learners) & set(outgoing)
+                and set(learners_next) <= set(outgoing)
+                and to in members
+                and INITIAL_TERM <= log_term <= term < 1 << 63
+                and INITIAL_INDEX <= index < 1 << 63
+            ):
+                snapshot = Snapshot(SnapshotMetadata(index, log_term, conf_state))
+                return RangeId(range_id), Message(MessageType.SNAP, to, from_, term, snapshot=snapshot), descriptor
     raise ProtocolError(f"not the beginning of a snapshot: {str(begin)[:100]}")
 
 

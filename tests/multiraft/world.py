@@ -492,8 +492,18 @@ class Hosts(dict[int, Host]):
             return len(indexes) == 1 and None not in indexes
 
         await self.until(same, "the same applied index everywhere")
-        rows = [host.rows(range_id) for host in self.values() if host.alive and RangeId(range_id) in host.catalog.replicas]
+        rows = [
+            host.rows(range_id) for host in self.values() if host.alive and RangeId(range_id) in host.catalog.replicas
+        ]
         assert all(each == rows[0] for each in rows), "replicas differ at the same applied index"
+
+    async def restart_all(self, kept_batches: Callable[[int], int]) -> None:
+        """Every node loses power at once."""
+        for host in self.values():
+            await host.crash(power=True, kept_batches=kept_batches)
+        for host in self.values():
+            await host.start()
+        await self.led()
 
     def check(self) -> None:
         for host in self.values():

@@ -1,0 +1,290 @@
+"""How replicas begin, change their core, and come back after crashes."""
+
+from typing import Any
+
+import pytest
+import trio
+
+from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
+from shardkv.raft.messages import ConfState, Entry, HardState, Message, MessageType
+from shardkv.raft.node import Role
+from shardkv.storage.engine import WriteBatch
+from shardkv.storage.wal import CreateGroup, LogUpdate, ResetLog
+from shardkv.types import KeyRange, NodeId, RangeId, ReplicaId
+from tests.multiraft.world import PROMISE_NS, RANGE, Host, Hosts, descriptor_on, world
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+RIGHT = RangeId(2)
+
+
+def from_right(kind: MessageType, *, to: int, sender: int, term: int = 7, **fields: Any) -> Message:
+    """A message of the right half of a split, whose replicas are 101 to 103."""
+    return Message(kind, to=100 + to, from_=100 + sender, term=term, **fields)
+
+
+def deliver(host: Host, range_id: int, message: Message, sender: int) -> None:
+    replica = host.catalog.admit(RangeId(range_id), message, NodeId(sender))
+    if replica is not None:
+        host.driver.step(replica, message)
+
+
+async def split_on_two(hosts: Hosts) -> Host:
+    """Split range 1 at m while node 3, a follower, hears of nothing; node 3."""
+    await hosts.write(b"a", b"1")
+    await hosts.write(b"z", b"2")
+    leader = await led_by_another(hosts, 3)
+    hosts.passes = lambda source, target, range_id, message: 3 not in (source, target)
+    await leader.split(b"m", 2).wait()
+    return hosts[3]
+
+
+async def led_by_another(hosts: Hosts, node_id: int) -> Host:
+    leader = hosts.leader()
+    if leader.node_id == node_id:
+        leader.replica().raft.transfer_leader(1)
+        leader.driver.touch(leader.replica())
+        await hosts.until(lambda: hosts.leader().node_id == 1, "a transfer to node 1")
+    await hosts.agreed()
+    return hosts.leader()
+
+
+async def test_trap_02_an_uninitialised_replica_votes_but_neither_campaigns_nor_owns_a_span() -> None:
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        deliver(late, 2, from_right(MessageType.HEARTBEAT, to=3, sender=1), 1)
+        replica = late.replica(2)
+        assert replica.machine is None
+        assert late.catalog.spans.owned(RIGHT) is None
+        assert late.catalog.replica_for_key(b"z") is late.replica(1)
+        hosts.passes = lambda source, target, range_id, message: False
+        await trio.sleep(5)
+        assert (replica.raft.role, replica.raft.term) == (Role.FOLLOWER, 7)
+        sent: list[Message] = []
+        hosts.passes = lambda source, target, range_id, message: bool(range_id == 2 and sent.append(message))
+        deliver(late, 2, from_right(MessageType.VOTE, to=3, sender=2, term=8, index=10, log_term=5), 2)
+        await trio.sleep(0.1)
+        assert [(each.type, each.reject) for each in sent if each.from_ == 103] == [(MessageType.VOTE_RESP, False)]
+
+
+async def test_trap_02_a_vote_or_an_answer_makes_no_replica() -> None:
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        for kind in (MessageType.VOTE, MessageType.PRE_VOTE, MessageType.APP_RESP, MessageType.HEARTBEAT_RESP):
+            deliver(late, 2, from_right(kind, to=3, sender=1), 1)
+        assert RIGHT not in late.catalog.replicas
+        assert RIGHT not in late.wal.groups
+
+
+async def test_trap_02_the_split_adopts_the_replica_and_keeps_its_vote_through_a_crash() -> None:
+    """The vote was given by the replica that the split replaces; a second one in its term would make two leaders."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        deliver(late, 2, from_right(MessageType.HEARTBEAT, to=3, sender=1, term=6), 1)
+        await trio.sleep(1)
+        # The vote is given, and while its record still waits behind a slow sync the split is applied.
+        late.workers.hold_log()
+        deliver(late, 2, from_right(MessageType.VOTE, to=3, sender=2, term=9, index=10, log_term=5), 2)
+        hosts.passes = lambda source, target, range_id, message: range_id == 1
+        await hosts.until(lambda: late.replica(2).raft.vote == 102, "the vote")
+        late.workers.release()
+        await hosts.until(lambda: late.replica(2).machine is not None, "the split on node 3")
+        assert late.replica(2).raft.vote == 102
+        assert late.replica(2).raft.term >= 9
+        await trio.sleep(0.1)
+        await late.restart(power=True)
+        state = late.wal.groups[RIGHT].hard_state
+        assert (state.term, state.vote) == (9, 102)
+
+
+async def test_appends_of_a_replaced_core_are_not_logged_after_those_of_its_successor() -> None:
+    """They may set the log back: its successor has begun it anew and has told others so."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        deliver(late, 2, from_right(MessageType.HEARTBEAT, to=3, sender=1, term=6), 1)
+        await trio.sleep(1)
+        old = late.replica(2)
+        # A record is being synced, so what the old core wants logged waits.
+        late.workers.hold_log()
+        deliver(
+            late, 1, Message(MessageType.VOTE, 3, 2, 50, index=1 << 40, log_term=49, context=b"CampaignTransfer"), 2
+        )
+        await hosts.until(lambda: late.driver._syncing, "a sync under way")
+        deliver(late, 2, from_right(MessageType.VOTE, to=3, sender=2, term=9, index=10, log_term=5), 2)
+        await hosts.until(lambda: any(waiting is old for waiting, _ in late.driver._appends), "a waiting append")
+        machine = RangeMachine.create(descriptor_on(3, range_id=2, span=KeyRange(b"m", None), first_replica=100))
+        log = late.catalog._begin_log(RIGHT, ReplicaId(103), machine)
+        late.catalog.replicas.pop(RIGHT, None)
+        assert log.hard_state == HardState(9, 102, INITIAL_INDEX)
+        late.workers.release()
+        await trio.sleep(0.1)
+        assert log.hard_state == HardState(9, 102, INITIAL_INDEX)
+        hosts.tolerant = True
+
+
+async def test_trap_07_what_an_adopted_replica_had_promised_its_successor_keeps() -> None:
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        await trio.sleep(2)
+        hosts.passes = lambda source, target, range_id, message: range_id == 1
+        heartbeat = from_right(MessageType.HEARTBEAT, to=3, sender=1, lease_stamp=5, lease_promise=PROMISE_NS)
+        deliver(late, 2, heartbeat, 1)
+        promised = late.replica(2).raft.raft.refuse_until
+        assert promised > late.clock.monotonic_ns()
+        old = late.replica(2)
+        await hosts.until(lambda: late.catalog.replicas.get(RIGHT) is not old, "the split on node 3", 0.39)
+        assert late.replica(2).raft.raft.refuse_until == promised
+
+
+async def test_trap_07_a_group_that_comes_back_after_a_restart_refuses_votes_for_a_promise() -> None:
+    """The crash may have lost the record of a group that had promised its vote: then a replayed split makes it anew."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        hosts.passes = lambda source, target, range_id, message: range_id == 1
+        await late.restart()
+        started = late.clock.monotonic_ns()
+        await hosts.until(lambda: RIGHT in late.catalog.replicas, "the split on node 3")
+        made = late.clock.monotonic_ns()
+        if made < started + PROMISE_NS:
+            assert late.replica(2).raft.raft.refuse_until >= started + PROMISE_NS - 10_000_000
+
+
+async def test_trap_20_a_group_whose_creation_was_not_synced_comes_back_from_the_engine() -> None:
+    """The engine was flushed after the split's batch, and the power failed before the log's record was on the disk."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        late.workers.hold_log()
+        hosts.passes = lambda source, target, range_id, message: range_id == 1
+        applied = late.machine().applied_index
+
+        def split_applied() -> bool:
+            if late.driver._syncing and late.machine().applied_index == applied:
+                # Let one record through: the entry itself must be on disk before it is applied.
+                late.workers.release()
+                late.workers.hold_log()
+            return RIGHT in late.catalog.replicas
+
+        await hosts.until(split_applied, "the split on node 3")
+        await late.environment.workers.run(late.engine.flush)
+        await late.restart(power=True)
+        assert RIGHT in late.catalog.replicas
+        hosts.passes = lambda source, target, range_id, message: True
+        await hosts.write(b"y", b"3", 2)
+        await hosts.agreed(1)
+        await hosts.agreed(2)
+        assert late.value(b"z", 2) == b"2"
+
+
+async def test_trap_20_a_split_lost_by_the_engine_is_replayed_and_leaves_the_right_halfs_log_alone() -> None:
+    async with world(3) as hosts:
+        await hosts.write(b"z", b"1")
+        leader = await led_by_another(hosts, 3)
+        await leader.split(b"m", 2).wait()
+        await hosts.write(b"z", b"2", 2)
+        await hosts.agreed(2)
+        follower = hosts[3]
+        before = follower.wal.groups[RIGHT].hard_state
+        await follower.restart(power=True, kept_batches=lambda count: 0)
+        assert follower.replica(2).machine is None, "the engine has lost the split"
+        after = follower.wal.groups[RIGHT].hard_state
+        assert (after.term, after.vote) == (before.term, before.vote)
+        await hosts.write(b"y", b"3", 2)
+        await hosts.agreed(1)
+        await hosts.agreed(2)
+        assert follower.value(b"z", 2) == b"2"
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 5, 8, 100])
+async def test_trap_20_any_prefix_of_the_engines_batches_comes_to_the_same(kept: int) -> None:
+    async with world(3) as hosts:
+        for number in range(4):
+            await hosts.write(b"k%d" % number, b"v")
+        leader = await led_by_another(hosts, 3)
+        await leader.split(b"k2", 2).wait()
+        for number in range(4):
+            await hosts.write(b"k%d" % number, b"w", 1 if number < 2 else 2)
+        await hosts.restart_all(lambda count: min(count, kept))
+        await hosts.agreed(1)
+        await hosts.agreed(2)
+        assert [hosts[1].value(b"k%d" % n, 1 if n < 2 else 2) for n in range(4)] == [b"w"] * 4
+
+
+async def test_trap_20_an_ingested_state_above_a_log_of_another_history_begins_the_log_anew() -> None:
+    """The crash came between the ingest of a snapshot and its record, and the log holds what was never committed."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        update = LogUpdate(RANGE, hard_state=HardState(6, 0, 10))
+        update.entries = tuple(Entry(6, index, data=b"") for index in range(11, 31))
+        host.wal.append([update])()
+        batch = WriteBatch()
+        machine = RangeMachine.create(descriptor_on(1), applied_index=20, applied_term=8)
+        machine.write(batch)
+        host.engine.write(batch)
+        host.engine.flush()
+        host.catalog.recover()
+        log = host.wal.groups[RANGE]
+        assert (log.compact_index, log.compact_term, log.last_index()) == (20, 8, 20)
+        host.check()
+
+
+async def test_trap_20_what_recovery_makes_of_the_log_is_recorded() -> None:
+    """A later record rests on it: compacting to an entry that only memory knew to be committed cannot be replayed."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        update = LogUpdate(RANGE, hard_state=HardState(6, 1, 10))
+        update.entries = tuple(Entry(6, index, data=b"") for index in range(11, 31))
+        host.wal.append([update])()
+        batch = WriteBatch()
+        RangeMachine.create(descriptor_on(1), applied_index=25, applied_term=6).write(batch)
+        host.engine.write(batch)
+        host.engine.flush()
+        host.catalog.recover()
+        assert host.wal.groups[RANGE].hard_state == HardState(6, 1, 25)
+        host.wal.close()
+        host.prepare()
+        assert host.wal.groups[RANGE].hard_state == HardState(6, 1, 25)
+
+
+async def test_a_reincarnated_replica_keeps_term_vote_and_promise_on_disk_too() -> None:
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = await led_by_another(hosts, 3)
+        host = hosts[3]
+        hosts.passes = lambda source, target, range_id, message: False
+        replica = host.replica()
+        raft = replica.raft.raft
+        promised = raft.refuse_until
+        raft.become_follower(40, 0)
+        raft.vote = 2
+        index, term = host.machine().applied_index, host.machine().applied_term
+        host.catalog.reincarnate(replica, LogUpdate(RANGE, reset=ResetLog(index, term, host.machine().conf_state)))
+        await trio.sleep(0.05)
+        assert host.replica() is not replica
+        assert host.replica().raft.raft.refuse_until >= promised
+        await host.restart(power=True, kept_batches=lambda count: count)
+        assert host.wal.groups[RANGE].hard_state == HardState(40, 2, index)
+        assert leader.alive
+
+
+async def test_a_bootstrap_is_idempotent_and_brings_nothing_back_that_has_ended() -> None:
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        host.catalog.bootstrap([descriptor_on(1)], 0)
+        assert list(host.wal.groups) == [RANGE]
+        other = descriptor_on(1, range_id=9, span=KeyRange(b"x", b"x"))
+        from shardkv.storage.wal import Tombstone
+
+        host.wal.append([LogUpdate(RangeId(9), tombstone=Tombstone(ReplicaId(1)))])()
+        host.catalog.bootstrap([other], 0)
+        assert RangeId(9) not in host.wal.groups
+
+
+async def test_a_replica_without_state_keeps_its_configuration_in_the_log() -> None:
+    """What its core is told, that it has no members, must not be what a checkpoint of the log says."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        conf_state = conf_state_of(descriptor_on(1))
+        host.wal.append([LogUpdate(RangeId(5), create=CreateGroup(ReplicaId(9), 10, INITIAL_TERM, conf_state))])()
+        host.catalog.recover()
+        assert host.replica(5).raft.configuration == ConfState()
+        assert host.wal.groups[RangeId(5)].conf_state == conf_state
