@@ -1,12 +1,15 @@
 """The core finds the node that serves a key, and finds it again when it moves (DESIGN §4.6, §4.9)."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardkv import errors
-from shardkv.types import Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
+from shardkv.types import KEY_BYTES_MAX, Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.requests import Method
 from shardkv_client.core import ScanCall, Settings
+from shardkv_client.limits import before
 from tests.client.world import World
 
 
@@ -475,3 +478,12 @@ def test_a_node_that_accepts_but_never_greets_is_given_up():
     world.run(call)
     assert world.now - started < 1.5
     assert call.attempts >= 1
+
+
+@given(st.binary(min_size=1, max_size=6), st.binary(max_size=6))
+def test_a_reverse_scan_is_routed_by_the_greatest_key_below_its_end(end, other):
+    """No key is longer than allowed, so every key has a predecessor; a range boundary cannot lie between the two."""
+    found = before(end)
+    assert found < end
+    assert not found < other < end
+    assert len(found) <= KEY_BYTES_MAX
