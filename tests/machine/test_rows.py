@@ -139,15 +139,15 @@ def test_the_split_key_lies_inside_and_near_the_middle_by_bytes() -> None:
 
 
 def test_a_measure_keeps_a_bounded_number_of_cuts() -> None:
-    engine, batch = MemoryEngine(), WriteBatch()
-    for number in range(3 * CUTS_MAX):
-        batch.put(keys.user_key(b"%06d" % number), b"v" * 5_000)
+    engine, batch, value = MemoryEngine(), WriteBatch(), b"v" * 5_000
+    for number in range(20 * CUTS_MAX):
+        batch.put(keys.user_key(b"%06d" % number), value)
     engine.write(batch)
     measure = RangeMeasure(engine, EVERY_KEY)
-    while not measure.step(50):
+    while not measure.step(500):
         assert len(measure._cuts) <= CUTS_MAX
     assert measure.split_key is not None
-    assert 0.45 < int(measure.split_key.ljust(6, b"0")) / (3 * CUTS_MAX) < 0.55
+    assert 0.45 < int(measure.split_key.ljust(6, b"0")) / (20 * CUTS_MAX) < 0.55
 
 
 def test_a_range_of_under_two_keys_has_no_split_key() -> None:

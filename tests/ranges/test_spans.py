@@ -118,6 +118,22 @@ def test_spans_are_replaced_all_at_once() -> None:
     spans.check()
 
 
+def test_a_replacement_takes_nothing_from_ranges_that_it_does_not_name() -> None:
+    spans = split_map()
+    with pytest.raises(SpanTaken):
+        spans.replace([(r(1), KeyRange(b"", b"c")), (r(3), KeyRange(b"c", b"n"))])
+    assert spans.owned(r(1)) == KeyRange(b"", b"m")
+
+
+def test_trap_01_a_replacement_gives_no_range_what_another_of_them_has_reserved() -> None:
+    spans = SpanMap()
+    spans.claim(r(1), KeyRange(b"", b"m"))
+    spans.reserve(r(2), KeyRange(b"m", None))
+    with pytest.raises(SpanTaken):
+        spans.replace([(r(1), EVERY_KEY), (r(2), None)])
+    spans.check()
+
+
 def test_a_released_range_holds_nothing() -> None:
     spans = split_map()
     spans.reserve(r(2), KeyRange(b"m", None))
