@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import anyio
+
 from shardkv.errors import ClientClosed, InvalidRange, NotFound, OutcomeUnknown, ShardKVError
 from shardkv.types import PLACEMENT_RANGE, Entry, RangeDescriptor
 from shardkv.wire.address import parse_addresses
@@ -131,7 +133,8 @@ class Client:
             await host.aclose()
         task, self._task = self._task, None
         if task is not None:
-            await asyncio.wait([task])
+            with anyio.CancelScope(shield=True):  # else a cancellation here would replace the body's own exception
+                await asyncio.wait([task])
 
     def forked(self) -> None:
         """This process is a child of the one that opened the client, whose session and connections it must not use."""

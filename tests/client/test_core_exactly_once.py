@@ -374,3 +374,11 @@ def test_closing_fails_pending_calls_as_their_deadline_would():
     assert isinstance(read.error, errors.Unavailable)
     with pytest.raises(errors.ClientClosed):
         world.put(b"k", b"y")
+
+
+def test_the_first_write_is_stamped_by_the_servers_clock():
+    """The welcome tells the time; the client has no wall clock of its own (DESIGN §4.4)."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    ((_, issued_at),) = world.cluster.issued
+    assert abs(issued_at - (BASE_MS + world.cluster.now_ms)) < 10
