@@ -163,8 +163,6 @@ def open_directory(disk: Disk, ids: Ids, path: str) -> DataDirectory:
     _refuse_foreign(disk, path)
     lock = disk.lock(f"{path}/{LOCK_NAME}")
     try:
-        # Again, for it may have been somebody's just before.
-        _refuse_foreign(disk, path)
         try:
             identity = decode_identity(disk.read(identity_path), identity_path)
         except FileNotFoundError:

@@ -239,6 +239,16 @@ def test_a_stall_shows_before_a_write_would_wait(path: str, stopped: int, delaye
     engine.close()
 
 
+def test_closing_the_engine_closes_its_snapshots(path: str) -> None:
+    """An iterator that is alive keeps the database open, and its lock held."""
+    engine = RocksEngine(path)
+    snapshot = engine.snapshot()
+    engine.close()
+    with pytest.raises(StorageError, match="closed"):
+        list(snapshot.scan(LOW, HIGH))
+    RocksEngine(path).close()
+
+
 def test_a_closed_snapshot_is_refused(path: str) -> None:
     engine = RocksEngine(path)
     snapshot = engine.snapshot()

@@ -201,6 +201,23 @@ def test_old_entries_hold_back_no_more_segments_than_set_however_large_they_are(
     assert state_of(opened_with_token(disk.lost())) == driver.model.state()
 
 
+@pytest.mark.parametrize("bound", [{"move_entries_max": 3}, {"move_bytes_max": 90}])
+def test_one_collection_moves_no_more_than_set(bound: dict[str, int]) -> None:
+    """What it moves is read and encoded in the loop."""
+    driver = Driver(MemoryDisk(), Random(0), WalSettings(segment_bytes=4096, **bound))
+    driver.append(create(R1), create(R2))
+    driver.append(LogUpdate(R2, HardState(1), tuple(entry(index, bytes(30)) for index in range(1, 9))))
+    for index in range(1, 60):
+        driver.append(LogUpdate(R1, HardState(1, 0, index), (entry(index, bytes(100)),), compact=CompactLog(index, 1)))
+    driver.sync()
+    for moved in (3, 6, 8):
+        assert driver.wal.statistics().oldest_segment_id == 1
+        driver.collect()
+        driver.sync()
+        assert driver.wal.statistics().moved_entries == moved
+    assert driver.wal.statistics().oldest_segment_id > 1
+
+
 def test_metadata_alone_holds_back_no_segment() -> None:
     """Every segment starts with a checkpoint of all groups, so idle groups without entries pin nothing."""
     disk = MemoryDisk()
