@@ -477,13 +477,13 @@ class Driver:
         return applied.outcomes
 
     def _split(self, left: Replica, split: SplitResult, batch: WriteBatch) -> None:
-        """A split was applied: the right half's replica comes to be, and whoever waits on the left asks again."""
+        """A split was applied: the right half's replica comes to be.
+
+        Writes that wait are proposed all the same: applying answers each command by its record, or by where its key
+        is now. Reads that wait were confirmed, if at all, for a range that is no more.
+        """
         right = self.catalog.split(left, split, batch)
-        error = EpochMismatch(current=(split.left, split.right))
-        for group in left.waiting:
-            group.requester.refuse(group.request_id, error)
-        left.waiting, left.waiting_bytes = [], 0
-        left.abandon_reads(error)
+        left.abandon_reads(EpochMismatch(current=(split.left, split.right)))
         self.hooks.descriptor(left)
         if right is not None:
             self.hooks.descriptor(right)
