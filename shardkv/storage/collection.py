@@ -28,7 +28,7 @@ def settle(state: LogState, segment: Segment) -> GroupLog | None:
     last_index = segment.last_index
     for range_id in list(last_index):
         log = state.groups.get(range_id)
-        if log is not None and log.first_index() <= last_index[range_id] and log.live_in(segment.id):
+        if log is not None and log.first_index() <= last_index[range_id] and log.live_in(segment):
             return log
         del last_index[range_id]
     return None
@@ -50,7 +50,7 @@ def moves_from(state: LogState, segment: Segment, entries_max: int, bytes_max: i
     entries, size = 0, 0
     for range_id in list(segment.last_index):
         log = state.groups.get(range_id)
-        for index in log.live_in(segment.id) if log is not None else ():
+        for index in log.live_in(segment) if log is not None else ():
             assert log is not None, f"range {range_id} is gone"
             if entries >= entries_max or (entries and size >= bytes_max):
                 return moves
@@ -69,7 +69,7 @@ def live_bytes(state: LogState, segment: Segment, enough: int) -> int:
     for range_id in segment.last_index:
         log = state.groups.get(range_id)
         if log is not None:
-            size += sum(log.entry_bytes(index) for index in log.live_in(segment.id))
+            size += sum(log.entry_bytes(index) for index in log.live_in(segment))
             if size >= enough:
                 break
     return size

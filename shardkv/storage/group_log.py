@@ -245,11 +245,12 @@ class GroupLog:
             if type(item) is Entry and item.data:
                 items[position] = Stub(item.term, item.type, len(item.data))
 
-    def live_in(self, segment_id: int) -> list[int]:
-        """The indexes of entries whose only copy lies in a segment. Walks the log."""
+    def live_in(self, segment: Segment) -> list[int]:
+        """The indexes of entries whose only copy lies in a segment. Walks the log up to the last that it holds."""
         first = self.compact_index + 1
-        low, high = segment_id << PLACE_SEGMENT_SHIFT, (segment_id + 1) << PLACE_SEGMENT_SHIFT
-        return [first + position for position, place in enumerate(self._places) if low <= place < high]
+        low, high = segment.id << PLACE_SEGMENT_SHIFT, (segment.id + 1) << PLACE_SEGMENT_SHIFT
+        places = self._places[: max(segment.last_index.get(self.range_id, 0) - self.compact_index, 0)]
+        return [index for index, place in enumerate(places, first) if low <= place < high]
 
     def absent(self) -> list[int]:
         return [self.compact_index + 1 + position for position, item in enumerate(self._items) if item is ABSENT]
@@ -285,8 +286,12 @@ class GroupLog:
         for index, item in enumerate(self._items, self.first_index()):
             assert item is not ABSENT, f"range {self.range_id}: entry {index} was never found"
             assert not isinstance(item, Entry) or item.index == index, f"range {self.range_id}: {item} at {index}"
-        for place in self._places:
-            assert place >> PLACE_SEGMENT_SHIFT in self._segments, f"range {self.range_id}: a place in a segment gone"
+        for index, place in enumerate(self._places, self.first_index()):
+            segment = self._segments.get(place >> PLACE_SEGMENT_SHIFT)
+            assert segment is not None, f"range {self.range_id}: entry {index} lies in a segment that is gone"
+            assert index <= segment.last_index.get(self.range_id, 0), (
+                f"range {self.range_id}: entry {index} lies in {segment.path}, which does not know"
+            )
 
 
 class EntryCache:

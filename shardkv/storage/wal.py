@@ -130,6 +130,8 @@ class Wal:
         """Encoded and not yet written; bounded by what the owner encodes before it waits for a job."""
         self._cache = EntryCache(settings.cache_bytes_max)
         self._failure: BaseException | None = None
+        self._collected = (-1, -1)
+        """What the state looked like when a collection last found nothing to do."""
         self._records = 0
         self._syncs = 0
         self._written_bytes = 0
@@ -319,13 +321,15 @@ class Wal:
         """
         if self._failure is not None:
             raise self._refusal()
-        if len(self._state.segments) < 2:
+        seen = (self._state.freed, self._segment.id)
+        if len(self._state.segments) < 2 or self._collected == seen:
             return None
         dead = dead_segments(self._state)
         moved = False
         if not dead:
             moved = self._move_stragglers()
             if not moved:
+                self._collected = seen
                 return None
             dead = dead_segments(self._state)
         for segment in dead:
