@@ -6,6 +6,7 @@ the directory is synced before anything is written to it.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from shardkv.environment import Disk, File
@@ -91,17 +92,18 @@ class Spares:
         if self._busy or self._ready is not None:
             return None
         self._busy = True
-        return self._prepare
+        self._made += 1
+        return partial(self._prepare, f"ahead-{self._made}")
 
-    def _prepare(self) -> None:
+    def _prepare(self, name: str) -> None:
         try:
-            self._ready = self._make()
+            self._ready = self._make(name)
         finally:
             self._busy = False
 
-    def _make(self) -> tuple[str, File]:
-        self._made += 1
-        path = f"{self._directory}/{SPARE_PREFIX}{self._made}"
+    def _make(self, name: str) -> tuple[str, File]:
+        """Two threads may be in here at once, each with a name of its own."""
+        path = f"{self._directory}/{SPARE_PREFIX}{name}"
         file = self._disk.open(path, create=True)
         try:
             file.truncate(0)
@@ -114,7 +116,7 @@ class Spares:
     def install(self, segment: Segment) -> None:
         """Give ``segment`` a file under its name, durably. Blocks; called by the log's writer only."""
         ready, self._ready = self._ready, None
-        path, file = ready if ready is not None else self._make()
+        path, file = ready if ready is not None else self._make(f"now-{segment.id}")
         if segment.size > self._segment_bytes:
             file.allocate(segment.size)
         self._disk.rename(path, segment.path)

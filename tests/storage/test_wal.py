@@ -101,6 +101,28 @@ def test_a_prepared_spare_spares_the_writer_from_making_a_segment() -> None:
     assert wal.prepare() is not None
 
 
+def test_a_spare_in_the_making_and_a_segment_made_on_the_spot_are_two_files() -> None:
+    """The preparing thread and the writer meet when a segment fills up before its successor is ready."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    prepare = wal.prepare()
+    job = wal.append([LogUpdate(R1, HardState(1), (entry(1, bytes(1990)),))])
+    assert prepare is not None
+
+    def observe(name: str, path: str) -> None:
+        disk.observe = lambda name, path: None
+        job()
+
+    disk.observe = observe
+    prepare()
+    for index in (2, 3):
+        wal.append([LogUpdate(R1, entries=(entry(index, bytes(1750)),))])()
+    wal.check()
+    assert len({id(segment.file) for segment in wal._state.segments.values()}) == wal.statistics().segments
+    assert state_of(opened(disk.lost())) == state_of(wal)
+
+
 def test_a_full_disk_while_preparing_is_no_failure_yet() -> None:
     """DESIGN 4.11: an out-of-space node refuses writes and serves on; it must learn of it before it is too late."""
     disk = MemoryDisk()
