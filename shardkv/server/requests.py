@@ -175,6 +175,8 @@ class Requests:
 
     def _read(self, requester: Requester, request: Request, consistency: int, serve: Callable[[Replica], Any]) -> None:
         """Serve a read at the moment at which its consistency allows it."""
+        if not Consistency.LINEARIZABLE <= consistency <= Consistency.STALE:
+            raise MalformedRequest(f"there is no consistency {consistency}")
         replica = self._replica(request)
         replica.check_route(request.span_generation)
         if consistency == Consistency.STALE:
