@@ -28,6 +28,8 @@ ENTRIES_KEPT: Final = 256
 """Entries behind the applied index that stay in every log, for followers that are a little behind."""
 LAG_ENTRIES_MAX: Final = 10_000
 """How far behind a follower may be and still find its next entry in the leader's log; further, it gets a snapshot."""
+LAG_BYTES_MAX: Final = 16 * 1024 * 1024
+"""The same in bytes of one group's log."""
 
 
 class Maintenance:
@@ -82,7 +84,9 @@ class Maintenance:
             return None
         index = min(applied, replica.log.hard_state.commit) - ENTRIES_KEPT
         if replica.leads:
-            index = max(min(index, _needed(replica)), applied - LAG_ENTRIES_MAX)
+            needed = _needed(replica)
+            if needed < index:
+                index = max(needed, _lag_bound(replica, index))
         if index <= replica.log.compact_index:
             return None
         return LogUpdate(range_id, compact=CompactLog(index, replica.log.term(index)))
@@ -113,10 +117,30 @@ class Maintenance:
 
 
 def _needed(replica: Replica) -> int:
-    """The highest index that every follower of a leader is known to have, or will have with its snapshot."""
+    """The highest index that every other replica is known to have, or will have with its snapshot.
+
+    One that is not heard of counts too: it may be installing the snapshot that it was sent, or be just restarting.
+    """
     needed = replica.raft.last_index
     for replica_id, peer in replica.raft.status().progress.items():
-        if replica_id != replica.replica_id and peer.recent_active:
-            held = peer.pending_snapshot if peer.state is ProgressState.SNAPSHOT else peer.match
+        if replica_id != replica.replica_id:
+            held = peer.match
+            if peer.state is ProgressState.SNAPSHOT:
+                held = peer.pending_snapshot
+            elif peer.state is ProgressState.PROBE and not peer.recent_active:
+                held = max(held, peer.next - 1)  # where a snapshot that has arrived will let it go on
             needed = min(needed, held)
     return needed
+
+
+def _lag_bound(replica: Replica, index: int) -> int:
+    """The lowest index that may be kept for followers that need entries below ``index``."""
+    log = replica.log
+    lowest = max(index - LAG_ENTRIES_MAX, log.compact_index)
+    left = LAG_BYTES_MAX
+    while index > lowest:
+        left -= log.entry_bytes(index)
+        if left < 0:
+            return index
+        index -= 1
+    return lowest

@@ -36,6 +36,8 @@ async def split_on_two(hosts: Hosts) -> Host:
     leader = await led_by_another(hosts, 3)
     hosts.passes = lambda source, target, range_id, message: 3 not in (source, target)
     await leader.split(b"m", 2).wait()
+    await hosts.until(lambda: all(2 in hosts[each].catalog.replicas for each in (1, 2)), "the split on two nodes")
+    await hosts.led(2)
     return hosts[3]
 
 
@@ -194,7 +196,7 @@ async def test_trap_20_a_split_lost_by_the_engine_is_replayed_and_leaves_the_rig
         assert follower.value(b"z", 2) == b"2"
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3, 5, 8, 100])
+@pytest.mark.parametrize("kept", [0, 3, 6, 100])
 async def test_trap_20_any_prefix_of_the_engines_batches_comes_to_the_same(kept: int) -> None:
     async with world(3) as hosts:
         for number in range(4):

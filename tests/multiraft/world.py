@@ -266,6 +266,7 @@ class Host:
         try:
             with self.scope:
                 async with trio.open_nursery() as nursery:
+                    self.nursery = nursery
                     await nursery.start(self.driver.run)
                     await nursery.start(self.snapshots.run)
                     nursery.start_soon(self._receive)
@@ -304,15 +305,14 @@ class Host:
     def serve_snapshot(self, pipe: _Pipe, sender: NodeId) -> None:
         async def serve() -> None:
             try:
-                with self.scope:
-                    await self.snapshots.receive(pipe, sender)
+                await self.snapshots.receive(pipe, sender)
             except (ShardKVError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 self.world.stream_errors.append(error)
             finally:
                 with trio.CancelScope(shield=True):
                     await pipe.aclose()
 
-        self.world.nursery.start_soon(serve)
+        self.nursery.start_soon(serve)
 
     async def crash(
         self,
@@ -450,7 +450,7 @@ class Hosts(dict[int, Host]):
 
     async def until(self, wanted: Callable[[], Any], what: str = "it", seconds: float = WAIT_SECONDS) -> None:
         with trio.move_on_after(seconds):
-            while not wanted():
+            while not wanted():  # noqa: ASYNC110
                 await trio.sleep(0.01)
         assert wanted(), f"{what} did not come about in {seconds} s"
 

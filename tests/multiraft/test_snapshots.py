@@ -1,0 +1,498 @@
+"""Snapshots between nodes: when they are taken, what is refused, and what a crash at each step leaves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+
+from shardkv.errors import ProtocolError
+from shardkv.machine.machine import INITIAL_TERM, RangeMachine
+from shardkv.machine.snapshot import installing, snapshot_rows
+from shardkv.multiraft import maintenance, snapshots
+from shardkv.raft import ProgressState
+from shardkv.raft.messages import Message, MessageType
+from shardkv.storage.wal import CompactLog, LogUpdate
+from shardkv.types import KeyRange, NodeId, RangeId
+from tests.multiraft.test_catalog import led_by_another, split_on_two
+from tests.multiraft.world import RANGE, Host, Hosts, descriptor_on, world
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+
+class Stream:
+    """The sending end of a snapshot, spelled out; answers are collected."""
+
+    def __init__(self, *parts: list[Any]) -> None:
+        self.parts = list(parts)
+        self.answers: list[list[Any]] = []
+        self.more = trio.Event()
+
+    async def send(self, message: list[Any]) -> None:
+        self.answers.append(message)
+
+    async def receive(self) -> list[Any]:
+        await trio.sleep(0.001)
+        if not self.parts:
+            await self.more.wait()
+            raise ProtocolError("the other side went away")
+        return self.parts.pop(0)
+
+
+def spelled(host: Host, to: int, range_id: int = RANGE, **changes: Any) -> list[list[Any]]:
+    """The messages of a snapshot of a host's range as it is now."""
+    machine = host.machine(range_id)
+    metadata = machine.snapshot_metadata()
+    fields: dict[str, Any] = {
+        "range": range_id,
+        "to": to,
+        "sender": host.replica(range_id).replica_id,
+        "term": host.replica(range_id).raft.term,
+        "index": metadata.index,
+        "log_term": metadata.term,
+        "conf_state": [list(part) if isinstance(part, tuple) else part for part in metadata.conf_state],
+        "descriptor": machine.descriptor.to_wire(),
+        "rows": [item for pair in snapshot_rows(host.engine, machine.descriptor) for item in pair],
+        **changes,
+    }
+    rows = fields.pop("rows")
+    return [["begin", *fields.values()], ["rows", rows], ["end", len(rows) // 2]]
+
+
+def compact(host: Host, range_id: int = RANGE) -> None:
+    """Let go of the whole log, so that whoever lacks something needs a snapshot."""
+    log = host.replica(range_id).log
+    index = min(host.machine(range_id).applied_index, log.hard_state.commit)
+    if index > log.compact_index:
+        host.driver.append_now([LogUpdate(RangeId(range_id), compact=CompactLog(index, log.term(index)))])
+
+
+async def behind(hosts: Hosts, *, writes: int = 5) -> Host:
+    """Node 3, cut off while the others wrote and compacted; still cut off."""
+    await hosts.write(b"old", b"1")
+    await led_by_another(hosts, 3)
+    hosts.isolate(3)
+    for number in range(writes):
+        await hosts.write(b"new%d" % number, b"2")
+    await hosts.until(lambda: hosts[1].machine().applied_index == hosts[2].machine().applied_index)
+    await trio.sleep(0.2)
+    for node_id in (1, 2):
+        compact(hosts[node_id])
+    return hosts[3]
+
+
+async def test_a_follower_that_fell_behind_the_log_gets_a_snapshot_and_goes_on() -> None:
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        hosts.heal()
+        await hosts.agreed()
+        assert late.value(b"new4") == b"2"
+        assert late.wal.groups[RANGE].compact_index > 11
+        await hosts.write(b"after", b"3")
+        await hosts.agreed()
+
+
+async def test_trap_01_a_follower_that_has_not_split_is_not_given_the_right_half() -> None:
+    """It would write into a span that the unsplit range still owns; the log brings the split, then the data."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        for node_id in (1, 2):
+            compact(hosts[node_id], 2)
+        hosts.passes = lambda source, target, range_id, message: 3 not in (source, target) or range_id == 2
+        await trio.sleep(2)
+        assert late.catalog.replicas.get(RangeId(2)) is None or late.replica(2).machine is None
+        stream = Stream(*spelled(hosts.leader(2), 103, 2))
+        await late.snapshots.receive(stream, NodeId(1))
+        assert stream.answers[0][0] == "refused"
+        assert "held by range 1" in stream.answers[0][1]
+        assert late.value(b"z") == b"2", "the unsplit range lost a row"
+        hosts.passes = lambda source, target, range_id, message: True
+        await hosts.agreed(1)
+        await hosts.agreed(2)
+        assert late.value(b"z", 2) == b"2"
+
+
+async def test_trap_01_of_two_overlapping_snapshots_on_their_way_one_is_refused() -> None:
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        left, right = hosts.leader(1), hosts.leader(2)
+        wide = descriptor_on(3)
+        # The left half as it was before the split is on its way when the right half is offered.
+        begin, *rest = spelled(left, 3, descriptor=wide.to_wire())
+        slow = Stream(begin)
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(ProtocolError):
+                    await late.snapshots.receive(slow, left.node_id)
+
+            nursery.start_soon(receive)
+            await trio.sleep(0.01)
+            stream = Stream(*spelled(right, 103, 2))
+            await late.snapshots.receive(stream, right.node_id)
+            assert stream.answers[0][0] == "refused"
+            slow.more.set()
+        assert late.catalog.spans.overlapping(KeyRange(b"m", None)) == [1]
+        del rest
+
+
+async def test_trap_01_a_split_applied_while_a_snapshot_of_the_unsplit_range_is_on_its_way() -> None:
+    """The log was faster than the stream: the reservation of the stream must not stop the split, nor the stream win."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        wide = descriptor_on(3)
+        machine = late.machine()
+        conf_state = [list(part) if isinstance(part, tuple) else part for part in machine.conf_state]
+        index, term = machine.applied_index, machine.applied_term
+        whole = spelled(
+            late, 3, sender=1, term=9, index=index, log_term=term, conf_state=conf_state, descriptor=wide.to_wire()
+        )
+        stream = Stream(whole[0])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(late.snapshots.receive, stream, NodeId(1))
+            await trio.sleep(0.05)
+            assert late.catalog.spans.overlapping(wide.span) == [1]
+            hosts.passes = lambda source, target, range_id, message: True
+            await hosts.until(lambda: RangeId(2) in late.catalog.replicas and late.replica(2).machine, "the split")
+            stream.parts += whole[1:]
+            await trio.sleep(0.1)
+            stream.more.set()
+            nursery.cancel_scope.cancel()
+        assert stream.answers[-1:] in ([], [["refused", "the replica did not need it"]])
+        await hosts.agreed(1)
+        await hosts.agreed(2)
+
+
+async def test_no_second_snapshot_of_a_range_is_begun_before_the_first_is_in_place() -> None:
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts.leader()
+        first = Stream(*spelled(leader, 3))
+        await late.snapshots.receive(first, leader.node_id)
+        assert first.answers == [["done"]]
+        late.workers.hold_others()
+        await hosts.until(lambda: late.replica().installing)
+        await trio.sleep(0.05)
+        second = Stream(*spelled(leader, 3))
+        await late.snapshots.receive(second, leader.node_id)
+        assert second.answers[0][0] == "refused"
+        late.workers.release()
+        hosts.heal()
+        await hosts.agreed()
+
+
+async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_nothing() -> None:
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        await hosts.agreed()
+        leader = await led_by_another(hosts, 3)
+        stream = Stream(*spelled(leader, 3))
+        await hosts[3].snapshots.receive(stream, leader.node_id)
+        assert stream.answers == [["refused", "the replica did not need it"]]
+        assert hosts[3].catalog.spans.overlapping(KeyRange(b"", None)) == [1]
+        assert not hosts[3].snapshots._incoming
+        assert not hosts[3].engine._built, "the file of a refused snapshot is still there"
+
+
+async def test_messages_that_arrive_during_an_install_neither_hurt_nor_get_lost() -> None:
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts.leader()
+        await late.snapshots.receive(Stream(*spelled(leader, 3)), leader.node_id)
+        late.workers.hold_others()
+        await hosts.until(lambda: late.replica().machine is None, "the install")
+        hosts.heal()
+        await hosts.write(b"during", b"3")
+        late.driver.step(late.replica(), Message(MessageType.VOTE, 3, 2, 90, index=1 << 30, log_term=90))
+        await trio.sleep(0.3)
+        assert late.replica().machine is None
+        late.workers.release()
+        await hosts.write(b"after", b"4")
+        await hosts.agreed()
+        assert (late.value(b"during"), late.value(b"after")) == (b"3", b"4")
+
+
+async def test_an_install_waits_for_what_its_group_wanted_logged_before() -> None:
+    """Entries below a snapshot that are logged after it would not fit the log any more."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = await led_by_another(hosts, 3)
+        late = hosts[3]
+        late.workers.hold_log()
+        for number in range(3):
+            await hosts.write(b"k%d" % number, b"v")
+        await hosts.until(lambda: late.driver._appends, "appends behind a slow sync")
+        hosts.isolate(3)
+        for number in range(3):
+            await hosts.write(b"m%d" % number, b"v")
+        stream = Stream(*spelled(leader, 3))
+        await late.snapshots.receive(stream, leader.node_id)
+        assert stream.answers == [["done"]]
+        await trio.sleep(0.5)
+        assert late.replica().installing
+        late.workers.release()
+        hosts.heal()
+        await hosts.agreed()
+
+
+async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot_overtook_them() -> None:
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = await led_by_another(hosts, 3)
+        late = hosts[3]
+        late.engine.stall = True
+        for number in range(3):
+            await hosts.write(b"k%d" % number, b"v")
+        await hosts.until(lambda: late.driver._held, "entries held back")
+        hosts.isolate(3)
+        for number in range(3):
+            await hosts.write(b"m%d" % number, b"v")
+        stream = Stream(*spelled(leader, 3))
+        await late.snapshots.receive(stream, leader.node_id)
+        await hosts.until(lambda: late.replica().machine and not late.replica().installing, "the install")
+        assert late.driver._held
+        late.engine.stall = False
+        await hosts.until(lambda: not late.driver._held)
+        assert late.replica().raft.raft.log.applying_bytes == 0
+        hosts.heal()
+        await hosts.agreed()
+
+
+async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_good() -> None:
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = await led_by_another(hosts, 3)
+        late = hosts[3]
+        late.engine.stall = True
+        for number in range(3):
+            await hosts.write(b"k%d" % number, b"v")
+        await hosts.until(lambda: late.driver._held, "entries held back")
+        hosts.isolate(3)
+        await hosts.write(b"m", b"v")
+        stream = Stream(*spelled(leader, 3))
+        await late.snapshots.receive(stream, leader.node_id)
+        late.workers.hold_others()
+        await hosts.until(lambda: late.replica().machine is None, "the install")
+        late.engine.stall = False
+        await hosts.until(lambda: not late.driver._held)
+        late.workers.release()
+        await hosts.until(lambda: late.replica().machine and not late.replica().installing, "the install's end")
+        assert late.replica().raft.raft.log.applying_bytes == 0
+
+
+STEPS = ("after the mark", "after the flush", "after the ingest", "after the record", "after all")
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
+@pytest.mark.parametrize("step", STEPS)
+async def test_trap_19_a_crash_at_any_step_of_an_install(
+    step: str, power: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old state, the new one, or the mark: never a mixture, and in the end the cluster's state."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        reached = trio.Event()
+
+        def stop_after(target: Any, name: str) -> None:
+            original: Callable[..., Any] = getattr(target, name)
+
+            def stopping(*args: Any) -> Any:
+                if reached.is_set():
+                    raise trio.ClosedResourceError("this node is dead")
+                result = original(*args)
+                reached.set()
+                return result
+
+            monkeypatch.setattr(target, name, stopping)
+
+        match step:
+            case "after the mark":
+                stop_after(late.engine, "write")
+            case "after the flush":
+                stop_after(late.engine, "flush")
+            case "after the ingest":
+                stop_after(late.engine, "ingest")
+            case "after the record":
+                stop_after(late.driver, "log_snapshot")
+            case _:
+                late.replica()
+        hosts.tolerant = True
+        hosts.down = {pair for pair in hosts.down if 3 in pair}
+        leader = hosts.leader()
+        stream = Stream(*spelled(leader, 3))
+        await late.snapshots.receive(stream, leader.node_id)
+        if step == "after all":
+            await hosts.until(lambda: late.replica().machine and not late.replica().installing)
+        else:
+            await reached.wait()
+        await late.crash(power=power)
+        machine, mark = RangeMachine.load(RANGE, late.engine), installing(late.engine, RANGE)
+        assert (machine is None) != (mark is None)
+        await late.start()
+        hosts.check()
+        hosts.heal()
+        await hosts.write(b"after", b"3")
+        await hosts.agreed()
+        assert late.value(b"new4") == b"2"
+        assert not late.replica().needs_snapshot
+
+
+async def test_trap_19_a_replica_with_a_mark_serves_nothing_and_asks_again() -> None:
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        hosts.tolerant = True
+        leader = hosts.leader()
+        await late.snapshots.receive(Stream(*spelled(leader, 3)), leader.node_id)
+        late.workers.hold_others()
+        await hosts.until(lambda: late.replica().machine is None)
+        await trio.sleep(0.01)
+        late.engine.flush()
+        await late.restart(power=True)
+        replica = late.replica()
+        assert replica.needs_snapshot
+        assert replica.machine is None
+        assert late.catalog.replica_for_key(b"new1") is replica, "its span must be nobody else's"
+        hosts.opens = lambda source, target: False
+        hosts.heal()
+        await trio.sleep(2)
+        assert late.replica() is replica
+        assert replica.raft.term == leader.replica().raft.term, "it campaigned"
+        hosts.opens = lambda source, target: True
+        await hosts.until(lambda: not late.replica().needs_snapshot, "the snapshot it asked for")
+        await hosts.agreed()
+
+
+async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once() -> None:
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts.leader()
+        late.snapshots._receiving.update({RangeId(70 + n): None for n in range(snapshots.RECEIVING_MAX)})
+        stream = Stream(*spelled(leader, 3))
+        await late.snapshots.receive(stream, leader.node_id)
+        assert stream.answers[0][0] == "refused"
+        late.snapshots._receiving.clear()
+        leader.snapshots._sending.update({(RangeId(70 + n), 1): None for n in range(snapshots.SENDING_MAX)})
+        hosts.heal()
+        await trio.sleep(1)
+        assert late.value(b"new4") is None
+        leader.snapshots._sending.clear()
+        await hosts.agreed()
+
+
+def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:
+    begin, rows, end = spelled(leader, 3)
+    body = rows[1]
+    machine = leader.machine()
+    narrow = machine.descriptor.with_span(KeyRange(b"a", b"b"), machine.descriptor.epoch).to_wire()
+    return {
+        "not a begin": [["hello"]],
+        "another range's descriptor": spelled(leader, 3, descriptor=descriptor_on(3, range_id=8).to_wire()),
+        "an empty span": spelled(leader, 3, descriptor=descriptor_on(3, span=KeyRange(b"b", b"b")).to_wire()),
+        "a configuration of strangers": spelled(leader, 3, conf_state=[[7, 8, 9], [], [], [], False]),
+        "a configuration of strings": spelled(leader, 3, conf_state=[["1", "2", "3"], [], [], [], False]),
+        "a voter that is a learner": spelled(leader, 3, conf_state=[[1, 2, 3], [3], [], [], False]),
+        "no voters": spelled(leader, 3, conf_state=[[], [1, 2, 3], [], [], False]),
+        "an index of nothing": spelled(leader, 3, index=0),
+        "a term of nothing": spelled(leader, 3, log_term=INITIAL_TERM - 1),
+        "another index than its rows": spelled(leader, 3, index=begin[5] + 1),
+        "another span than its rows": spelled(leader, 3, descriptor=narrow),
+        "rows out of order": [begin, ["rows", [*body[2:4], *body[0:2], *body[4:]]], end],
+        "rows twice": [begin, ["rows", [*body[:2], *body]], ["end", end[1] + 1]],
+        "rows of numbers": [begin, ["rows", [1, 2]], ["end", 1]],
+        "rows of another range": [begin, ["rows", [*body, b"\x02" + bytes(7) + b"\x09a", b"x"]], ["end", end[1] + 1]],
+        "rows of the node": [begin, ["rows", [b"\x01x", b"x", *body]], ["end", end[1] + 1]],
+        "rows missing": [begin, ["rows", body], ["end", end[1] + 1]],
+        "no rows": [begin, ["end", 0]],
+        "an odd number": [begin, ["rows", body[:1]], end],
+        "user rows only": [begin, ["rows", body[-2:]], ["end", 1]],
+        "silence": [begin],
+    }
+
+
+async def test_a_snapshot_that_is_none_ends_its_stream_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a peer sends is a protocol error: no assertion, no half-written range, no lost span."""
+    monkeypatch.setattr(snapshots, "SILENCE_SECONDS_MAX", 0.5)
+    async with world(3) as hosts:
+        late = await behind(hosts, writes=2)
+        leader = hosts.leader()
+        rows = late.rows()
+        for name, parts in _bad_snapshots(leader).items():
+            with pytest.raises(ProtocolError):
+                await late.snapshots.receive(Stream(*parts), leader.node_id)
+            assert late.rows() == rows, name
+            assert not late.snapshots._receiving, name
+            assert late.catalog.spans.overlapping(KeyRange(b"", None)) == [1], name
+        late.check()
+
+
+async def test_a_sender_whose_receiver_takes_nothing_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that hangs would keep one of the few places for ever."""
+    monkeypatch.setattr(snapshots, "SILENCE_SECONDS_MAX", 0.5)
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts.leader()
+
+        class Stuck(Stream):
+            async def send(self, message: list[Any]) -> None:
+                await trio.sleep_forever()
+
+        class Dial:
+            async def __aenter__(self) -> Stuck:
+                return Stuck()
+
+            async def __aexit__(self, *args: object) -> None:
+                pass
+
+        original = leader.snapshots._dial
+        leader.snapshots._dial = lambda node_id: Dial()  # type: ignore[assignment,return-value]
+        hosts.heal()
+        await hosts.until(lambda: leader.snapshots._sending, "a stream")
+        leader.snapshots._dial = original
+        await hosts.until(lambda: late.value(b"new4") == b"2", "another try", 60)
+
+
+async def test_trap_11_the_log_keeps_what_the_receiver_of_a_snapshot_needs_next() -> None:
+    """While it installs it answers nothing, so that it looks as if it were away."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts.leader()
+        late.workers.hold_others()
+        hosts.heal()
+        await hosts.until(lambda: late.snapshots._receiving, "the stream")
+        await trio.sleep(0.05)
+        for number in range(maintenance.ENTRIES_KEPT + 50):
+            leader.put(b"more%d" % (number % 7), b"3")
+            await trio.sleep(0.003)
+        peer = leader.replica().raft.status().progress[3]
+        await leader.maintenance.flush_and_compact()
+        needs = peer.pending_snapshot if peer.state is ProgressState.SNAPSHOT else peer.next - 1
+        assert leader.wal.groups[RANGE].compact_index <= needs
+        late.workers.release()
+        await hosts.agreed()
+
+
+async def test_trap_11_a_follower_a_little_behind_needs_no_snapshot_and_one_far_behind_does_not_stop_compaction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with world(3) as hosts:
+        await led_by_another(hosts, 3)
+        monkeypatch.setattr(maintenance, "ENTRIES_KEPT", 10)
+        monkeypatch.setattr(maintenance, "LAG_ENTRIES_MAX", 60)
+        leader = hosts.leader()
+        hosts.isolate(3)
+
+        async def write(count: int) -> None:
+            for number in range(count):
+                await hosts.write(b"k%d" % (number % 5), b"v")
+            await trio.sleep(0.1)
+            await leader.maintenance.flush_and_compact()
+
+        held = hosts[3].replica().raft.last_index
+        await write(40)
+        assert leader.wal.groups[RANGE].compact_index <= held
+        await write(60)
+        assert leader.wal.groups[RANGE].compact_index > held
+        applied = leader.machine().applied_index
+        assert leader.wal.groups[RANGE].compact_index == applied - 10 - 60
+        hosts.heal()
+        await hosts.agreed()
