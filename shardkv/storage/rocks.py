@@ -11,7 +11,8 @@ What rocksdict 0.3.29 and its RocksDB do otherwise than they say; a test stands 
 * The iterators of rocksdict's ``Snapshot`` see later writes. A plain iterator stays at the moment at which it was made,
   so a snapshot here is an iterator (for scans) beside a RocksDB snapshot (for gets).
 * ``items()`` ends early and silently at a damaged block; only an iterator's ``status()`` tells.
-* ``ReadOptions.set_iterate_lower_bound`` sets the upper bound.
+* The bounds in ``ReadOptions`` lie in memory that is freed while the iterator is in use, so none are set and every scan
+  compares its keys with its end.
 * A snapshot taken at sequence number 0, where nothing was written but files were ingested, makes the next compaction
   drop live keys. So an engine at 0 makes an empty deletion first.
 """
