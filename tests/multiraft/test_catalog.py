@@ -121,7 +121,9 @@ async def test_appends_of_a_replaced_core_are_not_logged_after_those_of_its_succ
         late.workers.release()
         await trio.sleep(0.1)
         assert log.hard_state == HardState(9, 102, INITIAL_INDEX)
-        hosts.tolerant = True
+        await late.crash(power=True)
+        late.prepare()
+        assert late.wal.groups[RIGHT].hard_state == HardState(9, 102, INITIAL_INDEX), "the vote was only in memory"
 
 
 async def test_trap_07_what_an_adopted_replica_had_promised_its_successor_keeps() -> None:

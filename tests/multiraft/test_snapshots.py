@@ -249,7 +249,9 @@ async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot
             await hosts.write(b"m%d" % number, b"v")
         stream = Stream(*spelled(leader, 3))
         await late.snapshots.receive(stream, leader.node_id)
-        await hosts.until(lambda: late.replica().machine and not late.replica().installing, "the install")
+        assert stream.answers == [["done"]]
+        index = leader.machine().applied_index
+        await hosts.until(lambda: late.replica().machine and late.machine().applied_index == index, "the install")
         assert late.driver._held
         late.engine.stall = False
         await hosts.until(lambda: not late.driver._held)
