@@ -159,7 +159,11 @@ class _Node:
         storage = self._config.storage
         settings = WalSettings(segment_bytes=storage.segment_bytes)
         directory = self._directory
-        return Wal.open(self._environment.disk, directory.wal_path, settings, token=directory.identity.token)
+        # A directory that belongs to a node has a log; without it, its votes and promises would be forgotten.
+        identity = directory.identity
+        return Wal.open(
+            self._environment.disk, directory.wal_path, settings, token=identity.token, create=not identity.assigned
+        )
 
     async def _listen_and_run(self) -> None:
         async with trio.open_nursery() as nursery:
