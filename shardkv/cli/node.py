@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -80,7 +81,9 @@ def _load(flags: dict[str, object], config_file: str | None) -> NodeConfig:
             text = Path(config_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
             raise ConfigError(f"the configuration file {config_file} cannot be read: {problem}") from None
-    return load_node_config(flags, os.environ, text, config_file or "")
+    loaded = load_node_config(flags, os.environ, text, config_file or "")
+    # Relative to where the command was typed; the node itself knows only absolute paths.
+    return replace(loaded, data=str(Path(loaded.data).absolute()))
 
 
 async def _run(config: NodeConfig) -> None:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from shardkv.cli.local_cluster import LocalCluster, NodeFailed, Process, cpu_seconds, free_ports
+from shardkv.cli.node import _load
 from shardkv.cli.root import shardkv
 
 STANDIN = [sys.executable, str(Path(__file__).with_name("standin.py")), "node"]
@@ -170,3 +171,11 @@ def test_an_unknown_option_and_a_bad_address_are_wrong_usage(tmp_path: Path) -> 
     code, output = run("--name", "n", "--data", str(tmp_path), "--listen", "somewhere")
     assert code == 2
     assert "listen must be HOST:PORT, not 'somewhere' (from --listen)" in output
+
+
+def test_a_relative_data_directory_lies_where_the_command_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = {"name": "n1", "data": "./n1", "listen": "127.0.0.1:7001", "bootstrap": True}
+    assert _load(flags, None).data == str(tmp_path / "n1")
