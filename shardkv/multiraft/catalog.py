@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardkv.environment import Environment
-from shardkv.errors import Corruption
+from shardkv.errors import Corruption, ProtocolError
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, Extension, RangeMachine, SplitResult
 from shardkv.machine.snapshot import installing
@@ -180,7 +180,10 @@ class Catalog:
         return replica
 
     def admit(self, range_id: RangeId, message: Message, sender: NodeId) -> Replica | None:
-        """The replica that a message from another node is for, made if it must be; None: the message is dropped."""
+        """The replica that a message from another node is for, made if it must be; None: the message is dropped.
+
+        Raises ProtocolError when the sender speaks for a replica that is not its own.
+        """
         replica = self.replicas.get(range_id)
         decision = admit_message(
             message.type,
@@ -194,6 +197,8 @@ class Catalog:
             replica.learn_node(message.from_, sender)
             return replica
         if decision is Admission.CREATE:
+            if message.from_ in (NONE, message.to):
+                raise ProtocolError(f"node {sender} speaks for replica {message.from_} of range {range_id}")
             return self.create(range_id, ReplicaId(message.to), (message.from_, sender))
         return None
 

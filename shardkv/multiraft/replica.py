@@ -7,7 +7,7 @@ rule for serving a read at once. Does not live here: any I/O. The driver feeds i
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
-from shardkv.errors import Busy, EpochMismatch, NotLeader, ShardKVError
+from shardkv.errors import Busy, EpochMismatch, NotLeader, ProtocolError, ShardKVError
 from shardkv.machine.machine import RangeMachine
 from shardkv.raft import RaftNode, Role
 from shardkv.raft.messages import NONE
@@ -128,8 +128,15 @@ class Replica:
         return self.nodes.get(replica_id) if self.nodes else None
 
     def learn_node(self, replica_id: int, node_id: NodeId) -> None:
-        if self.machine is not None and self.machine.descriptor.replica(ReplicaId(replica_id)) is not None:
-            return
+        """A node has spoken for a replica. Raises ProtocolError if that lives elsewhere, or here."""
+        if replica_id in (NONE, self.replica_id):
+            raise ProtocolError(f"node {node_id} speaks for replica {replica_id} of range {self.range_id}")
+        if self.machine is not None:
+            member = self.machine.descriptor.replica(ReplicaId(replica_id))
+            if member is not None:
+                if member.node_id != node_id:
+                    raise ProtocolError(f"node {node_id} speaks for {member} of range {self.range_id}")
+                return
         if self.nodes is None:
             self.nodes = {}
         self.nodes[replica_id] = node_id

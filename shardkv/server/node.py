@@ -159,6 +159,9 @@ class _Node:
         storage = self._config.storage
         settings = WalSettings(segment_bytes=storage.segment_bytes)
         directory = self._directory
+        for name in self._environment.disk.list(directory.ingest_path):
+            # Of a snapshot whose install a crash came before.
+            self._environment.disk.unlink(f"{directory.ingest_path}/{name}")
         # A directory that belongs to a node has a log; without it, its votes and promises would be forgotten.
         identity = directory.identity
         return Wal.open(

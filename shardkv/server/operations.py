@@ -42,11 +42,6 @@ OUTCOME_SECONDS: Final = 8.0
 TRANSFER_SECONDS: Final = 3.0
 POLL_SECONDS: Final = 0.02
 
-_CHANGES: Final = {
-    "add_learner": ConfChangeType.ADD_LEARNER_NODE,
-    "promote": ConfChangeType.ADD_NODE,
-}
-
 
 class Operations:
     """The slow half of a node's method table. :meth:`start` is what ``requests`` calls."""
@@ -201,18 +196,41 @@ class Operations:
         replica, machine = self._leader_of(range_id)
         if machine.descriptor.epoch.membership != membership or machine.joint:
             raise EpochMismatch(current=(machine.descriptor,))
-        changes, added = [], []
-        for item in items:
-            match item:
-                case [str(kind), int(node_id), int(replica_id)] if kind in _CHANGES:
-                    changes.append(ConfChangeSingle(_CHANGES[kind], replica_id))
-                    if kind == "add_learner":
-                        added.append((node_id, replica_id))
-                case _:
-                    raise RequestError(f"this version cannot carry out the membership change {item!r:.100}")
-        if not changes:
-            raise NotFound("a membership change without changes")
+        changes, added = _membership_changes(machine.descriptor, items)
         reply = Reply()
         change = ConfChange(tuple(changes), context=encode_membership(added))
         self._driver.propose_membership(replica, change, reply, 0)
         return await reply.wait(self._clock, OUTCOME_SECONDS)
+
+
+def _membership_changes(
+    descriptor: RangeDescriptor, items: list[Any]
+) -> tuple[list[ConfChangeSingle], list[tuple[int, int]]]:
+    """What a request asks for, and (node id, replica id) of the replicas that it brings in.
+
+    Every replica of the range will carry it out, so whatever does not fit is refused here. Raises RequestError.
+    """
+    changes: list[ConfChangeSingle] = []
+    added: list[tuple[int, int]] = []
+    nodes = {int(member.node_id) for member in descriptor.replicas}
+    ids = {int(member.replica_id): member for member in descriptor.replicas}
+    for item in items:
+        match item:
+            case ["add_learner", int(node_id), int(replica_id)] if 0 < node_id < 1 << 63 and 0 < replica_id < 1 << 63:
+                if node_id in nodes:
+                    raise RequestError(f"node {node_id} holds a replica of range {descriptor.range_id} already")
+                if replica_id in ids or any(replica_id == other for _, other in added):
+                    raise RequestError(f"the replica id {replica_id} is in use; ids are never used twice")
+                nodes.add(node_id)
+                added.append((node_id, replica_id))
+                changes.append(ConfChangeSingle(ConfChangeType.ADD_LEARNER_NODE, replica_id))
+            case ["promote", int(node_id), int(replica_id)]:
+                member = ids.get(replica_id)
+                if member is None or member.node_id != node_id or member.role is not ReplicaRole.LEARNER:
+                    raise RequestError(f"replica {replica_id} is no learner of range {descriptor.range_id} there")
+                changes.append(ConfChangeSingle(ConfChangeType.ADD_NODE, replica_id))
+            case _:
+                raise RequestError(f"this version cannot carry out the membership change {item!r:.100}")
+    if not changes:
+        raise NotFound("a membership change without changes")
+    return changes, added

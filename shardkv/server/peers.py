@@ -14,7 +14,8 @@ from shardkv import codec
 from shardkv.environment import Environment, Workers
 from shardkv.errors import ProtocolError
 from shardkv.multiraft.driver import Driver
-from shardkv.raft import Inconsistent, ProposalDropped
+from shardkv.raft import Inconsistent
+from shardkv.raft.messages import MessageType
 from shardkv.transport.connection import Connection
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import Identity, KnownBoots, greet
@@ -33,6 +34,8 @@ from shardkv.wire.handshake import Hello, Role
 from shardkv.wire.raft_codec import ReplicaNotice
 
 SNAPSHOT_FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
+_NOT_PASSED_ON: Final = frozenset({MessageType.PROP, MessageType.TRANSFER_LEADER})
+"""Asked of a range's leader by requests, where they are checked; no node passes them on to another's group."""
 SNAPSHOT_BUFFER_BYTES: Final = 1024 * 1024
 """A sender of a snapshot waits while more than this is on its way."""
 
@@ -66,13 +69,14 @@ def receive_messages(driver: Driver, sender: NodeId, frame: Frame) -> None:
             if notice is ReplicaNotice.NEED_SNAPSHOT:
                 driver.snapshot_needed(range_id, message.to, message.from_, sender)
             continue
+        kind = message.type
+        if (not message.term and kind is not MessageType.READ_INDEX) or kind in _NOT_PASSED_ON:
+            raise ProtocolError(f"range {range_id}: a node may not send {kind.name} in term {message.term}")
         replica = catalog.admit(range_id, message, sender)
         if replica is None:
             continue
         try:
             driver.step(replica, message)
-        except ProposalDropped:
-            continue
         except Inconsistent as error:
             raise ProtocolError(f"range {range_id}: {error}") from error
 

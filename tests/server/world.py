@@ -6,24 +6,56 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import structlog
 import trio
 
 from shardkv.config import NodeConfig, RangesConfig, StorageConfig
 from shardkv.errors import RoutingError, ShardKVError, Unavailable
+from shardkv.server import node as node_module
 from shardkv.server.internal_client import ClientEnvironment
 from shardkv.server.node import run_node
+from shardkv.simulation.disk import CrashChooser, SimulatedDisk
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
 from shardkv.simulation.network import SimulatedNetwork
-from shardkv.storage.engine import Engine
+from shardkv.storage.engine import Engine, WriteBatch
 from shardkv.storage.memory import MemoryEngine
 from shardkv.wire.requests import Method
 from shardkv_client import Client, connect
 
 FORMING_SECONDS = 30.0
 PORT = 7000
+
+
+class Recorder:
+    """A requester that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.result: Any = None
+        self.error: ShardKVError | None = None
+        self.count = 0
+
+    def answer(self, request_id: int, result: Any) -> None:
+        self.result = result
+        self.count += 1
+
+    def refuse(self, request_id: int, error: ShardKVError) -> None:
+        self.error = error
+        self.count += 1
+
+
+class _Inside(node_module._Node):
+    """The composition of a node, within reach of tests: the last one made for each environment."""
+
+    made: ClassVar[dict[int, "_Inside"]] = {}
+
+    def __init__(self, config: NodeConfig, environment: Any, *rest: Any) -> None:
+        super().__init__(config, environment, *rest)
+        self.made[id(environment)] = self
+
+
+node_module._Node = _Inside  # type: ignore[misc]
 
 
 class SimulatedNode:
@@ -45,6 +77,20 @@ class SimulatedNode:
     @property
     def address(self) -> str:
         return self.config.listen
+
+    @property
+    def inside(self) -> Any:
+        """The node's composition, to look into."""
+        return _Inside.made[id(self.environment)]
+
+    def check(self) -> None:
+        """Every invariant of a running node."""
+        inside = self.inside
+        inside._catalog.check()
+        for replica in inside._catalog.replicas.values():
+            replica.check()
+        inside._wal.check()
+        inside._hybrid_clock.check()
 
     async def start(self) -> None:
         """Run until it is ready."""
@@ -70,6 +116,7 @@ class SimulatedNode:
         except Exception as error:
             if self.alive and environment is self.environment:
                 self.error = error
+                self.alive = False
                 if not self.cluster.tolerant:
                     raise
         finally:
@@ -96,10 +143,50 @@ class SimulatedNode:
         await self.ended.wait()
         self.environment = self.environment.restart()
 
-    async def power_off(self, *, kept_batches: Callable[[int], int] = lambda count: 0) -> None:
-        """The machine dies: only what was synced is left."""
+    async def run_to_its_end(self) -> None:
+        """Start a node that cannot go on. Raises what it ended with."""
+        self.stop = trio.Event()
+        with trio.fail_after(2 * FORMING_SECONDS):
+            await run_node(
+                self.config,
+                self.environment,
+                ready=lambda name, address: None,
+                stop=self.stop,
+                open_engine=lambda config, path: self.engine,
+            )
+
+    def wipe(self) -> None:
+        """Somebody emptied the disk of a node that is down."""
+        self.restore(SimulatedDisk(), MemoryEngine(crashable=True))
+
+    def restore(self, disk: SimulatedDisk, engine: MemoryEngine) -> None:
+        """Somebody put another disk into a node that is down."""
+        self.environment = simulated_environment(
+            self.name,
+            seed=self.cluster.seed,
+            network=self.cluster.network,
+            disk=disk,
+            clock=self.environment.clock,
+            incarnation=self.environment.incarnation + 1,
+        )
+        self.engine = engine
+
+    def copied_engine(self) -> MemoryEngine:
+        """A copy of the engine of a node that is down."""
+        batch = WriteBatch()
+        for key, value in self.engine.scan(b"", b"\xff"):
+            batch.put(key, value)
+        copy = MemoryEngine(crashable=True)
+        copy.write(batch)
+        copy.flush()
+        return copy
+
+    async def power_off(
+        self, *, kept_batches: Callable[[int], int] = lambda count: 0, chooser: CrashChooser | None = None
+    ) -> None:
+        """The machine dies: what was synced is left, and of the rest what ``chooser`` says."""
         self.alive = False
-        self.environment.power_off()
+        self.environment.power_off(chooser)
         self.engine = self.engine.crash(kept_batches)
         self.scope.cancel()
         await self.ended.wait()

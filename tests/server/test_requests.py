@@ -1,0 +1,258 @@
+"""What comes in from clients and peers, good and bad, on nodes of a simulated cluster."""
+
+import random
+from typing import Any
+
+import pytest
+import trio
+
+from shardkv import codec
+from shardkv.errors import (
+    ClientClosed,
+    EpochMismatch,
+    MalformedRequest,
+    NotFound,
+    ProtocolError,
+    RequestError,
+    ShardKVError,
+)
+from shardkv.raft.messages import MessageType
+from shardkv.server.operations import _membership_changes
+from shardkv.server.peers import receive_messages
+from shardkv.types import NodeId, timestamp_at
+from shardkv.wire import raft_codec
+from shardkv.wire.frames import Frame, FrameKind
+from shardkv.wire.requests import Method, Request
+from tests.multiraft.world import descriptor_on
+from tests.server.world import Cluster, Recorder, SimulatedNode, world
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+
+async def ask(node: SimulatedNode, method: int, *arguments: Any, range_id: int = 1, timestamp: int = 0) -> Recorder:
+    """Hand a request to a node's dispatcher as its connections do; who was answered."""
+    inside = node.inside
+    recorder = Recorder()
+    replica = inside._catalog.replicas.get(range_id)
+    generation = replica.machine.descriptor.epoch.span if replica is not None and replica.machine else 0
+    request = Request(1, method, range_id, generation, timestamp, list(arguments))
+    inside._listener._requests.dispatch(recorder, request)
+    return recorder
+
+
+async def test_trap_23_a_request_from_the_future_is_refused_and_leaves_no_trace() -> None:
+    async with world(1) as cluster:
+        node = cluster.nodes["n1"]
+        clock = node.inside._hybrid_clock
+        for stamp in (timestamp_at(node.environment.clock.wall_ms() + 70_000), (1 << 64) - 1):
+            before = clock.last
+            recorder = await ask(node, Method.GET, 0, [b"k"], timestamp=stamp)
+            assert isinstance(recorder.error, RequestError)
+            assert clock.last == before
+        near = timestamp_at(node.environment.clock.wall_ms() + 400)
+        recorder = await ask(node, Method.GET, 0, [b"k"], timestamp=near)
+        assert recorder.error is None
+        assert clock.last >= near
+
+
+async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it() -> None:
+    """A new leader whose clock is behind serves versions that the old one gave; the client carries the stamp on."""
+    async with world(3) as cluster, cluster.client() as kv:
+        leader = await cluster.leader_of(kv, b"k")
+        leader.environment.clock.wall_offset_ms = 300
+        version = await kv.put(b"k", b"v")
+        await trio.sleep(0.3)
+        for node in cluster.nodes.values():
+            if node is not leader:
+                assert node.inside._hybrid_clock.last < version
+                recorder = await ask(node, Method.GET, 2, [b"k"])
+                assert recorder.result == [[b"v", version]]
+                assert node.inside._hybrid_clock.last >= version
+
+
+GARBAGE: tuple[Any, ...] = (None, -1, 0, 1, 3, (1 << 64) - 1, b"", b"k", "text", [], [[]], True, 1.5, {}, [b"k"], [1])
+
+
+async def test_no_request_whatever_its_arguments_stops_a_node() -> None:
+    """Every method with random arguments: an answer or a refusal each time, and never an error of ours."""
+    chance = random.Random(7)
+    async with world(1) as cluster, cluster.client() as kv:
+        node = cluster.nodes["n1"]
+        recorders = []
+        for _ in range(1500):
+            method = chance.choice([*Method, 0, 99])
+            arguments = [chance.choice(GARBAGE) for _ in range(chance.randrange(8))]
+            if method == Method.CHANGE_REPLICAS and chance.random() < 0.7:
+                change = [chance.choice(["add_learner", "promote", "remove"]), *chance.choices(GARBAGE, k=2)]
+                membership = node.inside._catalog.replicas[1].machine.descriptor.epoch.membership
+                arguments = [1, [change, change][: chance.randrange(3)], membership]
+            recorder = await ask(node, method, *arguments, range_id=chance.choice([0, 1, 5]))
+            recorders.append((method, arguments, recorder))
+            if chance.random() < 0.05:
+                await trio.sleep(0.05)
+        await trio.sleep(9)
+        for method, arguments, recorder in recorders:
+            assert recorder.count == 1, (method, arguments, recorder.count)
+        assert node.error is None
+        await kv.put(b"still", b"here")
+        node.check()
+
+
+async def test_trap_09_a_membership_change_that_does_not_fit_is_refused_before_it_is_logged() -> None:
+    """Once it is in the log every replica carries it out, and stops at what nobody can."""
+    descriptor = descriptor_on(3, learners=1)
+    good, added = _membership_changes(descriptor, [["promote", 3, 3], ["add_learner", 4, 9]])
+    assert (len(good), added) == (2, [(4, 9)])
+    for items in (
+        [["add_learner", 1, 9]],
+        [["add_learner", 4, 3]],
+        [["add_learner", 4, 9], ["add_learner", 4, 10]],
+        [["add_learner", 4, 9], ["add_learner", 5, 9]],
+        [["add_learner", 4, 0]],
+        [["add_learner", 4, -1]],
+        [["add_learner", 4, (1 << 64) - 1]],
+        [["promote", 4, 9]],
+        [["promote", 1, 1]],
+        [["promote", 2, 3]],
+        [["remove", 1, 1]],
+        [[]],
+    ):
+        with pytest.raises(RequestError):
+            _membership_changes(descriptor, items)
+    with pytest.raises(NotFound):
+        _membership_changes(descriptor, [])
+
+
+async def test_trap_09_a_membership_change_names_the_epoch_that_it_was_made_for() -> None:
+    async with world(1) as cluster:
+        node = cluster.nodes["n1"]
+        recorder = await ask(node, Method.CHANGE_REPLICAS, 1, [["add_learner", 7, 70]], 99)
+        await trio.sleep(0.1)
+        assert isinstance(recorder.error, EpochMismatch)
+
+
+def _frame(*items: list[Any]) -> Frame:
+    return Frame(FrameKind.RAFT, raft_codec.join([codec.dumps(item) for item in items]))
+
+
+async def test_no_raft_message_of_a_peer_stops_a_node() -> None:
+    """Well-formed frames with any fields: what cannot be is a protocol error, or is ignored."""
+    chance = random.Random(15)
+    async with world(3) as cluster, cluster.client() as kv:
+        await kv.put(b"k", b"v")
+        node = await cluster.leader_of(kv, b"k")
+        for _ in range(2000):
+            await _one_bad_message(cluster, chance)
+            if chance.random() < 0.01:
+                await trio.sleep(0.05)
+        assert node.error is None
+        for each in cluster.nodes.values():
+            assert each.alive
+            for replica in each.inside._catalog.replicas.values():
+                replica.check()
+
+
+async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:
+    node = chance.choice(list(cluster.nodes.values()))
+    replica = chance.choice(list(node.inside._catalog.replicas.values()))
+    raft = replica.raft
+    kinds = [
+        *(MessageType.APP_RESP, MessageType.VOTE_RESP, MessageType.HEARTBEAT_RESP, MessageType.PRE_VOTE_RESP),
+        *(MessageType.READ_INDEX, MessageType.READ_INDEX_RESP, MessageType.PROP, MessageType.TRANSFER_LEADER),
+        *(MessageType.HEARTBEAT, MessageType.APP, MessageType.PRE_VOTE),
+    ]
+    numbers = [0, 1, raft.committed, raft.last_index, raft.last_index + 1, raft.last_index + 100, (1 << 63) - 1]
+    members = [member.replica_id for member in replica.machine.descriptor.replicas] if replica.machine else []
+    sender = chance.choice([*members, raft.leader, 999])
+    item = [
+        replica.range_id,
+        replica.replica_id,
+        sender,
+        int(chance.choice(kinds)),
+        chance.choice([0, max(raft.term - 1, 0), raft.term]),
+        chance.choice([0, raft.term]),
+        chance.choice(numbers),
+        chance.choice(numbers),
+        chance.random() < 0.3,
+        chance.choice(numbers),
+        chance.choice([0, 1, 2, 3]),
+        chance.choice([b"", b"12345678", b"\xff" * 8]),
+        chance.choice([0, 1, 1 << 60]),
+        chance.choice([0, 1, 1 << 60]),
+        [],
+    ]
+    if item[3] in (MessageType.APP, MessageType.HEARTBEAT) and sender == raft.leader:
+        # A leader's word is what the log follows; only what cannot be true of it is tried.
+        item[7] = raft.last_index + 100
+        item[6], item[5] = raft.last_index + 50, raft.term
+    try:
+        receive_messages(node.inside._driver, replica.node_of(sender) or NodeId(9), _frame(item))
+    except (ProtocolError, MalformedRequest):
+        pass
+
+
+async def test_a_proposal_of_a_peer_is_refused() -> None:
+    async with world(1) as cluster:
+        node = cluster.nodes["n1"]
+        replica = node.inside._catalog.replicas[1]
+        item = [1, replica.replica_id, 3, int(MessageType.PROP), 0, 0, 0, 0, False, 0, 0, b"", 0, 0, []]
+        for entries in ([], [[0, 0, b"x"]]):
+            item[-1] = entries
+            with pytest.raises(ProtocolError):
+                receive_messages(node.inside._driver, NodeId(2), _frame(item))
+
+
+async def test_trap_24_a_node_reborn_on_an_empty_disk_under_its_old_name_is_refused() -> None:
+    """It would vote again in terms in which it has voted."""
+    async with world(3) as cluster, cluster.client("n1", "n2") as kv:
+        await kv.put(b"k", b"v")
+        node = cluster.nodes["n3"]
+        await node.kill()
+        node.wipe()
+        with pytest.raises(ShardKVError, match="n3"):
+            await node.run_to_its_end()
+        await kv.put(b"k", b"w")
+
+
+async def test_trap_24_a_node_on_an_old_copy_of_its_disk_is_refused() -> None:
+    async with world(3) as cluster, cluster.client("n1", "n2") as kv:
+        await kv.put(b"k", b"v")
+        node = cluster.nodes["n3"]
+        await node.kill()
+        old = node.environment.disk.copy()
+        old_engine = node.copied_engine()
+        await node.start()
+        await trio.sleep(1)
+        await kv.put(b"k", b"w")
+        await node.kill()
+        node.restore(old, old_engine)
+        with pytest.raises(ShardKVError):
+            await node.run_to_its_end()
+
+
+async def test_trap_24_an_assigned_directory_without_its_log_is_not_begun_anew() -> None:
+    async with world(3) as cluster:
+        node = cluster.nodes["n3"]
+        await node.kill()
+        disk = node.environment.disk
+        for name in disk.list("/n3/wal"):
+            disk.unlink(f"/n3/wal/{name}")
+        with pytest.raises(ShardKVError, match="log"):
+            await node.run_to_its_end()
+
+
+async def test_files_of_interrupted_snapshots_are_removed_at_a_start() -> None:
+    async with world(1) as cluster:
+        node = cluster.nodes["n1"]
+        await node.kill()
+        node.environment.disk.write_atomically("/n1/ingest/incoming-1-1", b"half")
+        await node.start()
+        assert node.environment.disk.list("/n1/ingest") == []
+
+
+async def test_calls_of_a_client_that_closes_end() -> None:
+    async with world(1) as cluster:
+        async with cluster.client() as kv:
+            await kv.put(b"k", b"v")
+        with pytest.raises(ClientClosed):
+            await kv.get(b"k")
