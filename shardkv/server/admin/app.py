@@ -36,6 +36,8 @@ REQUESTS_AT_ONCE_MAX: Final = 32
 TURN_SECONDS: Final = 2.0
 """A driver that was woken and takes no turn for so long is not alive."""
 POLL_SECONDS: Final = 0.01
+PAGE_SECONDS: Final = 1.5
+"""For the page's first filling; a cluster in trouble must not keep people waiting for the page that says so."""
 FRESH_SECONDS: Final = 1.0
 """An answer about the cluster is good for everybody for so long; below the page's two seconds."""
 
@@ -102,8 +104,7 @@ class Application:
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "GET":
-            refusal = PlainTextResponse("only GET is answered here\n", 405, {"Allow": "GET"})
-            await refusal(scope, receive, send)
+            await _plain("only GET is answered here", 405, Allow="GET")(scope, receive, send)
             return
         if self._under_way >= REQUESTS_AT_ONCE_MAX:
             await _unavailable(f"{self._under_way} requests are being answered already")(scope, receive, send)
@@ -128,11 +129,11 @@ class Application:
 
     async def _healthz(self, request: HttpRequest) -> Response:
         problem = await self._unhealthy()
-        return _unavailable(problem) if problem else PlainTextResponse("ok\n")
+        return _unavailable(problem) if problem else _plain("ok")
 
     async def _readyz(self, request: HttpRequest) -> Response:
         problem = await self._unhealthy() or (self.parts.unready() if self.parts is not None else _STARTING)
-        return _unavailable(problem) if problem else PlainTextResponse("ready\n")
+        return _unavailable(problem) if problem else _plain("ready")
 
     async def _unhealthy(self) -> str:
         """Why the node does not do its work; empty when it does."""
@@ -169,19 +170,21 @@ class Application:
 
     async def _page(self, request: HttpRequest) -> Response:
         """The page as it would look after its first refresh, so that it also serves browsers without scripts."""
-        name, problem = "", ""
+        parts = self.parts
+        if parts is None:
+            return _page("", None, None, _STARTING)
         status: Any = None
         ranges: Any = None
-        if self.parts is None:
-            problem = _STARTING
-        else:
-            name = self.parts.name
+        problem = ""
+        with self._clock.deadline(PAGE_SECONDS) as deadline:
             try:
-                status = (await self._status.get(self.parts)).value
-                ranges = (await self._ranges.get(self.parts)).value
+                status = (await self._status.get(parts)).value
+                ranges = (await self._ranges.get(parts)).value
             except ShardKVError as error:
                 problem = f"{type(error).__name__}: {error}"
-        return Response(page.render(name, status, ranges, problem), headers=page.HEADERS)
+        if deadline.cancelled_caught:
+            problem = f"The cluster has not said within {PAGE_SECONDS:g} s how it is."
+        return _page(parts.name, status, ranges, problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,18 +206,17 @@ class _Shared:
         self._request = Request(0, method, 0, 0, 0, [])
         self._lock = trio.Lock()
         self._answer: _Answer | None = None
-        self._asked_ns = 0
+        self._answered_ns = 0
 
     async def get(self, parts: NodeParts) -> _Answer:
         """Raises any ShardKVError; a failure is nobody else's answer."""
         async with self._lock:
-            now = self._clock.monotonic_ns()
-            if self._answer is None or now - self._asked_ns > FRESH_SECONDS * 1e9:
+            if self._answer is None or self._clock.monotonic_ns() - self._answered_ns > FRESH_SECONDS * 1e9:
                 self._answer = None
                 value = await self._ask(parts, self._request)
                 # Ten thousand ranges are more than a megabyte: not in the loop.
                 self._answer = _Answer(value, await self._workers.run(to_json, value))
-                self._asked_ns = now
+                self._answered_ns = self._clock.monotonic_ns()
             return self._answer
 
 
@@ -222,8 +224,16 @@ def _json_response(encoded: bytes, status: int) -> Response:
     return Response(encoded, status, {"Content-Type": "application/json", "Cache-Control": "no-store"})
 
 
+def _page(name: str, status: Any, ranges: Any, problem: str) -> Response:
+    return Response(page.render(name, status, ranges, problem), headers=page.HEADERS)
+
+
+def _plain(text: str, status: int = 200, **headers: str) -> Response:
+    return PlainTextResponse(text + "\n", status, {"Cache-Control": "no-store", **headers})
+
+
 def _unavailable(reason: str) -> Response:
-    return PlainTextResponse(reason + "\n", 503)
+    return _plain(reason, 503)
 
 
 async def _discard(receive: Receive) -> None:

@@ -59,6 +59,7 @@ def render(name: str, status: Any, ranges: Any, problem: str) -> bytes:
         "RANGES": "".join(_range_row(row, names) for row in shown[:RANGES_MAX]),
         "MORE": escape(f"{len(shown) - RANGES_MAX} more ranges in /ranges.json") if len(shown) > RANGES_MAX else "",
         "OPERATORS": operators,
+        "SETTLED": "" if operators else " hidden",
     }
     return re.sub(r"<!--([A-Z]+)-->", lambda marker: filled[marker[1]], _FILE).encode()
 
