@@ -1,0 +1,192 @@
+"""import and export: formats, resuming, and what is refused. Against a fake client and real files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardkv import errors
+from shardkv.cli import bulk, records
+from tests.cli.fakes import World, world
+
+__all__ = ["world"]
+
+PAIRS = st.lists(st.tuples(st.binary(min_size=1), st.binary()), min_size=1, max_size=20)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "BATCH_KEYS_MAX", 3)
+
+
+@pytest.mark.parametrize("file_format", records.FORMATS)
+@given(pairs=PAIRS)
+def test_any_bytes_survive_both_formats(file_format: str, pairs: list[tuple[bytes, bytes]]) -> None:
+    """DESIGN 2.2: a field that is not UTF-8 is renamed with _base64."""
+    import io
+
+    lines = [records.write_record(file_format, key, value, 7) for key, value in pairs]
+    file = io.BytesIO(records.write_header(file_format) + b"".join(lines))
+    found = list(records.read_records(file, file_format))
+    assert [(record.key, record.value) for record in found] == pairs
+    for index, record in enumerate(found):
+        rest = list(records.read_records(file, file_format, record.offset_after, record.line))
+        assert [(each.key, each.value) for each in rest] == pairs[index + 1 :]
+
+
+@pytest.mark.parametrize("name", ["all.jsonl", "all.csv"])
+def test_what_was_exported_can_be_imported(world: World, tmp_path: Path, name: str) -> None:
+    for number in range(10):
+        world.client.set(b"k%02d" % number, bytes([number, 255 - number]))
+    before = dict(world.client.data)
+    path = tmp_path / name
+    result = world.run("export", str(path))
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "exported 10 keys" in result.stderr
+    world.client.data.clear()
+    assert world.run("import", str(path)).exit_code == 0
+    assert {key: entry.value for key, entry in world.client.data.items()} == {
+        key: entry.value for key, entry in before.items()
+    }
+    assert not list(tmp_path.glob("*.progress*"))
+
+
+def test_an_export_is_json_lines_in_order_and_of_the_span(world: World, tmp_path: Path) -> None:
+    for key in (b"a", b"b1", b"b2", b"c\xff"):
+        world.client.set(key, b"v")
+    result = world.run("export", "-", "b1")
+    assert [json.loads(line) for line in result.stdout.splitlines()][-1] == {
+        "key_base64": "Y/8=",
+        "value": "v",
+        "version": str(world.client.version),
+    }
+    assert [json.loads(line)["key"] for line in world.run("export", "-", "--prefix", "b").stdout.splitlines()] == [
+        "b1",
+        "b2",
+    ]
+
+
+def test_an_interrupted_import_carries_on_where_it_stopped(world: World, tmp_path: Path) -> None:
+    """DESIGN 2.2: import and export can resume."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"".join(records.write_record("jsonl", b"k%d" % number, b"v", 1) for number in range(10)))
+    world.client.fail, world.client.fail_after = errors.Unavailable("no leader"), 2
+    assert world.run("import", str(path)).exit_code == 3
+    assert len(world.client.data) == 6
+    world.client.fail = None
+    world.client.batches.clear()
+    result = world.run("import", str(path), "--resume")
+    assert result.exit_code == 0
+    assert [key for batch in world.client.batches for key, _ in batch] == [b"k6", b"k7", b"k8", b"k9"]
+    assert "imported 10 keys" in result.stderr
+    assert not list(tmp_path.glob("*.progress*"))
+
+
+@pytest.mark.parametrize("file_format", records.FORMATS)
+def test_an_interrupted_export_carries_on_where_it_stopped(world: World, tmp_path: Path, file_format: str) -> None:
+    for number in range(10):
+        world.client.set(b"k%d" % number, b"v\n%d" % number)
+    whole, path = tmp_path / f"whole.{file_format}", tmp_path / f"out.{file_format}"
+    assert world.run("export", str(whole)).exit_code == 0
+    world.client.fail, world.client.fail_after = errors.Unavailable("no leader"), 7
+    assert world.run("export", str(path)).exit_code == 3
+    assert json.loads(path.with_name(path.name + ".progress").read_text())["count"] == 6
+    with path.open("ab") as file:
+        file.write(b"torn")
+    world.client.fail = None
+    assert world.run("export", str(path), "--resume").exit_code == 0
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_an_export_that_failed_before_its_first_batch_starts_anew_on_resume(world: World, tmp_path: Path) -> None:
+    world.client.set(b"a", b"1")
+    path = tmp_path / "out.jsonl"
+    world.client.fail = errors.Unavailable("down")
+    assert world.run("export", str(path)).exit_code == 3
+    world.client.fail = None
+    assert world.run("export", str(path), "--resume").exit_code == 0
+    assert len(path.read_text().splitlines()) == 1
+
+
+def test_a_batch_error_has_the_exit_code_of_its_cause(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"key":"a","value":"1"}\n')
+    for cause, code in [(errors.Unavailable("x"), 3), (errors.OutcomeUnknown("x"), 4), (errors.Conflict("x"), 1)]:
+        error = errors.BatchError("stopped", consumed=1, failed=(b"a",))
+        error.__cause__ = cause
+        world.client.fail = error
+        assert world.run("import", str(path)).exit_code == code
+
+
+def test_resuming_something_else_is_refused(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    lines = [records.write_record("jsonl", b"k%d" % number, b"v", 1) for number in range(10)]
+    path.write_bytes(b"".join(lines))
+    world.client.fail, world.client.fail_after = errors.Unavailable("no leader"), 1
+    world.run("import", str(path))
+    world.client.fail = None
+    assert "format" in world.run("import", str(path), "--resume", "--format", "csv").stderr
+    path.write_bytes(b"".join(reversed(lines)))
+    result = world.run("import", str(path), "--resume")
+    assert result.exit_code == 2
+    assert "another fingerprint" in result.stderr
+    path.with_name("in.jsonl.progress").write_text("{")
+    assert "damaged" in world.run("import", str(path), "--resume").stderr
+
+
+def test_an_export_does_not_replace_a_file_unless_told(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("precious")
+    for arguments in ([], ["--resume"]):
+        assert world.run("export", str(path), *arguments).exit_code == 2
+        assert path.read_text() == "precious"
+    assert world.run("export", str(path), "--overwrite").exit_code == 0
+    assert path.read_text() == ""
+
+
+def test_streams_cannot_be_resumed(world: World) -> None:
+    assert world.run("import", "-", "--resume", input="").exit_code == 2
+    assert world.run("export", "-", "--resume").exit_code == 2
+
+
+def test_an_import_reads_stdin(world: World) -> None:
+    assert world.run("import", "-", input='{"key":"a","value":"1"}\n\n').exit_code == 0
+    assert world.run("import", "-", "--format", "csv", input="\ufeffkey,value\r\nb,2\r\n").exit_code == 0
+    assert {key: entry.value for key, entry in world.client.data.items()} == {b"a": b"1", b"b": b"2"}
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", b'{"key":"a","value":"1"}\n{"key":"b"}\n', "line 2: a record needs"),
+        ("a.jsonl", b'{"key":"a","value":"1"}\nnonsense\n', "line 2: not JSON"),
+        ("a.jsonl", b'{"key":"a","value":"1"}\n[1]\n', "line 2: a record must be an object"),
+        ("a.jsonl", b'{"key":"a","value":"1"}\n{"key":"b","value":3}\n', "line 2: value must be text"),
+        ("a.jsonl", b'{"key":"a","value":"1"}\n{"key":"","value":""}\n', "line 2: a record needs a key"),
+        ("a.jsonl", b'{"key":"a","value":"1"}\n\xff\n', "line 2: not UTF-8"),
+        ("a.csv", b"key,value\na,1\nb\n", "line 3: 1 fields under a header of 2"),
+        ("a.csv", b'key,value\na,1\n"b,2\n', "line 3: not CSV"),
+        ("a.csv", b"key_base64,value\nYQ==,1\n?,2\n", "line 3:"),
+    ],
+)
+def test_a_bad_record_is_named_by_its_line_after_those_before_it_are_imported(
+    world: World, tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    result = world.run("import", str(path))
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "1 keys before it are imported" in result.stderr
+    assert list(world.client.data) == [b"a"]
+
+
+def test_a_csv_file_without_a_header_is_refused(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,1\nb,2\n")
+    result = world.run("import", str(path))
+    assert result.exit_code == 2
+    assert "header" in result.stderr
+    assert world.run("import", str(tmp_path / "absent")).exit_code == 2

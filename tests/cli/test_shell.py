@@ -1,0 +1,208 @@
+"""The shell over a fake client: -c, stdin lines, completion, interrupts, and a terminal's loop with prompt_toolkit."""
+
+import contextlib
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import trio
+
+from shardkv import errors
+from shardkv.cli import shell as shell_module
+from shardkv.cli.shell import Shell, complete
+from shardkv.cli.shell_language import ALIASES, COMMANDS
+from tests.cli.fakes import FakeClient, World, world
+
+__all__ = ["world"]
+
+
+def test_commands_run_over_one_connection(world: World) -> None:
+    result = world.run("shell", "-c", "put a 1; get a; incr n 2; scan --keys-only")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[1:3] == ["1", "2"]
+    assert world.client.addresses == ["127.0.0.1:7001"]
+
+
+def test_the_first_failure_stops_the_commands_with_its_exit_code(world: World) -> None:
+    """DESIGN 2.2: -c stops at the first failure with its exit code."""
+    result = world.run("shell", "-c", "put a 1; get b; put c 3")
+    assert result.exit_code == 1
+    assert list(world.client.data) == [b"a"]
+    for commands, code in [("get", 2), ("colour", 2), ("get 'a", 2), ("put a 1; cas a 0 2", 1), ("put a 1; exit", 0)]:
+        assert world.run("shell", "-c", commands).exit_code == code, commands
+    world.client.fail = errors.OutcomeUnknown("lost")
+    assert world.run("shell", "-c", "put a 1; get a").exit_code == 4
+    world.client.fail = errors.Unavailable("down")
+    assert world.run("shell", "-c", "get a").exit_code == 3
+
+
+def test_without_a_terminal_lines_come_from_stdin(world: World) -> None:
+    result = world.run("shell", input="put a 'b c'\n# nothing\n\nget a\nhelp\nexit\nput z 1\n")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[1] == "b c"
+    assert all(f"  {name} " in result.stdout for name in COMMANDS)
+    assert b"z" not in world.client.data
+    assert world.run("shell", input="get b\nput z 1\n").exit_code == 1
+    assert b"z" not in world.client.data
+
+
+def test_the_shell_takes_operations_without_admin(world: World) -> None:
+    assert (
+        world.run("shell", "-c", "split m; transfer 3 n2; snapshot 3; nodes; ranges; status; leader a").exit_code == 0
+    )
+    assert "first key of a range" in world.run("shell", "-c", "help split").stdout
+    assert world.run("shell", "-c", "help").exit_code == 0
+
+
+def test_a_missing_address_is_wrong_usage(world: World) -> None:
+    assert world.run("shell", "-c", "get a", connect=False).exit_code == 2
+
+
+def test_every_command_of_the_shell_is_a_command() -> None:
+    context = click.Context(shell_module.root)
+    for name in COMMANDS:
+        assert shell_module.root.get_command(context, ALIASES.get(name, (name,))[0]) is not None
+
+
+async def completions(client: FakeClient, before: str) -> list[str]:
+    shell = Shell(client, trio.lowlevel.current_trio_token())
+    found = await trio.to_thread.run_sync(lambda: list(complete(shell, before)))
+    return [completion for completion, _ in found]
+
+
+async def test_completion_knows_commands_options_and_keys() -> None:
+    client = FakeClient()
+    for key in (b"apple", b"a b", b"a\xff", b"b"):
+        client.set(key, b"1")
+    assert await completions(client, "de") == ["del", "delete-range"]
+    assert await completions(client, "get x; pu") == ["put"]
+    assert await completions(client, "help tr") == ["transfer"]
+    assert await completions(client, "scan --re") == ["--reverse"]
+    assert await completions(client, "split --b") == ["--base64"]
+    assert "--connect" not in await completions(client, "get --")
+    assert await completions(client, "get a") == ['"a b"', "apple", r"a\xff"]
+    assert await completions(client, "get a\\q") == []
+    assert await completions(client, "put a ") == []
+    assert await completions(client, "colour --") == []
+
+
+async def test_completion_is_silent_when_the_cluster_does_not_answer() -> None:
+    client = FakeClient()
+    client.fail = errors.Unavailable("down")
+    assert await completions(client, "get a") == []
+
+
+async def test_an_interrupt_ends_the_command_and_not_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    client = FakeClient()
+    client.set(b"a", b"1")
+    waiting = trio.Event()
+
+    async def hang(key: bytes, **options: object) -> None:
+        waiting.set()
+        await trio.sleep_forever()
+
+    shell = Shell(client, trio.lowlevel.current_trio_token())
+    codes: list[int] = []
+    assert not shell.interrupt()
+    original, client.get = client.get, hang  # type: ignore[method-assign, assignment]
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            codes.append(await trio.to_thread.run_sync(shell.run_line, "get a; get a"))
+
+        nursery.start_soon(run)
+        await waiting.wait()
+        assert shell.interrupt()
+    assert codes == [130]
+    client.get = original  # type: ignore[method-assign]
+    assert await trio.to_thread.run_sync(shell.run_line, "get a") == 0
+    assert capsys.readouterr().out == "1\n"
+
+
+SCRIPT = """
+import sys
+from contextlib import asynccontextmanager
+from shardkv.cli import session
+from shardkv.cli.root import main
+from tests.cli.fakes import FakeClient
+
+client = FakeClient()
+
+@asynccontextmanager
+async def connect(addresses):
+    async def get(key, **options):
+        import trio
+        print("hanging", flush=True)
+        await trio.sleep_forever()
+    if "hang" in sys.argv[-1]:
+        client.get = get
+    yield client
+
+session.connect = connect
+main()
+"""
+
+
+def start(arguments: list[str], **streams: object) -> "subprocess.Popen[bytes]":
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "SHARDKV_CONNECT": "h:1", "TERM": "dumb"}
+    environment |= {"XDG_STATE_HOME": str(streams.pop("state", "/nonexistent"))}
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, "shell", *arguments], env=environment, **streams)  # type: ignore[call-overload, no-any-return]
+
+
+def test_an_interrupt_of_the_commands_given_is_exit_code_130() -> None:
+    """DESIGN 2.2: 130 interrupted."""
+    with start(["-c", "get hang"], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"hanging\n"
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
+
+
+def test_an_interrupt_while_waiting_for_a_line_is_exit_code_130() -> None:
+    with start([], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b"put a 1\n")
+        child.stdin.flush()
+        assert child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
+
+
+def test_a_terminal_gets_a_prompt_results_and_a_history(tmp_path: Path) -> None:
+    """LIBRARIES: prompt_toolkit's loop in a worker thread."""
+    ours, theirs = pty.openpty()
+    with start([], stdin=theirs, stdout=theirs, stderr=theirs, state=tmp_path) as child:
+        os.close(theirs)
+        seen = b""
+
+        def until(words: bytes) -> None:
+            nonlocal seen
+            while words not in seen:
+                seen += os.read(ours, 4096)
+            seen = seen[seen.index(words) + len(words) :]
+
+        until(b"help lists the commands")
+        for typed, answer in [
+            (b"put a hello\r", b"467213411123200001"),
+            (b"get b\r", b"no such key: b"),
+            (b"get a\r", b"hello"),
+        ]:
+            until(b"shardkv>")
+            os.write(ours, typed)
+            until(answer)
+        until(b"shardkv>")
+        os.write(ours, b"exit\r")
+        with contextlib.suppress(OSError):  # a terminal that nobody reads would hold up the end
+            while os.read(ours, 4096):
+                pass
+        assert child.wait(30) == 0
+    os.close(ours)
+    history = (tmp_path / "shardkv" / "history").read_text()
+    assert "+put a hello" in history
