@@ -8,6 +8,7 @@ a record in the log before anything follows from it; and what a replayed split f
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from shardkv.environment import Environment
 from shardkv.errors import Corruption, ProtocolError
@@ -23,6 +24,11 @@ from shardkv.ranges.split import RightHalf, adopt
 from shardkv.storage.engine import Engine, WriteBatch
 from shardkv.storage.wal import CreateGroup, GroupLog, LogUpdate, ResetLog, Wal
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, RangeId, ReplicaId
+
+UNCOMMITTED_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Payload in a leader's log that is not applied yet: what clients that send faster than disks write can fill."""
+INFLIGHT_BYTES_MAX: Final = 2 * 1024 * 1024
+"""Appends on their way to one follower: a few of the largest entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +292,8 @@ class Catalog:
             lease=LeaseSettings(promise_ns=timing.promise_ns),
             vote_refusal_ns=max(self._refuse_until_ns - now, promised_ns - now, 0),
             commit_broadcast=False,
+            uncommitted_bytes_max=UNCOMMITTED_BYTES_MAX,
+            inflight_bytes_max=INFLIGHT_BYTES_MAX,
         )
         applied = log.compact_index
         # A replica without state knows no members, whatever its log says: so it never campaigns (trap 2).

@@ -18,7 +18,7 @@ from shardkv.wire.commands import Command
 ENTRY_BYTES_MAX: Final = 1024 * 1024
 """Waiting writes become one log entry up to this size: larger ones would hold up every other group's sync."""
 ENTRY_COMMANDS_MAX: Final = 1_024
-WAITING_BYTES_MAX: Final = 16 * 1024 * 1024
+WAITING_BYTES_MAX: Final = 4 * 1024 * 1024
 """Writes that wait to be proposed; past it a replica answers Busy."""
 WAITING_READS_MAX: Final = 4_096
 """Reads that wait for one confirmation."""

@@ -15,6 +15,7 @@ import trio
 from shardkv import codec
 from shardkv.errors import ProtocolError, ShardKVError, to_wire
 from shardkv.machine.clock import HybridClock
+from shardkv.server.intake import SMALL_FRAME_BYTES, Intake
 from shardkv.transport.connection import Connection
 from shardkv.wire import requests
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
@@ -38,9 +39,11 @@ class ClientConnection:
         "_connection",
         "_dirty",
         "_dispatch",
+        "_ended",
         "_hybrid_clock",
         "_inflight",
         "_inflight_max",
+        "_intake",
         "_room",
     )
 
@@ -51,6 +54,7 @@ class ClientConnection:
         dispatch: Callable[["ClientConnection", Request], None],
         dirty: dict["ClientConnection", None],
         inflight_max: int,
+        intake: Intake,
     ) -> None:
         self._connection = connection
         self._hybrid_clock = hybrid_clock
@@ -58,6 +62,9 @@ class ClientConnection:
         self._dirty = dirty
         self._inflight = 0
         self._inflight_max = inflight_max
+        self._intake = intake
+        self._ended = False
+        """The client has closed its side."""
         self._room: trio.Event | None = None
         self._answers: list[bytes] = []
         self._answers_bytes = 0
@@ -98,28 +105,49 @@ class ClientConnection:
 
         ``frames`` came right behind the greeting.
         """
-        connection = self._connection
         try:
-            while True:
-                for frame in frames:
-                    if frame.kind is FrameKind.REQUEST:
-                        await self._requests(requests.decode_requests(frame.payload))
-                    elif frame.kind is FrameKind.PING:
-                        connection.write(encode_frame(FrameKind.PONG, frame.payload[:64]))
-                    elif frame.kind is FrameKind.GOODBYE:
-                        return
-                    else:
-                        raise ProtocolError(f"a client may not send {frame.kind.name} frames")
+            while await self._take(frames):
+                # What has been served must not stay in memory while the next bytes are waited for.
+                frames.clear()
                 if self._answers:
                     self._dirty.pop(self, None)
                     self.flush()
-                data = await connection.receive()
-                if not data:
+                await self._receive(decoder, frames)
+                if self._ended:
                     return
-                frames = decoder.feed(data)
         except ShardKVError as error:
-            connection.write(encode_refused(error))
-            connection.flush()
+            self._connection.write(encode_refused(error))
+            self._connection.flush()
+
+    async def _take(self, frames: list[Frame]) -> bool:
+        """Hand on what the frames hold; False after the client's goodbye."""
+        for frame in frames:
+            if frame.kind is FrameKind.REQUEST:
+                await self._requests(requests.decode_requests(frame.payload))
+            elif frame.kind is FrameKind.PING:
+                self._connection.write(encode_frame(FrameKind.PONG, frame.payload[:64]))
+            elif frame.kind is FrameKind.GOODBYE:
+                return False
+            else:
+                raise ProtocolError(f"a client may not send {frame.kind.name} frames")
+        return True
+
+    async def _receive(self, decoder: FrameDecoder, frames: list[Frame]) -> None:
+        """The next frames, in place of those that were served; none when a frame is still arriving, or at the end."""
+        frame_bytes = decoder.unfinished_bytes
+        if frame_bytes <= SMALL_FRAME_BYTES:
+            await self._read(decoder, frames)
+            return
+        async with self._intake.turn(frame_bytes):
+            while not frames and not self._ended:
+                await self._read(decoder, frames)
+
+    async def _read(self, decoder: FrameDecoder, frames: list[Frame]) -> None:
+        data = await self._connection.receive()
+        if data:
+            frames += decoder.feed(data)
+        else:
+            self._ended = True
 
     async def _requests(self, batch: list[Request]) -> None:
         connection = self._connection

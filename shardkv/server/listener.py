@@ -15,6 +15,7 @@ from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.server.client_connection import ClientConnection
+from shardkv.server.intake import Intake
 from shardkv.server.peers import FrameStream, PoolPeers, receive_messages
 from shardkv.server.requests import Requests
 from shardkv.transport.connection import Connection
@@ -69,6 +70,7 @@ class Listener:
         self._log = log
         self._connections_max = connections_max
         self._inflight_max = inflight_max
+        self._intake = Intake(environment.clock)
         self._clients: dict[ClientConnection, None] = {}
         self._count = 0
         self.dirty: dict[ClientConnection, None] = {}
@@ -140,7 +142,7 @@ class Listener:
 
     async def _serve_client(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
         client = ClientConnection(
-            connection, self._hybrid_clock, self._requests.dispatch, self.dirty, self._inflight_max
+            connection, self._hybrid_clock, self._requests.dispatch, self.dirty, self._inflight_max, self._intake
         )
         self._clients[client] = None
         try:

@@ -65,6 +65,8 @@ RETRY_SECONDS: Final = 0.2
 DRAIN_SECONDS: Final = 5.0
 """For handing leaderships over at a stop."""
 POLL_SECONDS: Final = 0.02
+LOG_CACHE_BYTES_MAX: Final = 8 * 1024 * 1024
+"""Log entries in memory, of all ranges: followers that are further behind are served from the disk."""
 PEERS_NAME: Final = "peers"
 
 Ready = Callable[[str, str], None]
@@ -157,7 +159,7 @@ class _Node:
 
     def _open_log(self) -> Wal:
         storage = self._config.storage
-        settings = WalSettings(segment_bytes=storage.segment_bytes)
+        settings = WalSettings(segment_bytes=storage.segment_bytes, cache_bytes_max=LOG_CACHE_BYTES_MAX)
         directory = self._directory
         for name in self._environment.disk.list(directory.ingest_path):
             # Of a snapshot whose install a crash came before.

@@ -100,6 +100,11 @@ class FrameDecoder:
         """Bytes kept of an unfinished frame."""
         return len(self._head) + sum(map(len, self._pieces))
 
+    @property
+    def unfinished_bytes(self) -> int:
+        """How large the frame that is being collected will be; 0 between two frames."""
+        return self.buffered + self._missing if self._missing else 0
+
     def check(self) -> None:
         """Walk every invariant."""
         assert len(self._head) < HEAD_BYTES, f"a whole head of {len(self._head)} bytes was left undecoded"
