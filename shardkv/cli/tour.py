@@ -54,9 +54,10 @@ def properties(character: str, name: str) -> dict[str, object]:
         "combining": unicodedata.combining(character),
         "mirrored": unicodedata.mirrored(character),
         "decomposition": unicodedata.decomposition(character),
-        "numeric": unicodedata.numeric(character, None),
     }
-    return {key: value for key, value in found.items() if value not in ("", 0, None)}
+    found = {key: value for key, value in found.items() if value not in ("", 0)}
+    numeric = unicodedata.numeric(character, None)
+    return found if numeric is None else {**found, "numeric": numeric}
 
 
 def pairs() -> Iterator[tuple[bytes, bytes]]:

@@ -1,0 +1,117 @@
+"""The demo around its nodes (stand-ins here): endpoints, ends, what stays; and the tour's arithmetic."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from shardkv.cli import tour
+from tests.cli.fakes import FakeClient
+from tests.cli.test_node_command import STANDIN
+
+SCRIPT = f"""
+from functools import partial
+from shardkv.cli import demo
+demo.LocalCluster = partial(demo.LocalCluster, node_command={STANDIN!r})
+from shardkv.cli.root import main
+main()
+"""
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-u", "-c", SCRIPT, "demo", *arguments]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def endpoints(child: "subprocess.Popen[str]") -> dict[str, tuple[str, int]]:
+    """Node name to address and process id, from the table; returns once the demo says that it runs."""
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert "nodes serve after" in child.stdout.readline()
+    assert child.stdout.readline().split() == ["NODE", "ADDRESS", "PID", "LOG"]
+    found = {}
+    while cells := child.stdout.readline().split():
+        found[cells[0]] = (cells[1], int(cells[2]))
+    assert "shardkv shell --connect" in child.stdout.readline()
+    assert child.stderr.readline() == "running until interrupted\n"
+    return found
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_the_nodes_end_with_the_demo_however_it_ends(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """DESIGN 2.2: with --no-shell runs until interrupted; its nodes end when it dies, however it dies."""
+    with start("--no-shell", "--data", str(tmp_path)) as child:
+        nodes = endpoints(child)
+        assert list(nodes) == ["n1", "n2", "n3"]
+        watched = [os.pidfd_open(pid) for _, pid in nodes.values()]
+        child.send_signal(number)
+        assert child.wait(30) == code
+    for descriptor in watched:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        assert poll.poll(30_000), "a node outlived the demo"
+        os.close(descriptor)
+
+
+def test_a_second_demo_on_the_same_data_takes_the_same_ports(tmp_path: Path) -> None:
+    addresses = []
+    for _ in range(2):
+        with start("--no-shell", "--nodes", "2", "--data", str(tmp_path)) as child:
+            addresses.append({name: address for name, (address, _) in endpoints(child).items()})
+            child.terminate()
+            assert child.wait(30) == 0
+    assert addresses[0] == addresses[1]
+    with start("--no-shell", "--nodes", "3", "--data", str(tmp_path)) as child:
+        assert child.wait(30) == 2
+
+
+def test_a_temporary_directory_is_gone_afterwards() -> None:
+    with start("--no-shell", "--nodes", "1") as child:
+        [(_, pid)] = endpoints(child).values()
+        directory = Path(os.readlink(f"/proc/{pid}/fd/2")).parent
+        assert directory.exists()
+        child.terminate()
+        assert child.wait(30) == 0
+    assert not directory.exists()
+
+
+def test_every_named_character_is_there_twice_with_what_python_says_of_it() -> None:
+    """Work order: each named code point under name/... and cp/...., with its properties as JSON."""
+    found = dict(islice(tour.pairs(), 400))
+    assert found[b"cp/0061"] == found[b"name/LATIN SMALL LETTER A"]
+    assert json.loads(found[b"cp/0061"]) == {
+        "character": "a",
+        "code": "U+0061",
+        "name": "LATIN SMALL LETTER A",
+        "category": "Ll",
+        "bidirectional": "L",
+        "width": "Na",
+    }
+    assert json.loads(found[b"cp/00BD"])["numeric"] == 0.5
+    assert json.loads(found[b"cp/0030"])["numeric"] == 0
+    assert len(found) == 400
+
+
+def test_the_pause_is_the_longest_time_without_an_acknowledgement() -> None:
+    assert tour.longest_gap([1.1, 1.2, 3.0, 3.1], 1.0) == pytest.approx(1.8)
+    assert tour.longest_gap([4.0, 4.1], 1.0) == 3.0
+    assert tour.longest_gap([], 1.0) == 0.0
+
+
+async def test_an_acknowledged_write_that_cannot_be_read_back_is_missing() -> None:
+    """Work order: exit 1 if an acknowledged write is missing."""
+    client = FakeClient()
+    keys = [tour.WRITE_PREFIX + b"%d" % number for number in range(4)]
+    for key in keys[:2]:
+        client.set(key, key)
+    client.set(keys[2], b"something else")
+    assert await tour.missing(client, keys) == keys[2:]
+    assert await tour.missing(client, keys[:2]) == []
