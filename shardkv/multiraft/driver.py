@@ -125,8 +125,8 @@ class Driver:
         """Log appends that wait for the sync under way to end."""
         self._held: list[tuple[Replica, Message]] = []
         """Committed entries that wait for the engine to take writes again."""
-        self._newborn: dict[RangeId, int] = {}
-        """Right halves of splits that this node led, and how often it still campaigns for them."""
+        self._eager: dict[RangeId, int] = {}
+        """Groups that this node should lead before anybody's election timeout, and how often it still campaigns."""
         self._syncing = False
         self._failure: BaseException | None = None
         self._turns = self._syncs = self._entries_applied = 0
@@ -138,6 +138,7 @@ class Driver:
         async with trio.open_nursery() as nursery:
             self._writer = await nursery.start(self.environment.workers.serial, "log-writer")
             self.catalog.log = self.append_now
+            self._campaign_for_own()
             nursery.start_soon(self._tick)
             task_status.started()
             while True:
@@ -488,7 +489,7 @@ class Driver:
         if right is not None:
             self.hooks.descriptor(right)
             if left.leads:
-                self._newborn[right.range_id] = CAMPAIGNS_MAX
+                self._eager[right.range_id] = CAMPAIGNS_MAX
             self.touch(right)
 
     # Roles and time
@@ -510,7 +511,7 @@ class Driver:
                     continue
                 raft = replica.raft
                 raft.tick(now)
-                if replica.range_id in self._newborn:
+                if replica.range_id in self._eager:
                     self._campaign(replica, now)
                 if replica.reads:
                     replica.expire_reads(expired)
@@ -527,16 +528,27 @@ class Driver:
             notice = raft_codec.encode_notice(replica.range_id, ReplicaNotice.NEED_SNAPSHOT, leader, replica.replica_id)
             self.peers.send(node_id, encode_frame(FrameKind.RAFT, raft_codec.join([notice])), urgent=False)
 
-    def _campaign(self, replica: Replica, now: int) -> None:
-        """Let the leader of a split range lead its right half too, at once: its data are here and it is awake.
+    def _campaign_for_own(self) -> None:
+        """After a start, let one voter of each group campaign at once, a different one for different ranges.
 
-        The others can vote as soon as they have applied the split, which may take them a moment; hence several tries.
+        When all nodes start together nobody then waits for an election timeout; where a leader lives, the pre-vote
+        fails and nothing is disturbed.
         """
-        left = self._newborn[replica.range_id] - 1
+        for range_id, replica in self.catalog.replicas.items():
+            voters = sorted(replica.raft.configuration.voters)
+            if voters and voters[range_id % len(voters)] == replica.replica_id:
+                self._eager[range_id] = CAMPAIGNS_MAX
+
+    def _campaign(self, replica: Replica, now: int) -> None:
+        """Campaign for an eager group. The others may need a moment to hear of it, or to start; hence several tries.
+
+        After a split it is the left half's leader that is eager for the right half: the data are here, and it is awake.
+        """
+        left = self._eager[replica.range_id] - 1
         if replica.raft.leader != NONE or not left:
-            del self._newborn[replica.range_id]
+            del self._eager[replica.range_id]
             return
-        self._newborn[replica.range_id] = left
+        self._eager[replica.range_id] = left
         replica.raft.campaign(now)
 
 

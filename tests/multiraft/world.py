@@ -480,7 +480,7 @@ class Hosts(dict[int, Host]):
                     await trio.sleep(0.05)
 
     async def agreed(self, range_id: int = RANGE) -> None:
-        """Wait until every live replica has applied the same index; their rows are then the same."""
+        """Wait until every live replica has applied all that its leader has committed; their rows are then the same."""
 
         def same() -> bool:
             replicas = [
@@ -489,7 +489,8 @@ class Hosts(dict[int, Host]):
                 if host.alive and (replica := host.catalog.replicas.get(RangeId(range_id))) is not None
             ]
             indexes = {replica.machine.applied_index if replica.machine else None for replica in replicas}
-            return len(indexes) == 1 and None not in indexes
+            led = any(replica.leads and replica.raft.committed_in_term for replica in replicas)
+            return led and indexes == {max(replica.raft.committed for replica in replicas)}
 
         await self.until(same, "the same applied index everywhere")
         rows = [
