@@ -2,9 +2,11 @@
 
 import click
 
+from shardkv.cli import text
 from shardkv.cli.cluster import resolve_node
 from shardkv.cli.root import Example, ExampleGroup
 from shardkv.cli.session import Client, Session, base64_option, connected, read_key
+from shardkv.types import RangeDescriptor
 from shardkv.wire.requests import Method
 
 
@@ -21,11 +23,12 @@ def split(session: Session, key: str, base64_text: bool) -> None:
     """Split the range that holds KEY, so that KEY becomes the first key of a range of its own."""
     wanted = read_key(key, base64_text)
 
-    async def body(client: Client) -> object:
-        return await client.call(Method.SPLIT, wanted, key=wanted, timeout=session.timeout)
+    async def body(client: Client) -> list[RangeDescriptor]:
+        answer = await client.call(Method.SPLIT, wanted, key=wanted, timeout=session.timeout)
+        return [RangeDescriptor.from_wire(fields) for fields in answer]
 
-    session.run(body)
-    click.echo("split")
+    left, right = session.run(body)
+    click.echo(f"range {left.range_id} ends at {text.show(wanted, base64_text)}, where range {right.range_id} begins")
 
 
 @admin.command(cls=Example, example="shardkv admin transfer --connect 127.0.0.1:7001 4 n2")

@@ -146,6 +146,9 @@ class FakeClient:
                     {"id": 3, "start": b"m\xff", "end": None, "leader": None, **row},
                     {"id": 1, "start": b"", "end": b"m\xff", "leader": 1, **row},
                 ]
+            case Method.SPLIT:
+                [key] = arguments
+                return [[1, b"", key, 1, 2, [[1, 5, 0]]], [4, key, None, 1, 2, [[1, 6, 0]]]]
         return None
 
 

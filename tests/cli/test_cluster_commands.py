@@ -65,7 +65,7 @@ def test_leader_names_the_node_that_leads_a_key(world: World) -> None:
 
 
 def test_operations_name_what_they_are_about(world: World) -> None:
-    assert world.run("admin", "split", r"m\x00").exit_code == 0
+    assert world.run("admin", "split", r"m\x00").stdout == "range 1 ends at m\\x00, where range 4 begins\n"
     assert world.run("admin", "transfer", "3", "n2").exit_code == 0
     assert world.run("admin", "transfer", "3", "2").exit_code == 0
     assert world.run("admin", "snapshot", "3").exit_code == 0
