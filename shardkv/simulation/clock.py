@@ -11,6 +11,9 @@ from shardkv.simulation import determinism
 
 START_WALL_MS = 1_767_225_600_000
 """What a clock without an offset shows when a run starts: 2026-01-01."""
+RESOLUTION_SECONDS = 1e-9
+"""Of a clock that counts nanoseconds. Whoever sleeps for less until a moment of it would find that no time has passed,
+and with nothing else to do sleep so again for ever."""
 
 
 class SimulationClock:
@@ -58,8 +61,8 @@ class SimulationClock:
         return determinism.deadline_after(self._virtual(seconds))
 
     def _virtual(self, seconds: float) -> float:
-        """How long ``seconds`` of this clock take in virtual time."""
-        return max(0.0, seconds) / (1.0 + self._drift)
+        """How long ``seconds`` of this clock take in virtual time; more than none takes what the clock can show."""
+        return max(seconds, RESOLUTION_SECONDS) / (1.0 + self._drift) if seconds > 0 else 0.0
 
 
 class SimulatedRandom:

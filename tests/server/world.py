@@ -94,11 +94,17 @@ class SimulatedNode:
 
     async def start(self) -> None:
         """Run until it is ready."""
+        self.start_soon()
+        with trio.fail_after(FORMING_SECONDS):
+            await self.ready.wait()
+
+    def start_soon(self) -> None:
+        """Start a node that is down, without waiting for it."""
+        if self.alive:
+            return
         self.scope, self.stop, self.ready, self.ended = trio.CancelScope(), trio.Event(), trio.Event(), trio.Event()
         self.alive = True
         self.cluster.nursery.start_soon(self._run, self.environment)
-        with trio.fail_after(FORMING_SECONDS):
-            await self.ready.wait()
 
     async def _run(self, environment: SimulatedEnvironment) -> None:
         def open_engine(config: NodeConfig, path: str) -> Engine:
@@ -128,6 +134,7 @@ class SimulatedNode:
         with trio.fail_after(FORMING_SECONDS):
             await self.ended.wait()
         self.alive = False
+        self.environment.kill()
         self._reopen()
         self.environment = self.environment.restart()
 
