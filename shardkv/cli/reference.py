@@ -53,20 +53,22 @@ def commands() -> Iterator[tuple[str, click.Command]]:
                 yield f"shardkv {name} {inner}", each
 
 
+def help_of(name: str, command: click.Command) -> str:
+    """What ``--help`` shows, at a fixed width."""
+    context = click.Context(
+        command,
+        info_name=name,
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
+        help_option_names=["-h", "--help"],
+    )
+    return command.get_help(context)
+
+
 def page() -> str:
     """The whole page, as Markdown."""
-    parts = [INTRODUCTION]
-    for name, command in commands():
-        settings = {"help_option_names": ["-h", "--help"]}
-        context = click.Context(
-            command,
-            info_name=name,
-            terminal_width=WIDTH,
-            max_content_width=WIDTH,
-            **settings,  # type: ignore[arg-type]
-        )
-        parts.append(f"\n## {name}\n\n```text\n{command.get_help(context)}\n```\n")
-    return "".join(parts)
+    parts = [f"\n## {name}\n\n```text\n{help_of(name, command)}\n```\n" for name, command in commands()]
+    return INTRODUCTION + "".join(parts)
 
 
 if __name__ == "__main__":
