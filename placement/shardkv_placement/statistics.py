@@ -94,7 +94,8 @@ class Statistics:
         if heartbeat.boot < max(record.boot, 0 if heard is None else heard.boot):
             raise WrongCluster(
                 f"node {record.node_id} ({record.name!r}) has been started {record.boot} times, this heartbeat comes "
-                f"from start {heartbeat.boot}"
+                f"from start {heartbeat.boot}: it runs on an old copy of its data; decommission the node and start it "
+                "on an empty directory"
             )
         if heard is None or heartbeat.boot > heard.boot:
             self._forget(record.node_id)

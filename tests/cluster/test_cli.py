@@ -1,0 +1,132 @@
+"""The command line against a real cluster: exit codes, JSON, and what each command did."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.cluster.harness import LocalCluster, client, settled, started
+
+pytestmark = pytest.mark.cluster
+
+SECONDS_MAX = 90.0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    async def settle(running: LocalCluster) -> None:
+        async with client(running) as kv:
+            await settled(kv)
+
+    with started(tmp_path_factory.mktemp("cli")) as running:
+        trio.run(settle, running)
+        yield running
+
+
+def run(world: LocalCluster | None, *arguments: str, stdin: bytes = b"", code: int = 0) -> str:
+    """A command's stdout; its exit code must be ``code``, and it must show no traceback."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("SHARDKV_")}
+    if world is not None:
+        inherited["SHARDKV_CONNECT"] = world.connect
+    done = subprocess.run(
+        [sys.executable, "-m", "shardkv.cli", *arguments],
+        input=stdin,
+        capture_output=True,
+        timeout=SECONDS_MAX,
+        env=inherited,
+    )
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    assert done.returncode == code, f"{arguments}: {done.returncode}, {done.stdout!r}, {done.stderr!r}"
+    return done.stdout.decode()
+
+
+def run_json(world: LocalCluster, *arguments: str) -> Any:
+    return json.loads(run(world, *arguments, "--json"))
+
+
+def test_one_shot_commands_read_what_they_wrote(world: LocalCluster) -> None:
+    """DESIGN 2.2: 0 done, 1 the cluster answered with an error or the key is absent."""
+    version = run(world, "put", "greeting", "hello").strip()
+    assert run(world, "get", "greeting") == "hello\n"
+    assert run_json(world, "get", "greeting") == {"key": "greeting", "value": "hello", "version": version}
+    run(world, "get", "no such key", code=1)
+    run(world, "cas", "greeting", "1", "no", code=1)
+    run(world, "cas", "greeting", version, "again")
+    assert run(world, "incr", "visits", "5") == "5\n"
+    assert run(world, "incr", "visits") == "6\n"
+    run(world, "incr", "greeting", code=1)
+    run(world, "put", "binary", "-", stdin=b"\x00\xff\n")
+    assert run_json(world, "get", "binary")["value_base64"] == "AP8K"
+    assert [row["key"] for row in run_json(world, "scan", "--prefix", "gree")] == ["greeting"]
+    run(world, "del", "greeting")
+    run(world, "del", "greeting", code=1)
+
+
+def test_wrong_usage_is_two_and_an_absent_cluster_three(world: LocalCluster) -> None:
+    run(world, "frobnicate", code=2)
+    run(world, "get", code=2)
+    run(world, "put", "", "v", code=2)
+    run(None, "get", "a", code=2)
+    run(None, "get", "a", "--connect", "127.0.0.1:1", "--timeout", "0.5", code=3)
+    run(None, "put", "a", "b", "--connect", "127.0.0.1:1", "--timeout", "0.5", code=3)
+
+
+def test_the_shell_runs_commands_and_stops_at_the_first_failure(world: LocalCluster) -> None:
+    assert "1" in run(world, "shell", "-c", "put shell/a 1; get shell/a")
+    run(world, "shell", "-c", "get shell/absent; put shell/b 1", code=1)
+    run(world, "get", "shell/b", code=1)
+
+
+def test_export_and_import_carry_everything(world: LocalCluster, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"key": f"bulk/{number:04}", "value": "v" * 20}) + "\n" for number in range(500))
+    (tmp_path / "in.jsonl").write_text(lines)
+    run(world, "import", str(tmp_path / "in.jsonl"))
+    assert len(run_json(world, "scan", "--prefix", "bulk/")) == 500
+    run(world, "export", "--prefix", "bulk/", str(tmp_path / "out.jsonl"))
+    exported = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["value"]) for row in exported] == [(f"bulk/{n:04}", "v" * 20) for n in range(500)]
+
+
+def test_the_cluster_is_shown_as_it_is(world: LocalCluster) -> None:
+    """DESIGN 2.2: the fields of `nodes` and `ranges` are fixed."""
+    status = run_json(world, "status")
+    assert status["nodes"] == 3
+    nodes = run_json(world, "nodes")
+    assert sorted(row["name"] for row in nodes) == ["n1", "n2", "n3"]
+    assert set(nodes[0]) == {"name", "id", "address", "state", "replicas", "leaders"}
+    ranges = run_json(world, "ranges")
+    assert set(ranges[0]) == {"id", "start", "end", "leader", "replicas", "epoch", "bytes"}
+    assert ranges[0]["start"] == ""
+    assert ranges[-1]["end"] is None
+    leader = run_json(world, "leader", "some key")
+    assert leader[0]["leader"] in {row["id"] for row in nodes}
+    for command in ("status", "nodes", "ranges", "leader"):
+        assert run(world, command)
+
+
+def test_ranges_are_split_transferred_and_snapshotted(world: LocalCluster) -> None:
+    run(world, "admin", "split", "m")
+    ranges = run_json(world, "ranges")
+    right = next(row for row in ranges if row["start"] == "m")
+    run(world, "admin", "split", "m", code=2)
+    other = next(row for row in run_json(world, "nodes") if row["id"] != right["leader"])
+    run(world, "admin", "transfer", str(right["id"]), other["name"])
+    assert run_json(world, "leader", "m")[0]["range"] == right["id"]
+    run(world, "admin", "snapshot", str(right["id"]))
+    run(world, "admin", "snapshot", "4711", code=1)
+    run(world, "admin", "transfer", str(right["id"]), "nobody", code=2)
+
+
+def test_a_short_benchmark_reports_its_numbers(world: LocalCluster) -> None:
+    """DESIGN 2.2: the fields of `bench run --json`."""
+    report = run_json(world, "bench", "run", "--workload", "write", "--inflight", "8", "--seconds", "1")
+    fields = {"workload", "inflight", "seconds", "ops", "errors", "throughput", "p50_ms", "p95_ms", "p99_ms"}
+    assert fields | {"p999_ms", "max_ms", "client_cpu_s"} <= set(report)
+    assert report["ops"] > 0
+    assert report["errors"] == 0
