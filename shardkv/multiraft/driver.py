@@ -36,6 +36,8 @@ from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX, ReplicaNotice
 ROUNDS_PER_TURN_MAX: Final = 8
 """How often one turn goes round the ready groups before it lets the connections run again."""
 CAMPAIGNS_MAX: Final = 20
+DECODED_BYTES_MAX: Final = 256 * 1024
+"""Up to this size an entry is kept decoded until it is applied; a larger one would be in memory twice for little."""
 PEER_FRAME_BYTES: Final = 4 * 1024 * 1024
 """A turn's messages for one peer are cut into frames of about this size."""
 
@@ -170,7 +172,14 @@ class Driver:
         self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]
     ) -> None:
         """Queue a job behind the log writes, in their thread."""
-        self._writer.submit(job, done)
+        self._submit(job, done)
+
+    def _submit(self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]) -> None:
+        try:
+            self._writer.submit(job, done)
+        except trio.ClosedResourceError:
+            # The node is stopping: nobody waits for this any more, and closing the log writes what it has taken.
+            return
 
     def propose_split(self, replica: Replica, split: SplitCommand, requester: Requester, request_id: int) -> None:
         """Raises NotLeader or Busy."""
@@ -286,7 +295,8 @@ class Driver:
                 for requester, request_id in waiting:
                     requester.refuse(request_id, error)
             else:
-                replica.proposals[index] = Proposal(term, waiting, decoded)
+                kept = decoded if len(data) <= DECODED_BYTES_MAX else None
+                replica.proposals[index] = Proposal(term, waiting, kept)
 
     def _propose_entry(self, replica: Replica, data: bytes, waiting: tuple[tuple[Requester, int], ...]) -> None:
         if not replica.leads:
@@ -313,7 +323,7 @@ class Driver:
         updates = [log_update(replica, message) for replica, message in appends]
         self._syncing = True
         self._syncs += 1
-        self._writer.submit(self.wal.append(updates), lambda _, error: self._synced(appends, error))
+        self._submit(self.wal.append(updates), lambda _, error: self._synced(appends, error))
         self.environment.workers.yield_interpreter()
 
     def _synced(self, appends: list[tuple[Replica, Message]], error: BaseException | None) -> None:
@@ -351,7 +361,7 @@ class Driver:
             if error is not None:
                 self.fail(error)
 
-        self._writer.submit(self.wal.append(updates), logged)
+        self._submit(self.wal.append(updates), logged)
 
     def fail(self, error: BaseException) -> None:
         """What the page cache holds after a failed write is unknown; only a restart from what is on disk is safe."""
@@ -371,7 +381,7 @@ class Driver:
             self._send(outgoing)
             self._awake.set()
 
-        self._writer.submit(self.wal.append([update]), logged)
+        self._submit(self.wal.append([update]), logged)
 
     async def settled(self, replica: Replica) -> None:
         """Wait until the log has everything that this group, which is resting, wanted logged before."""

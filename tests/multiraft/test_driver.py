@@ -4,6 +4,8 @@ import pytest
 import trio
 
 from shardkv.errors import EpochMismatch
+from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
+from shardkv.raft.messages import Message, MessageType
 from tests.multiraft.world import world
 
 pytestmark = pytest.mark.usefixtures("autojump_clock")
@@ -46,3 +48,20 @@ async def test_everything_comes_back_after_a_crash_of_all_nodes() -> None:
         await hosts.agreed()
         assert all(host.value(b"k9") == b"v" for host in hosts.values())
         await trio.sleep(1)
+
+
+async def test_a_stop_while_records_wait_behind_a_sync_is_no_error() -> None:
+    """The log thread ends its last job and takes no more; what was waiting is written when the log is closed."""
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        leader.workers.hold_log()
+        leader.put(b"a", b"1")
+        await hosts.until(lambda: leader.driver._syncing, "a sync under way")
+        vote = Message(MessageType.VOTE, leader.replica().replica_id, 99, leader.replica().raft.term + 9)
+        leader.driver.step(leader.replica(), Message(vote.type, vote.to, vote.from_, vote.term, context=TRANSFER))
+        await hosts.until(lambda: leader.driver._appends, "a record that waits")
+        hosts.tolerant = True
+        leader.scope.cancel()
+        leader.workers.release()
+        await leader.ended.wait()
+        assert leader.error is None

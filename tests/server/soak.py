@@ -70,10 +70,10 @@ class Soak:
                 for number in range(CLIENTS):
                     nursery.start_soon(self._work, cluster, number)
                 nursery.start_soon(self._watch, cluster)
-                with trio.move_on_after(self.fault_seconds):
-                    while True:
-                        await trio.sleep(self.chance.uniform(0.05, 0.6))
-                        await self._fault(cluster)
+                end = trio.current_time() + self.fault_seconds
+                while trio.current_time() < end:
+                    await trio.sleep(self.chance.uniform(0.05, 0.6))
+                    await self._fault(cluster)
                 await self._heal(cluster)
                 await self._writes_go_on(cluster)
                 self.stop.set()
