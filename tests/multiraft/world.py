@@ -378,10 +378,13 @@ class Host:
         self.driver.propose_later(replica)
         return answer
 
-    def put(self, key: bytes, value: bytes, range_id: int = RANGE) -> Answer:
+    def put(self, key: bytes, value: bytes, range_id: int = RANGE, *, if_version: int | None = None) -> Answer:
+        return self.send(self.world.command(commands.Op.PUT, commands.pack_put(key, value, if_version)), range_id)
+
+    def send(self, data: bytes, range_id: int = RANGE) -> Answer:
+        """A write request's commands, as a client made them; sent again they are a retry."""
         answer = Answer()
         replica = self.replica(range_id)
-        data = self.world.command(commands.Op.PUT, commands.pack_put(key, value))
         replica.enqueue(WriteGroup(answer, 0, SESSION, data, commands.decode(data)))
         self.driver.propose_later(replica)
         return answer
@@ -420,7 +423,7 @@ class Hosts(dict[int, Host]):
     def command(self, op: int, body: bytes) -> bytes:
         self.sequence += 1
         issued = next(iter(self.values())).clock.wall_ms()
-        return commands.join([commands.seal(op, body, self.sequence, issued, self.sequence)])
+        return commands.join([commands.seal(op, body, self.sequence, issued, max(1, self.sequence - 900))])
 
     def post(self, source: Host, target: NodeId, item: bytes) -> None:
         host = self.get(target)
@@ -532,11 +535,13 @@ def descriptor_on(
 
 
 @asynccontextmanager
-async def world(nodes: int = 3, *, seed: int = 1, learners: int = 0, started: bool = True) -> AsyncIterator[Hosts]:
+async def world(
+    nodes: int = 3, *, replicas: int | None = None, seed: int = 1, learners: int = 0, started: bool = True
+) -> AsyncIterator[Hosts]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     async with trio.open_nursery() as nursery:
         hosts = Hosts(nursery, seed)
-        descriptor = descriptor_on(nodes, learners=learners)
+        descriptor = descriptor_on(nodes if replicas is None else replicas, learners=learners)
         for node_id in range(1, nodes + 1):
             host = hosts[node_id] = Host(hosts, node_id)
             host.prepare()
