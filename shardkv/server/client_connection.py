@@ -24,6 +24,8 @@ from shardkv.wire.requests import Request
 
 UNREAD_BYTES_MAX: Final = 256 * 1024
 """Answers that the client has not taken; above it no further request of the connection is looked at."""
+READ_BYTES_MAX: Final = 64 * 1024
+"""One read: what stays in memory of a client that is not served for the moment, since it leaves its answers unread."""
 FRAME_BYTES: Final = 1024 * 1024
 """Answers are gathered into frames of about this size."""
 
@@ -44,6 +46,7 @@ class ClientConnection:
         "_inflight",
         "_inflight_max",
         "_intake",
+        "_on_unread",
         "_room",
     )
 
@@ -55,6 +58,7 @@ class ClientConnection:
         dirty: dict["ClientConnection", None],
         inflight_max: int,
         intake: Intake,
+        on_unread: Callable[["ClientConnection"], None],
     ) -> None:
         self._connection = connection
         self._hybrid_clock = hybrid_clock
@@ -63,6 +67,7 @@ class ClientConnection:
         self._inflight = 0
         self._inflight_max = inflight_max
         self._intake = intake
+        self._on_unread = on_unread
         self._ended = False
         """The client has closed its side."""
         self._room: trio.Event | None = None
@@ -95,8 +100,24 @@ class ClientConnection:
         if self._answers:
             self._frame()
         self._connection.flush()
+        if self._connection.buffered:
+            self._on_unread(self)
         if self._room is not None and self._inflight <= self._inflight_max:
             self._room.set()
+
+    @property
+    def unread_bytes(self) -> int:
+        """Answers that the client has not taken yet."""
+        return self._connection.buffered
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long it has taken nothing although something waits for it."""
+        return self._connection.stalled_seconds()
+
+    def give_up(self) -> None:
+        """Close the connection of a client that does not read."""
+        self._connection.close_now("the client does not read its answers")
 
     # The reader
 
@@ -143,7 +164,7 @@ class ClientConnection:
                 await self._read(decoder, frames)
 
     async def _read(self, decoder: FrameDecoder, frames: list[Frame]) -> None:
-        data = await self._connection.receive()
+        data = await self._connection.receive(READ_BYTES_MAX)
         if data:
             frames += decoder.feed(data)
         else:

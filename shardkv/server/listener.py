@@ -41,6 +41,10 @@ class ListenerStatistics:
     clients: int
 
 
+UNREAD_BYTES_MAX: Final = 8 * 1024 * 1024
+"""Answers that all clients together leave untaken; past it, connections that stand still are closed."""
+
+
 class Listener:
     """Serves every connection of a node. ``identity`` is set once the node has joined."""
 
@@ -75,6 +79,8 @@ class Listener:
         self._count = 0
         self.dirty: dict[ClientConnection, None] = {}
         """Clients with answers to flush."""
+        self._unread: dict[ClientConnection, None] = {}
+        """Clients that had answers to take when they were last looked at."""
         self.draining = False
 
     def flush(self) -> None:
@@ -84,6 +90,18 @@ class Listener:
             self.dirty.clear()
             for client in dirty:
                 client.flush()
+
+    def _bound_unread(self, client: ClientConnection) -> None:
+        """A client leaves answers untaken: while all together leave too many, drop who has stood still for longest."""
+        self._unread[client] = None
+        waiting = {each: each.unread_bytes for each in self._unread}
+        self._unread = {each: None for each, size in waiting.items() if size}
+        total = sum(waiting.values())
+        while total > UNREAD_BYTES_MAX:
+            worst = max(self._unread, key=lambda each: each.stalled_seconds)
+            del self._unread[worst]
+            total -= waiting[worst]
+            worst.give_up()
 
     async def handle(self, stream: Stream) -> None:
         """One connection, from its first byte to its last."""
@@ -142,7 +160,13 @@ class Listener:
 
     async def _serve_client(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
         client = ClientConnection(
-            connection, self._hybrid_clock, self._requests.dispatch, self.dirty, self._inflight_max, self._intake
+            connection,
+            self._hybrid_clock,
+            self._requests.dispatch,
+            self.dirty,
+            self._inflight_max,
+            self._intake,
+            self._bound_unread,
         )
         self._clients[client] = None
         try:
@@ -150,6 +174,7 @@ class Listener:
         finally:
             del self._clients[client]
             self.dirty.pop(client, None)
+            self._unread.pop(client, None)
 
     async def _serve_peer(
         self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], node_id: NodeId

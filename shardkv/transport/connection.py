@@ -224,15 +224,15 @@ class Connection:
         if self.closed:
             raise trio.ClosedResourceError(self.reason)
 
-    async def receive(self) -> bytes:
-        """The next bytes, or ``b""`` once the other side has closed.
+    async def receive(self, count_max: int = RECEIVE_BYTES_MAX) -> bytes:
+        """The next bytes, at most ``count_max``, or ``b""`` once the other side has closed.
 
         Raises:
             trio.BrokenResourceError: the connection is lost.
             trio.ClosedResourceError: it was closed by us.
         """
         try:
-            data = await self._stream.receive(RECEIVE_BYTES_MAX)
+            data = await self._stream.receive(count_max)
         except trio.BrokenResourceError as error:
             self.close_now(str(error))
             raise

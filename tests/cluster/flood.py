@@ -27,6 +27,8 @@ class Flood:
     sent: int = 0
     stuck: int = 0
     """Clients that were not read any more before they had sent everything."""
+    dropped: int = 0
+    """Clients whose connection the node closed, since too many answers were left untaken."""
     before: dict[str, int] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
@@ -43,8 +45,8 @@ class Flood:
         grown = {name: f"{(self.peak[name] - size) / MIB:.0f}" for name, size in self.before.items()}
         base = {name: f"{size / MIB:.0f}" for name, size in self.before.items()}
         return (
-            f"sent {self.sent / MIB:.0f} MiB, {self.stuck} clients stuck, resident before {base} MiB, "
-            f"growth {grown} MiB; {self.others_served} calls of others served, "
+            f"sent {self.sent / MIB:.0f} MiB, {self.stuck} clients stuck, {self.dropped} dropped, "
+            f"resident before {base} MiB, growth {grown} MiB; {self.others_served} calls of others served, "
             f"the slowest in {self.slowest_other_seconds:.2f} s"
         )
 
@@ -69,8 +71,12 @@ async def flood(world: LocalCluster, total_bytes: int, *, value_bytes: int, get_
                 data = encode_hello(Hello(Role.CLIENT))
                 count = 0
                 while left > 0 or data:
-                    with trio.move_on_after(STUCK_SECONDS) as scope:
-                        await stream.send_all(data)
+                    try:
+                        with trio.move_on_after(STUCK_SECONDS) as scope:
+                            await stream.send_all(data)
+                    except trio.BrokenResourceError:
+                        found.dropped += 1
+                        break
                     if scope.cancelled_caught:
                         found.stuck += 1
                         break

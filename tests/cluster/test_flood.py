@@ -10,6 +10,8 @@ from tests.cluster.harness import LocalCluster, client, settled, started
 pytestmark = pytest.mark.cluster
 
 GROWTH_MAX = 64 * MIB
+GROWTH_MAX_READS = 96 * MIB
+"""With large reads among them the answers' own bound comes on top."""
 
 
 @pytest.fixture
@@ -26,5 +28,5 @@ async def test_a_hundred_clients_that_never_read_cost_a_node_less_than_64_mib(
     async with client(world) as kv:
         await settled(kv)
     found = await flood(world, 256 * MIB, value_bytes=value_bytes, get_every=get_every)
-    assert found.growth < GROWTH_MAX, found.describe()
+    assert found.growth < (GROWTH_MAX_READS if get_every else GROWTH_MAX), found.describe()
     assert found.others_served > 10, found.describe()
