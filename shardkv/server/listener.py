@@ -43,6 +43,8 @@ class ListenerStatistics:
 
 UNREAD_BYTES_MAX: Final = 8 * 1024 * 1024
 """Answers that all clients together leave untaken; past it, connections that stand still are closed."""
+STALLED_SECONDS_MIN: Final = 0.5
+"""Who has taken something more recently than this is reading, however large the answer."""
 
 
 class Listener:
@@ -97,8 +99,10 @@ class Listener:
         waiting = {each: each.unread_bytes for each in self._unread}
         self._unread = {each: None for each, size in waiting.items() if size}
         total = sum(waiting.values())
-        while total > UNREAD_BYTES_MAX:
+        while total > UNREAD_BYTES_MAX and self._unread:
             worst = max(self._unread, key=lambda each: each.stalled_seconds)
+            if worst.stalled_seconds < STALLED_SECONDS_MIN:
+                return
             del self._unread[worst]
             total -= waiting[worst]
             worst.give_up()
