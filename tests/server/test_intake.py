@@ -1,0 +1,75 @@
+"""Turns at sending large frames: a bound over all clients, in order, and not for ever."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from shardkv.errors import ProtocolError
+from shardkv.server.intake import ARRIVING_BYTES_MAX, Intake
+
+HALF = ARRIVING_BYTES_MAX // 2
+
+
+class MockedClock:
+    def deadline(self, seconds: float) -> AbstractContextManager[trio.CancelScope]:
+        return trio.move_on_after(seconds)
+
+
+def intake() -> Intake:
+    clock: Any = MockedClock()
+    return Intake(clock)
+
+
+async def test_large_frames_wait_for_their_turn_in_the_order_of_asking(autojump_clock: trio.testing.MockClock) -> None:
+    """Two halves fit; the third waits, and the small one behind it does not overtake it."""
+    turns, order = intake(), []
+
+    async def receive(name: str, size: int, done: trio.Event) -> None:
+        async with turns.turn(size):
+            order.append(name)
+            turns.check()
+            await done.wait()
+
+    first, rest = trio.Event(), trio.Event()
+    async with trio.open_nursery() as nursery:
+        for name, size, done in (("a", HALF, first), ("b", HALF, rest), ("c", HALF, rest), ("d", 1, rest)):
+            nursery.start_soon(receive, name, size, done)
+            await trio.testing.wait_all_tasks_blocked()
+        assert order == ["a", "b"]
+        first.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert order == ["a", "b", "c"]
+        rest.set()
+    assert order == ["a", "b", "c", "d"]
+    assert turns.arriving_bytes == 0
+
+
+async def test_a_frame_larger_than_the_bound_comes_through_alone() -> None:
+    turns = intake()
+    async with turns.turn(3 * ARRIVING_BYTES_MAX):
+        assert turns.arriving_bytes == 3 * ARRIVING_BYTES_MAX
+    assert turns.arriving_bytes == 0
+
+
+async def test_a_frame_that_does_not_arrive_loses_its_turn(autojump_clock: trio.testing.MockClock) -> None:
+    """Otherwise those who never finish would keep everybody else out."""
+    turns = intake()
+    with pytest.raises(ProtocolError, match="longer than"):
+        async with turns.turn(HALF):
+            await trio.sleep_forever()
+    assert turns.arriving_bytes == 0
+
+
+async def test_who_goes_away_while_waiting_leaves_no_trace(autojump_clock: trio.testing.MockClock) -> None:
+    turns = intake()
+    async with turns.turn(ARRIVING_BYTES_MAX):
+        with trio.move_on_after(1):
+            async with turns.turn(HALF):
+                raise AssertionError("it had no turn")
+        turns.check()
+    assert turns.arriving_bytes == 0
+    async with turns.turn(HALF):
+        pass
