@@ -550,9 +550,13 @@ async def world(
             for host in hosts.values():
                 await host.start()
             await hosts.led()
-        yield hosts
-        if started:
-            hosts.check()
+        try:
+            yield hosts
+            if started:
+                hosts.check()
+        finally:
+            for host in hosts.values():
+                host.workers.release()  # else a node that is cancelled would wait for its log thread for ever
         nursery.cancel_scope.cancel()
 
 

@@ -1,0 +1,220 @@
+"""A replica's queues and their bounds, and what a turn of the driver makes of several groups, without a network."""
+
+from typing import Any
+
+import pytest
+import trio
+
+from shardkv.errors import Busy, NotLeader
+from shardkv.multiraft import driver as driver_module
+from shardkv.multiraft import replica as replica_module
+from shardkv.multiraft.driver import PEER_FRAME_BYTES, _pieces
+from shardkv.multiraft.replica import CONFIRMATIONS_MAX, WAITING_READS_MAX, Replica, WaitingRead, WriteGroup
+from shardkv.multiraft.turn import STEPS_PER_GROUP_MAX, gather
+from shardkv.raft.messages import MessageType
+from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX
+from tests.multiraft.world import SESSION, Answer, world
+
+pytestmark = pytest.mark.usefixtures("autojump_clock")
+
+
+class Raft:
+    """As much of a Raft core as the queues look at."""
+
+    role = replica_module.Role.LEADER
+    leader = 1
+
+
+def a_replica() -> Replica:
+    return Replica(1, 1, Raft(), None, None)  # type: ignore[arg-type]
+
+
+def group(size: int, commands: int = 1) -> WriteGroup:
+    return WriteGroup(Answer(), 0, SESSION, bytes(size), [[] for _ in range(commands)])
+
+
+def reading(answer: Answer | None = None) -> WaitingRead:
+    return WaitingRead(answer or Answer(), 0, lambda replica: "read")
+
+
+def test_waiting_writes_are_bounded_in_bytes_and_the_next_is_told_busy() -> None:
+    replica = a_replica()
+    while replica.waiting_bytes <= replica_module.WAITING_BYTES_MAX:
+        replica.enqueue(group(1 << 20))
+    with pytest.raises(Busy):
+        replica.enqueue(group(1))
+    assert replica.waiting_bytes <= replica_module.WAITING_BYTES_MAX + (1 << 20)
+
+
+def test_a_follower_queues_no_write() -> None:
+    replica = a_replica()
+    replica.raft.role = replica_module.Role.FOLLOWER  # type: ignore[misc]
+    with pytest.raises(NotLeader):
+        replica.enqueue(group(1))
+    replica.raft.role = replica_module.Role.LEADER  # type: ignore[misc]
+
+
+def test_an_entry_takes_what_waits_up_to_its_bounds_and_never_nothing() -> None:
+    replica = a_replica()
+    sizes = [600_000, 500_000, 10, 2_000_000, 10]
+    for size in sizes:
+        replica.enqueue(group(size))
+    taken = []
+    while replica.waiting:
+        taken.append([len(each.commands) for each in replica.take_waiting()])
+        assert replica.waiting_bytes == sum(len(each.commands) for each in replica.waiting)
+    assert taken == [[600_000], [500_000, 10], [2_000_000], [10]]
+    for _ in range(3):
+        replica.enqueue(group(10, commands=replica_module.ENTRY_COMMANDS_MAX // 2))
+    assert [len(replica.take_waiting()), len(replica.take_waiting())] == [2, 1]
+
+
+def test_waiting_reads_share_a_confirmation_and_a_later_one_never_joins_it() -> None:
+    """Its index was fixed when the leader took it; a write acknowledged since then would be missed."""
+    replica = a_replica()
+    first, second, late = Answer(), Answer(), Answer()
+    replica.await_read(reading(first))
+    replica.await_read(reading(second))
+    context = replica.take_open_reads(5)
+    assert context is not None
+    replica.await_read(reading(late))
+    replica.confirm_reads(context, 3)
+    assert [len(batch) for _, batch in replica.confirmed or []] == [2]
+    assert replica.open_reads is not None
+    assert [each.requester for each in replica.open_reads] == [late]
+    assert replica.take_open_reads(6) != context
+
+
+def test_waiting_reads_and_confirmations_are_bounded() -> None:
+    replica = a_replica()
+    for _ in range(CONFIRMATIONS_MAX):
+        replica.await_read(reading())
+        assert replica.take_open_reads(0) is not None
+    for _ in range(WAITING_READS_MAX):
+        replica.await_read(reading())
+    assert replica.take_open_reads(0) is None
+    with pytest.raises(Busy):
+        replica.await_read(reading())
+
+
+def test_reads_whose_confirmation_was_lost_expire() -> None:
+    replica = a_replica()
+    old, new = Answer(), Answer()
+    replica.await_read(reading(old))
+    replica.take_open_reads(100)
+    replica.await_read(reading(new))
+    replica.take_open_reads(200)
+    replica.expire_reads(150)
+    assert isinstance(old.error, Busy)
+    assert not new.arrived
+
+
+def test_whoever_waits_is_refused_once_when_a_replica_is_given_up() -> None:
+    replica = a_replica()
+    answers = [Answer() for _ in range(4)]
+    replica.enqueue(WriteGroup(answers[0], 0, SESSION, b"x", [[]]))
+    replica.proposals[5] = replica_module.Proposal(1, ((answers[1], 0),))
+    replica.await_read(reading(answers[2]))
+    replica.take_open_reads(0)
+    replica.await_read(reading(answers[3]))
+    replica.abandon(NotLeader())
+    replica.abandon(NotLeader())
+    assert [answer.count for answer in answers] == [1, 1, 1, 1]
+
+
+def test_frames_to_a_peer_are_cut_in_bytes_and_in_messages() -> None:
+    """A receiver refuses a frame with more messages than it is bound to take, and with it the whole connection."""
+    assert [len(piece) for piece in _pieces([b"x"] * (MESSAGES_PER_FRAME_MAX + 5))] == [MESSAGES_PER_FRAME_MAX, 5]
+    big = bytes(PEER_FRAME_BYTES - 10)
+    assert [len(piece) for piece in _pieces([big, b"1" * 20, b"2"])] == [1, 2]
+    assert list(_pieces([b"one"])) == [[b"one"]]
+
+
+async def test_a_turn_makes_one_record_one_sync_and_one_frame_a_peer_for_all_groups() -> None:
+    async with world(3) as hosts:
+        for number in range(3):
+            leader = await hosts.led(1)
+            await leader.split(b"%c" % (ord("x") - number), 2 + number, first_replica=100 * (number + 1)).wait()
+        for range_id in range(1, 5):
+            await hosts.led(range_id)
+        await trio.sleep(1)
+        leader = hosts.leader()
+        led = [each for each in range(1, 5) if hosts.leader(each) is leader]
+        assert len(led) > 1, "the splitting leader leads the halves too"
+        before = leader.wal.statistics(), leader.driver.statistics()
+        leader.peers.frames.clear()
+        answers = [leader.put(leader.machine(each).descriptor.span.start or b"a", b"v", each) for each in led]
+        for answer in answers:
+            assert not answer.arrived
+        leader.driver._turn()
+        after = leader.wal.statistics(), leader.driver.statistics()
+        assert after[0].records - before[0].records == 1
+        assert after[1].syncs - before[1].syncs == 1
+        assert sorted(leader.peers.frames) == [
+            (node_id, len(led)) for node_id in sorted(hosts) if node_id != leader.node_id
+        ]
+        for answer in answers:
+            await answer.wait()
+
+
+async def test_while_a_sync_runs_proposals_collect_and_acknowledgements_commits_and_applies_go_on() -> None:
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        await hosts.write(b"k", b"v")
+        await hosts.until(lambda: not leader.driver._syncing)
+        first = leader.put(b"a", b"1")
+        leader.driver._turn()
+        leader.workers.hold_log()
+        assert leader.driver._syncing
+        last = leader.replica().raft.last_index
+        more = [leader.put(b"b%d" % number, b"2") for number in range(5)]
+        await trio.sleep(0.1)
+        assert leader.replica().raft.last_index == last, "nothing was proposed meanwhile"
+        assert len(leader.replica().waiting) == 5
+        assert leader.replica().raft.committed >= last, "two others have it: it is committed"
+        leader.workers.release()
+        await first.wait()
+        for answer in more:
+            await answer.wait()
+        assert leader.replica().raft.last_index == last + 1, "what had collected became one entry"
+
+
+async def test_a_stalled_engine_holds_applies_back_and_nothing_is_answered_or_lost() -> None:
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        leader.engine.stall = True
+        answers = [leader.put(b"k%d" % number, b"v") for number in range(3)]
+        await trio.sleep(0.5)
+        assert leader.driver._held
+        assert not any(answer.arrived for answer in answers)
+        assert leader.replica().leads, "a stall of the engine alone costs no leadership"
+        leader.engine.stall = False
+        for answer in answers:
+            await answer.wait()
+        assert leader.value(b"k2") == b"v"
+
+
+async def test_a_turn_leaves_resting_groups_alone_and_takes_a_bounded_share_of_each() -> None:
+    class Busy:
+        role = replica_module.Role.FOLLOWER
+        leader = 0
+        taken = 0
+
+        def has_ready(self) -> bool:
+            return True
+
+        def ready(self) -> Any:
+            from shardkv.raft.messages import Message
+            from shardkv.raft.node import Ready
+
+            self.taken += 1
+            return Ready(None, None, (), (), None, (), [Message(MessageType.HEARTBEAT, 2, 1, 1)], False)
+
+    busy, resting = Busy(), Busy()
+    one = Replica(1, 1, busy, None, None)  # type: ignore[arg-type]
+    two = Replica(2, 1, resting, None, None)  # type: ignore[arg-type]
+    two.installing = True
+    turn, unfinished = gather([one, two])
+    assert (busy.taken, resting.taken, len(turn.messages)) == (STEPS_PER_GROUP_MAX, 0, STEPS_PER_GROUP_MAX)
+    assert unfinished == [one]
+    assert driver_module.ROUNDS_PER_TURN_MAX > 0
