@@ -290,7 +290,13 @@ async def agree(cluster: Cluster) -> None:
 
 
 def _apart(cluster: Cluster) -> bool:
+    if any(replica.machine is None for node in cluster.nodes.values() for replica in _replicas(node)):
+        return True
     return any(len({machine.applied_index for _, machine in held}) > 1 for held in _machines(cluster).values())
+
+
+def _replicas(node: SimulatedNode) -> list[Any]:
+    return list(node.inside._catalog.replicas.values())
 
 
 def _machines(cluster: Cluster) -> dict[int, list[tuple[SimulatedNode, Any]]]:
