@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
 from shardkv.raft.messages import ConfState, Entry, HardState, Message, MessageType
@@ -12,8 +13,6 @@ from shardkv.storage.engine import WriteBatch
 from shardkv.storage.wal import CreateGroup, LogUpdate, ResetLog
 from shardkv.types import KeyRange, NodeId, RangeId, ReplicaId
 from tests.multiraft.world import PROMISE_NS, RANGE, Host, Hosts, descriptor_on, world
-
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 RIGHT = RangeId(2)
 
@@ -51,7 +50,9 @@ async def led_by_another(hosts: Hosts, node_id: int) -> Host:
     return hosts.leader()
 
 
-async def test_trap_02_an_uninitialised_replica_votes_but_neither_campaigns_nor_owns_a_span() -> None:
+async def test_trap_02_an_uninitialised_replica_votes_but_neither_campaigns_nor_owns_a_span(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         late = await split_on_two(hosts)
         deliver(late, 2, from_right(MessageType.HEARTBEAT, to=3, sender=1), 1)
@@ -69,7 +70,7 @@ async def test_trap_02_an_uninitialised_replica_votes_but_neither_campaigns_nor_
         assert [(each.type, each.reject) for each in sent if each.from_ == 103] == [(MessageType.VOTE_RESP, False)]
 
 
-async def test_trap_02_a_vote_or_an_answer_makes_no_replica() -> None:
+async def test_trap_02_a_vote_or_an_answer_makes_no_replica(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await split_on_two(hosts)
         for kind in (MessageType.VOTE, MessageType.PRE_VOTE, MessageType.APP_RESP, MessageType.HEARTBEAT_RESP):
@@ -78,7 +79,9 @@ async def test_trap_02_a_vote_or_an_answer_makes_no_replica() -> None:
         assert RIGHT not in late.wal.groups
 
 
-async def test_trap_02_the_split_adopts_the_replica_and_keeps_its_vote_through_a_crash() -> None:
+async def test_trap_02_the_split_adopts_the_replica_and_keeps_its_vote_through_a_crash(
+    autojump_clock: MockClock,
+) -> None:
     """The vote was given by the replica that the split replaces; a second one in its term would make two leaders."""
     async with world(3) as hosts:
         late = await split_on_two(hosts)
@@ -99,7 +102,9 @@ async def test_trap_02_the_split_adopts_the_replica_and_keeps_its_vote_through_a
         assert (state.term, state.vote) == (9, 102)
 
 
-async def test_appends_of_a_replaced_core_are_not_logged_after_those_of_its_successor() -> None:
+async def test_appends_of_a_replaced_core_are_not_logged_after_those_of_its_successor(
+    autojump_clock: MockClock,
+) -> None:
     """They may set the log back: its successor has begun it anew and has told others so."""
     async with world(3) as hosts:
         late = await split_on_two(hosts)
@@ -126,7 +131,7 @@ async def test_appends_of_a_replaced_core_are_not_logged_after_those_of_its_succ
         assert late.wal.groups[RIGHT].hard_state == HardState(9, 102, INITIAL_INDEX), "the vote was only in memory"
 
 
-async def test_trap_07_what_an_adopted_replica_had_promised_its_successor_keeps() -> None:
+async def test_trap_07_what_an_adopted_replica_had_promised_its_successor_keeps(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await split_on_two(hosts)
         await trio.sleep(2)
@@ -140,7 +145,9 @@ async def test_trap_07_what_an_adopted_replica_had_promised_its_successor_keeps(
         assert late.replica(2).raft.raft.refuse_until == promised
 
 
-async def test_trap_07_a_group_that_comes_back_after_a_restart_refuses_votes_for_a_promise() -> None:
+async def test_trap_07_a_group_that_comes_back_after_a_restart_refuses_votes_for_a_promise(
+    autojump_clock: MockClock,
+) -> None:
     """The crash may have lost the record of a group that had promised its vote: then a replayed split makes it anew."""
     async with world(3) as hosts:
         late = await split_on_two(hosts)
@@ -153,7 +160,9 @@ async def test_trap_07_a_group_that_comes_back_after_a_restart_refuses_votes_for
             assert late.replica(2).raft.raft.refuse_until >= started + PROMISE_NS - 10_000_000
 
 
-async def test_trap_20_a_group_whose_creation_was_not_synced_comes_back_from_the_engine() -> None:
+async def test_trap_20_a_group_whose_creation_was_not_synced_comes_back_from_the_engine(
+    autojump_clock: MockClock,
+) -> None:
     """The engine was flushed after the split's batch, and the power failed before the log's record was on the disk."""
     async with world(3) as hosts:
         late = await split_on_two(hosts)
@@ -179,7 +188,9 @@ async def test_trap_20_a_group_whose_creation_was_not_synced_comes_back_from_the
         assert late.value(b"z", 2) == b"2"
 
 
-async def test_trap_20_a_split_lost_by_the_engine_is_replayed_and_leaves_the_right_halfs_log_alone() -> None:
+async def test_trap_20_a_split_lost_by_the_engine_is_replayed_and_leaves_the_right_halfs_log_alone(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         await hosts.write(b"z", b"1")
         leader = await led_by_another(hosts, 3)
@@ -199,7 +210,9 @@ async def test_trap_20_a_split_lost_by_the_engine_is_replayed_and_leaves_the_rig
 
 
 @pytest.mark.parametrize("kept", [0, 3, 6, 100])
-async def test_trap_20_any_prefix_of_the_engines_batches_comes_to_the_same(kept: int) -> None:
+async def test_trap_20_any_prefix_of_the_engines_batches_comes_to_the_same(
+    autojump_clock: MockClock, kept: int
+) -> None:
     async with world(3) as hosts:
         for number in range(4):
             await hosts.write(b"k%d" % number, b"v")
@@ -213,7 +226,9 @@ async def test_trap_20_any_prefix_of_the_engines_batches_comes_to_the_same(kept:
         assert [hosts[1].value(b"k%d" % n, 1 if n < 2 else 2) for n in range(4)] == [b"w"] * 4
 
 
-async def test_trap_20_an_ingested_state_above_a_log_of_another_history_begins_the_log_anew() -> None:
+async def test_trap_20_an_ingested_state_above_a_log_of_another_history_begins_the_log_anew(
+    autojump_clock: MockClock,
+) -> None:
     """The crash came between the ingest of a snapshot and its record, and the log holds what was never committed."""
     async with world(1, started=False) as hosts:
         host = hosts[1]
@@ -231,7 +246,7 @@ async def test_trap_20_an_ingested_state_above_a_log_of_another_history_begins_t
         host.check()
 
 
-async def test_trap_20_what_recovery_makes_of_the_log_is_recorded() -> None:
+async def test_trap_20_what_recovery_makes_of_the_log_is_recorded(autojump_clock: MockClock) -> None:
     """A later record rests on it: compacting to an entry that only memory knew to be committed cannot be replayed."""
     async with world(1, started=False) as hosts:
         host = hosts[1]
@@ -249,7 +264,7 @@ async def test_trap_20_what_recovery_makes_of_the_log_is_recorded() -> None:
         assert host.wal.groups[RANGE].hard_state == HardState(6, 1, 25)
 
 
-async def test_a_reincarnated_replica_keeps_term_vote_and_promise_on_disk_too() -> None:
+async def test_a_reincarnated_replica_keeps_term_vote_and_promise_on_disk_too(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         leader = await led_by_another(hosts, 3)
@@ -270,7 +285,7 @@ async def test_a_reincarnated_replica_keeps_term_vote_and_promise_on_disk_too() 
         assert leader.alive
 
 
-async def test_a_bootstrap_is_idempotent_and_brings_nothing_back_that_has_ended() -> None:
+async def test_a_bootstrap_is_idempotent_and_brings_nothing_back_that_has_ended(autojump_clock: MockClock) -> None:
     async with world(1, started=False) as hosts:
         host = hosts[1]
         host.catalog.bootstrap([descriptor_on(1)], 0)
@@ -283,7 +298,7 @@ async def test_a_bootstrap_is_idempotent_and_brings_nothing_back_that_has_ended(
         assert RangeId(9) not in host.wal.groups
 
 
-async def test_a_replica_without_state_keeps_its_configuration_in_the_log() -> None:
+async def test_a_replica_without_state_keeps_its_configuration_in_the_log(autojump_clock: MockClock) -> None:
     """What its core is told, that it has no members, must not be what a checkpoint of the log says."""
     async with world(1, started=False) as hosts:
         host = hosts[1]

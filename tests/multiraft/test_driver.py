@@ -2,16 +2,15 @@
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from shardkv.errors import EpochMismatch
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
 from shardkv.raft.messages import Message, MessageType
 from tests.multiraft.world import world
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_a_confirmed_read_of_an_idle_range_is_served_at_once() -> None:
+async def test_a_confirmed_read_of_an_idle_range_is_served_at_once(autojump_clock: MockClock) -> None:
     """Nothing may ever be applied again: a read whose index is applied already waits for nothing more."""
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
@@ -20,7 +19,7 @@ async def test_a_confirmed_read_of_an_idle_range_is_served_at_once() -> None:
             assert await host.read(b"k").wait() == b"v"
 
 
-async def test_a_split_makes_two_ranges_that_both_take_writes() -> None:
+async def test_a_split_makes_two_ranges_that_both_take_writes(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         await hosts.write(b"a", b"1")
         await hosts.write(b"m", b"2")
@@ -36,7 +35,7 @@ async def test_a_split_makes_two_ranges_that_both_take_writes() -> None:
             await hosts.leader().read(b"m").wait()
 
 
-async def test_everything_comes_back_after_a_crash_of_all_nodes() -> None:
+async def test_everything_comes_back_after_a_crash_of_all_nodes(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         for number in range(10):
             await hosts.write(b"k%d" % number, b"v")
@@ -50,7 +49,7 @@ async def test_everything_comes_back_after_a_crash_of_all_nodes() -> None:
         await trio.sleep(1)
 
 
-async def test_a_stop_while_records_wait_behind_a_sync_is_no_error() -> None:
+async def test_a_stop_while_records_wait_behind_a_sync_is_no_error(autojump_clock: MockClock) -> None:
     """The log thread ends its last job and takes no more; what was waiting is written when the log is closed."""
     async with world(3) as hosts:
         leader = hosts.leader()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from shardkv.errors import Busy, NotLeader
 from shardkv.multiraft import driver as driver_module
@@ -14,8 +15,6 @@ from shardkv.multiraft.turn import STEPS_PER_GROUP_MAX, gather
 from shardkv.raft.messages import MessageType
 from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX
 from tests.multiraft.world import SESSION, Answer, world
-
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 
 class Raft:
@@ -130,7 +129,7 @@ def test_frames_to_a_peer_are_cut_in_bytes_and_in_messages() -> None:
     assert list(_pieces([b"one"])) == [[b"one"]]
 
 
-async def test_a_turn_makes_one_record_one_sync_and_one_frame_a_peer_for_all_groups() -> None:
+async def test_a_turn_makes_one_record_one_sync_and_one_frame_a_peer_for_all_groups(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         for number in range(3):
             leader = await hosts.led(1)
@@ -157,7 +156,9 @@ async def test_a_turn_makes_one_record_one_sync_and_one_frame_a_peer_for_all_gro
             await answer.wait()
 
 
-async def test_while_a_sync_runs_proposals_collect_and_acknowledgements_commits_and_applies_go_on() -> None:
+async def test_while_a_sync_runs_proposals_collect_and_acknowledgements_commits_and_applies_go_on(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         leader = hosts.leader()
         await hosts.write(b"k", b"v")
@@ -179,7 +180,7 @@ async def test_while_a_sync_runs_proposals_collect_and_acknowledgements_commits_
         assert leader.replica().raft.last_index == last + 1, "what had collected became one entry"
 
 
-async def test_a_stalled_engine_holds_applies_back_and_nothing_is_answered_or_lost() -> None:
+async def test_a_stalled_engine_holds_applies_back_and_nothing_is_answered_or_lost(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         leader = hosts.leader()
         leader.engine.stall = True
@@ -194,7 +195,7 @@ async def test_a_stalled_engine_holds_applies_back_and_nothing_is_answered_or_lo
         assert leader.value(b"k2") == b"v"
 
 
-async def test_a_turn_leaves_resting_groups_alone_and_takes_a_bounded_share_of_each() -> None:
+async def test_a_turn_leaves_resting_groups_alone_and_takes_a_bounded_share_of_each(autojump_clock: MockClock) -> None:
     class Busy:
         role = replica_module.Role.FOLLOWER
         leader = 0

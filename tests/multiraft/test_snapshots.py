@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from shardkv.errors import ProtocolError
 from shardkv.machine.machine import INITIAL_TERM, RangeMachine
@@ -16,8 +17,6 @@ from shardkv.storage.wal import CompactLog, LogUpdate
 from shardkv.types import KeyRange, NodeId, RangeId
 from tests.multiraft.test_catalog import led_by_another, split_on_two
 from tests.multiraft.world import RANGE, Host, Hosts, descriptor_on, world
-
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 
 class Stream:
@@ -81,7 +80,7 @@ async def behind(hosts: Hosts, *, writes: int = 5) -> Host:
     return hosts[3]
 
 
-async def test_a_follower_that_fell_behind_the_log_gets_a_snapshot_and_goes_on() -> None:
+async def test_a_follower_that_fell_behind_the_log_gets_a_snapshot_and_goes_on(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await behind(hosts)
         hosts.heal()
@@ -92,7 +91,7 @@ async def test_a_follower_that_fell_behind_the_log_gets_a_snapshot_and_goes_on()
         await hosts.agreed()
 
 
-async def test_trap_01_a_follower_that_has_not_split_is_not_given_the_right_half() -> None:
+async def test_trap_01_a_follower_that_has_not_split_is_not_given_the_right_half(autojump_clock: MockClock) -> None:
     """It would write into a span that the unsplit range still owns; the log brings the split, then the data."""
     async with world(3) as hosts:
         late = await split_on_two(hosts)
@@ -112,7 +111,7 @@ async def test_trap_01_a_follower_that_has_not_split_is_not_given_the_right_half
         assert late.value(b"z", 2) == b"2"
 
 
-async def test_trap_01_of_two_overlapping_snapshots_on_their_way_one_is_refused() -> None:
+async def test_trap_01_of_two_overlapping_snapshots_on_their_way_one_is_refused(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await split_on_two(hosts)
         left, right = hosts.leader(1), hosts.leader(2)
@@ -136,7 +135,9 @@ async def test_trap_01_of_two_overlapping_snapshots_on_their_way_one_is_refused(
         del rest
 
 
-async def test_trap_01_a_split_applied_while_a_snapshot_of_the_unsplit_range_is_on_its_way() -> None:
+async def test_trap_01_a_split_applied_while_a_snapshot_of_the_unsplit_range_is_on_its_way(
+    autojump_clock: MockClock,
+) -> None:
     """The log was faster than the stream: the reservation of the stream must not stop the split, nor the stream win."""
     async with world(3) as hosts:
         late = await split_on_two(hosts)
@@ -163,7 +164,7 @@ async def test_trap_01_a_split_applied_while_a_snapshot_of_the_unsplit_range_is_
         await hosts.agreed(2)
 
 
-async def test_no_second_snapshot_of_a_range_is_begun_before_the_first_is_in_place() -> None:
+async def test_no_second_snapshot_of_a_range_is_begun_before_the_first_is_in_place(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await behind(hosts)
         leader = hosts.leader()
@@ -181,7 +182,7 @@ async def test_no_second_snapshot_of_a_range_is_begun_before_the_first_is_in_pla
         await hosts.agreed()
 
 
-async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_nothing() -> None:
+async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_nothing(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         await hosts.agreed()
@@ -194,7 +195,7 @@ async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_not
         assert not hosts[3].engine._built, "the file of a refused snapshot is still there"
 
 
-async def test_messages_that_arrive_during_an_install_neither_hurt_nor_get_lost() -> None:
+async def test_messages_that_arrive_during_an_install_neither_hurt_nor_get_lost(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await behind(hosts)
         leader = hosts.leader()
@@ -212,7 +213,7 @@ async def test_messages_that_arrive_during_an_install_neither_hurt_nor_get_lost(
         assert (late.value(b"during"), late.value(b"after")) == (b"3", b"4")
 
 
-async def test_an_install_waits_for_what_its_group_wanted_logged_before() -> None:
+async def test_an_install_waits_for_what_its_group_wanted_logged_before(autojump_clock: MockClock) -> None:
     """Entries below a snapshot that are logged after it would not fit the log any more."""
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
@@ -235,7 +236,9 @@ async def test_an_install_waits_for_what_its_group_wanted_logged_before() -> Non
         await hosts.agreed()
 
 
-async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot_overtook_them() -> None:
+async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot_overtook_them(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         leader = await led_by_another(hosts, 3)
@@ -260,7 +263,7 @@ async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot
         await hosts.agreed()
 
 
-async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_good() -> None:
+async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_good(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         leader = await led_by_another(hosts, 3)
@@ -288,7 +291,7 @@ STEPS = ("after the mark", "after the flush", "after the ingest", "after the rec
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
 @pytest.mark.parametrize("step", STEPS)
 async def test_trap_19_a_crash_at_any_step_of_an_install(
-    step: str, power: bool, monkeypatch: pytest.MonkeyPatch
+    autojump_clock: MockClock, step: str, power: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old state, the new one, or the mark: never a mixture, and in the end the cluster's state."""
     async with world(3) as hosts:
@@ -339,7 +342,7 @@ async def test_trap_19_a_crash_at_any_step_of_an_install(
         assert not late.replica().needs_snapshot
 
 
-async def test_trap_19_a_replica_with_a_mark_serves_nothing_and_asks_again() -> None:
+async def test_trap_19_a_replica_with_a_mark_serves_nothing_and_asks_again(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await behind(hosts)
         hosts.tolerant = True
@@ -364,7 +367,7 @@ async def test_trap_19_a_replica_with_a_mark_serves_nothing_and_asks_again() -> 
         await hosts.agreed()
 
 
-async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once() -> None:
+async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await behind(hosts)
         leader = hosts.leader()
@@ -411,7 +414,9 @@ def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:
     }
 
 
-async def test_a_snapshot_that_is_none_ends_its_stream_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_snapshot_that_is_none_ends_its_stream_and_changes_nothing(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever a peer sends is a protocol error: no assertion, no half-written range, no lost span."""
     monkeypatch.setattr(snapshots, "SILENCE_SECONDS_MAX", 0.5)
     async with world(3) as hosts:
@@ -427,7 +432,9 @@ async def test_a_snapshot_that_is_none_ends_its_stream_and_changes_nothing(monke
         late.check()
 
 
-async def test_a_sender_whose_receiver_takes_nothing_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_sender_whose_receiver_takes_nothing_gives_up(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stream that hangs would keep one of the few places for ever."""
     monkeypatch.setattr(snapshots, "SILENCE_SECONDS_MAX", 0.5)
     async with world(3) as hosts:
@@ -453,7 +460,7 @@ async def test_a_sender_whose_receiver_takes_nothing_gives_up(monkeypatch: pytes
         await hosts.until(lambda: late.value(b"new4") == b"2", "another try", 60)
 
 
-async def test_trap_11_the_log_keeps_what_the_receiver_of_a_snapshot_needs_next() -> None:
+async def test_trap_11_the_log_keeps_what_the_receiver_of_a_snapshot_needs_next(autojump_clock: MockClock) -> None:
     """While it installs it answers nothing, so that it looks as if it were away."""
     async with world(3) as hosts:
         late = await behind(hosts)
@@ -474,6 +481,7 @@ async def test_trap_11_the_log_keeps_what_the_receiver_of_a_snapshot_needs_next(
 
 
 async def test_trap_11_a_follower_a_little_behind_needs_no_snapshot_and_one_far_behind_does_not_stop_compaction(
+    autojump_clock: MockClock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with world(3) as hosts:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from shardkv import errors
 from shardkv.errors import Busy, EpochMismatch, NotLeader, RequestError
@@ -17,8 +18,6 @@ from tests.multiraft.test_catalog import led_by_another
 from tests.multiraft.test_snapshots import behind
 from tests.multiraft.world import RANGE, Answer, Host, Hosts, user_key, world
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
-
 
 def can_read(host: Host, range_id: int = RANGE) -> bool:
     return host.replica(range_id).can_read(host.clock.monotonic_ns())
@@ -30,7 +29,7 @@ async def hand_over(hosts: Hosts, leader: Host, target: int) -> None:
     await hosts.until(lambda: hosts[target].replica().leads, f"node {target} leading")
 
 
-async def test_trap_04_a_write_proposed_before_a_split_is_judged_again_when_applied() -> None:
+async def test_trap_04_a_write_proposed_before_a_split_is_judged_again_when_applied(autojump_clock: MockClock) -> None:
     """It was right when it was proposed, and stands behind the split in the log."""
     async with world(3) as hosts:
         await hosts.write(b"z", b"old")
@@ -46,7 +45,7 @@ async def test_trap_04_a_write_proposed_before_a_split_is_judged_again_when_appl
         assert leader.value(b"z", 2) == b"old"
 
 
-async def test_trap_06_a_transfer_that_was_given_up_gives_the_lease_not_back() -> None:
+async def test_trap_06_a_transfer_that_was_given_up_gives_the_lease_not_back(autojump_clock: MockClock) -> None:
     """Its TimeoutNow may still arrive, and bypasses every promise."""
     async with world(3) as hosts:
         leader = hosts.leader()
@@ -66,7 +65,7 @@ async def test_trap_06_a_transfer_that_was_given_up_gives_the_lease_not_back() -
         assert await leader.read(b"k").wait() == b"v", "reads go on by ReadIndex"
 
 
-async def test_trap_07_a_lease_does_not_outlive_a_suspension_of_its_machine() -> None:
+async def test_trap_07_a_lease_does_not_outlive_a_suspension_of_its_machine(autojump_clock: MockClock) -> None:
     """The process does not notice that it slept; the clock does, at the moment of serving."""
     async with world(3) as hosts:
         leader = hosts.leader()
@@ -79,7 +78,9 @@ async def test_trap_07_a_lease_does_not_outlive_a_suspension_of_its_machine() ->
         assert not can_read(leader)
 
 
-async def test_trap_07_a_lease_ends_with_its_leaders_contact_to_a_quorum_whatever_the_drift() -> None:
+async def test_trap_07_a_lease_ends_with_its_leaders_contact_to_a_quorum_whatever_the_drift(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         leader = hosts.leader()
         await hosts.write(b"k", b"v")
@@ -94,7 +95,9 @@ async def test_trap_07_a_lease_ends_with_its_leaders_contact_to_a_quorum_whateve
         assert not can_read(leader)
 
 
-async def test_trap_08_a_new_leader_serves_no_read_before_an_entry_of_its_term_is_applied() -> None:
+async def test_trap_08_a_new_leader_serves_no_read_before_an_entry_of_its_term_is_applied(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         leader = hosts.leader()
@@ -111,7 +114,7 @@ async def test_trap_08_a_new_leader_serves_no_read_before_an_entry_of_its_term_i
         assert await read.wait() == b"v"
 
 
-async def test_trap_08_pending_reads_end_when_the_leader_changes() -> None:
+async def test_trap_08_pending_reads_end_when_the_leader_changes(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         leader = hosts.leader()
@@ -125,7 +128,7 @@ async def test_trap_08_pending_reads_end_when_the_leader_changes() -> None:
             await read.wait()
 
 
-async def test_trap_08_pending_reads_end_when_their_range_is_split() -> None:
+async def test_trap_08_pending_reads_end_when_their_range_is_split(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         await hosts.write(b"z", b"v")
         leader = hosts.leader()
@@ -142,7 +145,9 @@ def change(kind: ConfChangeType, *ids: int, added: list[tuple[int, int]] | None 
     return ConfChange(singles, context=encode_membership(added or []))
 
 
-async def test_trap_09_one_replica_becomes_three_by_one_joint_change_never_through_two_voters() -> None:
+async def test_trap_09_one_replica_becomes_three_by_one_joint_change_never_through_two_voters(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3, replicas=1) as hosts:
         await hosts.write(b"k", b"v")
         host = hosts[1]
@@ -183,7 +188,7 @@ async def test_trap_09_one_replica_becomes_three_by_one_joint_change_never_throu
         await hosts.write(b"k", b"w")
 
 
-async def test_trap_09_a_change_that_fits_nobody_is_applied_as_nothing_by_everybody() -> None:
+async def test_trap_09_a_change_that_fits_nobody_is_applied_as_nothing_by_everybody(autojump_clock: MockClock) -> None:
     """An entry in the log cannot be refused any more; every replica must come to the same, and none must stop."""
     async with world(3) as hosts:
         leader = hosts.leader()
@@ -198,7 +203,7 @@ async def test_trap_09_a_change_that_fits_nobody_is_applied_as_nothing_by_everyb
         await hosts.write(b"k", b"v")
 
 
-async def test_trap_10_nothing_that_follows_from_a_write_leaves_before_its_sync() -> None:
+async def test_trap_10_nothing_that_follows_from_a_write_leaves_before_its_sync(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         leader = await led_by_another(hosts, 3)
         follower = hosts[3]
@@ -220,7 +225,7 @@ async def test_trap_10_nothing_that_follows_from_a_write_leaves_before_its_sync(
         await hosts.until(lambda: MessageType.APP_RESP in sent)
 
 
-async def test_trap_10_a_single_replica_too_answers_only_what_is_on_disk() -> None:
+async def test_trap_10_a_single_replica_too_answers_only_what_is_on_disk(autojump_clock: MockClock) -> None:
     async with world(1) as hosts:
         host = hosts[1]
         host.workers.hold_log()
@@ -235,7 +240,9 @@ async def test_trap_10_a_single_replica_too_answers_only_what_is_on_disk() -> No
         assert await host.read(b"k").wait() == b"v"
 
 
-async def test_trap_10_data_and_applied_index_are_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_trap_10_data_and_applied_index_are_in_one_batch(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with world(1) as hosts:
         host = hosts[1]
         batches: list[Any] = []
@@ -246,7 +253,7 @@ async def test_trap_10_data_and_applied_index_are_in_one_batch(monkeypatch: pyte
         assert keys.applied_key(RANGE) in batch.changes
 
 
-async def test_trap_12_a_retry_is_answered_from_the_record_on_both_halves_of_a_split() -> None:
+async def test_trap_12_a_retry_is_answered_from_the_record_on_both_halves_of_a_split(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         leader = hosts.leader()
         left = hosts.command(commands.Op.INCREMENT, commands.pack_increment(b"a", 1))
@@ -260,7 +267,9 @@ async def test_trap_12_a_retry_is_answered_from_the_record_on_both_halves_of_a_s
         assert leader.value(b"z", 2) == b"1"
 
 
-async def test_trap_12_a_retry_is_answered_from_the_record_after_a_snapshot_and_a_restart() -> None:
+async def test_trap_12_a_retry_is_answered_from_the_record_after_a_snapshot_and_a_restart(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         leader = await led_by_another(hosts, 3)
         command = hosts.command(commands.Op.INCREMENT, commands.pack_increment(b"n", 1))
@@ -281,7 +290,9 @@ async def test_trap_12_a_retry_is_answered_from_the_record_after_a_snapshot_and_
         assert late.value(b"n") == b"1"
 
 
-async def test_trap_21_a_leader_that_committed_a_split_and_has_not_applied_it_serves_nothing_of_it() -> None:
+async def test_trap_21_a_leader_that_committed_a_split_and_has_not_applied_it_serves_nothing_of_it(
+    autojump_clock: MockClock,
+) -> None:
     """The right half may lead a life of its own on other nodes already."""
     async with world(3) as hosts:
         await hosts.write(b"z", b"old")
@@ -300,7 +311,9 @@ async def test_trap_21_a_leader_that_committed_a_split_and_has_not_applied_it_se
             await read.wait()
 
 
-async def test_trap_22_a_leader_that_is_behind_its_followers_does_not_serve_what_they_no_longer_show() -> None:
+async def test_trap_22_a_leader_that_is_behind_its_followers_does_not_serve_what_they_no_longer_show(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         await hosts.write(b"k", b"old")
         leader = hosts.leader()
@@ -320,7 +333,7 @@ async def test_trap_22_a_leader_that_is_behind_its_followers_does_not_serve_what
         assert await read.wait() == b"new"
 
 
-async def test_trap_22_a_follower_serves_a_read_only_at_the_leaders_index() -> None:
+async def test_trap_22_a_follower_serves_a_read_only_at_the_leaders_index(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         leader = await led_by_another(hosts, 3)
         await hosts.write(b"k", b"old")
@@ -334,7 +347,9 @@ async def test_trap_22_a_follower_serves_a_read_only_at_the_leaders_index() -> N
         assert await read.wait() == b"new"
 
 
-async def test_trap_25_a_condition_that_failed_fails_again_whatever_has_become_of_the_key() -> None:
+async def test_trap_25_a_condition_that_failed_fails_again_whatever_has_become_of_the_key(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         leader = hosts.leader()
         await hosts.write(b"k", b"v")
@@ -346,7 +361,9 @@ async def test_trap_25_a_condition_that_failed_fails_again_whatever_has_become_o
         assert leader.value(b"k") is None
 
 
-async def test_a_split_storm_reports_each_descriptor_and_leaves_every_node_consistent() -> None:
+async def test_a_split_storm_reports_each_descriptor_and_leaves_every_node_consistent(
+    autojump_clock: MockClock,
+) -> None:
     async with world(3) as hosts:
         leader = hosts.leader()
         for number in range(5):

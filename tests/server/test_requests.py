@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from shardkv import codec
 from shardkv.errors import (
@@ -26,8 +27,6 @@ from shardkv.wire.requests import Method, Request
 from tests.multiraft.world import descriptor_on
 from tests.server.world import Cluster, Recorder, SimulatedNode, world
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
-
 
 async def ask(node: SimulatedNode, method: int, *arguments: Any, range_id: int = 1, timestamp: int = 0) -> Recorder:
     """Hand a request to a node's dispatcher as its connections do; who was answered."""
@@ -40,7 +39,7 @@ async def ask(node: SimulatedNode, method: int, *arguments: Any, range_id: int =
     return recorder
 
 
-async def test_trap_23_a_request_from_the_future_is_refused_and_leaves_no_trace() -> None:
+async def test_trap_23_a_request_from_the_future_is_refused_and_leaves_no_trace(autojump_clock: MockClock) -> None:
     async with world(1) as cluster:
         node = cluster.nodes["n1"]
         clock = node.inside._hybrid_clock
@@ -55,7 +54,7 @@ async def test_trap_23_a_request_from_the_future_is_refused_and_leaves_no_trace(
         assert clock.last >= near
 
 
-async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it() -> None:
+async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it(autojump_clock: MockClock) -> None:
     """A new leader whose clock is behind serves versions that the old one gave; the client carries the stamp on."""
     async with world(3) as cluster, cluster.client() as kv:
         leader = await cluster.leader_of(kv, b"k")
@@ -73,7 +72,7 @@ async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it() -> N
 GARBAGE: tuple[Any, ...] = (None, -1, 0, 1, 3, (1 << 64) - 1, b"", b"k", "text", [], [[]], True, 1.5, {}, [b"k"], [1])
 
 
-async def test_no_request_whatever_its_arguments_stops_a_node() -> None:
+async def test_no_request_whatever_its_arguments_stops_a_node(autojump_clock: MockClock) -> None:
     """Every method with random arguments: an answer or a refusal each time, and never an error of ours."""
     chance = random.Random(7)
     async with world(1) as cluster, cluster.client() as kv:
@@ -98,7 +97,9 @@ async def test_no_request_whatever_its_arguments_stops_a_node() -> None:
         node.check()
 
 
-async def test_trap_09_a_membership_change_that_does_not_fit_is_refused_before_it_is_logged() -> None:
+async def test_trap_09_a_membership_change_that_does_not_fit_is_refused_before_it_is_logged(
+    autojump_clock: MockClock,
+) -> None:
     """Once it is in the log every replica carries it out, and stops at what nobody can."""
     descriptor = descriptor_on(3, learners=1)
     good, added = _membership_changes(descriptor, [["promote", 3, 3], ["add_learner", 4, 9]])
@@ -123,7 +124,7 @@ async def test_trap_09_a_membership_change_that_does_not_fit_is_refused_before_i
         _membership_changes(descriptor, [])
 
 
-async def test_trap_09_a_membership_change_names_the_epoch_that_it_was_made_for() -> None:
+async def test_trap_09_a_membership_change_names_the_epoch_that_it_was_made_for(autojump_clock: MockClock) -> None:
     async with world(1) as cluster:
         node = cluster.nodes["n1"]
         recorder = await ask(node, Method.CHANGE_REPLICAS, 1, [["add_learner", 7, 70]], 99)
@@ -135,7 +136,7 @@ def _frame(*items: list[Any]) -> Frame:
     return Frame(FrameKind.RAFT, raft_codec.join([codec.dumps(item) for item in items]))
 
 
-async def test_no_raft_message_of_a_peer_stops_a_node() -> None:
+async def test_no_raft_message_of_a_peer_stops_a_node(autojump_clock: MockClock) -> None:
     """Well-formed frames with any fields: what cannot be is a protocol error, or is ignored."""
     chance = random.Random(15)
     async with world(3) as cluster, cluster.client() as kv:
@@ -191,7 +192,7 @@ async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:
         pass
 
 
-async def test_a_proposal_of_a_peer_is_refused() -> None:
+async def test_a_proposal_of_a_peer_is_refused(autojump_clock: MockClock) -> None:
     async with world(1) as cluster:
         node = cluster.nodes["n1"]
         replica = node.inside._catalog.replicas[1]
@@ -202,7 +203,7 @@ async def test_a_proposal_of_a_peer_is_refused() -> None:
                 receive_messages(node.inside._driver, NodeId(2), _frame(item))
 
 
-async def test_trap_24_a_node_reborn_on_an_empty_disk_under_its_old_name_is_refused() -> None:
+async def test_trap_24_a_node_reborn_on_an_empty_disk_under_its_old_name_is_refused(autojump_clock: MockClock) -> None:
     """It would vote again in terms in which it has voted."""
     async with world(3) as cluster, cluster.client("n1", "n2") as kv:
         await kv.put(b"k", b"v")
@@ -214,7 +215,7 @@ async def test_trap_24_a_node_reborn_on_an_empty_disk_under_its_old_name_is_refu
         await kv.put(b"k", b"w")
 
 
-async def test_trap_24_a_node_on_an_old_copy_of_its_disk_is_refused() -> None:
+async def test_trap_24_a_node_on_an_old_copy_of_its_disk_is_refused(autojump_clock: MockClock) -> None:
     async with world(3) as cluster, cluster.client("n1", "n2") as kv:
         await kv.put(b"k", b"v")
         node = cluster.nodes["n3"]
@@ -230,7 +231,7 @@ async def test_trap_24_a_node_on_an_old_copy_of_its_disk_is_refused() -> None:
             await node.run_to_its_end()
 
 
-async def test_trap_24_an_assigned_directory_without_its_log_is_not_begun_anew() -> None:
+async def test_trap_24_an_assigned_directory_without_its_log_is_not_begun_anew(autojump_clock: MockClock) -> None:
     async with world(3) as cluster:
         node = cluster.nodes["n3"]
         await node.kill()
@@ -241,7 +242,7 @@ async def test_trap_24_an_assigned_directory_without_its_log_is_not_begun_anew()
             await node.run_to_its_end()
 
 
-async def test_files_of_interrupted_snapshots_are_removed_at_a_start() -> None:
+async def test_files_of_interrupted_snapshots_are_removed_at_a_start(autojump_clock: MockClock) -> None:
     async with world(1) as cluster:
         node = cluster.nodes["n1"]
         await node.kill()
@@ -250,7 +251,7 @@ async def test_files_of_interrupted_snapshots_are_removed_at_a_start() -> None:
         assert node.environment.disk.list("/n1/ingest") == []
 
 
-async def test_calls_of_a_client_that_closes_end() -> None:
+async def test_calls_of_a_client_that_closes_end(autojump_clock: MockClock) -> None:
     async with world(1) as cluster:
         async with cluster.client() as kv:
             await kv.put(b"k", b"v")

@@ -1,14 +1,12 @@
 """Whole clusters in virtual time: that they form, serve, and lose nothing when nodes die."""
 
-import pytest
+from trio.testing import MockClock
 
 from shardkv.errors import ShardKVError
 from tests.server.world import world
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_three_nodes_form_a_cluster_and_serve_reads_and_writes() -> None:
+async def test_three_nodes_form_a_cluster_and_serve_reads_and_writes(autojump_clock: MockClock) -> None:
     async with world(3) as cluster, cluster.client() as kv:
         version = await kv.put(b"k", b"v")
         entry = await kv.get(b"k")
@@ -19,7 +17,7 @@ async def test_three_nodes_form_a_cluster_and_serve_reads_and_writes() -> None:
         assert await kv.get(b"k") is None
 
 
-async def test_acknowledged_writes_survive_the_leader_being_killed() -> None:
+async def test_acknowledged_writes_survive_the_leader_being_killed(autojump_clock: MockClock) -> None:
     async with world(3) as cluster, cluster.client() as kv:
         for number in range(20):
             await kv.put(b"key%d" % number, b"value")
@@ -32,7 +30,7 @@ async def test_acknowledged_writes_survive_the_leader_being_killed() -> None:
         assert await kv.get(b"after") is not None
 
 
-async def test_acknowledged_writes_survive_all_nodes_losing_power_at_once() -> None:
+async def test_acknowledged_writes_survive_all_nodes_losing_power_at_once(autojump_clock: MockClock) -> None:
     """What was not synced is gone from every disk and nothing was flushed to any engine (trap 20)."""
     async with world(3) as cluster, cluster.client() as kv:
         acknowledged = []
