@@ -329,7 +329,8 @@ async def test_trap_19_a_crash_at_any_step_of_an_install(
         if step == "after all":
             await hosts.until(lambda: late.replica().machine and not late.replica().installing)
         else:
-            await reached.wait()
+            with trio.fail_after(5):
+                await reached.wait()
         await late.crash(power=power)
         machine, mark = RangeMachine.load(RANGE, late.engine), installing(late.engine, RANGE)
         assert (machine is None) != (mark is None)
