@@ -36,14 +36,17 @@ _NO_KEY: Final = b"\0"
 
 @dataclass(frozen=True, slots=True)
 class RocksSettings:
-    """Memory: about two write buffers and the block cache, whatever the amount of data."""
+    """Memory: a few write buffers and the block cache, whatever the amount of data."""
 
-    write_buffer_bytes: int = 32 * 1024 * 1024
-    write_buffers_max: int = 3
+    write_buffer_bytes: int = 4 * 1024 * 1024
+    """Small enough for the processor's caches: inserting into a buffer of 32 MiB costs twice as much (2.5 to 1.2 µs a
+    key, flush not counted; 3.6 to 2.8 with flushes and compactions)."""
+    write_buffers_max: int = 8
     """Writes stall when so many are full and waiting to be flushed."""
     block_cache_bytes: int = 32 * 1024 * 1024
     open_files_max: int = 256
     background_jobs_max: int = 2
+    level0_compaction_files: int = 8
     level0_slowdown_files: int = 24
     level0_stop_files: int = 36
 
@@ -64,6 +67,7 @@ def _options(settings: RocksSettings) -> rocksdict.Options:
     # Most reads are of keys that were written a moment ago or never: the memtable's own filter answers the latter.
     options.set_memtable_prefix_bloom_ratio(0.02)
     options.set_memtable_whole_key_filtering(True)
+    options.set_level_zero_file_num_compaction_trigger(settings.level0_compaction_files)
     options.set_level_zero_slowdown_writes_trigger(settings.level0_slowdown_files)
     options.set_level_zero_stop_writes_trigger(settings.level0_stop_files)
     options.set_level_compaction_dynamic_level_bytes(True)
@@ -159,7 +163,10 @@ class RocksEngine:
             raw = rocksdict.WriteBatch(raw_mode=True)
             for start, end in batch.deleted:
                 raw.delete_range(start, end)
-            for key, value in batch.changes.items():
+            changes = batch.changes
+            # In key order, neighbours share most of their way into the write buffer.
+            for key in sorted(changes):
+                value = changes[key]
                 if value is None:
                     del raw[key]
                 else:
