@@ -124,7 +124,9 @@ class Driver:
         self._proposing: dict[RangeId, Replica] = {}
         """Groups with writes or reads that wait for the next turn."""
         self._appends: list[tuple[Replica, Message]] = []
-        """Log appends that wait for the sync under way to end."""
+        """Log appends that wait for the sync under way to end, or for one that is worth a sync."""
+        self._must_sync = False
+        """Whether somebody waits for one of ``_appends``."""
         self._held: list[tuple[Replica, Message]] = []
         """Committed entries that wait for the engine to take writes again."""
         self._eager: dict[RangeId, int] = {}
@@ -166,7 +168,8 @@ class Driver:
     def step(self, replica: Replica, message: Message) -> None:
         """Hand a peer's message to its group."""
         replica.raft.step(message, self.environment.clock.monotonic_ns())
-        self.touch(replica)
+        if replica.raft.has_ready():
+            self.touch(replica)
 
     def run_in_log_thread(
         self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]
@@ -249,6 +252,7 @@ class Driver:
     def _perform(self, turn: Turn) -> None:
         if turn.appends:
             self._appends += turn.appends
+            self._must_sync = self._must_sync or turn.must_sync
             self._log()
         if turn.messages:
             self._send(turn.messages)
@@ -312,8 +316,9 @@ class Driver:
 
     def _log(self) -> None:
         """Hand everything that waits to be logged to the writer thread, as one record, unless a sync is running."""
-        if self._syncing or not self._appends:
+        if self._syncing or not self._must_sync:
             return
+        self._must_sync = False
         # A replica that was replaced meanwhile has left its term and vote to its successor, whose log this is now.
         current = self.catalog.replicas.get
         appends = [item for item in self._appends if current(item[0].range_id) is item[0]]
@@ -329,7 +334,6 @@ class Driver:
     def _synced(self, appends: list[tuple[Replica, Message]], error: BaseException | None) -> None:
         """The record is durable: deliver what waited for it."""
         self._syncing = False
-        self._awake.set()
         if error is not None:
             self.fail(error)
             return
@@ -339,6 +343,10 @@ class Driver:
             self._deliver(replica, message.responses, now, outgoing)
         self._send(outgoing)
         self._log()
+        if self._ready or self._proposing:
+            self._awake.set()
+        else:
+            self.peers.flush()
 
     def _deliver(
         self, replica: Replica, responses: Iterable[Message], now: int, outgoing: list[tuple[Replica, Message]]
@@ -352,7 +360,8 @@ class Driver:
                 replica.raft.step(response, now)
             else:
                 outgoing.append((replica, response))
-        self._ready[replica.range_id] = replica
+        if replica.raft.has_ready():
+            self._ready[replica.range_id] = replica
 
     def append_now(self, updates: Sequence[LogUpdate]) -> None:
         """Log what no message waits for (creations, compactions), in order with everything else."""
@@ -383,9 +392,15 @@ class Driver:
 
         self._submit(self.wal.append([update]), logged)
 
+    def log_all(self) -> None:
+        """Log also what nobody waits for: how much is committed, as far as only memory knows it."""
+        self._must_sync = bool(self._appends)
+        self._log()
+
     async def settled(self, replica: Replica) -> None:
         """Wait until the log has everything that this group, which is resting, wanted logged before."""
         while any(waiting is replica for waiting, _ in self._appends):
+            self.log_all()
             await self.environment.clock.sleep(self._tick_seconds)
 
     # Messages

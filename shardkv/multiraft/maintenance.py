@@ -68,6 +68,8 @@ class Maintenance:
             for range_id, replica in self._driver.catalog.replicas.items()
             if replica.machine is not None and not replica.installing
         }
+        # Compaction goes only as far as the log knows entries to be committed.
+        self._driver.log_all()
         await self._environment.workers.run(self._driver.engine.flush)
         self._flushed_ns = self._environment.clock.monotonic_ns()
         updates = []

@@ -24,6 +24,9 @@ class Turn:
 
     appends: list[tuple[Replica, Message]] = field(default_factory=list)
     """Log appends; their responses are delivered after the one sync that covers them all."""
+    must_sync: bool = False
+    """Whether anything waits for ``appends``. When not, all that they say is that more is committed, which a crash may
+    forget: they ride with the next record that somebody waits for."""
     installs: list[tuple[Replica, Message]] = field(default_factory=list)
     """Appends that carry a snapshot: the engine comes first, then the log. Their group rests until both are done."""
     messages: list[tuple[Replica, Message]] = field(default_factory=list)
@@ -80,6 +83,8 @@ def _gather(replica: Replica, turn: Turn) -> bool:
                     replica.installing = True
                 else:
                     turn.appends.append((replica, message))
+                    if ready.must_sync or message.responses:
+                        turn.must_sync = True
             elif kind is MessageType.STORAGE_APPLY:
                 turn.applies.append((replica, message))
             elif kind is MessageType.SNAP:

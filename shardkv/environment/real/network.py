@@ -32,12 +32,14 @@ _KEEPALIVE: Final = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT",
 class RealStream:
     """Implements :class:`shardkv.environment.Stream` on a connected socket."""
 
-    __slots__ = ("_closed", "_remote", "_socket")
+    __slots__ = ("_closed", "_drained", "_remote", "_socket")
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(False)
         self._socket = connected
         self._closed = False
+        self._drained = False
+        """The last read took all there was: the next one waits before it tries."""
         self._remote = _name_of(connected.getpeername) or "(gone)"
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -70,24 +72,28 @@ class RealStream:
     async def receive(self, count_max: int) -> bytes:
         # The same steps as trio's own, without its wrappers: a checkpoint on each path, and never a wait when there is
         # something to read.
-        await trio.lowlevel.checkpoint_if_cancelled()
+        if not self._drained:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            data = self._take(count_max)
+            if data is not None:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return data
+        while True:
+            await self._readable()
+            data = self._take(count_max)
+            if data is not None:
+                return data
+
+    def _take(self, count_max: int) -> bytes | None:
+        """What is there to read; None if there is nothing now."""
         try:
             data = self._socket.recv(count_max)
         except (BlockingIOError, InterruptedError):
-            pass
+            return None
         except OSError as error:
             raise self._lost(error) from error
-        else:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return data
-        while True:
-            await self._readable()
-            try:
-                return self._socket.recv(count_max)
-            except (BlockingIOError, InterruptedError):
-                continue
-            except OSError as error:
-                raise self._lost(error) from error
+        self._drained = 0 < len(data) < count_max
+        return data
 
     async def aclose(self) -> None:
         if not self._closed:
