@@ -64,3 +64,18 @@ async def test_a_stop_while_records_wait_behind_a_sync_is_no_error(autojump_cloc
         leader.workers.release()
         await leader.ended.wait()
         assert leader.error is None
+
+
+async def test_that_more_is_committed_costs_no_sync_of_its_own(autojump_clock: MockClock) -> None:
+    """The commit index may be forgotten by a crash; it rides with the next record that somebody waits for."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = hosts.leader()
+        before = leader.driver.statistics().syncs
+        for number in range(5):
+            await hosts.write(b"k%d" % number, b"v")
+        assert leader.driver.statistics().syncs - before == 5
+        leader.driver.log_all()
+        await hosts.agreed()
+        log = leader.replica().log
+        assert log.hard_state.commit == leader.replica().raft.committed
