@@ -276,7 +276,8 @@ class Driver:
             if context is not None:
                 replica.raft.read_index(context)
                 self._ready[replica.range_id] = replica
-            if replica.waiting and not self._syncing:
+            if replica.waiting and not self._syncing and replica.may_propose(now):
+                replica.proposed_ns = now
                 self._propose_writes(replica)
                 self._ready[replica.range_id] = replica
             if replica.waiting or replica.open_reads:
@@ -464,6 +465,8 @@ class Driver:
             self._deliver(replica, message.responses, now, outgoing)
             if replica.confirmed:
                 replica.serve_confirmed()
+            if replica.waiting:
+                self._awake.set()
         assert not outgoing, f"an apply has responses for other replicas: {outgoing}"
 
     def _write(self, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:

@@ -20,6 +20,9 @@ ENTRY_BYTES_MAX: Final = 1024 * 1024
 ENTRY_COMMANDS_MAX: Final = 1_024
 WAITING_BYTES_MAX: Final = 4 * 1024 * 1024
 """Writes that wait to be proposed; past it a replica answers Busy."""
+PIPELINE_NS: Final = 3_000_000
+PIPELINE_BYTES: Final = 256 * 1024
+"""An entry is proposed behind one that is under way only after so long, or with so much in it."""
 WAITING_READS_MAX: Final = 4_096
 """Reads that wait for one confirmation."""
 CONFIRMATIONS_MAX: Final = 8
@@ -78,6 +81,7 @@ class Replica:
         "nodes",
         "open_reads",
         "proposals",
+        "proposed_ns",
         "raft",
         "range_id",
         "read_number",
@@ -99,6 +103,8 @@ class Replica:
         """Where replicas live that the descriptor does not name (yet): learned from their messages."""
         self.waiting: list[WriteGroup] = []
         self.waiting_bytes = 0
+        self.proposed_ns = 0
+        """When waiting writes were last proposed."""
         self.proposals: dict[int, Proposal] = {}
         """By log index."""
         self.open_reads: list[WaitingRead] | None = None
@@ -165,6 +171,14 @@ class Replica:
             raise Busy(f"{self.waiting_bytes} bytes of writes already wait for range {self.range_id}")
         self.waiting.append(group)
         self.waiting_bytes += len(group.commands)
+
+    def may_propose(self, now_ns: int) -> bool:
+        """Whether the waiting writes should become an entry now, or collect until the one under way is applied.
+
+        An entry costs all nodes the same whatever it holds, so it should hold what it can. Where the answer takes long
+        (a distant or slow follower), or much is waiting, entries follow each other without waiting for it.
+        """
+        return not self.proposals or now_ns - self.proposed_ns >= PIPELINE_NS or self.waiting_bytes >= PIPELINE_BYTES
 
     def take_waiting(self) -> list[WriteGroup]:
         """The groups of the next entry, at least one and bounded in bytes and commands."""

@@ -10,7 +10,16 @@ from shardkv.errors import Busy, NotLeader
 from shardkv.multiraft import driver as driver_module
 from shardkv.multiraft import replica as replica_module
 from shardkv.multiraft.driver import PEER_FRAME_BYTES, _pieces
-from shardkv.multiraft.replica import CONFIRMATIONS_MAX, WAITING_READS_MAX, Replica, WaitingRead, WriteGroup
+from shardkv.multiraft.replica import (
+    CONFIRMATIONS_MAX,
+    PIPELINE_BYTES,
+    PIPELINE_NS,
+    WAITING_READS_MAX,
+    Proposal,
+    Replica,
+    WaitingRead,
+    WriteGroup,
+)
 from shardkv.multiraft.turn import STEPS_PER_GROUP_MAX, gather
 from shardkv.raft.messages import MessageType
 from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX
@@ -219,3 +228,23 @@ async def test_a_turn_leaves_resting_groups_alone_and_takes_a_bounded_share_of_e
     assert (busy.taken, resting.taken, len(turn.messages)) == (STEPS_PER_GROUP_MAX, 0, STEPS_PER_GROUP_MAX)
     assert unfinished == [one]
     assert driver_module.ROUNDS_PER_TURN_MAX > 0
+
+
+async def test_writes_collect_behind_an_entry_under_way_but_not_for_long_and_not_without_bound(
+    autojump_clock: MockClock,
+) -> None:
+    """An entry costs the same whatever it holds; a distant follower must not make each entry wait for the last."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        replica = hosts.leader().replica()
+        now = 1_000_000_000
+        assert not replica.proposals
+        assert replica.may_propose(now)
+        replica.proposals[99] = Proposal(1, ())
+        replica.proposed_ns = now
+        assert not replica.may_propose(now + PIPELINE_NS - 1)
+        assert replica.may_propose(now + PIPELINE_NS)
+        replica.waiting_bytes = PIPELINE_BYTES
+        assert replica.may_propose(now)
+        replica.waiting_bytes = 0
+        replica.proposals.clear()
