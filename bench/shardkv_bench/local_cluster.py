@@ -253,7 +253,9 @@ class LocalCluster:
         for name in names:
             process = self.processes[name]
             if process.wait_for_line("ready ", max(0.0, deadline - time.monotonic())) is None:
-                what = f"does not serve after {seconds:g} s" if process.running else f"ended with {process.wait(1.0)}"
+                # Its output ends a moment before it does.
+                code = process.wait(1.0)
+                what = f"does not serve after {seconds:g} s" if code is None else f"ended with {code}"
                 raise NodeFailed(f"node {name} {what}\n{process.stderr_tail()}")
 
     def kill(self, name: str) -> None:
@@ -292,6 +294,8 @@ class LocalCluster:
                 code = process.exit_code
             assert code is not None
             codes[name] = code
+        for process in self.processes.values():
+            process.wait(0.0)  # those that ended by themselves still hold their pipes
         return codes
 
     def cpu_seconds(self) -> float:
