@@ -100,10 +100,10 @@ class StorageConfig:
         Kind.CHOICE, "rocksdb", choices=ENGINES, help="rocksdb keeps data on disk; memory is for throw-away clusters."
     )
     segment_bytes: int = _setting(
-        Kind.BYTES, 64 * _MIB, low=64 * 1024, high=4 * 1024 * _MIB, help="Size of one Raft log segment file."
+        Kind.BYTES, 64 * _MIB, low=64 * 1024, high=1024 * _MIB, help="Size of one Raft log segment file."
     )
     cache_bytes: int = _setting(
-        Kind.BYTES, 64 * _MIB, low=_MIB, high=1024 * 1024 * _MIB, help="The engine's block cache."
+        Kind.BYTES, 32 * _MIB, low=_MIB, high=1024 * 1024 * _MIB, help="The engine's block cache."
     )
 
     def __post_init__(self) -> None:
@@ -140,26 +140,6 @@ class LimitsConfig:
         low=1,
         high=1_000_000,
         help="Unanswered requests of one connection; above it the connection is not read.",
-    )
-    connection_bytes_max: int = _setting(
-        Kind.BYTES,
-        64 * _MIB,
-        low=16 * _MIB,
-        high=4 * 1024 * _MIB,
-        help="Bytes of unanswered requests of one connection.",
-    )
-    range_requests_max: int = _setting(
-        Kind.COUNT, 16_384, low=16, high=1_000_000, help="Writes waiting for one range; more are told Busy."
-    )
-    range_bytes_max: int = _setting(
-        Kind.BYTES, 64 * _MIB, low=16 * _MIB, high=4 * 1024 * _MIB, help="Bytes of writes waiting for one range."
-    )
-    entry_bytes_max: int = _setting(
-        Kind.BYTES,
-        2 * _MIB,
-        low=64 * 1024,
-        high=16 * _MIB,
-        help="Commands are batched into one log entry up to this size.",
     )
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ from shardkv.server.splitter import Splitter
 from shardkv.storage.directory import DataDirectory, open_directory
 from shardkv.storage.engine import Engine
 from shardkv.storage.memory import MemoryEngine
-from shardkv.storage.rocks import RocksEngine
+from shardkv.storage.rocks import RocksEngine, RocksSettings
 from shardkv.storage.wal import Wal, WalSettings
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import Identity, KnownBoots
@@ -75,7 +75,9 @@ OpenEngine = Callable[[NodeConfig, str], Engine]
 
 def open_engine(config: NodeConfig, path: str) -> Engine:
     """The engine that the configuration asks for. Blocks."""
-    return MemoryEngine() if config.storage.engine == "memory" else RocksEngine(path)
+    if config.storage.engine == "memory":
+        return MemoryEngine()
+    return RocksEngine(path, RocksSettings(block_cache_bytes=config.storage.cache_bytes))
 
 
 async def run_node(
