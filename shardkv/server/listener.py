@@ -4,6 +4,7 @@ Lives here: what becomes of a connection from accept to close, and the bound on 
 requests and messages mean. Each connection has its own task; whatever goes wrong with it ends it alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,14 +17,14 @@ from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.server.client_connection import ClientConnection
 from shardkv.server.intake import Intake
-from shardkv.server.peers import FrameStream, PoolPeers, receive_messages
+from shardkv.server.peers import FrameStream, receive_messages
 from shardkv.server.requests import Requests
 from shardkv.transport.connection import Connection
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import Identity, KnownBoots, accept
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder
-from shardkv.wire.handshake import Role, encode_refused
+from shardkv.wire.handshake import Hello, Role, encode_refused
 from shardkv.wire.requests import FRAME_BYTES_MAX
 
 PEER_FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
@@ -59,7 +60,7 @@ class Listener:
         requests: Requests,
         driver: Driver,
         snapshots: Snapshots,
-        peers: PoolPeers,
+        on_peer: Callable[[Hello], None],
         log: Any,
         *,
         connections_max: int,
@@ -72,7 +73,7 @@ class Listener:
         self._requests = requests
         self._driver = driver
         self._snapshots = snapshots
-        self._peers = peers
+        self._on_peer = on_peer
         self._log = log
         self._connections_max = connections_max
         self._inflight_max = inflight_max
@@ -156,6 +157,7 @@ class Listener:
                     FrameStream(connection, decoder, frames, self._environment.workers), hello.node_id
                 )
             else:
+                self._on_peer(hello)
                 await self._serve_peer(connection, decoder, frames, hello.node_id)
         except ShardKVError as error:
             self._log.warning("peer refused", node=hello.node_id, remote=connection.remote, reason=str(error))
@@ -183,7 +185,6 @@ class Listener:
     async def _serve_peer(
         self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], node_id: NodeId
     ) -> None:
-        self._peers.alive(node_id)
         while True:
             for frame in frames:
                 receive_messages(self._driver, node_id, frame)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 import trio
 
-from shardkv import codec
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment, Stream
 from shardkv.errors import ConfigError, ShardKVError, WrongCluster
@@ -21,6 +20,7 @@ from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.maintenance import Maintenance
 from shardkv.multiraft.replica import Requester
 from shardkv.multiraft.snapshots import Snapshots
+from shardkv.server.address_book import AddressBook
 from shardkv.server.garbage import Collector, GarbagePolicy
 from shardkv.server.internal_client import connect_cluster, join_cluster
 from shardkv.server.listener import Listener
@@ -50,6 +50,7 @@ from shardkv.types import (
     Replica,
     ReplicaId,
 )
+from shardkv.wire.handshake import Hello
 from shardkv.wire.requests import Request
 from shardkv_placement.commands import Bootstrap, NodeStarted, SetSetting
 from shardkv_placement.heartbeat import HeartbeatReply, Reporter
@@ -126,8 +127,7 @@ class _Node:
         self._known_boots = KnownBoots()
         self._serving = trio.Event()
         self._nodes_changed = trio.Event()
-        self._nodes: dict[NodeId, tuple[str, str]] = {}
-        """Name and address of every node that this one knows of."""
+        self._address_book = AddressBook()
         self._is_ready = trio.Event()
         self._admin: Admin | None = None
 
@@ -220,21 +220,21 @@ class _Node:
                 self._stop,
             )
             await workers.run(self._directory.assign, cluster_id, NodeId(node_id), self._config.name)
-            self._nodes = {NodeId(each[0]): (each[1], each[2]) for each in nodes}
+            self._address_book.joined(nodes)
             await self._store_peers()
 
     async def _load_peers(self) -> None:
         path = f"{self._directory.path}/{PEERS_NAME}"
         try:
-            stored = codec.loads(await self._environment.workers.run(self._environment.disk.read, path))
+            stored = await self._environment.workers.run(self._environment.disk.read, path)
         except FileNotFoundError:
             return
-        self._nodes = {NodeId(node_id): (name, address) for node_id, name, address in stored}
+        self._address_book.decode(stored)
 
     async def _store_peers(self) -> None:
-        data = codec.dumps([[node_id, *described] for node_id, described in sorted(self._nodes.items())])
         path = f"{self._directory.path}/{PEERS_NAME}"
-        await self._environment.workers.run(self._environment.disk.write_atomically, path, data)
+        write = self._environment.disk.write_atomically
+        await self._environment.workers.run(write, path, self._address_book.encode())
 
     # Composition
 
@@ -243,7 +243,7 @@ class _Node:
         mine = self._directory.identity
         assert mine.cluster_id is not None, "composed before the node is a member"
         assert mine.node_id is not None, "composed before the node has an id"
-        self._identity = Identity(mine.cluster_id, mine.node_id, mine.boot)
+        self._identity = Identity(mine.cluster_id, mine.node_id, mine.boot, self._address)
         self._extension = PlacementExtension()
         raft = config.raft
         timing = GroupTiming(raft.election_ticks, raft.heartbeat_ticks, raft.promise_ms * 1_000_000)
@@ -268,7 +268,7 @@ class _Node:
             tick_seconds=tick_seconds,
             read_expiry_seconds=2 * raft.election_ticks * tick_seconds,
         )
-        dialler = SnapshotDialler(environment, self._identity, self._known_boots, self._address_of)
+        dialler = SnapshotDialler(environment, self._identity, self._known_boots, self._address_book.address_of)
         self._snapshots = Snapshots(self._driver, environment, self._directory.ingest_path, dialler.dial, log=self._log)
         self._driver.snapshots = self._snapshots
         self._maintenance = Maintenance(self._driver, environment, self._log)
@@ -280,7 +280,7 @@ class _Node:
             Reporter(mine.node_id, mine.boot, self._address),
             self._splitter.bytes_of,
             self._on_nodes,
-            lambda: self._nodes,
+            self._address_book,
             mine.cluster_id,
             self._directory.path,
             self._log,
@@ -295,7 +295,7 @@ class _Node:
             requests,
             self._driver,
             self._snapshots,
-            peers,
+            self._on_peer,
             self._log,
             connections_max=config.limits.connections_max,
             inflight_max=config.limits.connection_requests_max,
@@ -344,7 +344,7 @@ class _Node:
             self._apply_addresses()
             await nursery.start(self._pool.run)
             self._serving.set()
-            seeds = [self._address, *(address for _, address in self._nodes.values()), *self._config.join]
+            seeds = [self._address, *(known.address for _, known in self._address_book), *self._config.join]
             async with connect_cluster(self._environment, seeds) as call:
                 self._placement.call = call
                 self._placement.stop_with(self._stop.set)
@@ -428,18 +428,20 @@ class _Node:
         """The node table has changed: connect to who is new or has moved."""
         if reply.nodes is None:
             return
-        self._nodes.clear()
         for entry in reply.nodes:
             if entry.decommissioned:
                 self._pool.forget(entry.node_id)
-            else:
-                self._nodes[entry.node_id] = (entry.name, entry.address)
+        self._address_book.table(reply.nodes)
         self._apply_addresses()
         self._nodes_changed.set()
 
-    def _address_of(self, node_id: NodeId) -> str | None:
-        described = self._nodes.get(node_id)
-        return described[1] if described is not None else None
+    def _on_peer(self, hello: Hello) -> None:
+        """A peer has dialled this node, so dialling it back will work, and it says where."""
+        assert hello.node_id is not None, "a peer's greeting names its node"
+        if hello.address is not None and self._address_book.greeted(hello.node_id, hello.address, hello.boot):
+            self._apply_addresses()
+            self._nodes_changed.set()
+        self._pool.retry_now(hello.node_id)
 
     async def _remember_nodes(self) -> None:
         """Keep the file of known nodes as new as the table, so that a restart finds them without anybody's help."""
@@ -449,9 +451,9 @@ class _Node:
             await self._store_peers()
 
     def _apply_addresses(self) -> None:
-        for node_id, (_, address) in self._nodes.items():
+        for node_id, known in self._address_book:
             if node_id != self._identity.node_id:
-                self._pool.set_address(node_id, address)
+                self._pool.set_address(node_id, known.address)
 
     # The end
 

@@ -52,10 +52,6 @@ class PoolPeers:
     def flush(self) -> None:
         self._pool.flush()
 
-    def alive(self, node_id: NodeId) -> None:
-        """A peer has dialled this node, so dialling it back will work."""
-        self._pool.retry_now(node_id)
-
 
 def receive_messages(driver: Driver, sender: NodeId, frame: Frame) -> None:
     """Hand the Raft messages of a peer's frame to their groups. Raises ProtocolError or MalformedRequest."""
@@ -145,6 +141,7 @@ class SnapshotDialler:
                     node_id=self._identity.node_id,
                     destination_node_id=node_id,
                     boot=self._identity.boot,
+                    address=self._identity.address,
                 )
                 _, frames = await greet(
                     connection, decoder, hello, clock=environment.clock, known_boots=self._known_boots

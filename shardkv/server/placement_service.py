@@ -25,9 +25,10 @@ from shardkv.errors import (
 from shardkv.machine import keys
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
+from shardkv.server.address_book import AddressBook
 from shardkv.server.reply import Reply
 from shardkv.storage.engine import WriteBatch
-from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, RangeId, ReplicaId
+from shardkv.types import PLACEMENT_RANGE, RangeDescriptor, RangeId, ReplicaId
 from shardkv.wire.requests import Method, Request
 from shardkv_placement import commands, heartbeat, router
 from shardkv_placement.commands import Command, ReportRanges
@@ -76,7 +77,7 @@ class PlacementService:
         reporter: Reporter,
         bytes_of: Callable[[Replica], int],
         on_nodes: Callable[[HeartbeatReply], None],
-        known_nodes: Callable[[], dict[NodeId, tuple[str, str]]],
+        address_book: AddressBook,
         cluster_id: bytes,
         data_path: str,
         log: Any,
@@ -88,7 +89,7 @@ class PlacementService:
         self._reporter = reporter
         self._bytes_of = bytes_of
         self._on_nodes = on_nodes
-        self._known_nodes = known_nodes
+        self._address_book = address_book
         self._cluster_id = cluster_id
         self._data_path = data_path
         self._log = log
@@ -379,7 +380,7 @@ class PlacementService:
     async def nodes(self, request: Request) -> Any:
         if not self._knows:
             # What this node was last told; a node that has just joined may know of few.
-            return [[node_id, name, address] for node_id, (name, address) in self._known_nodes().items()]
+            return [[node_id, known.name, known.address] for node_id, known in self._address_book]
         return router.nodes(self._state)
 
     async def status(self, request: Request) -> Any:

@@ -34,11 +34,12 @@ GREETING_SECONDS_MAX: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this node is. Cluster and node id are None until it has joined."""
+    """Who this node is, and where others reach it. Cluster and node id are None until it has joined."""
 
     cluster_id: bytes | None
     node_id: NodeId | None
     boot: int
+    address: str | None = None
 
 
 class KnownBoots:

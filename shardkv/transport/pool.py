@@ -239,6 +239,7 @@ class PeerPool:
                 node_id=self._identity.node_id,
                 destination_node_id=peer.node_id,
                 boot=self._identity.boot,
+                address=self._identity.address,
             )
             _, frames = await greet(
                 connection,

@@ -21,6 +21,7 @@ MAGIC: Final = b"SHARDKV\n"
 CLUSTER_ID_BYTES: Final = 16
 GREETING_BYTES_MAX: Final = 64 * 1024
 """No greeting is larger; a decoder needs no more until the greeting is over."""
+ADDRESS_CHARACTERS_MAX: Final = 512
 _UINT64_MAX: Final = (1 << 64) - 1
 
 
@@ -45,6 +46,8 @@ class Hello:
     destination_node_id: NodeId | None = None
     boot: int = 0
     """How often the sender's data directory has been started; a lower one than seen before is a restored disk."""
+    address: str | None = None
+    """Where the sender listens in this start, so that whom it dials can dial it back after it has moved."""
     protocol_version_min: int = PROTOCOL_VERSION_MIN
     protocol_version_max: int = PROTOCOL_VERSION_MAX
 
@@ -92,6 +95,7 @@ def encode_hello(hello: Hello) -> bytes:
         hello.node_id,
         hello.destination_node_id,
         hello.boot,
+        hello.address,
     ]
     return encode_frame(FrameKind.HELLO, MAGIC, codec.dumps(fields))
 
@@ -100,7 +104,7 @@ def decode_hello(payload: bytes) -> Hello:
     """Raises ProtocolError for anything but a complete greeting."""
     fields = _fields(payload, "greeting")
     match fields:
-        case [int(low), int(high), int(role), bytes() | None as cluster, node, destination, int(boot), *_]:
+        case [int(low), int(high), int(role), bytes() | None as cluster, node, destination, int(boot), *later]:
             if not 0 <= low <= high:
                 raise ProtocolError(f"a greeting with protocol versions from {low} to {high}")
             hello = Hello(
@@ -109,6 +113,7 @@ def decode_hello(payload: bytes) -> Hello:
                 node_id=_node_id(node),
                 destination_node_id=_node_id(destination),
                 boot=_unsigned(boot, "boot counter"),
+                address=_address(later[0]) if later else None,
                 protocol_version_min=low,
                 protocol_version_max=high,
             )
@@ -193,6 +198,14 @@ def _node_id(value: object) -> NodeId | None:
     if not isinstance(value, int):
         raise ProtocolError(f"a node id that is no number: {value!r:.40}")
     return NodeId(_unsigned(value, "node id"))
+
+
+def _address(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= ADDRESS_CHARACTERS_MAX:
+        raise ProtocolError(f"an address that cannot be one: {value!r:.80}")
+    return value
 
 
 def _unsigned(value: int, what: str) -> int:

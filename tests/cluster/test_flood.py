@@ -29,4 +29,4 @@ async def test_a_hundred_clients_that_never_read_cost_a_node_less_than_64_mib(
         await settled(kv)
     found = await flood(world, 256 * MIB, value_bytes=value_bytes, get_every=get_every)
     assert found.growth < (GROWTH_MAX_READS if get_every else GROWTH_MAX), found.describe()
-    assert found.others_served > 10, found.describe()
+    assert found.served_in_flood > 0, found.describe()

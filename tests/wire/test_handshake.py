@@ -27,7 +27,7 @@ from shardkv.wire.handshake import (
 )
 
 CLUSTER = bytes(range(16))
-PEER = Hello(Role.PEER, CLUSTER, NodeId(1), NodeId(2), 7)
+PEER = Hello(Role.PEER, CLUSTER, NodeId(1), NodeId(2), 7, "n1:7001")
 UINT64 = st.integers(0, (1 << 64) - 1)
 NODE = UINT64.map(NodeId)
 CLUSTERS = st.binary(min_size=16, max_size=16)
@@ -41,7 +41,7 @@ def payload(frame: bytes, kind: FrameKind) -> bytes:
 
 @given(
     st.builds(Hello, st.just(Role.CLIENT), st.none() | CLUSTERS, st.none() | NODE, st.none() | NODE, UINT64)
-    | st.builds(Hello, st.sampled_from(Role), CLUSTERS, NODE, NODE, UINT64)
+    | st.builds(Hello, st.sampled_from(Role), CLUSTERS, NODE, NODE, UINT64, st.none() | st.text(min_size=1))
 )
 def test_a_hello_survives(hello: Hello) -> None:
     assert decode_hello(payload(encode_hello(hello), FrameKind.HELLO)) == hello
@@ -63,8 +63,12 @@ def test_a_refusal_carries_its_error() -> None:
 
 def test_fields_of_a_later_version_are_ignored() -> None:
     """A greeting is read before a version is agreed, so an older program must understand a newer one's."""
-    body = cbor2.dumps([1, 9, 1, CLUSTER, 1, 2, 7, "new", {"field": 1}])
+    body = cbor2.dumps([1, 9, 1, CLUSTER, 1, 2, 7, "n1:7001", {"field": 1}])
     assert decode_hello(MAGIC + body) == replace(PEER, protocol_version_max=9)
+
+
+def test_a_greeting_of_an_earlier_version_has_no_address() -> None:
+    assert decode_hello(MAGIC + cbor2.dumps([1, 1, 1, CLUSTER, 1, 2, 7])) == replace(PEER, address=None)
 
 
 def test_the_highest_common_version_is_chosen() -> None:
@@ -85,6 +89,8 @@ def test_the_highest_common_version_is_chosen() -> None:
         ([1, 1, 1, CLUSTER, True, 2, 0], "node id out of bounds"),
         ([1, 1, 1, CLUSTER, "1", 2, 0], "no number"),
         ([1, 1, 1, CLUSTER, 1, 2, -5], "boot counter out of bounds"),
+        ([1, 1, 1, CLUSTER, 1, 2, 0, 7], "address that cannot be one"),
+        ([1, 1, 1, CLUSTER, 1, 2, 0, "a" * 513], "address that cannot be one"),
         ([1, 1, 1, None, 1, 2, 0], "must name its cluster and both nodes"),
         ([1, 1, 2, CLUSTER, None, 2, 0], "must name its cluster and both nodes"),
         ([1, 1, 3, CLUSTER, 1, None, 0], "must name its cluster and both nodes"),

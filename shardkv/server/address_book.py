@@ -1,0 +1,75 @@
+"""Which nodes the cluster has, and where each can be reached: the newest word wins.
+
+Two sources say so: the placement group's node table, and the nodes themselves when they greet. A node that comes back
+at another address cannot wait until the table says so everywhere, for the group may need that very node's vote to
+change the table; so its greeting counts at once. The rule: a boot counter dates every address, and an older one never
+replaces a newer one.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from shardkv import codec
+from shardkv.types import NodeId
+from shardkv_placement.heartbeat import NodeEntry
+
+
+@dataclass(frozen=True, slots=True)
+class KnownNode:
+    name: str
+    address: str
+    boot: int = 0
+    """Of the start at which the node had this address; 0 if that is not known."""
+
+
+class AddressBook:
+    """See the module. Iterates over ``(node id, KnownNode)``."""
+
+    __slots__ = ("_nodes",)
+
+    def __init__(self) -> None:
+        self._nodes: dict[NodeId, KnownNode] = {}
+
+    def __iter__(self) -> Iterator[tuple[NodeId, KnownNode]]:
+        return iter(self._nodes.items())
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def address_of(self, node_id: NodeId) -> str | None:
+        known = self._nodes.get(node_id)
+        return None if known is None else known.address
+
+    def joined(self, rows: Iterable[Iterable[object]]) -> None:
+        """The answer to a join: ``[[node id, name, address], ...]``."""
+        for node_id, name, address, *_ in rows:
+            self._nodes[NodeId(int(node_id))] = KnownNode(str(name), str(address))  # type: ignore[call-overload]
+
+    def table(self, entries: Iterable[NodeEntry]) -> None:
+        """The placement group's node table; who is not in it, or was decommissioned, is no member any more."""
+        before, self._nodes = self._nodes, {}
+        for entry in entries:
+            if not entry.decommissioned:
+                told = KnownNode(entry.name, entry.address, entry.boot)
+                greeted = before.get(entry.node_id)
+                if greeted is not None and greeted.boot > entry.boot:
+                    told = replace(told, address=greeted.address, boot=greeted.boot)
+                self._nodes[entry.node_id] = told
+
+    def greeted(self, node_id: NodeId, address: str, boot: int) -> bool:
+        """A member has said where it listens; whether that is news. A stranger's word waits for the table."""
+        known = self._nodes.get(node_id)
+        if known is None or boot < known.boot or (known.address == address and known.boot == boot):
+            return False
+        self._nodes[node_id] = replace(known, address=address, boot=boot)
+        return True
+
+    def encode(self) -> bytes:
+        """For the file in the data directory."""
+        return codec.dumps([[node_id, it.name, it.address, it.boot] for node_id, it in sorted(self._nodes.items())])
+
+    def decode(self, data: bytes) -> None:
+        """Replace everything by what :meth:`encode` gave. Fields that are not known are passed over."""
+        self._nodes = {
+            NodeId(node_id): KnownNode(name, address, *rest[:1]) for node_id, name, address, *rest in codec.loads(data)
+        }

@@ -1,0 +1,95 @@
+"""Where the nodes are: the newest word wins, whoever says it, and the cluster needs no table to find a node again."""
+
+from dataclasses import replace
+
+import trio
+from trio.testing import MockClock
+
+from shardkv.server.address_book import AddressBook, KnownNode
+from shardkv.types import NodeId
+from shardkv_placement.heartbeat import NodeEntry
+from tests.server.world import PORT, world
+
+N1, N2 = NodeId(1), NodeId(2)
+
+
+def entry(node_id: NodeId, address: str, boot: int, *, decommissioned: bool = False) -> NodeEntry:
+    return NodeEntry(node_id, f"n{node_id}", address, boot, decommissioned)
+
+
+def book(*entries: NodeEntry) -> AddressBook:
+    made = AddressBook()
+    made.table(entries)
+    return made
+
+
+def test_a_greeting_replaces_an_older_address_at_once() -> None:
+    nodes = book(entry(N2, "old:1", 1))
+    assert nodes.greeted(N2, "new:1", 2)
+    assert nodes.address_of(N2) == "new:1"
+    assert not nodes.greeted(N2, "new:1", 2), "nothing new"
+
+
+def test_a_table_that_is_behind_does_not_bring_an_old_address_back() -> None:
+    nodes = book(entry(N2, "old:1", 1))
+    nodes.greeted(N2, "new:1", 2)
+    nodes.table([entry(N2, "old:1", 1)])
+    assert nodes.address_of(N2) == "new:1"
+    nodes.table([entry(N2, "newer:1", 3)])
+    assert nodes.address_of(N2) == "newer:1"
+
+
+def test_a_greeting_of_an_earlier_start_changes_nothing() -> None:
+    nodes = book(entry(N2, "new:1", 2))
+    assert not nodes.greeted(N2, "old:1", 1)
+    assert nodes.address_of(N2) == "new:1"
+
+
+def test_a_strangers_greeting_is_not_believed() -> None:
+    nodes = book(entry(N1, "a:1", 1))
+    assert not nodes.greeted(N2, "b:1", 9)
+    assert nodes.address_of(N2) is None
+
+
+def test_who_left_the_table_or_was_decommissioned_is_no_member() -> None:
+    nodes = book(entry(N1, "a:1", 1), entry(N2, "b:1", 1))
+    nodes.table([entry(N1, "a:1", 1), entry(N2, "b:1", 1, decommissioned=True)])
+    assert [node_id for node_id, _ in nodes] == [N1]
+
+
+def test_the_file_brings_back_what_was_known() -> None:
+    nodes = book(entry(N1, "a:1", 1), entry(N2, "b:1", 4))
+    again = AddressBook()
+    again.decode(nodes.encode())
+    assert list(again) == list(nodes)
+
+
+def test_a_join_gives_addresses_that_any_greeting_may_replace() -> None:
+    nodes = AddressBook()
+    nodes.joined([[1, "n1", "a:1"]])
+    assert list(nodes) == [(N1, KnownNode("n1", "a:1"))]
+    assert nodes.greeted(N1, "b:1", 1)
+
+
+async def test_a_node_that_has_moved_is_found_though_the_table_needs_its_vote(autojump_clock: MockClock) -> None:
+    """DESIGN 4.10: identity is an id, not an address. Of three nodes one is dead: the one that has moved completes the
+    majority, and until it is heard nobody can change the table that would say where it is."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await kv.put(b"kept", b"1")
+        moved = cluster.nodes["n2"]
+        await cluster.nodes["n3"].kill()
+        await moved.kill()
+        moved.config = replace(moved.config, listen=f"elsewhere:{PORT}")
+        await moved.start()
+        with trio.fail_after(30):
+            async with cluster.client("n1") as again:
+                assert await again.put(b"written", b"2", timeout=25) > 0
+                found = await again.get(b"kept")
+                assert found is not None
+                assert found.value == b"1"
+                await cluster.until(
+                    again,
+                    lambda status, ranges: (
+                        {each["name"]: each["address"] for each in status["node_table"]}["n2"] == moved.address
+                    ),
+                )
