@@ -1,4 +1,4 @@
-"""Long variants of the cluster tests, with numbers: ``python -m tests.cluster.soak failover|cuts|flood|memory``.
+"""Long variants of the cluster tests, with numbers: ``python -m tests.cluster.soak failover|cuts|flood|memory|kills``.
 
 Each starts a cluster of its own in a temporary directory, prints what it measured, and fails when a budget is missed.
 """
@@ -6,12 +6,13 @@ Each starts a cluster of its own in a temporary directory, prints what it measur
 import statistics
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import trio
 
 from shardkv_client.client import Client
+from tests.cluster import kills
 from tests.cluster.flood import MIB, flood
 from tests.cluster.harness import (
     LocalCluster,
@@ -105,7 +106,15 @@ async def run(name: str) -> None:
             await SOAKS[name](world, kv)
 
 
+OWN: dict[str, Callable[[Sequence[str]], None]] = {"kills": kills.main}
+"""Those that make their own cluster and take arguments of their own."""
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in SOAKS:
-        sys.exit(f"usage: python -m tests.cluster.soak {'|'.join(SOAKS)}")
-    trio.run(run, sys.argv[1])
+    name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if name in OWN:
+        OWN[name](arguments)
+    elif name in SOAKS and not arguments:
+        trio.run(run, name)
+    else:
+        sys.exit(f"usage: python -m tests.cluster.soak {'|'.join((*SOAKS, *OWN))}")

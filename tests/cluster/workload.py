@@ -1,0 +1,209 @@
+"""A running workload on a few keys whose history is judged as it goes, for faults that come while it runs.
+
+Lives here: the client tasks, what they saw, and the checks. Does not live here: the faults. The rule: the keys change
+every few hundred operations, so that each key's history is short enough for the checker; a round's keys are read once
+more when nothing of it is in flight, judged, and read again at the very end, so that a loss that comes later is seen.
+"""
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import trio
+
+from shardkv.errors import OutcomeUnknown, Unavailable, VersionMismatch
+from shardkv_client.client import Client
+from tests.checkers.linearizability import Operation, Outcome, linearizable
+
+CALL_SECONDS: Final = 4.0
+"""What one call may take; past it a write's outcome is unknown."""
+LATE_SECONDS: Final = 8.0
+"""A call that has not returned by then, twice its timeout, hangs; the machine may be busy."""
+ROUND_OPERATIONS: Final = 240
+"""Of all keys together; then the next round begins."""
+RECENT: Final = 12
+VALUE_BYTES_MAX: Final = 700
+PREFIXES: Final = (b"a", b"f", b"k", b"p", b"u", b"z")
+"""One key each in every round; the last of them counts, so that increments are seen, too."""
+NUMERIC: Final = frozenset({b"f", b"z"})
+
+
+@dataclass(slots=True)
+class Round:
+    """A set of keys and all that was done to them."""
+
+    number: int
+    histories: dict[bytes, list[Operation]]
+    started: int = 0
+    in_flight: int = 0
+    last: dict[bytes, tuple[bytes, int] | None] = field(default_factory=dict)
+    """What was read of each key when nothing was in flight any more."""
+
+
+class Workload:
+    """Runs until :attr:`stopped` is set. The counts are what a report shows.
+
+    ``clients`` are used in turn by ``tasks`` tasks. Any error that a client must not see ends the run with it.
+    """
+
+    def __init__(self, seed: int, clients: Sequence[Client], *, tasks: int = 8, pause_seconds: float = 0.04) -> None:
+        self.stopped = False
+        self.answered = 0
+        self.unknown = 0
+        """Writes whose outcome nobody can tell."""
+        self.unavailable = 0
+        """Reads that timed out, and writes that were never sent."""
+        self.rounds: list[Round] = []
+        self.judged = 0
+        """Keys whose history was judged."""
+        self._clients = clients
+        self._tasks = tasks
+        self._pause_seconds = pause_seconds
+        self._seed = seed
+        self._next_round()
+
+    @property
+    def operations(self) -> int:
+        return self.answered + self.unknown + self.unavailable
+
+    def key(self, chance: random.Random) -> bytes:
+        """A key that is in use."""
+        return chance.choice(list(self.rounds[-1].histories))
+
+    async def run(self) -> None:
+        """Work until stopped; then the rounds still open are judged."""
+        async with trio.open_nursery() as nursery:
+            for number in range(self._tasks):
+                nursery.start_soon(self._work, number)
+            closed = 0
+            while not self.stopped:
+                while closed < len(self.rounds) - 1 and not self.rounds[closed].in_flight:
+                    await self._close(self.rounds[closed])
+                    closed += 1
+                await trio.sleep(0.05)
+        for each in self.rounds[closed:]:
+            await self._close(each)
+
+    async def more_than(self, count: int, seconds: float) -> None:
+        """Wait until more operations were answered than ``count``; fails after ``seconds``."""
+        with trio.move_on_after(seconds):
+            while self.answered <= count:  # noqa: ASYNC110  the workload sets no event for each of its calls
+                await trio.sleep(0.02)
+        assert self.answered > count, f"only {self.answered} operations were answered after {seconds:g} s more"
+
+    async def judge_all_again(self) -> None:
+        """Nothing that a client was told may have been lost since: read every key of the run once more."""
+        for each in self.rounds:
+            for key, history in each.histories.items():
+                found = await self._final_read(key)
+                if found != each.last[key]:
+                    # Only a write whose outcome was unknown may have changed it.
+                    self._judge(key, history)
+
+    # Inside
+
+    def _next_round(self) -> None:
+        number = len(self.rounds)
+        self.rounds.append(Round(number, {b"%b/%06d" % (prefix, number): [] for prefix in PREFIXES}))
+
+    async def _work(self, number: int) -> None:
+        chance = random.Random(f"workload {self._seed} {number}")
+        kv = self._clients[number % len(self._clients)]
+        while not self.stopped:
+            current = self.rounds[-1]
+            if current.started >= ROUND_OPERATIONS:
+                self._next_round()
+                current = self.rounds[-1]
+            current.started += 1
+            current.in_flight += 1
+            try:
+                await self._one_call(kv, chance, current)
+            finally:
+                current.in_flight -= 1
+            await trio.sleep(chance.uniform(0, 2 * self._pause_seconds))
+
+    async def _one_call(self, kv: Client, chance: random.Random, current: Round) -> None:
+        key = chance.choice(list(current.histories))
+        history = current.histories[key]
+        numeric = key[:1] in NUMERIC
+        value = b"%d" % chance.randrange(1000) if numeric else b"%d " % len(history) + bytes(chance.randrange(700))
+        calls: list[tuple[Operation, Callable[[], Awaitable[Any]]]] = [
+            (Operation("get"), lambda: kv.get(key, timeout=CALL_SECONDS)),
+            (Operation("get"), lambda: kv.get(key, consistency="follower", timeout=CALL_SECONDS)),
+            (Operation("put", value), lambda: kv.put(key, value, timeout=CALL_SECONDS)),
+        ]
+        if numeric:
+            calls[2:] = [(Operation("increment", 1), lambda: kv.increment(key, timeout=CALL_SECONDS))] * 2
+        else:
+            known = [each.outcome.result for each in history[-RECENT:] if each.kind == "put" and each.outcome]
+            version = chance.choice([0, *(each for each in known if each)])
+            operation = Operation("put", value, version)
+            calls.append((operation, lambda: kv.put(key, value, if_version=version, timeout=CALL_SECONDS)))
+            calls.append((Operation("delete"), lambda: kv.delete(key, timeout=CALL_SECONDS)))
+        operation, call = chance.choice(calls)
+        await self._record(history, operation, call)
+
+    async def _record(self, history: list[Operation], operation: Operation, call: Callable[[], Awaitable[Any]]) -> bool:
+        operation.called = trio.current_time()
+        result: Any = None
+        with trio.move_on_after(LATE_SECONDS) as late:
+            try:
+                result = await call()
+            except VersionMismatch as error:
+                operation.outcome = Outcome(mismatch=error.current)
+            except Unavailable:
+                self.unavailable += 1
+                return False
+            except OutcomeUnknown:
+                self.unknown += 1
+                history.append(operation)
+                return False
+            else:
+                if operation.kind == "get" and result is not None:
+                    result = (result.value, result.version)
+                operation.outcome = Outcome(result)
+        assert not late.cancelled_caught, f"{operation} was not answered in {LATE_SECONDS:g} s"
+        operation.returned = trio.current_time()
+        self.answered += 1
+        history.append(operation)
+        return True
+
+    async def _close(self, each: Round) -> None:
+        for key, history in each.histories.items():
+            each.last[key] = await self._final_read(key)
+            self._judge(key, history)
+
+    async def _final_read(self, key: bytes) -> tuple[bytes, int] | None:
+        """Read a key, however long the cluster is without a quorum, and add that to its history."""
+        history = self._history_of(key)
+        turn = 0
+        while True:
+            kv = self._clients[turn % len(self._clients)]
+            if await self._record(history, Operation("get"), lambda kv=kv: kv.get(key, timeout=CALL_SECONDS)):  # type: ignore[misc]
+                outcome = history[-1].outcome
+                assert outcome is not None, "an answered read has an outcome"
+                found: tuple[bytes, int] | None = outcome.result
+                return found
+            turn += 1
+            await trio.sleep(0.1)
+
+    def _history_of(self, key: bytes) -> list[Operation]:
+        return self.rounds[int(key.rpartition(b"/")[2])].histories[key]
+
+    def _judge(self, key: bytes, history: list[Operation]) -> None:
+        self.judged += 1
+        assert linearizable(history), f"the history of {key!r} is not linearizable:\n" + "\n".join(
+            map(_shown, sorted(history, key=lambda each: each.called))
+        )
+
+    def describe(self) -> str:
+        return (
+            f"{self.operations} operations ({self.unknown} of unknown outcome, {self.unavailable} unavailable) "
+            f"on {len(self.rounds) * len(PREFIXES)} keys, {self.judged} histories judged linearizable"
+        )
+
+
+def _shown(operation: Operation) -> str:
+    text = repr(operation)
+    return text.replace("\\x00", "")
