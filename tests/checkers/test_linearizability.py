@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.checkers.linearizability import Operation, Outcome, linearizable
+from shardkv.simulation.checkers.linearizability import Operation, Outcome, linearizable
 
 
 def put(value: bytes, version: int | None, called: float, returned: float = 1e9, **fields: int) -> Operation:

@@ -29,10 +29,10 @@ from shardkv.errors import (
 )
 from shardkv.machine.snapshot import snapshot_rows
 from shardkv.simulation import ChooseAtRandom, run_deterministically
+from shardkv.simulation.checkers.linearizability import Operation, Outcome, linearizable
 from shardkv.types import PLACEMENT_RANGE
 from shardkv.wire.requests import Method
 from shardkv_client import Client
-from tests.checkers.linearizability import Operation, Outcome, linearizable
 from tests.server.world import Cluster, SimulatedNode, world
 
 CLIENTS = 4
