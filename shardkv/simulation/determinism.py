@@ -4,15 +4,117 @@ The rule: all chance in a simulated run comes from the seed that :func:`run_dete
 order in which trio runs tasks that are ready together.
 """
 
+import math
 import random  # noqa: TID251  # seeded here, and only here
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
-import trio.testing
 from trio._core import _run
 
 T = TypeVar("T")
+
+IO_POLL_ROUNDS: Final = 1_024
+"""How often the scheduler goes round before it looks whether the system wants something: an interrupt by its user."""
+
+
+class Timer:
+    """A call that is to be made at a moment of virtual time. See :func:`call_at`."""
+
+    __slots__ = ("callback", "moment")
+
+    def __init__(self, moment: float, callback: Callable[[], object]) -> None:
+        self.moment = moment
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+    def fire(self) -> None:
+        callback, self.callback = self.callback, None
+        if callback is not None:
+            callback()
+
+
+class VirtualClock(trio.abc.Clock):
+    """Time that jumps to the next moment at which anything is due whenever all tasks wait.
+
+    It has timers of its own beside trio's deadlines: a timer costs a tenth of a cancel scope, and a simulated second is
+    made of hundreds. Trio asks it how long to wait exactly when no task can run; that is when it jumps.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._made = 0
+
+    def start_clock(self) -> None:
+        """It starts at 0."""
+
+    def current_time(self) -> float:
+        return self.now
+
+    def call_at(self, moment: float, callback: Callable[[], object]) -> Timer:
+        timer = Timer(moment, callback)
+        self._made += 1
+        heappush(self._timers, (moment, self._made, timer))
+        return timer
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        if deadline <= self.now:
+            return 0
+        if _run.GLOBAL_RUN_CONTEXT.runner.waiting_for_idle:
+            return math.inf  # Whoever waits for all others to wait comes first.
+        timers = self._timers
+        while timers and timers[0][2].callback is None:
+            heappop(timers)
+        moment = min(timers[0][0], deadline) if timers else deadline
+        if moment == math.inf:
+            return math.inf
+        self.now = max(self.now, moment)
+        while timers and timers[0][0] <= self.now:
+            heappop(timers)[2].fire()
+        return 0
+
+
+if TYPE_CHECKING:
+    _IOManager = Any
+else:
+    _IOManager = _run.TheIOManager
+
+
+class _NoIO(_IOManager):
+    """Simulated tasks wait for nothing of the real world, so the scheduler need not ask the system each time round."""
+
+    rounds = 0
+
+    def get_events(self, timeout: float) -> Any:
+        self.rounds += 1
+        if timeout > 0 or self.rounds % IO_POLL_ROUNDS == 0:
+            return super().get_events(timeout)
+        return []
+
+
+_clock: VirtualClock | None = None
+"""Of the run under way."""
+
+
+@contextmanager
+def _deterministic(seed: int | str) -> Iterator[VirtualClock]:
+    global _clock
+    before = _run._r, _run._ALLOW_DETERMINISTIC_SCHEDULING, _run.TheIOManager, _clock
+    # Trio shuffles the tasks that are ready together, so that programs do not come to rely on an order. Seeding that
+    # shuffle (and telling trio to sort before it) makes the order repeatable and yet arbitrary.
+    _run._r = random.Random(f"scheduler {seed}")
+    _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
+    _run.TheIOManager = _NoIO  # type: ignore[misc,assignment]
+    _clock = VirtualClock()
+    try:
+        yield _clock
+    finally:
+        _run._r, _run._ALLOW_DETERMINISTIC_SCHEDULING, _run.TheIOManager, _clock = before  # type: ignore[misc]
 
 
 def run_deterministically(function: Callable[..., Awaitable[T]], *args: object, seed: int | str) -> T:
@@ -20,17 +122,8 @@ def run_deterministically(function: Callable[..., Awaitable[T]], *args: object, 
 
     Nothing inside may wait for the real world (threads, sockets): the clock would run away from it.
     """
-    scheduler_random = _run._r
-    deterministic = _run._ALLOW_DETERMINISTIC_SCHEDULING
-    # Trio shuffles the tasks that are ready together, so that programs do not come to rely on an order. Seeding that
-    # shuffle (and telling trio to sort before it) makes the order repeatable and yet arbitrary.
-    _run._r = random.Random(f"scheduler {seed}")
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    try:
-        return trio.run(function, *args, clock=trio.testing.MockClock(autojump_threshold=0))
-    finally:
-        _run._r = scheduler_random
-        _run._ALLOW_DETERMINISTIC_SCHEDULING = deterministic  # type: ignore[misc]
+    with _deterministic(seed) as clock:
+        return trio.run(function, *args, clock=clock)
 
 
 def seeded_random(*parts: object) -> random.Random:
@@ -43,15 +136,42 @@ SeededRandom = random.Random
 
 def now() -> float:
     """The virtual time of the run, in seconds: one for all nodes, whatever their clocks say."""
-    return trio.current_time()  # noqa: TID251
+    return trio.current_time() if _clock is None else _clock.now  # noqa: TID251
+
+
+def call_at(moment: float, callback: Callable[[], object]) -> Timer:
+    """Call ``callback`` in the loop at a moment of virtual time, unless the timer is cancelled first."""
+    if _clock is not None:
+        return _clock.call_at(moment, callback)
+    # Another clock runs this loop, as in a test with pytest-trio's.
+    timer = Timer(moment, callback)
+
+    async def wait() -> None:
+        await trio.sleep_until(moment)  # noqa: TID251
+        timer.fire()
+
+    trio.lowlevel.spawn_system_task(wait)
+    return timer
 
 
 async def sleep(seconds: float) -> None:
-    await trio.sleep(seconds)  # noqa: TID251
+    await sleep_until(now() + seconds)
 
 
 async def sleep_until(moment: float) -> None:
-    await trio.sleep_until(moment)  # noqa: TID251
+    if _clock is None:
+        await trio.sleep_until(moment)  # noqa: TID251
+    elif moment <= _clock.now:
+        await trio.lowlevel.checkpoint()
+    else:
+        task = trio.lowlevel.current_task()
+        timer = _clock.call_at(moment, lambda: trio.lowlevel.reschedule(task))
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            timer.cancel()
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
 
 
 async def hang() -> None:

@@ -62,19 +62,18 @@ class _Signal:
     __slots__ = ("_event",)
 
     def __init__(self) -> None:
-        self._event = trio.Event()
+        self._event: trio.Event | None = None
 
     def notify(self) -> None:
-        self._event.set()
-        self._event = trio.Event()
+        if self._event is not None:
+            self._event.set()
+            self._event = None
 
-    async def wait(self, until: float | None = None) -> None:
-        """Until the next :meth:`notify`, or that moment of virtual time."""
-        if until is None:
-            await self._event.wait()
-        else:
-            with determinism.deadline_at(until):
-                await self._event.wait()
+    async def wait(self) -> None:
+        """Until the next :meth:`notify`."""
+        if self._event is None:
+            self._event = trio.Event()
+        await self._event.wait()
 
 
 class _Pipe:
@@ -112,7 +111,7 @@ class _Pipe:
         self.free_at = max(self.free_at, now + delay) + transfer
         self.pieces.append((self.free_at, data))
         self.under_way += len(data)
-        self.signal.notify()
+        determinism.call_at(self.free_at, self.signal.notify)
 
     def end(self, with_: bytes | _Reset, random: determinism.SeededRandom) -> None:
         """The last piece, if there is none yet."""
@@ -127,13 +126,6 @@ class _Pipe:
     def end_arrived(self) -> bool:
         """Whether the reader's system knows that the other side is gone, though its program may have more to read."""
         return self.closed and self._is_there(self.pieces[-1][0])
-
-    def next_arrival(self) -> float | None:
-        """When the first piece arrives, if that is certain."""
-        return self.pieces[0][0] if self.pieces and self.blocked_since is None else None
-
-    def end_arrival(self) -> float | None:
-        return self.pieces[-1][0] if self.closed and self.blocked_since is None else None
 
     def _is_there(self, moment: float) -> bool:
         return moment <= determinism.now() and (self.blocked_since is None or moment <= self.blocked_since)
@@ -174,7 +166,8 @@ class _Pipe:
                 (moment if moment <= since else max(moment, again), data) for moment, data in self.pieces
             )
             self.free_at = max(self.free_at, again)
-            self.signal.notify()
+            for moment in dict.fromkeys(moment for moment, _ in self.pieces):
+                determinism.call_at(moment, self.signal.notify)
 
     def release_credit(self) -> None:
         if self.credit_held:
@@ -234,7 +227,7 @@ class SimulatedStream:
         with memoryview(data) as rest:
             sent = self.send_nowait(rest)
             while sent < len(rest):
-                await self.outgoing.signal.wait(self.incoming.end_arrival())
+                await self.outgoing.signal.wait()
                 sent += self.send_nowait(rest[sent:])
 
     async def receive(self, count_max: int) -> bytes:
@@ -247,7 +240,7 @@ class SimulatedStream:
                 raise trio.ClosedResourceError("this stream is closed")
             if pipe.arrived():
                 break
-            await pipe.signal.wait(pipe.next_arrival())
+            await pipe.signal.wait()
         data = pipe.take(count_max)
         if isinstance(data, _Reset):
             raise trio.BrokenResourceError(f"the connection to {self._remote} is lost: connection reset by peer")
