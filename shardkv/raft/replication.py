@@ -266,20 +266,20 @@ def leader_unreachable(raft: Raft, message: Message) -> None:
 
 
 def leader_read_index(raft: Raft, message: Message) -> None:
-    if raft.is_singleton:
-        reads.answer(raft, message, raft.log.committed)
+    if not raft.committed_in_term:
+        # Also in a group of one, where etcd answers at once: a restart may have forgotten how far was committed.
+        if reads.has_room(raft):
+            reads.postpone(raft, message)
     elif message.from_ not in (NONE, raft.id) and lease.valid(raft, raft.now):
         # The clock was read after the follower's question came in. This replica's own host asks for the lease itself.
         reads.answer(raft, message, raft.log.committed)
-    elif not raft.committed_in_term:
-        if reads.has_room(raft):
-            reads.postpone(raft, message)
     else:
         _confirm_read(raft, message)
 
 
 def _confirm_read(raft: Raft, message: Message) -> None:
-    if raft.settings.read_only is ReadOnly.LEASE_BASED:
+    alone = raft.is_singleton and raft.configuration.voters[0] == raft.id
+    if alone or raft.settings.read_only is ReadOnly.LEASE_BASED:
         reads.answer(raft, message, raft.log.committed)
     elif reads.has_room(raft):
         reads.add(raft, message)

@@ -1,7 +1,7 @@
 """ReadIndex: linearizable reads without a log entry (thesis 6.4; trap 8)."""
 
 from shardkv.raft import ReadOnly, ReadState, Role
-from shardkv.raft.messages import ConfChangeTransition, Message
+from shardkv.raft.messages import ConfChangeTransition, HardState, Message
 from tests.raft.cluster import Cluster, M, change, sent
 
 
@@ -164,6 +164,51 @@ def test_a_group_of_one_confirms_at_once() -> None:
     cluster = led(voters=1)
     cluster[1].read_index(b"r")
     assert cluster[1].ready().read_states == [ReadState(1, b"r")]
+
+
+def test_trap_08_a_leader_alone_answers_no_read_before_its_first_commit() -> None:
+    """A restart may have forgotten how far was committed, for a commit alone is not synced; its first entry tells.
+
+    Here etcd answers at once: with what the restarted replica happens to remember.
+    """
+    cluster = led(voters=1)
+    cluster[1].propose(b"acknowledged")
+    cluster.settle()
+    assert cluster[1].committed == 2
+    host = cluster.hosts[1]
+    host.crash()
+    host.storage.set_hard_state(HardState(cluster[1].term, cluster[1].vote, 1))
+    host.restart()
+    host.hold_writes = True
+    cluster[1].campaign()
+    cluster.settle()
+    host.write()
+    assert cluster[1].role is Role.LEADER
+    cluster[1].read_index(b"early")
+    cluster.settle()
+    assert not cluster[1].committed_in_term
+    assert host.read_states == [], "answered from before what was acknowledged"
+    while host.work:
+        host.write()
+        cluster.settle()
+    assert host.read_states == [ReadState(3, b"early")]
+    assert host.applied == [b"acknowledged"]
+
+
+def test_a_leader_that_is_no_voter_asks_the_one_that_is() -> None:
+    """Removed, and the term not over: the only voter that is left may have elected itself since."""
+    cluster = Cluster(2)
+    cluster.elect(1)
+    cluster[1].propose_conf_change(change("r1"))
+    cluster.settle()
+    assert (cluster[1].role, cluster[1].configuration.voters) == (Role.LEADER, (2,))
+    cluster.isolate(1)
+    cluster.elect(2)
+    cluster[2].propose(b"newer")
+    cluster.settle()
+    cluster[1].read_index(b"r")
+    cluster.tick(1, count=3)
+    assert cluster.hosts[1].read_states == []
 
 
 def test_without_a_leader_a_read_is_not_taken() -> None:
