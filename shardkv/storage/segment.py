@@ -6,11 +6,12 @@ the directory is synced before anything is written to it.
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
 from shardkv.environment import Disk, File
-from shardkv.errors import Corruption
+from shardkv.errors import Corruption, OutOfSpace, StorageError
 from shardkv.types import RangeId
 
 SEGMENT_SUFFIX: Final = ".wal"
@@ -109,18 +110,36 @@ class Spares:
             file.truncate(0)
             file.allocate(self._segment_bytes)
         except BaseException:
-            file.close()
+            self._discard(path, file)
             raise
         return path, file
 
+    def _discard(self, path: str, file: File) -> None:
+        """Give back the room that an unfinished file takes. That may fail, too: a start removes what is left."""
+        file.close()
+        with suppress(StorageError, FileNotFoundError):
+            self._disk.unlink(path)
+
     def install(self, segment: Segment) -> None:
-        """Give ``segment`` a file under its name, durably. Blocks; called by the log's writer only."""
+        """Give ``segment`` a file under its name, durably. Blocks; called by the log's writer only.
+
+        If it raises OutOfSpace, nothing has changed and it may be called again.
+        """
         ready, self._ready = self._ready, None
         path, file = ready if ready is not None else self._make(f"now-{segment.id}")
-        if segment.size > self._segment_bytes:
-            file.allocate(segment.size)
-        self._disk.rename(path, segment.path)
-        self._disk.sync_directory(self._directory)
+        try:
+            if segment.size > self._segment_bytes:
+                file.allocate(segment.size)
+            self._disk.rename(path, segment.path)
+        except OutOfSpace:
+            self._discard(path, file)
+            raise
+        try:
+            self._disk.sync_directory(self._directory)
+        except OutOfSpace as error:
+            raise StorageError(
+                f"{error}; what the log holds is unknown, so restart the node when there is room"
+            ) from error
         segment.file = file
 
     def close(self) -> None:

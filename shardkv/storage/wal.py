@@ -5,17 +5,19 @@ means (:mod:`log_state`), starting (:mod:`recovery`). The rule: the loop encodes
 file but to read back old entries; files are written by jobs that it hands to one writer thread, in order.
 
 A failed write or sync is final: nobody knows what is on the disk after it, so the log refuses everything from then on
-and the process should end.
+and the process should end. Only a write that met a full disk is not: what it was to write stays first in the queue, and
+the same bytes go to the same place once there is room, before anything else is written.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
 
 from shardkv.environment import Disk
-from shardkv.errors import StorageError
+from shardkv.errors import OutOfSpace, StorageError
 from shardkv.raft.messages import Entry
 from shardkv.storage.collection import dead_segments, live_bytes, moves_from
 from shardkv.storage.group_log import EntryCache, GroupLog
@@ -186,7 +188,8 @@ class Wal:
 
         Hand the job to the writer thread; when it has returned, this record and all before it are on disk. Jobs may
         be merged: each writes all that is queued when it starts, with one sync, and one that finds its record synced
-        returns at once. Updates of one group apply in their order. Raises StorageError once the log has failed.
+        returns at once. A job that raises OutOfSpace has made nothing of its record known and may be run again, until
+        it returns. Updates of one group apply in their order. Raises StorageError once the log has failed.
         """
         if self._failure is not None:
             raise self._refusal()
@@ -266,6 +269,9 @@ class Wal:
             return
         try:
             self._write_queued()
+        except OutOfSpace:
+            # Whatever part of the record is on disk, the queue still begins with it.
+            raise
         except BaseException as error:
             self._failure = error
             if isinstance(error, StorageError) or not isinstance(error, Exception):
@@ -277,15 +283,17 @@ class Wal:
         segment: Segment | None = None
         sequence = self._synced_sequence
         for _ in range(len(queue)):
-            write = queue.popleft()
+            write = queue[0]
             if write.segment is not segment:
                 if segment is not None:
                     self._sync(segment)
+                    self._synced_sequence = sequence
                 segment = write.segment
                 if segment.file is None:
                     self._spares.install(segment)
             assert segment.file is not None, f"{segment.path} is not open"
             segment.file.pwrite(write.data, write.offset)
+            queue.popleft()
             self._written_bytes += len(write.data)
             sequence = write.sequence
         if segment is not None:
@@ -294,7 +302,13 @@ class Wal:
 
     def _sync(self, segment: Segment) -> None:
         assert segment.file is not None, f"{segment.path} is not open"
-        segment.file.sync()
+        try:
+            segment.file.sync()
+        except OutOfSpace as error:
+            # Not to be tried again: the system may have dropped the data, and a second sync would say that all is well.
+            raise StorageError(
+                f"{error}; what the log holds is unknown, so restart the node when there is room"
+            ) from error
         self._syncs += 1
 
     def _refusal(self) -> StorageError:
@@ -308,8 +322,8 @@ class Wal:
     def prepare(self) -> Callable[[], None] | None:
         """A job for any worker thread that makes the next segment's file ahead of time; None if that is done.
 
-        Ask after every turn, it is cheap. The job may raise OutOfSpace: nothing is lost yet, but when the segment that
-        is written to is full without a spare, the next write fails for good. So refuse new commands first.
+        Ask after every turn, it is cheap. The job may raise OutOfSpace: nothing is lost, but when the segment that is
+        written to is full without a spare, nothing can be logged until there is room. So refuse new commands first.
         """
         return self._spares.prepare()
 
@@ -362,16 +376,19 @@ class Wal:
         self._moved_entries += number
         return True
 
-    def _drop(self, sequence: int, dead: Sequence[Segment]) -> None:
+    def _drop(self, sequence: int, dead: list[Segment]) -> None:
         # What made these segments dead must be on disk before they go.
         self._write_through(sequence)
         try:
-            for segment in dead:
+            for segment in list(dead):
                 assert segment.file is not None, f"{segment.path} was never made"
                 segment.file.close()
                 self._disk.unlink(segment.path)
-            if dead:
-                self._disk.sync_directory(self._directory)
+                dead.remove(segment)
+            self._disk.sync_directory(self._directory)
+        except OutOfSpace:
+            # Some file systems need room to remove a file, too. The job may be run again, and goes on where it was.
+            raise
         except BaseException as error:
             self._failure = error
             raise
@@ -397,13 +414,16 @@ class Wal:
         )
 
     def close(self) -> None:
-        """Write what is queued and close the files. Blocks."""
-        if self._failure is None:
-            self._write_through(self._sequence)
-        self._spares.close()
-        for segment in self._state.segments.values():
-            if segment.file is not None:
-                segment.file.close()
+        """Write what is queued and close the files. Blocks. What a full disk has no room for, nobody was told of."""
+        try:
+            if self._failure is None:
+                with suppress(OutOfSpace):
+                    self._write_through(self._sequence)
+        finally:
+            self._spares.close()
+            for segment in self._state.segments.values():
+                if segment.file is not None:
+                    segment.file.close()
 
     def check(self) -> None:
         self._state.check()
