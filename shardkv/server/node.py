@@ -6,6 +6,7 @@ elsewhere, stop the services, flush.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -13,15 +14,17 @@ import trio
 
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment, Stream
-from shardkv.errors import ConfigError, ShardKVError, WrongCluster
+from shardkv.errors import ConfigError, OutOfSpace, ShardKVError, WrongCluster
 from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.catalog import Catalog, GroupTiming
 from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.maintenance import Maintenance
 from shardkv.multiraft.replica import Requester
 from shardkv.multiraft.snapshots import Snapshots
+from shardkv.multiraft.space import Space
 from shardkv.server.address_book import AddressBook
 from shardkv.server.garbage import Collector, GarbagePolicy
+from shardkv.server.inside import Inside
 from shardkv.server.internal_client import connect_cluster, join_cluster
 from shardkv.server.listener import Listener
 from shardkv.server.loop_health import LoopProbe
@@ -72,6 +75,7 @@ PEERS_NAME: Final = "peers"
 
 Ready = Callable[[str, str], None]
 OpenEngine = Callable[[NodeConfig, str], Engine]
+Observe = Callable[[Inside], None]
 
 
 def open_engine(config: NodeConfig, path: str) -> Engine:
@@ -89,17 +93,18 @@ async def run_node(
     stop: trio.Event,
     open_engine: OpenEngine = open_engine,
     collector: Collector | None = None,
+    observe: Observe | None = None,
 ) -> None:
     """Run one node until ``stop`` is set, then drain and stop it cleanly.
 
     ``ready(name, address)`` is called once the node serves. ``open_engine`` makes its engine; a simulation hands in one
     whose crashes it controls. ``collector`` is the process's collector of cyclic garbage, the module ``gc``: handed in
-    by a process that is this node and nothing else, it runs when the node says, until the node ends. Raises
-    ShardKVError when it cannot start, or must not go on: DataDirectoryError, ConfigError, WrongCluster, StorageError;
-    the message says what to do.
+    by a process that is this node and nothing else, it runs when the node says, until the node ends. ``observe`` is
+    handed the node's parts once they are put together: a simulation looks into them. Raises ShardKVError when it cannot
+    start, or must not go on: DataDirectoryError, ConfigError, WrongCluster, StorageError; the message says what to do.
     """
     try:
-        await _Node(config, environment, ready, stop, open_engine, collector).run()
+        await _Node(config, environment, ready, stop, open_engine, collector, observe).run()
     except BaseExceptionGroup as group:
         raise main_error(group) from group
 
@@ -115,6 +120,7 @@ class _Node:
         stop: trio.Event,
         open_engine: OpenEngine,
         collector: Collector | None,
+        observe: Observe | None,
     ) -> None:
         self._config = config
         self._environment = environment
@@ -122,6 +128,7 @@ class _Node:
         self._stop = stop
         self._open_engine = open_engine
         self._collector = collector
+        self._observe = observe
         self._log: Any = structlog.get_logger().bind(node=config.name)
         self._hybrid_clock = HybridClock(environment.clock, config.clock_offset_max_ms)
         self._known_boots = KnownBoots()
@@ -269,9 +276,13 @@ class _Node:
             read_expiry_seconds=2 * raft.election_ticks * tick_seconds,
         )
         dialler = SnapshotDialler(environment, self._identity, self._known_boots, self._address_book.address_of)
-        self._snapshots = Snapshots(self._driver, environment, self._directory.ingest_path, dialler.dial, log=self._log)
+        ingest_path = self._directory.ingest_path
+        self._snapshots = Snapshots(
+            self._driver, environment, ingest_path, dialler.dial, log=self._log, config=config.snapshots
+        )
         self._driver.snapshots = self._snapshots
-        self._maintenance = Maintenance(self._driver, environment, self._log)
+        self._driver.space = Space(config.storage.free_bytes_min, self._directory.path)
+        self._maintenance = Maintenance(self._driver, environment, self._log, self._directory.path)
         self._splitter = Splitter(self._driver, environment.clock, self._split, self._split_bytes, self._log)
         self._placement = PlacementService(
             self._driver,
@@ -305,6 +316,21 @@ class _Node:
         if self._collector is not None:
             turns = self._driver.statistics
             self._garbage = GarbagePolicy(self._collector, environment.clock, lambda: turns().turns, self._log)
+        if self._observe is not None:
+            self._observe(
+                Inside(
+                    self._catalog,
+                    self._wal,
+                    self._engine,
+                    self._driver,
+                    self._hybrid_clock,
+                    self._maintenance,
+                    self._splitter,
+                    self._placement,
+                    self._pool,
+                    self._listener,
+                )
+            )
 
     def _show(self) -> None:
         """Hand the parts to the admin endpoint, if there is one."""
@@ -448,7 +474,12 @@ class _Node:
         while True:
             await self._nodes_changed.wait()
             self._nodes_changed = trio.Event()
-            await self._store_peers()
+            try:
+                await self._store_peers()
+            except OutOfSpace as error:
+                self._log.error("no room to remember the other nodes' addresses", reason=str(error))
+                self._nodes_changed.set()
+                await self._environment.clock.sleep(START_SECONDS)
 
     def _apply_addresses(self) -> None:
         for node_id, known in self._address_book:
@@ -466,7 +497,7 @@ class _Node:
             while self._hand_over():
                 await clock.sleep(POLL_SECONDS)
         self._listener.goodbye()
-        with clock.deadline(DRAIN_SECONDS):
+        with clock.deadline(DRAIN_SECONDS), suppress(OutOfSpace):  # the log has what is not flushed
             await self._environment.workers.run(self._engine.flush)
 
     def _hand_over(self) -> bool:
