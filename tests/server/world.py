@@ -277,13 +277,18 @@ class Cluster:
 
 
 @asynccontextmanager
-async def world(nodes: int = 3, *, seed: int = 1, split_bytes: int = 64 * 1024 * 1024) -> AsyncIterator[Cluster]:
-    """A formed cluster: every range has as many replicas as it should, and leaders are where they should be."""
+async def world(
+    nodes: int = 3, *, seed: int = 1, split_bytes: int = 64 * 1024 * 1024, **changes: Any
+) -> AsyncIterator[Cluster]:
+    """A formed cluster: every range has as many replicas as it should, and leaders are where they should be.
+
+    ``changes`` are made to each node's configuration.
+    """
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     async with trio.open_nursery() as nursery:
         cluster = Cluster(nursery, SimulatedNetwork(seed), seed, split_bytes)
         for number in range(nodes):
-            await cluster.add(f"n{number + 1}").start()
+            await cluster.add(f"n{number + 1}", **changes).start()
         async with cluster.client() as client:
             await cluster.until(
                 client,
