@@ -161,6 +161,33 @@ class NodeConfig:
     )
     advertise: str | None = _setting(
         Kind.ADDRESS, None, help="The address others reach this node at, where it is not --listen.", metavar="HOST:PORT"
+@dataclass(frozen=True, slots=True)
+class SnapshotsConfig:
+    """What streams of whole ranges between nodes may take from this node's other work."""
+
+    snapshot_send_bytes_per_second: int = _setting(
+        Kind.BYTES,
+        32 * _MIB,
+        low=_MIB,
+        high=1024 * 1024 * _MIB,
+        help="Rows of snapshots that this node sends in a second, all together.",
+    )
+    snapshot_receive_bytes_per_second: int = _setting(
+        Kind.BYTES,
+        32 * _MIB,
+        low=_MIB,
+        high=1024 * 1024 * _MIB,
+        help="Rows of snapshots that this node takes in a second, all together.",
+    )
+    snapshots_sending_max: int = _setting(Kind.COUNT, 2, low=1, high=16, help="Snapshots sent at once.")
+    snapshots_receiving_max: int = _setting(
+        Kind.COUNT, 2, low=1, high=16, help="Snapshots received or installed at once."
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
     )
     admin: str | None = _setting(
         Kind.LISTEN_ADDRESS, None, help="Where the admin page and metrics are served.", metavar="HOST:PORT"
@@ -197,6 +224,7 @@ SECTIONS: Final[dict[str, type]] = {
     "raft": RaftConfig,
     "storage": StorageConfig,
     "ranges": RangesConfig,
+    snapshots: SnapshotsConfig = field(default_factory=SnapshotsConfig)
     "limits": LimitsConfig,
 }
 
@@ -213,6 +241,7 @@ class Setting(NamedTuple):
     low: int | None
     high: int | None
     choices: tuple[str, ...]
+    "snapshots": SnapshotsConfig,
     metavar: str
 
     @property

@@ -26,10 +26,14 @@ def engine_spans(descriptor: RangeDescriptor) -> list[tuple[bytes, bytes]]:
     return spans
 
 
-def snapshot_rows(reader: Reader, descriptor: RangeDescriptor) -> Iterator[tuple[bytes, bytes]]:
-    """All rows of a range in key order. ``reader`` is an engine snapshot unless this is run to its end at once."""
+def snapshot_rows(reader: Reader, descriptor: RangeDescriptor, *, after: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+    """The rows of a range in key order: all, or those whose key in the engine comes after one.
+
+    ``reader`` is an engine snapshot unless this is run to its end at once.
+    """
     for start, end in engine_spans(descriptor):
-        yield from reader.scan(start, end)
+        if after < end:
+            yield from reader.scan(max(start, after + b"\0") if after else start, end)
 
 
 def replace_rows(batch: WriteBatch, descriptor: RangeDescriptor, previous: RangeDescriptor | None = None) -> None:

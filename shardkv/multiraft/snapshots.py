@@ -1,15 +1,13 @@
 """Snapshots: a range streamed to a replica that fell behind the log, and put in place there.
 
-Lives here: both ends of the stream, its limits, and the order of steps of an install. Does not live here: connections
-(a stream of messages is handed in), nor what a range consists of (``machine.snapshot``). A snapshot has a connection of
-its own, so that it never stands before Raft's messages, and no group ever waits for one.
+Lives here: when snapshots are sent and taken, their limits, going on after a break, and the order of steps of an
+install. Does not live here: what the stream consists of (``snapshot_parts``), connections (a stream of messages is
+handed in), nor what a range consists of (``machine.snapshot``). A snapshot has a connection of its own, so that it
+never stands before Raft's messages, and no group ever waits for one (trap 16): where there is no room, the group is
+told that it failed, and asks again.
 
-The messages, each the payload of one SNAPSHOT frame:
-
-    ["begin", range_id, to, from, term, index, log_term, conf_state, descriptor]
-    ["rows", [key, value, key, value, ...]]        in key order
-    ["end", rows]                                  answered by
-    ["done"] or ["refused", reason]
+When the connection breaks, the sender keeps its engine snapshot and the receiver its unfinished file, both for a
+bounded time, and the sender goes on after the last chunk that has arrived. A restart of either end begins anew.
 
 The receiver builds a file as the rows come, so its memory is bounded whatever the range's size. An ingested file is
 durable at once while batches written before it are not (trap 19); hence the install first deletes the old data and
@@ -18,40 +16,57 @@ does the log begin anew. A crash before the ingest leaves the mark, by which the
 snapshot again.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import trio
 
-from shardkv import codec
+from shardkv.config import SnapshotsConfig
 from shardkv.environment import Disk, Environment
-from shardkv.errors import Busy, Corruption, ProtocolError, ShardKVError, StorageError
-from shardkv.machine import keys
-from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine
-from shardkv.machine.rows import InstallMark, unpack_applied, unpack_descriptor
-from shardkv.machine.snapshot import begin_install, engine_spans, snapshot_rows
+from shardkv.errors import Busy, OutOfSpace, ProtocolError, ShardKVError, StorageError
+from shardkv.machine.machine import RangeMachine
+from shardkv.machine.snapshot import begin_install
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
+from shardkv.multiraft.snapshot_parts import (
+    ID_BYTES,
+    WINDOW_CHUNKS,
+    Begin,
+    Incoming,
+    Outgoing,
+    Pace,
+    decode_begin,
+    encode_begin,
+)
 from shardkv.multiraft.turn import hard_state_of
-from shardkv.raft.messages import ConfState, Message, MessageType, Snapshot, SnapshotMetadata
+from shardkv.raft.messages import Message, SnapshotMetadata
 from shardkv.ranges.spans import SpanTaken
-from shardkv.storage.engine import Engine, IngestBuilder, WriteBatch
+from shardkv.storage.engine import Engine, WriteBatch
 from shardkv.storage.engine import Snapshot as EngineSnapshot
 from shardkv.storage.wal import CompactLog, LogUpdate, ResetLog
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, RangeId
 
-CHUNK_BYTES: Final = 256 * 1024
-"""Rows travel in chunks of about this size; one is in memory at each end."""
-CHUNK_ROWS_MAX: Final = 2_000
-SENDING_MAX: Final = 2
-RECEIVING_MAX: Final = 2
-"""Streams at once, each way: more would starve the groups that work (trap 16)."""
-BYTES_PER_SECOND_MAX: Final = 64 * 1024 * 1024
+FULL_DISK_RETRY_SECONDS: Final = 1.0
+"""How long a step of an install that found no room waits until it is taken again."""
 SILENCE_SECONDS_MAX: Final = 10.0
 """A stream on which nothing moves for this long is given up."""
+FINISH_SECONDS_MAX: Final = 3 * SILENCE_SECONDS_MAX
+"""The last answer may take longer: the file's last blocks are on their way to the disk."""
+RESUME_SECONDS_MAX: Final = 30.0
+"""After a break: how long the sender keeps its engine snapshot without getting further, and the receiver its file."""
+SENDING_SECONDS_MAX: Final = 4 * 3600.0
+"""No engine snapshot is kept for longer than this: it keeps deleted data on the disk."""
+RETRY_SECONDS_MIN: Final = 0.1
+RETRY_SECONDS_MAX: Final = 2.0
+CATCH_UP_SECONDS: Final = 60.0
+"""For this long after its snapshot, the log keeps what a receiver needs next, however much that is (trap 11)."""
+
+DEFAULTS: Final = SnapshotsConfig()
+
+_BREAKS: Final = (ShardKVError, OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class SnapshotStream(Protocol):
@@ -67,8 +82,28 @@ class SnapshotStream(Protocol):
 DialSnapshot = Callable[[NodeId], AbstractAsyncContextManager[SnapshotStream]]
 
 
+class StreamBroken(ProtocolError):
+    """The connection ended, or went silent, in the middle: the stream may be resumed on another."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotStatistics:
+    """What the service has done since it started, and what it does now."""
+
+    sending: int
+    receiving: int
+    """Streams now open."""
+    waiting: int
+    """Unfinished files that wait for their stream to go on."""
+    installing: int
+    chunks_sent: int
+    chunks_received: int
+    resumed: int
+    """Streams that this node has sent on after a break, not counting those that began anew."""
+
+
 @dataclass(slots=True)
-class _Incoming:
+class _Arrived:
     """A snapshot that has arrived whole and waits for its group to take it."""
 
     path: str
@@ -78,10 +113,21 @@ class _Incoming:
 
 
 class Snapshots:
-    """The node's snapshot service. :meth:`run` gives it a nursery."""
+    """The node's snapshot service. :meth:`run` gives it a nursery.
+
+    Invariants: a range is in at most one of ``_receiving`` and ``_incoming``, and never in ``_waiting`` with either;
+    ``_waiting`` holds no more than may be received at once; a range in ``_waiting`` reserves no span.
+    """
 
     def __init__(
-        self, driver: Driver, environment: Environment, directory: str, dial: DialSnapshot, *, log: Any
+        self,
+        driver: Driver,
+        environment: Environment,
+        directory: str,
+        dial: DialSnapshot,
+        *,
+        log: Any,
+        config: SnapshotsConfig = DEFAULTS,
     ) -> None:
         self._driver = driver
         self._catalog: Catalog = driver.catalog
@@ -90,18 +136,45 @@ class Snapshots:
         self._directory = directory
         self._dial = dial
         self._log = log
+        self._config = config
         self._nursery: trio.Nursery
         self._sending: dict[tuple[RangeId, int], None] = {}
+        self._sent: dict[tuple[RangeId, int], int] = {}
+        """Until when the log is kept for a replica that was sent a snapshot."""
         self._receiving: dict[RangeId, None] = {}
-        self._incoming: dict[RangeId, _Incoming] = {}
+        self._waiting: dict[RangeId, Incoming] = {}
+        """Snapshots whose stream broke, oldest first."""
+        self._incoming: dict[RangeId, _Arrived] = {}
         """By range, until its install is over."""
         self._files = 0
+        self._send_pace = Pace(environment.clock, config.snapshot_send_bytes_per_second)
+        self._receive_pace = Pace(environment.clock, config.snapshot_receive_bytes_per_second)
+        self._chunks_sent = self._chunks_received = self._resumed = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
             await trio.Event().wait()
+
+    def statistics(self) -> SnapshotStatistics:
+        return SnapshotStatistics(
+            sending=len(self._sending),
+            receiving=len(self._receiving),
+            waiting=len(self._waiting),
+            installing=len(self._incoming),
+            chunks_sent=self._chunks_sent,
+            chunks_received=self._chunks_received,
+            resumed=self._resumed,
+        )
+
+    def check(self) -> None:
+        config = self._config
+        assert len(self._sending) <= config.snapshots_sending_max, f"{len(self._sending)} are being sent"
+        assert len(self._waiting) <= config.snapshots_receiving_max, f"{len(self._waiting)} wait"
+        for range_id in self._waiting:
+            assert range_id not in self._receiving, f"range {range_id} waits and is received"
+            assert range_id not in self._incoming, f"range {range_id} waits and is installed"
 
     # Sending
 
@@ -111,123 +184,186 @@ class Snapshots:
         if key in self._sending:
             return  # its outcome will be reported
         node_id = replica.node_of(message.to)
-        if node_id is None or replica.machine is None or len(self._sending) >= SENDING_MAX:
+        if node_id is None or replica.machine is None or len(self._sending) >= self._config.snapshots_sending_max:
             replica.raft.report_snapshot(message.to, False)
             self._driver.touch(replica)
             return
         self._sending[key] = None
         # The state as of now, which may be newer than the message says; never older.
-        metadata = replica.machine.snapshot_metadata()
-        begin = [
-            "begin",
-            replica.range_id,
-            message.to,
-            replica.replica_id,
-            replica.raft.term,
-            metadata.index,
-            metadata.term,
-            [list(part) if isinstance(part, tuple) else part for part in metadata.conf_state],
-            replica.machine.descriptor.to_wire(),
-        ]
-        snapshot = self._engine.snapshot()
-        self._nursery.start_soon(self._send, replica, message.to, node_id, begin, snapshot, replica.machine.descriptor)
+        metadata, descriptor = replica.machine.snapshot_metadata(), replica.machine.descriptor
+        self._nursery.start_soon(
+            self._send, replica, message.to, node_id, self._engine.snapshot(), metadata, descriptor
+        )
+
+    def keeps_log(self, range_id: RangeId, replica_id: int) -> bool:
+        """Whether a replica is being sent a snapshot, or was a moment ago: it will need the log that follows."""
+        key = (range_id, replica_id)
+        if key in self._sending:
+            return True
+        until_ns = self._sent.get(key)
+        if until_ns is None:
+            return False
+        if until_ns < self._environment.clock.monotonic_ns():
+            del self._sent[key]
+            return False
+        return True
 
     async def _send(
         self,
         replica: Replica,
         to: int,
         node_id: NodeId,
-        begin: list[Any],
         snapshot: EngineSnapshot,
+        metadata: SnapshotMetadata,
         descriptor: RangeDescriptor,
     ) -> None:
         sent = False
         try:
-            async with self._dial(node_id) as stream:
-                await self._say(stream, begin)
-                rows = 0
-                async for chunk in self._chunks(snapshot, descriptor):
-                    rows += len(chunk) // 2
-                    await self._say(stream, ["rows", chunk])
-                await self._say(stream, ["end", rows])
-                with self._environment.clock.deadline(SILENCE_SECONDS_MAX * 3):
-                    answer = await stream.receive()
-                    sent = answer == ["done"]
-                    if not sent:
-                        self._log.info("snapshot refused", range=begin[1], to=to, reason=str(answer)[:200])
-        except (ShardKVError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._log.info("snapshot not sent", range=begin[1], to=to, reason=str(error))
+            outgoing = Outgoing(snapshot, descriptor)
+            sent = await self._send_until_whole(replica, to, node_id, outgoing, metadata, descriptor)
         finally:
             snapshot.close()
-            del self._sending[(replica.range_id, to)]
+            key = (replica.range_id, to)
+            del self._sending[key]
+            if sent:
+                self._sent.pop(key, None)
+                self._sent[key] = self._environment.clock.monotonic_ns() + int(CATCH_UP_SECONDS * 1e9)
             if self._catalog.replicas.get(replica.range_id) is replica:
                 replica.raft.report_snapshot(to, sent)
                 self._driver.touch(replica)
 
+    async def _send_until_whole(
+        self,
+        replica: Replica,
+        to: int,
+        node_id: NodeId,
+        outgoing: Outgoing,
+        metadata: SnapshotMetadata,
+        descriptor: RangeDescriptor,
+    ) -> bool:
+        """Whether the receiver has it. After a break the stream goes on, as long as it gets further."""
+        clock = self._environment.clock
+        id_ = self._environment.ids.random_bytes(ID_BYTES)
+        begun = progressed = clock.monotonic_ns()
+        acknowledged = 0
+        pause = RETRY_SECONDS_MIN
+        while True:
+            try:
+                async with self._dial(node_id) as stream:
+                    begin = encode_begin(id_, to, replica.replica_id, replica.raft.term, metadata, descriptor)
+                    return await self._stream(stream, begin, replica, outgoing)
+            except _BREAKS as error:
+                self._log.info("snapshot not sent", range=replica.range_id, to=to, reason=str(error))
+            now = clock.monotonic_ns()
+            if outgoing.acknowledged_max > acknowledged:
+                acknowledged, progressed, pause = outgoing.acknowledged_max, now, RETRY_SECONDS_MIN
+            if (
+                not acknowledged  # nothing would be lost: Raft tries again, with the state as of then
+                or not replica.leads
+                or now - progressed > RESUME_SECONDS_MAX * 1e9
+                or now - begun > SENDING_SECONDS_MAX * 1e9
+            ):
+                return False
+            await clock.sleep(pause)
+            pause = min(2 * pause, RETRY_SECONDS_MAX)
+
+    async def _stream(self, stream: SnapshotStream, begin: list[Any], replica: Replica, outgoing: Outgoing) -> bool:
+        """One connection's part of it: whether the receiver took the whole. Raises when the connection breaks."""
+        await self._say(stream, begin)
+        match await self._hear(stream):
+            case ["from", int(chunks), int(checksum)]:
+                if not outgoing.resume(chunks, checksum):
+                    raise ProtocolError(f"the receiver has {chunks} chunks that were never sent like that")
+                self._resumed += chunks > 0
+            case answer:
+                if outgoing.acknowledged_max:
+                    # It knows the stream, or will be free again.
+                    raise StreamBroken(f"not resumed: {str(answer)[:200]}")
+                return self._refused(begin, answer)
+        while (chunk := outgoing.next_chunk()) is not None:
+            await self._say(stream, ["rows", *chunk])
+            self._chunks_sent += 1
+            await self._send_pace.spend(len(chunk.rows))
+            if not replica.leads:
+                return self._refused(begin, "no longer the leader")
+            if outgoing.unacknowledged >= WINDOW_CHUNKS:
+                answer = await self._hear(stream)
+                if not _acknowledges(outgoing, answer):
+                    return self._refused(begin, answer)
+        end = outgoing.end
+        await self._say(stream, ["end", end.chunks, end.rows, end.checksum, replica.raft.term])
+        while _acknowledges(outgoing, answer := await self._hear(stream, FINISH_SECONDS_MAX)):
+            pass
+        return answer == ["done"] or self._refused(begin, answer)
+
+    def _refused(self, begin: list[Any], answer: object) -> bool:
+        self._log.info("snapshot refused", range=begin[2], to=begin[3], reason=str(answer)[:200])
+        return False
+
     async def _say(self, stream: SnapshotStream, message: list[Any]) -> None:
-        """Send a part. Raises ProtocolError when the receiver takes nothing for too long."""
+        """Send a part. Raises StreamBroken when the other side takes nothing for too long."""
         with self._environment.clock.deadline(SILENCE_SECONDS_MAX) as scope:
             await stream.send(message)
         if scope.cancelled_caught:
-            raise ProtocolError("the receiver of a snapshot takes nothing any more")
+            raise StreamBroken("the receiver of a snapshot takes nothing any more")
 
-    async def _chunks(self, snapshot: EngineSnapshot, descriptor: RangeDescriptor) -> AsyncIterator[list[bytes]]:
-        """The range's rows in chunks, no faster than the rate allows."""
-        clock = self._environment.clock
-        started, sent = clock.monotonic_ns(), 0
-        chunk: list[bytes] = []
-        size = 0
-        for key, value in snapshot_rows(snapshot, descriptor):
-            chunk.append(key)
-            chunk.append(value)
-            size += len(key) + len(value)
-            if size >= CHUNK_BYTES or len(chunk) >= 2 * CHUNK_ROWS_MAX:
-                yield chunk
-                sent += size
-                due = started + sent * 1_000_000_000 // BYTES_PER_SECOND_MAX
-                await clock.sleep(max(0.0, (due - clock.monotonic_ns()) / 1e9))
-                chunk, size = [], 0
-        if chunk:
-            yield chunk
+    async def _hear(self, stream: SnapshotStream, seconds: float | None = None) -> list[Any]:
+        """The next part. Raises StreamBroken when none comes."""
+        part: list[Any] | None = None
+        try:
+            with self._environment.clock.deadline(SILENCE_SECONDS_MAX if seconds is None else seconds):
+                part = await stream.receive()
+        except _BREAKS as error:
+            raise StreamBroken(str(error)) from error
+        if part is None:
+            raise StreamBroken("the other side of a snapshot fell silent")
+        return part
 
     # Receiving
 
     async def receive(self, stream: SnapshotStream, sender: NodeId) -> None:
-        """Serve one incoming stream to its end. Raises ProtocolError for what is not a snapshot."""
-        range_id, message, descriptor = _decode_begin(await self._hear(stream))
+        """Serve one incoming stream to its end. Raises ProtocolError for what is not a snapshot, and StreamBroken."""
+        begin = decode_begin(await self._hear(stream))
+        range_id = begin.range_id
         try:
-            replica = self._admit(range_id, message, descriptor, sender)
+            replica = self._admit(begin, sender)
             if range_id != PLACEMENT_RANGE:
-                self._catalog.spans.reserve(range_id, descriptor.span)
+                self._catalog.spans.reserve(range_id, begin.descriptor.span)
         except (ShardKVError, SpanTaken) as error:
             await stream.send(["refused", str(error)])
             return
         self._receiving[range_id] = None
-        self._files += 1
-        path = f"{self._directory}/incoming-{range_id}-{self._files}"
+        incoming: Incoming | None = None
         taken = False
         try:
-            builder = self._engine.builder(path)
-            try:
-                await self._fill(stream, builder, message, descriptor)
-                await self._environment.workers.run(builder.finish)
-                assert message.snapshot is not None, f"a snapshot of range {range_id} without one"
-                index, term, _ = message.snapshot.metadata
-                taken = self._take(replica, message, _Incoming(path, descriptor, index, term))
-            finally:
-                if not taken:
-                    builder.abandon()
+            incoming = await self._unfinished(begin)
+            if incoming is None:
+                incoming = self._new_file(begin)
+            await self._say(stream, ["from", incoming.chunks, incoming.checksum])
+            term = await self._fill(stream, incoming)
+            await self._environment.workers.run(incoming.builder.finish)
+            message = replace(begin.message, term=max(term, begin.message.term))
+            index, log_term, _ = begin.metadata
+            taken = self._take(replica, message, _Arrived(incoming.path, begin.descriptor, index, log_term))
             await stream.send(["done"] if taken else ["refused", "the replica did not need it"])
+        except StreamBroken:
+            if incoming is not None and incoming.chunks and not taken:
+                self._keep(incoming)
+            raise
         finally:
             del self._receiving[range_id]
             if not taken:
                 self._catalog.spans.cancel(range_id)
-                await self._environment.workers.run(_remove, self._environment.disk, path)
+                if incoming is not None and self._waiting.get(range_id) is not incoming:
+                    await self._discard(incoming)
 
-    def _admit(self, range_id: RangeId, message: Message, descriptor: RangeDescriptor, sender: NodeId) -> Replica:
+    def _admit(self, begin: Begin, sender: NodeId) -> Replica:
         """The replica that shall have the snapshot. Raises why it cannot have it now; the sender tries again later."""
-        if len(self._receiving) >= RECEIVING_MAX:
-            raise Busy(f"{len(self._receiving)} snapshots are being received already")
+        range_id, descriptor = begin.range_id, begin.descriptor
+        if self._driver.space.low:
+            raise self._driver.space.refusal()
+        if len(self._receiving) + len(self._incoming) >= self._config.snapshots_receiving_max:
+            raise Busy(f"{len(self._receiving) + len(self._incoming)} snapshots are being received already")
         if range_id in self._receiving or range_id in self._incoming:
             raise Busy(f"a snapshot of range {range_id} is on its way already")
         if range_id != PLACEMENT_RANGE:
@@ -235,50 +371,73 @@ class Snapshots:
             if overlapping:
                 # A split or merge that this node has not applied yet: its own log will bring it (trap 1).
                 raise Busy(f"the span of range {range_id} is still held by range {overlapping[0]} here")
-        replica = self._catalog.admit(range_id, message, sender)
+        replica = self._catalog.admit(range_id, begin.message, sender)
         if replica is None:
-            raise Busy(f"range {range_id} has no replica {message.to} here")
+            raise Busy(f"range {range_id} has no replica {begin.message.to} here")
         return replica
 
-    async def _hear(self, stream: SnapshotStream) -> list[Any]:
-        """The next part. Raises ProtocolError when none comes."""
-        part: list[Any] | None = None
-        with self._environment.clock.deadline(SILENCE_SECONDS_MAX):
-            part = await stream.receive()
-        if part is None:
-            raise ProtocolError("the sender of a snapshot fell silent")
-        return part
+    def _new_file(self, begin: Begin) -> Incoming:
+        self._files += 1
+        path = f"{self._directory}/incoming-{begin.range_id}-{self._files}"
+        return Incoming(begin.id, begin.descriptor, begin.metadata, path, self._engine.builder(path))
 
-    async def _fill(
-        self, stream: SnapshotStream, builder: IngestBuilder, message: Message, descriptor: RangeDescriptor
-    ) -> None:
-        """Put the rows that come into the file. Raises ProtocolError unless they are that range's, in that state."""
-        checker = _RowChecker(descriptor)
-        rows = 0
+    async def _unfinished(self, begin: Begin) -> Incoming | None:
+        """The file of this very stream from before a break, if it is still here. That of another one goes."""
+        incoming = self._waiting.pop(begin.range_id, None)
+        if incoming is None or incoming.is_resumed_by(begin.id, begin.descriptor, begin.metadata):
+            return incoming
+        await self._discard(incoming)
+        return None
+
+    def _keep(self, incoming: Incoming) -> None:
+        """The stream broke: keep what has arrived, for a while and while nobody else wants the place."""
+        self._waiting[incoming.range_id] = incoming
+        self._nursery.start_soon(self._expire, incoming)
+        while len(self._waiting) > self._config.snapshots_receiving_max:
+            oldest = self._waiting.pop(next(iter(self._waiting)))
+            self._nursery.start_soon(self._discard, oldest)
+
+    async def _expire(self, incoming: Incoming) -> None:
+        chunks = incoming.chunks
+        await self._environment.clock.sleep(RESUME_SECONDS_MAX)
+        # Resumed and broken again, it has a later task of its own.
+        if self._waiting.get(incoming.range_id) is incoming and incoming.chunks == chunks:
+            del self._waiting[incoming.range_id]
+            await self._discard(incoming)
+
+    async def _discard(self, incoming: Incoming) -> None:
+        incoming.builder.abandon()
+        await self._environment.workers.run(_remove, self._environment.disk, list(incoming.builder.paths))
+
+    async def _fill(self, stream: SnapshotStream, incoming: Incoming) -> int:
+        """Put the rows that come into the file, to the end; the sender's term then.
+
+        Raises ProtocolError unless they are that range's, in that state, and StreamBroken when they end before.
+        """
         while True:
-            part = await self._hear(stream)
-            match part:
-                case ["rows", [*chunk]] if len(chunk) % 2 == 0:
-                    for position in range(0, len(chunk), 2):
-                        key, value = chunk[position], chunk[position + 1]
-                        checker.look_at(key, value)
-                        builder.put(key, value)
-                    rows += len(chunk) // 2
-                case ["end", int(count)] if count == rows:
-                    assert message.snapshot is not None, f"a snapshot of {descriptor} without one"
-                    checker.require_state(message.snapshot.metadata)
-                    return
-                case _:
+            match await self._hear(stream):
+                case ["rows", int(number), bytes(rows), int(checksum)]:
+                    incoming.absorb(number, rows, checksum)
+                    self._chunks_received += 1
+                    await self._receive_pace.spend(len(rows))
+                    try:
+                        await self._say(stream, ["have", number])
+                    except _BREAKS as error:
+                        raise StreamBroken(str(error)) from error
+                case ["end", int(chunks), int(rows), int(checksum), int(term)]:
+                    incoming.require_whole(chunks, rows, checksum)
+                    return term
+                case part:
                     raise ProtocolError(f"not a part of a snapshot: {str(part)[:100]}")
 
-    def _take(self, replica: Replica, message: Message, incoming: _Incoming) -> bool:
+    def _take(self, replica: Replica, message: Message, arrived: _Arrived) -> bool:
         """Offer the arrived snapshot to the group; whether the group wants it."""
         if self._catalog.replicas.get(replica.range_id) is not replica:
             return False
         if replica.needs_snapshot:
-            if incoming.index < replica.log.compact_index:
+            if arrived.index < replica.log.compact_index:
                 return False  # of a leader that has applied less than this replica once had
-            self._incoming[replica.range_id] = incoming
+            self._incoming[replica.range_id] = arrived
             replica.installing = True
             self._nursery.start_soon(self._reinstall, replica)
             return True
@@ -287,7 +446,7 @@ class Snapshots:
         if replica.raft.raft.log.snapshot is not message.snapshot:
             self._log.debug("snapshot not needed", range=replica.range_id, committed=replica.raft.committed)
             return False
-        self._incoming[replica.range_id] = incoming
+        self._incoming[replica.range_id] = arrived
         return True
 
     # Installing
@@ -314,21 +473,37 @@ class Snapshots:
         del self._incoming[replica.range_id]
         self._driver.hooks.descriptor(replica)
 
-    async def _replace_data(self, replica: Replica, incoming: _Incoming) -> None:
+    async def _replace_data(self, replica: Replica, incoming: _Arrived) -> None:
         """The engine's part of an install; every step may be the last before a crash."""
         engine, workers = self._engine, self._environment.workers
         old = replica.machine.descriptor if replica.machine is not None else None
         replica.machine = None
         batch = WriteBatch()
         begin_install(batch, incoming.descriptor, incoming.index, incoming.term, old)
-        engine.write(batch)
-        await workers.run(engine.flush)
-        await workers.run(engine.ingest, incoming.path)
+        await self._when_room(self._write, batch)
+        await self._when_room(workers.run, engine.flush)
+        await self._when_room(workers.run, engine.ingest, incoming.path)
         machine = RangeMachine.load(replica.range_id, engine, self._catalog.extension(replica.range_id))
         if machine is None or machine.applied_index != incoming.index:
             raise StorageError(f"a snapshot of range {replica.range_id} does not hold the state that it names")
         replica.machine = machine
         self._catalog.installed(replica)
+
+    async def _write(self, batch: WriteBatch) -> None:
+        self._engine.write(batch)
+
+    async def _when_room(self, step: Callable[..., Awaitable[object]], *arguments: Any) -> None:
+        """Take a step of an install, and take it again where the disk was full: half way, the range has no data."""
+        while True:
+            try:
+                await step(*arguments)
+            except OutOfSpace as error:
+                self._driver.space.failed("install", error)
+                self._log.error("no room to install a snapshot", reason=str(error))
+                await self._environment.clock.sleep(FULL_DISK_RETRY_SECONDS)
+            else:
+                self._driver.space.succeeded("install")
+                return
 
     async def _reinstall(self, replica: Replica) -> None:
         """Install for a replica whose last install was interrupted: it has a log, but no data to apply it to."""
@@ -349,90 +524,18 @@ class Snapshots:
         self._driver.hooks.descriptor(replica)
 
 
-def _remove(disk: Disk, path: str) -> None:
-    with suppress(FileNotFoundError):
-        disk.unlink(path)
+def _acknowledges(outgoing: Outgoing, answer: list[Any]) -> bool:
+    match answer:
+        case ["have", int(chunks)]:
+            outgoing.acknowledge(chunks)
+            return True
+    return False
 
 
-class _RowChecker:
-    """Looks at the rows of a snapshot as they come: they go into the engine unseen, and it holds other ranges too."""
-
-    __slots__ = ("_descriptor", "_last", "_spans", "_state", "_stated")
-
-    def __init__(self, descriptor: RangeDescriptor) -> None:
-        self._descriptor = descriptor
-        self._spans = engine_spans(descriptor)
-        self._last = b""
-        self._state: bytes | None = None
-        self._stated: bytes | None = None
-
-    def look_at(self, key: object, value: object) -> None:
-        """Raises ProtocolError for what is no row of this range, or comes out of order."""
-        if type(key) is not bytes or type(value) is not bytes or key <= self._last:
-            raise ProtocolError(f"the rows of a snapshot of range {self._descriptor.range_id} are out of order")
-        self._last = key
-        start, end = self._spans[0]
-        if not start <= key < end:
-            if len(self._spans) == 1:
-                raise ProtocolError(f"a snapshot of range {self._descriptor.range_id} has a row of somebody else's")
-            # The rows of the next span; they are in key order, and so are the spans.
-            del self._spans[0]
-            self._last = b""
-            self.look_at(key, value)
-        elif key == keys.applied_key(self._descriptor.range_id):
-            self._state = value
-        elif key == keys.descriptor_key(self._descriptor.range_id):
-            self._stated = value
-
-    def require_state(self, metadata: SnapshotMetadata) -> None:
-        """Raises ProtocolError unless the rows hold the state that the snapshot was announced as."""
-        try:
-            state = unpack_applied(self._state or b"")
-            descriptor = unpack_descriptor(self._stated or b"")
-        except Corruption as error:
-            raise ProtocolError(f"a snapshot of range {self._descriptor.range_id} has no state: {error}") from error
-        if isinstance(state, InstallMark) or descriptor != self._descriptor:
-            raise ProtocolError(f"a snapshot of range {self._descriptor.range_id} holds another state than announced")
-        if (state.index, state.term, state.conf_state) != tuple(metadata):
-            raise ProtocolError(f"a snapshot of range {self._descriptor.range_id} holds another index than announced")
-
-
-def _decode_begin(begin: list[Any]) -> tuple[RangeId, Message, RangeDescriptor]:
-    match begin:
-        case [
-            "begin",
-            int(range_id),
-            int(to),
-            int(from_),
-            int(term),
-            int(index),
-            int(log_term),
-            [[*voters], [*learners], [*outgoing], [*learners_next], bool(auto_leave)],
-            fields,
-        ]:
-            conf_state = ConfState(tuple(voters), tuple(learners), tuple(outgoing), tuple(learners_next), auto_leave)
-            try:
-                descriptor = RangeDescriptor.from_wire(fields)
-            except ValueError as error:
-                raise codec.malformed(str(error)) from error
-            members = {replica.replica_id for replica in descriptor.replicas}
-            ids = (*voters, *learners, *outgoing, *learners_next)
-            if (
-                descriptor.range_id == range_id
-                and descriptor.span.empty == (range_id == PLACEMENT_RANGE)
-                and voters
-                and all(type(each) is int for each in ids)
-                and set(ids) == members
-                and not {*learners, *learners_next} & set(voters)
-                and not set(learners) & set(outgoing)
-                and set(learners_next) <= set(outgoing)
-                and to in members
-                and INITIAL_TERM <= log_term <= term < 1 << 63
-                and INITIAL_INDEX <= index < 1 << 63
-            ):
-                snapshot = Snapshot(SnapshotMetadata(index, log_term, conf_state))
-                return RangeId(range_id), Message(MessageType.SNAP, to, from_, term, snapshot=snapshot), descriptor
-    raise ProtocolError(f"not the beginning of a snapshot: {str(begin)[:100]}")
+def _remove(disk: Disk, paths: list[str]) -> None:
+    for path in paths:
+        with suppress(FileNotFoundError):
+            disk.unlink(path)
 
 
 SnapshotHandler = Callable[[SnapshotStream, NodeId], Awaitable[None]]

@@ -113,11 +113,16 @@ class Snapshot(Reader, Protocol):
 
 
 class IngestBuilder(Protocol):
-    """Writes one sorted file to be ingested."""
+    """Writes sorted pairs to be ingested as one, in bounded memory however many they are."""
 
     @property
     def written_bytes(self) -> int:
         """Keys and values put so far."""
+        ...
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """The files on the disk, one or several: what is not ingested after all, the owner unlinks."""
         ...
 
     def put(self, key: bytes, value: bytes) -> None:
@@ -166,8 +171,9 @@ class Engine(Reader, Protocol):
         ...
 
     def ingest(self, path: str) -> None:
-        """Take over the built file: its pairs overwrite. Blocks. Durable at once, while batches written *before* it
-        are not: flush first, and carry the range's applied index in the file (trap 19). The file is gone after."""
+        """Take over what was built at ``path``, as one: its pairs overwrite. Blocks. Durable at once, while batches
+        written *before* it are not: flush first, and carry the range's applied index in it (trap 19). The files are
+        gone after."""
         ...
 
     def close(self) -> None:

@@ -251,6 +251,7 @@ class MemoryIngestBuilder:
         self._pairs: dict[bytes, bytes] = {}
         self._last: bytes | None = None
         self.written_bytes = 0
+        self.paths: tuple[str, ...] = ()
 
     def put(self, key: bytes, value: bytes) -> None:
         assert self._last is None or key > self._last, f"{key!r} was put after {self._last!r}"

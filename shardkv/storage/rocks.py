@@ -32,6 +32,11 @@ SCAN_CHUNK_KEYS: Final = 256
 
 _ABSENT: Final = "key not found"
 _NO_KEY: Final = b"\0"
+SCAN_CHUNK_BYTES: Final = 256 * 1024
+"""And no more than this of values, but for the last: 256 of the largest would fill the memory and hold up the loop."""
+INGEST_FILE_BYTES: Final = 64 * 1024 * 1024
+"""What is built to be ingested is cut into files of this size. A writer keeps its file's index and filter in memory,
+about 4 % of the data, and reading a file later loads both as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,8 @@ class RocksEngine:
         self._written_bytes = 0
         self._flushed_bytes = 0
         self._closed = False
+        self._built: dict[str, list[str]] = {}
+        """The files of what was built and is not ingested yet, by the path that stands for them."""
 
     # Reads
 
@@ -200,13 +207,14 @@ class RocksEngine:
     # Ingest
 
     def builder(self, path: str) -> "RocksIngestBuilder":
-        return RocksIngestBuilder(self._options, path)
+        return RocksIngestBuilder(self._options, path, self._built)
 
     def ingest(self, path: str) -> None:
         options = rocksdict.IngestExternalFileOptions()
         options.set_move_files(True)
         try:
-            self._db.ingest_external_file([path], options)
+            # Several files at once are one change of the store: all of them are there after a crash, or none.
+            self._db.ingest_external_file(self._built.pop(path, [path]), options)
         except Exception as error:
             raise _translated(error, f"ingesting {path}") from error
 
@@ -285,46 +293,56 @@ class RocksSnapshot:
 
     def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         while start < end:
-            chunk = self._backward(start, end) if reverse else self._forward(start, end)
+            chunk, ended = self._backward(start, end) if reverse else self._forward(start, end)
             yield from chunk
-            if len(chunk) < SCAN_CHUNK_KEYS:
+            if ended:
                 return
             if reverse:
                 end = chunk[-1][0]
             else:
                 start = chunk[-1][0] + b"\0"
 
-    def _forward(self, start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
+    def _forward(self, start: bytes, end: bytes) -> tuple[list[tuple[bytes, bytes]], bool]:
+        """The first pairs, and whether they are all."""
         iterator = self._open_iterator()
         chunk: list[tuple[bytes, bytes]] = []
         iterator.seek(start)
-        while len(chunk) < SCAN_CHUNK_KEYS and iterator.valid():
+        while iterator.valid():
             key = iterator.key()
             if key >= end:
-                return chunk
-            chunk.append((key, iterator.value()))
+                return chunk, True
+            value = iterator.value()
+            chunk.append((key, value))
+            size += len(value)
+            if len(chunk) >= SCAN_CHUNK_KEYS or size >= SCAN_CHUNK_BYTES:
+                return chunk, False
             iterator.next()
         _ended_well(iterator)
-        return chunk
+        return chunk, True
 
-    def _backward(self, start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
+    def _backward(self, start: bytes, end: bytes) -> tuple[list[tuple[bytes, bytes]], bool]:
         iterator = self._open_iterator()
         chunk: list[tuple[bytes, bytes]] = []
         iterator.seek_for_prev(end)
         if iterator.valid() and iterator.key() == end:
             iterator.prev()
-        while len(chunk) < SCAN_CHUNK_KEYS and iterator.valid():
+        while iterator.valid():
             key = iterator.key()
             if key < start:
-                return chunk
-            chunk.append((key, iterator.value()))
+                return chunk, True
+            value = iterator.value()
+            chunk.append((key, value))
+            size += len(value)
+            if len(chunk) >= SCAN_CHUNK_KEYS or size >= SCAN_CHUNK_BYTES:
+                return chunk, False
             iterator.prev()
         _ended_well(iterator)
-        return chunk
+        return chunk, True
 
     def _open_iterator(self) -> Any:
         if self._iterator is None:
             raise StorageError("engine: the snapshot is closed")
+        size = 0
         return self._iterator
 
     def close(self) -> None:
@@ -334,10 +352,14 @@ class RocksSnapshot:
 class RocksIngestBuilder:
     """See :class:`shardkv.storage.engine.IngestBuilder`."""
 
-    def __init__(self, options: rocksdict.Options, path: str) -> None:
+    def __init__(self, options: rocksdict.Options, path: str, built: dict[str, list[str]]) -> None:
+        self._options = options
         self._path = path
-        self._writer = rocksdict.SstFileWriter(options)
+        self._built = built
+        self._cut_bytes = INGEST_FILE_BYTES
+        self.paths: list[str] = []
         self.written_bytes = 0
+        size = 0
         try:
             self._writer.open(path)
         except Exception as error:
@@ -350,11 +372,27 @@ class RocksIngestBuilder:
             raise _translated(error, f"building {self._path}") from error
         self.written_bytes += len(key) + len(value)
 
-    def finish(self) -> None:
+    def _finish_file(self) -> None:
         try:
             self._writer.finish()
         except Exception as error:
-            raise _translated(error, f"finishing {self._path}") from error
+            raise _translated(error, f"finishing {self.paths[-1]}") from error
+
+    def finish(self) -> None:
+        self._finish_file()
+        self._built[self._path] = self.paths
 
     def abandon(self) -> None:
-        """The unfinished file stays until its name is used again or the owner unlinks it."""
+        """The unfinished files stay until their names are used again or the owner unlinks them."""
+        self._built.pop(self._path, None)
+        self._open()
+
+    def _open(self) -> None:
+        path = f"{self._path}.{len(self.paths)}" if self.paths else self._path
+        self._writer = rocksdict.SstFileWriter(self._options)
+        self.paths.append(path)
+        if self.written_bytes >= self._cut_bytes:
+            # Most of the file is on the disk by now (bytes_per_sync), so this takes milliseconds.
+            self._finish_file()
+            self._open()
+            self._cut_bytes = self.written_bytes + INGEST_FILE_BYTES

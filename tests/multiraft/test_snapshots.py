@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from shardkv import codec
+from shardkv.config import SnapshotsConfig
 from shardkv.errors import ProtocolError
 from shardkv.machine.machine import INITIAL_TERM, RangeMachine
 from shardkv.machine.snapshot import installing, snapshot_rows
@@ -25,10 +28,13 @@ class Stream:
     def __init__(self, *parts: list[Any]) -> None:
         self.parts = list(parts)
         self.answers: list[list[Any]] = []
+        """The outcome."""
+        self.progress: list[list[Any]] = []
+        """Where the receiver began, and what it acknowledged."""
         self.more = trio.Event()
 
     async def send(self, message: list[Any]) -> None:
-        self.answers.append(message)
+        (self.progress if message[0] in ("from", "have") else self.answers).append(message)
 
     async def receive(self) -> list[Any]:
         await trio.sleep(0.001)
@@ -43,6 +49,7 @@ def spelled(host: Host, to: int, range_id: int = RANGE, **changes: Any) -> list[
     machine = host.machine(range_id)
     metadata = machine.snapshot_metadata()
     fields: dict[str, Any] = {
+        "id": b"a stream of 16 B",
         "range": range_id,
         "to": to,
         "sender": host.replica(range_id).replica_id,
@@ -55,7 +62,19 @@ def spelled(host: Host, to: int, range_id: int = RANGE, **changes: Any) -> list[
         **changes,
     }
     rows = fields.pop("rows")
-    return [["begin", *fields.values()], ["rows", rows], ["end", len(rows) // 2]]
+    return [["begin", *fields.values()], *carried(rows, fields["term"])]
+
+
+def carried(rows: list[Any], term: int = 9, *, chunks: int = 1, count: int | None = None) -> list[list[Any]]:
+    """Rows as the parts of a stream that follow its beginning; ``count`` is what the end says instead of the truth."""
+    parts: list[list[Any]] = []
+    checksum = 0
+    size = -(-len(rows) // 2 // chunks) * 2
+    for number, first in enumerate(range(0, len(rows), size or 1), 1):
+        packed = codec.dumps(rows[first : first + size])
+        checksum = crc32(packed, checksum)
+        parts.append(["rows", number, packed, checksum])
+    return [*parts, ["end", len(parts), len(rows) // 2 if count is None else count, checksum, term]]
 
 
 def compact(host: Host, range_id: int = RANGE) -> None:
@@ -372,12 +391,13 @@ async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_
     async with world(3) as hosts:
         late = await behind(hosts)
         leader = hosts.leader()
-        late.snapshots._receiving.update({RangeId(70 + n): None for n in range(snapshots.RECEIVING_MAX)})
+        limits = SnapshotsConfig()
+        late.snapshots._receiving.update({RangeId(70 + n): None for n in range(limits.snapshots_receiving_max)})
         stream = Stream(*spelled(leader, 3))
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.answers[0][0] == "refused"
         late.snapshots._receiving.clear()
-        leader.snapshots._sending.update({(RangeId(70 + n), 1): None for n in range(snapshots.SENDING_MAX)})
+        leader.snapshots._sending.update({(RangeId(70 + n), 1): None for n in range(limits.snapshots_sending_max)})
         hosts.heal()
         await trio.sleep(1)
         assert late.value(b"new4") is None
@@ -386,8 +406,9 @@ async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_
 
 
 def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:
-    begin, rows, end = spelled(leader, 3)
-    body = rows[1]
+    begin, part, end = spelled(leader, 3)
+    body = codec.loads(part[2])
+    count = len(body) // 2
     machine = leader.machine()
     narrow = machine.descriptor.with_span(KeyRange(b"a", b"b"), machine.descriptor.epoch).to_wire()
     return {
@@ -400,17 +421,25 @@ def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:
         "no voters": spelled(leader, 3, conf_state=[[], [1, 2, 3], [], [], False]),
         "an index of nothing": spelled(leader, 3, index=0),
         "a term of nothing": spelled(leader, 3, log_term=INITIAL_TERM - 1),
-        "another index than its rows": spelled(leader, 3, index=begin[5] + 1),
+        "another index than its rows": spelled(leader, 3, index=begin[6] + 1),
         "another span than its rows": spelled(leader, 3, descriptor=narrow),
-        "rows out of order": [begin, ["rows", [*body[2:4], *body[0:2], *body[4:]]], end],
-        "rows twice": [begin, ["rows", [*body[:2], *body]], ["end", end[1] + 1]],
-        "rows of numbers": [begin, ["rows", [1, 2]], ["end", 1]],
-        "rows of another range": [begin, ["rows", [*body, b"\x02" + bytes(7) + b"\x09a", b"x"]], ["end", end[1] + 1]],
-        "rows of the node": [begin, ["rows", [b"\x01x", b"x", *body]], ["end", end[1] + 1]],
-        "rows missing": [begin, ["rows", body], ["end", end[1] + 1]],
-        "no rows": [begin, ["end", 0]],
-        "an odd number": [begin, ["rows", body[:1]], end],
-        "user rows only": [begin, ["rows", body[-2:]], ["end", 1]],
+        "another id than an id": spelled(leader, 3, id=b"short"),
+        "rows out of order": [begin, *carried([*body[2:4], *body[0:2], *body[4:]])],
+        "rows twice": [begin, *carried([*body[:2], *body])],
+        "rows of numbers": [begin, *carried([1, 2])],
+        "rows of another range": [begin, *carried([*body, b"\x02" + bytes(7) + b"\x09a", b"x"])],
+        "rows of the node": [begin, *carried([b"\x01x", b"x", *body])],
+        "rows missing": [begin, *carried(body, count=count + 1)],
+        "a chunk missing": [begin, *carried(body, chunks=3)[1:]],
+        "a chunk twice": [begin, part, part, end],
+        "a chunk less than was sent": [begin, *carried(body, chunks=3)[:2], end],
+        "a damaged chunk": [begin, [*part[:2], part[2][:-1] + b"!", part[3]], end],
+        "another sum": [begin, part, [*end[:3], end[3] ^ 1, end[4]]],
+        "no rows": [begin, ["end", 0, 0, 0, 9]],
+        "an odd number": [begin, *carried(body[:1])],
+        "rows that are none": [begin, ["rows", 1, b"\x01", crc32(b"\x01")], end],
+        "rows that are nothing": [begin, ["rows", 1, b"", 0], end],
+        "user rows only": [begin, *carried(body[-2:])],
         "silence": [begin],
     }
 
