@@ -1,0 +1,89 @@
+"""How much room a node's disk has left, and what the node takes on while there is little.
+
+Pure: it is told how much is free and which calls failed, and answers. Does not live here: measuring (``maintenance``),
+refusing (``server.requests``, the driver), trying again (the driver, ``snapshots``). The rule: client writes stop while
+there still is room for what a full node must go on writing, which is Raft's own small records, the engine's flushes and
+what frees space; reads never ask.
+
+Three states. With ``free_bytes_min`` free, or more, the node takes everything. Below, it is *low*: it refuses writes,
+but not deletes, since they are how a user makes room. Below half of that, or once a call has failed for lack of room,
+it is *full*: it refuses deletes too, and takes no client data from other nodes' leaders. It leaves a state only when
+there is a quarter more than the state's bound, so that it does not flicker.
+"""
+
+from typing import Final
+
+from shardkv.errors import OutOfSpace
+from shardkv.raft.messages import EntryType, Message, MessageType
+
+FULL_FRACTION: Final = 0.5
+LEAVE_FRACTION: Final = 1.25
+_MIB: Final = 1024 * 1024
+
+
+class Space:
+    """Everything is called in the loop and returns at once.
+
+    Invariants: ``full`` implies ``low``; with a failed call under way, it is full.
+    """
+
+    __slots__ = ("_failed", "_free_bytes", "_free_bytes_min", "_place", "full", "low")
+
+    def __init__(self, free_bytes_min: int = 0, place: str = "the data directory") -> None:
+        self._free_bytes_min = free_bytes_min
+        self._place = place
+        self._free_bytes: int | None = None
+        self._failed: dict[str, str] = {}
+        """What was last tried in vain, by whom, and why it failed."""
+        self.low = False
+        """Refuse client writes that are not deletes."""
+        self.full = False
+        """Refuse every client write, and entries and snapshots of other nodes."""
+
+    def measured(self, free_bytes: int) -> None:
+        """So much is free on the disk now."""
+        self._free_bytes = free_bytes
+        self._judge()
+
+    def failed(self, who: str, error: OutOfSpace) -> None:
+        """A call failed for lack of room. It counts until ``who`` has succeeded."""
+        self._failed[who] = str(error)
+        self._judge()
+
+    def succeeded(self, who: str) -> None:
+        if self._failed.pop(who, None) is not None:
+            self._judge()
+
+    def _judge(self) -> None:
+        low = self._free_bytes_min * (LEAVE_FRACTION if self.low else 1)
+        full = self._free_bytes_min * FULL_FRACTION * (LEAVE_FRACTION if self.full else 1)
+        free = self._free_bytes
+        self.full = bool(self._failed) or (free is not None and free < full)
+        self.low = self.full or (free is not None and free < low)
+
+    def refusal(self) -> OutOfSpace:
+        """What a client is told whose write is refused."""
+        assert self.low, "a refusal while there is room"
+        if self._failed:
+            why = f"its disk is full ({next(iter(self._failed.values()))})"
+        else:
+            free = (self._free_bytes or 0) / _MIB
+            why = f"its disk has {free:.0f} MiB left at {self._place} and needs {self._free_bytes_min / _MIB:.0f} MiB"
+        taken = "reads are served" if self.full else "reads and deletes are served"
+        return OutOfSpace(
+            f"this node takes no writes now, for {why}: free space or enlarge the disk; {taken} meanwhile, and writes "
+            "are taken again by themselves once there is room"
+        )
+
+    def takes(self, message: Message) -> bool:
+        """Whether a full node still takes a message of another node's leader: all but appends of client data.
+
+        What a new leader needs to begin its term has no data; membership changes are few and small.
+        """
+        if message.type is not MessageType.APP:
+            return True
+        return all(not entry.data or entry.type is not EntryType.NORMAL for entry in message.entries)
+
+    def check(self) -> None:
+        assert self.low or not self.full, "full and not low"
+        assert self.full or not self._failed, f"{self._failed} failed, and the node counts as having room"
