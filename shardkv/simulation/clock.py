@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import trio
 
 from shardkv.simulation import determinism
+from shardkv.simulation.calls import Calls
 
 START_WALL_MS = 1_767_225_600_000
 """What a clock without an offset shows when a run starts: 2026-01-01."""
@@ -25,13 +26,15 @@ class SimulationClock:
         wall_offset_ms: how far its idea of the date is ahead.
     """
 
-    __slots__ = ("_base_ns", "_base_time", "_drift", "_last_ns", "wall_offset_ms")
+    __slots__ = ("_base_ns", "_base_time", "_drift", "_last_ns", "node_calls", "wall_offset_ms")
 
     def __init__(self, *, drift: float = 0.0, monotonic_offset_ns: int = 0, wall_offset_ms: int = 0) -> None:
         self._drift = drift
         self._base_time = 0.0
         self._base_ns = monotonic_offset_ns
         self._last_ns = monotonic_offset_ns
+        self.node_calls: Calls | None = None
+        """Where the node whose clock this is counts its calls."""
         self.wall_offset_ms = wall_offset_ms
         """May be set at any time: a clock that is stepped, or an operator's hand."""
 
@@ -55,6 +58,8 @@ class SimulationClock:
         return START_WALL_MS + self.wall_offset_ms + round(determinism.now() * (1.0 + self._drift) * 1000)
 
     async def sleep(self, seconds: float) -> None:
+        if self.node_calls is not None:
+            self.node_calls.hit()
         await determinism.sleep(self._virtual(seconds))
 
     def deadline(self, seconds: float) -> AbstractContextManager[trio.CancelScope]:

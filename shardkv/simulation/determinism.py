@@ -65,7 +65,7 @@ class VirtualClock(trio.abc.Clock):
     def deadline_to_sleep_time(self, deadline: float) -> float:
         if deadline <= self.now:
             return 0
-        if _run.GLOBAL_RUN_CONTEXT.runner.waiting_for_idle:
+        if scheduler.GLOBAL_RUN_CONTEXT.runner.waiting_for_idle:
             return math.inf  # Whoever waits for all others to wait comes first.
         timers = self._timers
         while timers and timers[0][2].callback is None:
@@ -79,10 +79,15 @@ class VirtualClock(trio.abc.Clock):
         return 0
 
 
+scheduler: Any = _run
+"""Trio's scheduler, of which more is needed here than it shows."""
+
 if TYPE_CHECKING:
-    _IOManager = Any
+
+    class _IOManager:
+        def get_events(self, timeout: float) -> Any: ...
 else:
-    _IOManager = _run.TheIOManager
+    _IOManager = scheduler.TheIOManager
 
 
 class _NoIO(_IOManager):
@@ -104,17 +109,17 @@ _clock: VirtualClock | None = None
 @contextmanager
 def _deterministic(seed: int | str) -> Iterator[VirtualClock]:
     global _clock
-    before = _run._r, _run._ALLOW_DETERMINISTIC_SCHEDULING, _run.TheIOManager, _clock
+    before = scheduler._r, scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler.TheIOManager, _clock
     # Trio shuffles the tasks that are ready together, so that programs do not come to rely on an order. Seeding that
     # shuffle (and telling trio to sort before it) makes the order repeatable and yet arbitrary.
-    _run._r = random.Random(f"scheduler {seed}")
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    _run.TheIOManager = _NoIO  # type: ignore[misc,assignment]
+    scheduler._r = random.Random(f"scheduler {seed}")
+    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
+    scheduler.TheIOManager = _NoIO
     _clock = VirtualClock()
     try:
         yield _clock
     finally:
-        _run._r, _run._ALLOW_DETERMINISTIC_SCHEDULING, _run.TheIOManager, _clock = before  # type: ignore[misc]
+        scheduler._r, scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler.TheIOManager, _clock = before
 
 
 def run_deterministically(function: Callable[..., Awaitable[T]], *args: object, seed: int | str) -> T:

@@ -14,7 +14,9 @@ from typing import Final, NamedTuple, Protocol
 import trio
 
 from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
+from shardkv.simulation.calls import Calls
 from shardkv.simulation.determinism import SeededRandom
+from shardkv.simulation.trace import Trace
 
 SECTOR_BYTES: Final = 512
 """A torn write is torn at multiples of this offset: what a disk writes as one."""
@@ -216,6 +218,7 @@ class SimulatedFile:
         self._closed = False
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """A crash at this call finds the write on its way: any part of it may have got there."""
         content = bytes(data)
         self._check_open()
         # The power may go in the middle of a write: it is on its way before the call is counted, and may be torn.
@@ -227,13 +230,16 @@ class SimulatedFile:
         self._disk._last = change
         self._inode.unsynced.append(change)
         _apply(self._inode.present, offset, content)
+        if self._disk.node_calls is not None:
+            self._disk.node_calls.hit()
         if cut:
             raise PowerCut(f"in the middle of writing {len(content)} bytes at {offset} of {self._path}")
 
     def pread(self, count: int, offset: int) -> bytes:
         self._check_open()
         self._disk._count("pread", self._path, offset, count)
-        return bytes(self._inode.present[offset : offset + count])
+        found = bytes(self._inode.present[offset : offset + count])
+        return self._disk.on_read(self._path, found) if self._disk.on_read is not None else found
 
     def size(self) -> int:
         self._check_open()
@@ -245,6 +251,8 @@ class SimulatedFile:
             return
         self._disk._check_space(self._path, max(0, size - present))
         self._disk._count("allocate", self._path, present, max(0, size - present))
+        if self._disk.fenced:
+            return
         if size > present:
             change = Unsynced(self._path, present, bytes(size - present))
             self._inode.unsynced.append(change)
@@ -256,6 +264,8 @@ class SimulatedFile:
         if self._disk._changes_nothing:
             return
         self._disk._count("truncate", self._path, size)
+        if self._disk.fenced:
+            return
         self._inode.unsynced.append(Unsynced(self._path, size, None))
         _apply(self._inode.present, size, None)
 
@@ -268,7 +278,8 @@ class SimulatedFile:
         except StorageError:
             self._inode.sync_failed = True
             raise
-        self._settle()
+        if not self._disk.fenced:
+            self._settle()
 
     def _settle(self) -> None:
         if self._inode.sync_failed:
@@ -322,6 +333,12 @@ class SimulatedDisk:
         self.trace: list[Call] | None = None
         """Set to a list to have every call recorded."""
         self.on_call: Callable[[Call], None] | None = None
+        self.on_read: Callable[[str, bytes], bytes] | None = None
+        """Given a path and what a read found there, returns what the reader gets: a bit that is not what it was."""
+        self.node_calls: Calls | None = None
+        """Where the node that this disk belongs to counts its calls."""
+        self.run_trace: Trace | None = None
+        """Of the whole run."""
         self.on_power_cut: Callable[[], None] | None = None
         """Called when the power goes, before the call that it hits fails: to fence the rest of the node."""
 
@@ -444,6 +461,10 @@ class SimulatedDisk:
         self._changes_nothing = True
         self.resume()
 
+    @property
+    def fenced(self) -> bool:
+        return self._changes_nothing
+
     def crash(self, chooser: CrashChooser | None = None) -> None:
         """Lose what ``chooser`` does not keep (by default everything that was not synced), and fence the disk.
 
@@ -542,6 +563,10 @@ class SimulatedDisk:
             return False
         self.calls += 1
         call = Call(self.calls, operation, path, offset, size)
+        if self.run_trace is not None:
+            self.run_trace.record(*call)
+        if self.node_calls is not None and operation != "pwrite":
+            self.node_calls.hit()
         if self.trace is not None:
             self.trace.append(call)
         if self._cut_at is not None and self.calls >= self._cut_at:

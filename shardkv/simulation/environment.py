@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from shardkv.environment import Environment
 from shardkv.simulation import determinism
+from shardkv.simulation.calls import Calls
 from shardkv.simulation.clock import SimulatedIds, SimulatedRandom, SimulationClock
 from shardkv.simulation.disk import CrashChooser, KeepAll, SimulatedDisk
 from shardkv.simulation.network import NodeNetwork, SimulatedNetwork
@@ -23,6 +24,8 @@ class SimulatedEnvironment(Environment):
     seed: int | str
     incarnation: int
     """How often the node has been started before."""
+    calls: Calls
+    """Of all the node's lives."""
     clock: SimulationClock
     disk: SimulatedDisk
     workers: SimulatedWorkers
@@ -62,6 +65,7 @@ class SimulatedEnvironment(Environment):
             clock=self.clock,
             latency_seconds=self.workers.latency_seconds,
             incarnation=self.incarnation + 1,
+            calls=self.calls,
         )
 
 
@@ -74,6 +78,7 @@ def simulated_environment(
     clock: SimulationClock | None = None,
     latency_seconds: Callable[[], float] | None = None,
     incarnation: int = 0,
+    calls: Calls | None = None,
 ) -> SimulatedEnvironment:
     """The world of the node ``name``.
 
@@ -83,6 +88,7 @@ def simulated_environment(
         disk: a fresh one if not given.
         clock: one without drift if not given.
         latency_seconds: called for each job of the node's workers; 50 to 500 µs by default, about a fast disk's sync.
+        calls: of the node's earlier lives.
     """
     disk = disk or SimulatedDisk()
     if latency_seconds is None:
@@ -101,6 +107,9 @@ def simulated_environment(
         name=name,
         seed=seed,
         incarnation=incarnation,
+        calls=calls or Calls(),
     )
     disk.on_power_cut = environment.fence
+    disk.run_trace = network.trace
+    disk.node_calls = environment.clock.node_calls = environment.network.node_calls = environment.calls
     return environment

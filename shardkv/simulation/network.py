@@ -18,12 +18,18 @@ from shardkv.address import parse_address
 from shardkv.environment import Listener, Stream
 from shardkv.errors import ConfigError, ShardKVError
 from shardkv.simulation import determinism
+from shardkv.simulation.calls import Calls
+from shardkv.simulation.frames import WaywardCarrier
+from shardkv.simulation.trace import Trace
 
 WINDOW_BYTES: Final = 256 * 1024
 """What one direction of a stream holds, sent and not yet read; beyond it a sender must wait."""
 CONNECT_SECONDS_MAX: Final = 20.0
 """After this a dial that nobody answers fails, as the system's own limit would make it."""
 FIRST_PORT: Final = 20_000
+RETRANSMIT_SECONDS: Final = 0.2
+"""After this a lost packet is sent again, and after twice as long each further time (Linux's shortest)."""
+RETRANSMIT_SECONDS_MAX: Final = 1.6
 
 
 @dataclass(slots=True)
@@ -36,6 +42,12 @@ class Link:
     """None is as fast as you like."""
     reset_probability: float = 0.0
     """Of each send: that it resets the connection instead."""
+    loss_probability: float = 0.0
+    """Of each packet: that it must be sent again. What comes behind it on the same connection waits for it."""
+    duplicate_probability: float = 0.0
+    """Of each Raft frame of a connection made from now on: that it comes twice; see ``frames``."""
+    reorder_probability: float = 0.0
+    """Of each Raft frame of a connection made from now on: that the next one overtakes it."""
     blocked: bool = False
     """Nothing arrives; set by :meth:`SimulatedNetwork.block`, not by hand."""
     cut_after_bytes: int | None = None
@@ -80,7 +92,7 @@ class _Pipe:
     """One direction of a stream: what has been sent and not yet read, each piece with the moment when it arrives."""
 
     __slots__ = (
-        *("blocked_since", "closed", "credit_held", "free_at", "link", "link_back", "pieces"),
+        *("blocked_since", "carrier", "closed", "credit_held", "free_at", "link", "link_back", "pieces"),
         *("signal", "source", "target", "under_way"),
     )
 
@@ -99,6 +111,7 @@ class _Pipe:
         self.blocked_since: float | None = None
         self.closed = False
         """The sender has closed it: nothing more is sent."""
+        self.carrier: WaywardCarrier | None = None
         self.signal = signal
 
     def put(self, data: bytes | _Reset, random: determinism.SeededRandom) -> None:
@@ -107,6 +120,11 @@ class _Pipe:
         delay = link.delay_seconds_min
         if link.delay_seconds_max > delay:
             delay += random.random() * (link.delay_seconds_max - delay)
+        if link.loss_probability:
+            again = RETRANSMIT_SECONDS
+            while again <= RETRANSMIT_SECONDS_MAX and random.random() < link.loss_probability:
+                delay += again
+                again *= 2
         transfer = len(data) / link.bytes_per_second if link.bytes_per_second else 0.0
         self.free_at = max(self.free_at, now + delay) + transfer
         self.pieces.append((self.free_at, data))
@@ -117,6 +135,8 @@ class _Pipe:
         """The last piece, if there is none yet."""
         if not self.closed:
             self.closed = True
+            if self.carrier is not None and with_ == _END:
+                self.carrier.flush()
             self.put(with_, random)
 
     def arrived(self) -> bool:
@@ -197,6 +217,8 @@ class SimulatedStream:
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
         if self.owner.fenced:
             return len(data)
+        if self.owner.node_calls is not None and self.owner.node_calls.hit():
+            return len(data)
         if self._closed:
             raise trio.ClosedResourceError("this stream is closed")
         if self.incoming.end_arrived():
@@ -219,7 +241,10 @@ class SimulatedStream:
                 self._network.reset(self)
                 return count
             link.cut_after_bytes -= count
-        pipe.put(bytes(data[:count]), random)
+        if pipe.carrier is not None:
+            pipe.carrier.carry(bytes(data[:count]))
+        else:
+            pipe.put(bytes(data[:count]), random)
         return count
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -244,6 +269,8 @@ class SimulatedStream:
         data = pipe.take(count_max)
         if isinstance(data, _Reset):
             raise trio.BrokenResourceError(f"the connection to {self._remote} is lost: connection reset by peer")
+        if self._network.trace is not None:
+            self._network.trace.record_bytes(pipe.source, pipe.target, data)
         return data
 
     async def aclose(self) -> None:
@@ -283,10 +310,12 @@ class SimulatedListener:
 class NodeNetwork:
     """The network as one node sees it. Implements :class:`shardkv.environment.Network`."""
 
-    __slots__ = ("fenced", "name", "network")
+    __slots__ = ("fenced", "name", "network", "node_calls")
 
     def __init__(self, network: "SimulatedNetwork", name: str) -> None:
         self.network = network
+        self.node_calls: Calls | None = None
+        """Where the node counts its calls."""
         self.name = name
         self.fenced = False
         """The node has crashed: what its remains send goes nowhere, and what they wait for never comes."""
@@ -318,6 +347,8 @@ class NodeNetwork:
                 self.network.unbind(listener)
 
     async def dial(self, address: str) -> SimulatedStream:
+        if self.node_calls is not None:
+            self.node_calls.hit()
         await trio.lowlevel.checkpoint()
         if self.fenced:
             await determinism.hang()
@@ -337,6 +368,8 @@ class SimulatedNetwork:
 
     def __init__(self, seed: int | str, *, link: Link | None = None) -> None:
         self.random = determinism.seeded_random("network", seed)
+        self.trace: Trace | None = None
+        """Of the whole run: what is received goes there."""
         self.streams: dict[int, SimulatedStream] = {}
         """Every open end of a connection, in the order of their making."""
         self._default = link or Link()
@@ -487,6 +520,8 @@ class SimulatedNetwork:
         signal = _Signal()
         outgoing = _Pipe(source.name, target.name, there, back, signal)
         incoming = _Pipe(target.name, source.name, back, there, signal)
+        for pipe in (outgoing, incoming):
+            self._entrust(pipe)
         self._ports += 1
         dialled = SimulatedStream(source, self._made, listener.address, outgoing, incoming)
         accepted = SimulatedStream(target, self._made + 1, f"{source.name}:{self._ports}", incoming, outgoing)
@@ -496,6 +531,16 @@ class SimulatedNetwork:
         listener.waiting.append(accepted)
         listener.arrived.set()
         return dialled
+
+    def _entrust(self, pipe: _Pipe) -> None:
+        link = pipe.link
+        if link.duplicate_probability or link.reorder_probability:
+            pipe.carrier = WaywardCarrier(
+                lambda data: pipe.put(data, self.random),
+                self.random,
+                link.duplicate_probability,
+                link.reorder_probability,
+            )
 
 
 async def _serve(stream: SimulatedStream, handler: Callable[[Stream], Awaitable[None]]) -> None:
