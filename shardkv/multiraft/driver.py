@@ -16,19 +16,20 @@ from typing import Any, Final, Protocol
 import trio
 
 from shardkv.environment import Environment, SerialWorker
-from shardkv.errors import Busy, EpochMismatch, NotLeader, RequestError, ShardKVError, StorageError
+from shardkv.errors import Busy, EpochMismatch, NotLeader, OutOfSpace, RequestError, ShardKVError, StorageError
 from shardkv.machine.clock import HybridClock
 from shardkv.machine.entries import encode_split_entry
 from shardkv.machine.machine import SplitResult
 from shardkv.machine.split import SplitCommand
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.replica import Proposal, Replica, Requester
+from shardkv.multiraft.space import Space
 from shardkv.multiraft.turn import Turn, gather, log_update
 from shardkv.raft import InvalidConfChange, ProposalDropped, decode_conf_change
 from shardkv.raft.messages import NONE, ConfChange, EntryType, Message, MessageType
 from shardkv.storage.engine import BATCH_KEYS_MAX, Engine, WriteBatch
 from shardkv.storage.wal import LogUpdate, Wal
-from shardkv.types import NodeId, RangeId
+from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId
 from shardkv.wire import raft_codec
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX, ReplicaNotice
@@ -36,6 +37,8 @@ from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX, ReplicaNotice
 ROUNDS_PER_TURN_MAX: Final = 8
 """How often one turn goes round the ready groups before it lets the connections run again."""
 CAMPAIGNS_MAX: Final = 20
+FULL_DISK_RETRY_TICKS: Final = 10
+"""How long a log write that found no room waits until it is tried again."""
 DECODED_BYTES_MAX: Final = 256 * 1024
 """Up to this size an entry is kept decoded until it is applied; a larger one would be in memory twice for little."""
 PEER_FRAME_BYTES: Final = 4 * 1024 * 1024
@@ -132,6 +135,11 @@ class Driver:
         self._eager: dict[RangeId, int] = {}
         """Groups that this node should lead before anybody's election timeout, and how often it still campaigns."""
         self._syncing = False
+        self._roomless: list[tuple[Callable[[], object], Callable[[object, BaseException | None], None]]] = []
+        """Jobs of the log thread that found no room, in their order. Nobody was told of what they were to write."""
+        self._roomless_ticks = 0
+        self.space = Space()
+        """How much room there is; whoever takes writes asks it first."""
         self._failure: BaseException | None = None
         self._turns = self._syncs = self._entries_applied = 0
 
@@ -167,6 +175,8 @@ class Driver:
 
     def step(self, replica: Replica, message: Message) -> None:
         """Hand a peer's message to its group."""
+        if self.space.full and replica.range_id != PLACEMENT_RANGE and not self.space.takes(message):
+            return  # as if it were lost: the leader tries again, and goes on with those that have room
         replica.raft.step(message, self.environment.clock.monotonic_ns())
         if replica.raft.has_ready():
             self.touch(replica)
@@ -178,11 +188,40 @@ class Driver:
         self._submit(job, done)
 
     def _submit(self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]) -> None:
+        def ended(result: object, error: BaseException | None) -> None:
+            if isinstance(error, OutOfSpace):
+                self._found_no_room(job, done, error)
+            else:
+                done(result, error)
+
         try:
-            self._writer.submit(job, done)
+            self._writer.submit(job, ended)
         except trio.ClosedResourceError:
             # The node is stopping: nobody waits for this any more, and closing the log writes what it has taken.
             return
+
+    def _found_no_room(
+        self,
+        job: Callable[[], object],
+        done: Callable[[object, BaseException | None], None],
+        error: OutOfSpace,
+    ) -> None:
+        """Keep a log job for later. Writes that only wait to be proposed are refused, for that may take long."""
+        self._roomless.append((job, done))
+        self._roomless_ticks = FULL_DISK_RETRY_TICKS
+        self.space.failed("log", error)
+        for replica in self._proposing.values():
+            replica.refuse_waiting(self.space.refusal())
+        self._awake.set()
+
+    def _try_for_room(self) -> None:
+        """Try again, now and then, what found no room in the log."""
+        self._roomless_ticks -= 1
+        if self._roomless_ticks <= 0:
+            jobs, self._roomless = self._roomless, []
+            self.space.succeeded("log")  # unless one of them fails again
+            for job, done in jobs:
+                self._submit(job, done)
 
     def propose_split(self, replica: Replica, split: SplitCommand, requester: Requester, request_id: int) -> None:
         """Raises NotLeader or Busy."""
@@ -547,6 +586,8 @@ class Driver:
                     self._ask_for_snapshot(replica)
                 if raft.has_ready():
                     self._ready[replica.range_id] = replica
+            if self._roomless:
+                self._try_for_room()
             self._awake.set()
 
     def _ask_for_snapshot(self, replica: Replica) -> None:
