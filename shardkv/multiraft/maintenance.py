@@ -18,6 +18,8 @@ from shardkv.storage.wal import CompactLog, LogUpdate
 from shardkv.types import RangeId
 
 INTERVAL_SECONDS: Final = 0.25
+FULL_DISK_FLUSH_SECONDS: Final = 2.0
+"""After a flush that found no room, the next one waits this long."""
 FLUSH_BYTES: Final = 24 * 1024 * 1024
 """The engine is flushed once about this much has been written since the last flush."""
 LOG_SEGMENTS_MAX: Final = 6
@@ -35,13 +37,18 @@ LAG_BYTES_MAX: Final = 16 * 1024 * 1024
 class Maintenance:
     """The node's housekeeper: a service, and :meth:`snapshot` for people."""
 
-    def __init__(self, driver: Driver, environment: Environment, log: Any) -> None:
+    def __init__(self, driver: Driver, environment: Environment, log: Any, directory: str | None = None) -> None:
+        """``directory`` lies on the disk whose free space is watched."""
+        self._directory = directory
         self._driver = driver
         self._environment = environment
         self._log = log
         self._preparing = False
         self._collecting = False
         self._flushed_ns = 0
+        self._refused = (False, False)
+        self._flush_again_ns = 0
+        """When to try again a flush that found no room; 0 if the last one went well."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         clock = self._environment.clock
@@ -49,20 +56,41 @@ class Maintenance:
         task_status.started()
         while True:
             await clock.sleep(INTERVAL_SECONDS)
+            await self._measure()
             await self._prepare()
             if self._due():
-                await self.flush_and_compact()
+                try:
+                    await self.flush_and_compact()
+                except OutOfSpace as error:
+                    # What was not flushed is still in the log. Until it is flushed nothing is compacted either.
+                    self._log.error("no room to flush the engine", reason=str(error))
+                    self._flush_again_ns = clock.monotonic_ns() + int(FULL_DISK_FLUSH_SECONDS * 1e9)
             self._collect()
+
+    async def _measure(self) -> None:
+        """Look how much room is left, and say when what the node takes changes by it."""
+        space = self._driver.space
+        if self._directory is not None:
+            space.measured(await self._environment.workers.run(self._environment.disk.free_bytes, self._directory))
+        refused = (space.low, space.full)
+        if refused != self._refused:
+            self._refused = refused
+            if space.low:
+                self._log.error("the disk is nearly full: writes are refused", reason=str(space.refusal()))
+            else:
+                self._log.info("the disk has room again: writes are taken")
 
     def _due(self) -> bool:
         engine, wal = self._driver.engine, self._driver.wal
+        if self._flush_again_ns:
+            return self._environment.clock.monotonic_ns() >= self._flush_again_ns
         if engine.unflushed_bytes > FLUSH_BYTES or wal.statistics().segments > LOG_SEGMENTS_MAX:
             return True
         idle_ns = self._environment.clock.monotonic_ns() - self._flushed_ns
         return engine.unflushed_bytes > 0 and idle_ns > IDLE_FLUSH_SECONDS * 1e9
 
     async def flush_and_compact(self) -> None:
-        """Make the applied state durable in the engine, then let go of the log that it covers."""
+        """Make the applied state durable in the engine, then let go of the log that it covers. Raises OutOfSpace."""
         applied = {
             range_id: replica.machine.applied_index
             for range_id, replica in self._driver.catalog.replicas.items()
@@ -70,7 +98,13 @@ class Maintenance:
         }
         # Compaction goes only as far as the log knows entries to be committed.
         self._driver.log_all()
-        await self._environment.workers.run(self._driver.engine.flush)
+        try:
+            await self._environment.workers.run(self._driver.engine.flush)
+        except OutOfSpace as error:
+            self._driver.space.failed("engine", error)
+            raise
+        self._driver.space.succeeded("engine")
+        self._flush_again_ns = 0
         self._flushed_ns = self._environment.clock.monotonic_ns()
         updates = []
         for range_id, index in applied.items():
@@ -100,7 +134,11 @@ class Maintenance:
             try:
                 await self._environment.workers.run(job)
             except OutOfSpace as error:
-                self._log.error("no room for the next log segment", reason=str(error))
+                if not self._driver.space.full:
+                    self._log.error("no room for the next log segment", reason=str(error))
+                self._driver.space.failed("spare", error)
+            else:
+                self._driver.space.succeeded("spare")
 
     def _collect(self) -> None:
         if self._collecting:

@@ -195,12 +195,16 @@ class Replica:
         self.waiting_bytes = 0
         return waiting
 
-    def abandon(self, error: ShardKVError) -> None:
-        """Refuse everyone who waits on this replica. A proposal may still be applied; its retry will find out."""
+    def refuse_waiting(self, error: ShardKVError) -> None:
+        """Refuse the writes that wait to be proposed."""
         for group in self.waiting:
             group.requester.refuse(group.request_id, error)
         self.waiting = []
         self.waiting_bytes = 0
+
+    def abandon(self, error: ShardKVError) -> None:
+        """Refuse everyone who waits on this replica. A proposal may still be applied; its retry will find out."""
+        self.refuse_waiting(error)
         for proposal in self.proposals.values():
             for requester, request_id in proposal.waiting:
                 requester.refuse(request_id, error)

@@ -44,6 +44,8 @@ GET_SLICE_KEYS: Final = 16
 GET_BYTES_MAX: Final = 8 * 1024 * 1024
 """Values in one answer; half of what a frame holds."""
 
+_FREES_SPACE: Final = frozenset((commands.Op.DELETE, commands.Op.DELETE_RANGE))
+
 Slow = Callable[[Requester, Request], None]
 """Starts a task for a request that takes several steps."""
 
@@ -115,6 +117,9 @@ class Requests:
             # executed here; the log knows: applying looks at the records first and at the span then.
             if not any(command[commands.OP] == commands.Op.DELETE_RANGE for command in decoded):
                 raise
+        space = self._driver.space
+        if space.low and (space.full or any(command[commands.OP] not in _FREES_SPACE for command in decoded)):
+            raise space.refusal()
         replica.enqueue(WriteGroup(requester, request.id, session, data, decoded))
         self._driver.propose_later(replica)
 

@@ -1,0 +1,212 @@
+"""A node whose disk fills up: it refuses writes, serves reads, keeps its part in the cluster, and recovers by itself.
+
+DESIGN 4.11. The disks are simulated, so is time; ``tests/cluster/test_full_disk.py`` has a real process on a real file
+system without room.
+"""
+
+from typing import Any
+
+import pytest
+import trio
+
+from shardkv.config import StorageConfig
+from shardkv.errors import OutOfSpace, ShardKVError, StorageError
+from shardkv.simulation import run_deterministically
+from shardkv.simulation.disk import CAPACITY_BYTES
+from tests.server.world import SimulatedNode, world
+
+MIB = 1024 * 1024
+FREE_BYTES_MIN = 2 * MIB
+STORAGE = StorageConfig(engine="memory", segment_bytes=256 * 1024, free_bytes_min=FREE_BYTES_MIN)
+
+
+def leave(node: SimulatedNode, free_bytes: int) -> None:
+    """Somebody else fills the node's disk up to so much."""
+    disk = node.environment.disk
+    disk.capacity_bytes = CAPACITY_BYTES
+    disk.capacity_bytes = CAPACITY_BYTES - disk.free_bytes("/") + free_bytes
+
+
+def simulated(main: Any, seed: int = 1) -> None:
+    run_deterministically(main, seed=seed)
+
+
+async def until_refused(kv: Any, key: bytes) -> OutOfSpace:
+    with trio.fail_after(10):
+        while True:
+            try:
+                await kv.put(key, b"too much")
+            except OutOfSpace as error:
+                return error
+            await trio.sleep(0.1)
+
+
+async def until_taken(kv: Any, key: bytes) -> None:
+    with trio.fail_after(20):
+        while True:
+            try:
+                await kv.put(key, b"there is room")
+            except (OutOfSpace, ShardKVError):
+                await trio.sleep(0.1)
+            else:
+                return
+
+
+def test_a_cluster_without_room_refuses_writes_serves_reads_and_deletes_and_recovers() -> None:
+    """Low on space: the error says how much is missing where, and what to do."""
+
+    async def main() -> None:
+        async with world(3, seed=1, storage=STORAGE) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            await kv.put(b"gone", b"v")
+            for node in cluster.nodes.values():
+                leave(node, FREE_BYTES_MIN - 1)
+            error = await until_refused(kv, b"k")
+            assert "free space or enlarge the disk" in str(error)
+            assert "reads and deletes are served" in str(error)
+            entry = await kv.get(b"k")
+            assert entry is not None
+            assert entry.value == b"v" or entry.value == b"too much"
+            assert await kv.delete(b"gone")
+            for node in cluster.nodes.values():
+                leave(node, FREE_BYTES_MIN + 1)
+            await trio.sleep(2)
+            with pytest.raises(OutOfSpace):  # not before there is a quarter more: else it would flicker
+                await kv.put(b"k", b"w")
+            for node in cluster.nodes.values():
+                leave(node, 2 * FREE_BYTES_MIN)
+            await until_taken(kv, b"k")
+            for node in cluster.nodes.values():
+                node.check()
+
+    simulated(main)
+
+
+def test_a_disk_that_is_full_at_once_costs_nothing_acknowledged_and_no_node() -> None:
+    """Not a byte left, on every node, in the middle of a load: no node ends, reads go on, an election works."""
+
+    async def main() -> None:
+        async with world(3, seed=2, storage=STORAGE) as cluster, cluster.client() as kv:
+            acknowledged: dict[bytes, bytes] = {}
+            for number in range(50):
+                key = b"k%03d" % number
+                await kv.put(key, bytes(2000))
+                acknowledged[key] = bytes(2000)
+            for node in cluster.nodes.values():
+                leave(node, 0)
+            refused = 0
+            for number in range(50, 400):
+                key, value = b"k%03d" % number, bytes(2000)
+                try:
+                    await kv.put(key, value)
+                    acknowledged[key] = value
+                except OutOfSpace:
+                    refused += 1
+            assert refused > 100
+            for key, value in acknowledged.items():
+                entry = await kv.get(key)
+                assert entry is not None
+                assert entry.value == value
+            leader = await cluster.leader_of(kv, b"k000")
+            await leader.power_off()
+            # A vote and the new leader's first entry have room in the segment that was made ahead.
+            entry = await kv.get(b"k000", timeout=20)
+            assert entry is not None
+            assert all(node.alive or node is leader for node in cluster.nodes.values())
+            for node in cluster.nodes.values():
+                leave(node, 4 * FREE_BYTES_MIN)
+            await leader.start()
+            await until_taken(kv, b"after")
+            for key, value in acknowledged.items():
+                entry = await kv.get(key)
+                assert entry is not None, key
+                assert entry.value == value, key
+            for node in cluster.nodes.values():
+                assert node.error is None
+                node.check()
+
+    simulated(main, seed=2)
+
+
+def test_a_log_write_that_finds_no_room_is_done_again_and_nobody_hears_of_it_before() -> None:
+    """The guard is late and there is no spare: the append itself meets the full disk. It is no failed sync."""
+
+    async def main() -> None:
+        async with world(3, seed=3, storage=STORAGE) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"old")
+            leader = await cluster.leader_of(kv, b"k")
+            disk = leader.environment.disk
+            full = OutOfSpace("no space left while trying to write the log; free space or enlarge the disk")
+            disk.fail("pwrite", full, times=1_000_000, path_part="/wal/")
+            disk.fail("allocate", full, times=1_000_000, path_part="/wal/")
+            with pytest.raises(ShardKVError):
+                await kv.put(b"k", b"lost?", timeout=2)
+            assert leader.alive
+            assert leader.error is None
+            assert leader.inside._driver.space.full
+            await trio.sleep(5)
+            assert leader.alive
+            assert leader.error is None
+            disk._faults.clear()
+            await until_taken(kv, b"k")
+            await trio.sleep(1)
+            assert not leader.inside._driver.space.low
+            assert not leader.inside._wal.statistics().failed
+            leader.check()
+            await leader.power_off()
+            await leader.start()
+            entry = await kv.get(b"k")
+            assert entry is not None
+            assert entry.value == b"there is room"
+
+    simulated(main, seed=3)
+
+
+def test_a_full_follower_holds_up_nobody_and_catches_up_when_it_has_room() -> None:
+    """It takes no entries of client data, still hears its leader and votes; the others go on by themselves."""
+
+    async def main() -> None:
+        async with world(3, seed=4, storage=STORAGE) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            leader = await cluster.leader_of(kv, b"k")
+            follower = next(node for node in cluster.nodes.values() if node is not leader)
+            leave(follower, FREE_BYTES_MIN // 4)
+            await trio.sleep(1)
+            written = follower.inside._wal.statistics().written_bytes
+            for number in range(300):
+                await kv.put(b"k%03d" % number, bytes(3000))
+            assert follower.inside._wal.statistics().written_bytes - written < 300_000
+            third = next(node for node in cluster.nodes.values() if node not in (leader, follower))
+            leave(follower, 4 * FREE_BYTES_MIN)
+            await trio.sleep(10)
+            await third.kill()
+            entry = await kv.get(b"k299", timeout=20)
+            assert entry is not None
+            await kv.put(b"with the follower's vote", b"v", timeout=20)
+            follower.check()
+
+    simulated(main, seed=4)
+
+
+@pytest.mark.parametrize("operation", ["sync", "sync_directory"])
+def test_a_sync_that_finds_no_room_ends_the_node(operation: str) -> None:
+    """Some file systems find out at the sync. That is a failed fsync: the page cache is not to be trusted (trap 10)."""
+
+    async def main() -> None:
+        async with world(3, seed=5, storage=STORAGE) as cluster, cluster.client() as kv:
+            cluster.tolerant = True
+            await kv.put(b"k", b"v")
+            leader = await cluster.leader_of(kv, b"k")
+            full = OutOfSpace("no space left while trying to sync /x; free space or enlarge the disk")
+            leader.environment.disk.fail(operation, full, path_part="/wal")
+            for number in range(200):
+                await kv.put(b"k%03d" % number, bytes(3000), timeout=20)
+                if not leader.alive:
+                    break
+            with trio.fail_after(10):
+                await leader.ended.wait()
+            assert isinstance(leader.error, StorageError)
+            assert not isinstance(leader.error, OutOfSpace)
+            assert "restart the node" in str(leader.error)
+
+    simulated(main, seed=5)
