@@ -106,14 +106,6 @@ class StorageConfig:
         Kind.BYTES, 32 * _MIB, low=_MIB, high=1024 * 1024 * _MIB, help="The engine's block cache."
     )
 
-    free_bytes_min: int = _setting(
-        Kind.BYTES,
-        256 * _MIB,
-        low=_MIB,
-        high=1024 * 1024 * _MIB,
-        help="With less than this free on its disk a node refuses writes, but not deletes and reads.",
-    )
-
     def __post_init__(self) -> None:
         check_bounds(self)
 
@@ -155,21 +147,6 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeConfig:
-    """Everything that one node is told at its start.
-
-    ``advertise`` None means the address that ``listen`` was bound to. Neither ``bootstrap`` nor ``join`` is for a node
-    that starts again on its data. Raises ConfigError when a value is out of bounds or two contradict each other.
-    """
-
-    name: str = _setting(Kind.NAME, help="The node's name, unique in the cluster.", metavar="NAME")
-    data: str = _setting(Kind.PATH, help="The directory that holds all of this node's data.", metavar="DIR")
-    listen: str = _setting(
-        Kind.LISTEN_ADDRESS, help="Where clients and other nodes connect; port 0 takes a free one.", metavar="HOST:PORT"
-    )
-    advertise: str | None = _setting(
-        Kind.ADDRESS, None, help="The address others reach this node at, where it is not --listen.", metavar="HOST:PORT"
-@dataclass(frozen=True, slots=True)
 class SnapshotsConfig:
     """What streams of whole ranges between nodes may take from this node's other work."""
 
@@ -196,6 +173,21 @@ class SnapshotsConfig:
         check_bounds(self)
 
 
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Everything that one node is told at its start.
+
+    ``advertise`` None means the address that ``listen`` was bound to. Neither ``bootstrap`` nor ``join`` is for a node
+    that starts again on its data. Raises ConfigError when a value is out of bounds or two contradict each other.
+    """
+
+    name: str = _setting(Kind.NAME, help="The node's name, unique in the cluster.", metavar="NAME")
+    data: str = _setting(Kind.PATH, help="The directory that holds all of this node's data.", metavar="DIR")
+    listen: str = _setting(
+        Kind.LISTEN_ADDRESS, help="Where clients and other nodes connect; port 0 takes a free one.", metavar="HOST:PORT"
+    )
+    advertise: str | None = _setting(
+        Kind.ADDRESS, None, help="The address others reach this node at, where it is not --listen.", metavar="HOST:PORT"
     )
     admin: str | None = _setting(
         Kind.LISTEN_ADDRESS, None, help="Where the admin page and metrics are served.", metavar="HOST:PORT"
@@ -217,6 +209,7 @@ class SnapshotsConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
     ranges: RangesConfig = field(default_factory=RangesConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    snapshots: SnapshotsConfig = field(default_factory=SnapshotsConfig)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -232,8 +225,8 @@ SECTIONS: Final[dict[str, type]] = {
     "raft": RaftConfig,
     "storage": StorageConfig,
     "ranges": RangesConfig,
-    snapshots: SnapshotsConfig = field(default_factory=SnapshotsConfig)
     "limits": LimitsConfig,
+    "snapshots": SnapshotsConfig,
 }
 
 
@@ -249,7 +242,6 @@ class Setting(NamedTuple):
     low: int | None
     high: int | None
     choices: tuple[str, ...]
-    "snapshots": SnapshotsConfig,
     metavar: str
 
     @property

@@ -160,8 +160,7 @@ class Engine(Reader, Protocol):
         ...
 
     def stalled(self) -> bool:
-        """Whether a write now would wait for a flush or a compaction, or fail because a flush has found no room on the
-        disk: hold back what is to be applied. Raises StorageError when the engine has failed for good."""
+        """Whether a write now would wait for a flush or a compaction: hold back what is to be applied."""
         ...
 
     def builder(self, path: str) -> IngestBuilder:
@@ -178,7 +177,7 @@ class Engine(Reader, Protocol):
         ...
 
     def close(self) -> None:
-        """Flush, as far as there is room on the disk, and close. A crash is what happens without it."""
+        """Flush and close. A crash is what happens without it."""
         ...
 
     def check(self) -> None:

@@ -15,9 +15,6 @@ What rocksdict 0.3.29 and its RocksDB do otherwise than they say; a test stands 
   compares its keys with its end.
 * A snapshot taken at sequence number 0, where nothing was written but files were ingested, makes the next compaction
   drop live keys. So an engine at 0 makes an empty deletion first.
-* A background flush that finds no room makes every later ``write`` and ``flush`` raise, until RocksDB, which looks
-  about every five seconds, has found room and flushed. Reads go on, and what was written stays readable. Only a write
-  tells whether it is over; the property ``background-errors`` only counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,14 +29,14 @@ from shardkv.storage.engine import WriteBatch
 
 SCAN_CHUNK_KEYS: Final = 256
 """A snapshot's scan takes this many pairs at a time from the iterator that all its scans share."""
-
-_ABSENT: Final = "key not found"
-_NO_KEY: Final = b"\0"
 SCAN_CHUNK_BYTES: Final = 256 * 1024
 """And no more than this of values, but for the last: 256 of the largest would fill the memory and hold up the loop."""
 INGEST_FILE_BYTES: Final = 64 * 1024 * 1024
 """What is built to be ingested is cut into files of this size. A writer keeps its file's index and filter in memory,
 about 4 % of the data, and reading a file later loads both as a whole."""
+
+_ABSENT: Final = "key not found"
+_NO_KEY: Final = b"\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +117,11 @@ class RocksEngine:
         if not self._db.latest_sequence_number():
             self._db.delete(_NO_KEY, write_options)
         self._snapshots: WeakSet[RocksSnapshot] = WeakSet()
+        self._built: dict[str, list[str]] = {}
+        """The files of what was built and is not ingested yet, by the path that stands for them."""
         self._written_bytes = 0
         self._flushed_bytes = 0
         self._closed = False
-        self._errors_over = 0
-        """So many background errors are known to be over."""
-        self._built: dict[str, list[str]] = {}
-        """The files of what was built and is not ingested yet, by the path that stands for them."""
 
     # Reads
 
@@ -202,22 +197,7 @@ class RocksEngine:
 
     def stalled(self) -> bool:
         number = self._db.property_int_value
-        if number("rocksdb.background-errors") != self._errors_over and self._out_of_space():
-            return True
         return bool(number("rocksdb.is-write-stopped") or number("rocksdb.actual-delayed-write-rate"))
-
-    def _out_of_space(self) -> bool:
-        """Whether RocksDB takes no writes now for lack of room. Raises for any other reason."""
-        errors = self._db.property_int_value("rocksdb.background-errors")
-        try:
-            self._db.write(rocksdict.WriteBatch(raw_mode=True), self._write_options)
-        except Exception as error:
-            translated = _translated(error, "writing in the background")
-            if isinstance(translated, OutOfSpace):
-                return True
-            raise translated from error
-        self._errors_over = errors
-        return False
 
     def memory_bytes(self) -> int:
         """What RocksDB holds in memory: write buffers and block cache."""
@@ -248,16 +228,8 @@ class RocksEngine:
         for snapshot in list(self._snapshots):
             snapshot.close()
         try:
-            try:
-                self._db.flush(wait=True)
-            except Exception as error:
-                translated = _translated(error, "flushing")
-                if not isinstance(translated, OutOfSpace):
-                    raise translated from error
-                # Closed all the same: what is not flushed is still in the Raft log.
+            self._db.flush(wait=True)
             self._db.close()
-        except StorageError:
-            raise
         except Exception as error:
             raise _translated(error, "closing") from error
 
@@ -334,6 +306,7 @@ class RocksSnapshot:
         """The first pairs, and whether they are all."""
         iterator = self._open_iterator()
         chunk: list[tuple[bytes, bytes]] = []
+        size = 0
         iterator.seek(start)
         while iterator.valid():
             key = iterator.key()
@@ -351,6 +324,7 @@ class RocksSnapshot:
     def _backward(self, start: bytes, end: bytes) -> tuple[list[tuple[bytes, bytes]], bool]:
         iterator = self._open_iterator()
         chunk: list[tuple[bytes, bytes]] = []
+        size = 0
         iterator.seek_for_prev(end)
         if iterator.valid() and iterator.key() == end:
             iterator.prev()
@@ -370,7 +344,6 @@ class RocksSnapshot:
     def _open_iterator(self) -> Any:
         if self._iterator is None:
             raise StorageError("engine: the snapshot is closed")
-        size = 0
         return self._iterator
 
     def close(self) -> None:
@@ -387,13 +360,23 @@ class RocksIngestBuilder:
         self._cut_bytes = INGEST_FILE_BYTES
         self.paths: list[str] = []
         self.written_bytes = 0
-        size = 0
+        self._open()
+
+    def _open(self) -> None:
+        path = f"{self._path}.{len(self.paths)}" if self.paths else self._path
+        self._writer = rocksdict.SstFileWriter(self._options)
         try:
             self._writer.open(path)
         except Exception as error:
             raise _translated(error, f"creating {path}") from error
+        self.paths.append(path)
 
     def put(self, key: bytes, value: bytes) -> None:
+        if self.written_bytes >= self._cut_bytes:
+            # Most of the file is on the disk by now (bytes_per_sync), so this takes milliseconds.
+            self._finish_file()
+            self._open()
+            self._cut_bytes = self.written_bytes + INGEST_FILE_BYTES
         try:
             self._writer[key] = value
         except Exception as error:
@@ -413,14 +396,3 @@ class RocksIngestBuilder:
     def abandon(self) -> None:
         """The unfinished files stay until their names are used again or the owner unlinks them."""
         self._built.pop(self._path, None)
-        self._open()
-
-    def _open(self) -> None:
-        path = f"{self._path}.{len(self.paths)}" if self.paths else self._path
-        self._writer = rocksdict.SstFileWriter(self._options)
-        self.paths.append(path)
-        if self.written_bytes >= self._cut_bytes:
-            # Most of the file is on the disk by now (bytes_per_sync), so this takes milliseconds.
-            self._finish_file()
-            self._open()
-            self._cut_bytes = self.written_bytes + INGEST_FILE_BYTES
