@@ -160,7 +160,8 @@ class Engine(Reader, Protocol):
         ...
 
     def stalled(self) -> bool:
-        """Whether a write now would wait for a flush or a compaction: hold back what is to be applied."""
+        """Whether a write now would wait for a flush or a compaction, or fail because a flush has found no room on the
+        disk: hold back what is to be applied. Raises StorageError when the engine has failed for good."""
         ...
 
     def builder(self, path: str) -> IngestBuilder:
@@ -177,7 +178,7 @@ class Engine(Reader, Protocol):
         ...
 
     def close(self) -> None:
-        """Flush and close. A crash is what happens without it."""
+        """Flush, as far as there is room on the disk, and close. A crash is what happens without it."""
         ...
 
     def check(self) -> None:

@@ -15,6 +15,9 @@ What rocksdict 0.3.29 and its RocksDB do otherwise than they say; a test stands 
   compares its keys with its end.
 * A snapshot taken at sequence number 0, where nothing was written but files were ingested, makes the next compaction
   drop live keys. So an engine at 0 makes an empty deletion first.
+* A background flush that finds no room makes every later ``write`` and ``flush`` raise, until RocksDB, which looks
+  about every five seconds, has found room and flushed. Reads go on, and what was written stays readable. Only a write
+  tells whether it is over; the property ``background-errors`` only counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -122,6 +125,8 @@ class RocksEngine:
         self._written_bytes = 0
         self._flushed_bytes = 0
         self._closed = False
+        self._errors_over = 0
+        """So many background errors are known to be over."""
 
     # Reads
 
@@ -197,7 +202,22 @@ class RocksEngine:
 
     def stalled(self) -> bool:
         number = self._db.property_int_value
+        if number("rocksdb.background-errors") != self._errors_over and self._out_of_space():
+            return True
         return bool(number("rocksdb.is-write-stopped") or number("rocksdb.actual-delayed-write-rate"))
+
+    def _out_of_space(self) -> bool:
+        """Whether RocksDB takes no writes now for lack of room. Raises for any other reason."""
+        errors = self._db.property_int_value("rocksdb.background-errors")
+        try:
+            self._db.write(rocksdict.WriteBatch(raw_mode=True), self._write_options)
+        except Exception as error:
+            translated = _translated(error, "writing in the background")
+            if isinstance(translated, OutOfSpace):
+                return True
+            raise translated from error
+        self._errors_over = errors
+        return False
 
     def memory_bytes(self) -> int:
         """What RocksDB holds in memory: write buffers and block cache."""
@@ -228,8 +248,16 @@ class RocksEngine:
         for snapshot in list(self._snapshots):
             snapshot.close()
         try:
-            self._db.flush(wait=True)
+            try:
+                self._db.flush(wait=True)
+            except Exception as error:
+                translated = _translated(error, "flushing")
+                if not isinstance(translated, OutOfSpace):
+                    raise translated from error
+                # Closed all the same: what is not flushed is still in the Raft log.
             self._db.close()
+        except StorageError:
+            raise
         except Exception as error:
             raise _translated(error, "closing") from error
 
