@@ -106,6 +106,14 @@ class StorageConfig:
         Kind.BYTES, 32 * _MIB, low=_MIB, high=1024 * 1024 * _MIB, help="The engine's block cache."
     )
 
+    free_bytes_min: int = _setting(
+        Kind.BYTES,
+        256 * _MIB,
+        low=_MIB,
+        high=1024 * 1024 * _MIB,
+        help="With less than this free on its disk a node refuses writes, but not deletes and reads.",
+    )
+
     def __post_init__(self) -> None:
         check_bounds(self)
 
