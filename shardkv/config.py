@@ -77,6 +77,13 @@ class RaftConfig:
     promise_ms: int = _setting(
         Kind.COUNT, 400, low=1, high=60_000, help="How long a follower promises a leader to let nobody else lead."
     )
+    sync_stall_ms: int = _setting(
+        Kind.COUNT,
+        1_000,
+        low=50,
+        high=600_000,
+        help="A node whose log sync takes longer than this gives its leaderships away.",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
