@@ -1,4 +1,4 @@
-"""Whether what clients saw of each key could have happened one operation after the other: Wing and Gong, with Lowe's memory.
+"""Whether what clients saw of a key could have happened one operation after another: Wing and Gong, with Lowe's memory.
 
 Lives here: operations, the models that say what an operation may answer, and the search. Does not live here: the
 smallest part of a history that fails, and its picture (``failing_window``). The rule: what was answered is taken for
@@ -11,8 +11,9 @@ return, that explains all answers. An operation whose outcome is unknown takes e
 never.
 
 The search extends an order one operation at a time and remembers every (set of operations done, state) it has been to.
-Two things keep it short. An answered operation that leaves the state as it is can go first whenever it fits: doing so
-closes no way that was open. And of unknown operations that are alike, the one called first goes first.
+Three things keep it short. An answered operation that leaves the state as it is can go first whenever it fits: doing so
+closes no way that was open. Of unknown operations that are alike, the one called first goes first. And behind an
+unknown operation comes only one that notices it: for any other, the order without the unknown one is as good.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -85,8 +86,9 @@ class Model(Protocol[State]):
 
     def describe(self, operation: Operation) -> str:
         """A call and its answer in a few words."""
-        answer = "?" if operation.outcome is UNKNOWN else repr(operation.outcome.result)
-        return f"{operation.kind} {operation.argument!r} -> {answer}"
+        argument = "" if operation.argument is None else f" {operation.argument!r}"
+        answer = "unknown" if operation.outcome is UNKNOWN else repr(operation.outcome.result)
+        return f"{operation.kind}{argument} -> {answer}"
 
     def describe_state(self, state: State) -> str:
         return repr(state)
@@ -138,7 +140,9 @@ class VersionedRegister(Model[Register]):
         found = {self._initial}
         for operation in operations:
             outcome = operation.outcome
-            if operation.kind == "put" and (outcome is None or outcome.mismatch is None):
+            if outcome is not None and outcome.mismatch is not None:
+                continue
+            if operation.kind == "put":
                 version = None if outcome is None else outcome.result
                 found.add(Register(operation.argument, version, version or 0))
             elif operation.kind == "delete":
@@ -301,6 +305,9 @@ def search(
     return Found(Verdict.NOT_LINEARIZABLE, tuple(run.longest), run.steps)
 
 
+_Step = tuple[list[tuple[int, Any]], int, Any, int]
+
+
 class _Search:
     """The calls and returns that are left, in order of time, as a linked list; node 0 is its head and its end.
 
@@ -337,37 +344,41 @@ class _Search:
     def explain(self, initial: Any) -> Verdict:
         """Depth first from one state, without recursion."""
         done, state, left = 0, initial, self._certain
-        candidates = self._candidates(state)
-        # For each step taken: what to try instead, what was done before it, which node it took out.
-        path: list[tuple[list[tuple[int, Any]], int, int]] = []
+        candidates = self._candidates(state, None)
+        # For each step taken: what to try instead, what was done and what the state was before, which node it took out.
+        path: list[_Step] = []
         history, operation, seen = self._history, self._operation, self._seen
         self._note(path, left)
         while left:
             if self.steps > self._steps_max:
                 return Verdict.UNDECIDED
             while candidates:
-                node, state = candidates.pop()
+                node, after_state = candidates.pop()
                 number = operation[node]
                 after = done | 1 << number
-                if (after, state) not in seen:
+                if (after, after_state) not in seen:
                     break
             else:
                 if not path:
                     return Verdict.NOT_LINEARIZABLE
-                candidates, done, node = path.pop()
+                candidates, done, state, node = path.pop()
                 left += self._restore(node)
                 continue
-            seen.add((after, state))
-            path.append((candidates, done, node))
-            done = after
+            seen.add((after, after_state))
+            path.append((candidates, done, state, node))
+            unnoticed = state if history[number].outcome is UNKNOWN else None
+            done, state = after, after_state
             left -= self._take_out(node)
             self._note(path, left)
-            candidates = self._candidates(state)
-        self.longest = [history[operation[node]] for _, _, node in path]
+            candidates = self._candidates(state, unnoticed)
+        self.longest = [history[operation[node]] for *_, node in path]
         return Verdict.LINEARIZABLE
 
-    def _candidates(self, state: Any) -> list[tuple[int, Any]]:
-        """Which calls can go next and the states they leave, the earliest last; a single one where that will do."""
+    def _candidates(self, state: Any, unnoticed: Any | None) -> list[tuple[int, Any]]:
+        """Which calls can go next and the states they leave, the earliest last; a single one where that will do.
+
+        ``unnoticed`` is the state before the unknown operation that came last, if one did.
+        """
         step, history, following, operation = self._model.step, self._history, self._next, self._operation
         found: list[tuple[int, Any]] = []
         unknown: set[Hashable] = set()
@@ -376,7 +387,9 @@ class _Search:
             each = history[number]
             self.steps += 1
             after = step(state, each)
-            if each.outcome is UNKNOWN:
+            if unnoticed is not None and after is not None and after == step(unnoticed, each):
+                pass
+            elif each.outcome is UNKNOWN:
                 if after is not None and after != state and each.alike not in unknown:
                     unknown.add(each.alike)
                     found.append((node, after))
@@ -409,7 +422,7 @@ class _Search:
         following[previous[node]] = previous[following[node]] = node
         return 1 if end else 0
 
-    def _note(self, path: list[tuple[list[tuple[int, Any]], int, int]], left: int) -> None:
+    def _note(self, path: list[_Step], left: int) -> None:
         if self._certain - left > self._longest_certain:
             self._longest_certain = self._certain - left
-            self.longest = [self._history[self._operation[node]] for _, _, node in path]
+            self.longest = [self._history[self._operation[node]] for *_, node in path]
