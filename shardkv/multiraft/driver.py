@@ -72,6 +72,10 @@ class SnapshotService(Protocol):
 
     def install(self, replica: Replica, message: Message) -> None: ...
 
+    def log_needed(self, range_id: RangeId, replica_id: int) -> int | None:
+        """After which index a replica that is being sent a snapshot, or was a moment ago, will need the log."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class DriverHooks:

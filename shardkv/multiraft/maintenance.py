@@ -32,6 +32,9 @@ LAG_ENTRIES_MAX: Final = 10_000
 """How far behind a follower may be and still find its next entry in the leader's log; further, it gets a snapshot."""
 LAG_BYTES_MAX: Final = 16 * 1024 * 1024
 """The same in bytes of one group's log."""
+KEEPING_SEGMENTS_MAX: Final = 12
+"""For one that is being sent a snapshot, or catches up after it, the log keeps all that follows, until it has grown to
+so many segments: else a large range under load would need the next snapshot as soon as it has the first."""
 
 
 class Maintenance:
@@ -46,6 +49,8 @@ class Maintenance:
         self._preparing = False
         self._collecting = False
         self._flushed_ns = 0
+        self._flushed_segment = -1
+        """The newest segment at the last flush: flushing again before there is another frees none."""
         self._refused = (False, False)
         self._flush_again_ns = 0
         """When to try again a flush that found no room; 0 if the last one went well."""
@@ -84,10 +89,14 @@ class Maintenance:
         engine, wal = self._driver.engine, self._driver.wal
         if self._flush_again_ns:
             return self._environment.clock.monotonic_ns() >= self._flush_again_ns
-        if engine.unflushed_bytes > FLUSH_BYTES or wal.statistics().segments > LOG_SEGMENTS_MAX:
+        if engine.unflushed_bytes > FLUSH_BYTES:
+            return True
+        log = wal.statistics()
+        long = log.segments > LOG_SEGMENTS_MAX
+        if long and log.oldest_segment_id + log.segments != self._flushed_segment:
             return True
         idle_ns = self._environment.clock.monotonic_ns() - self._flushed_ns
-        return engine.unflushed_bytes > 0 and idle_ns > IDLE_FLUSH_SECONDS * 1e9
+        return (long or engine.unflushed_bytes > 0) and idle_ns > IDLE_FLUSH_SECONDS * 1e9
 
     async def flush_and_compact(self) -> None:
         """Make the applied state durable in the engine, then let go of the log that it covers. Raises OutOfSpace."""
@@ -96,6 +105,8 @@ class Maintenance:
             for range_id, replica in self._driver.catalog.replicas.items()
             if replica.machine is not None and not replica.installing
         }
+        log = self._driver.wal.statistics()
+        self._flushed_segment = log.oldest_segment_id + log.segments
         # Compaction goes only as far as the log knows entries to be committed.
         self._driver.log_all()
         try:
@@ -123,9 +134,20 @@ class Maintenance:
             needed = _needed(replica)
             if needed < index:
                 index = max(needed, _lag_bound(replica, index))
+            index = min(index, self._needed_after_snapshots(replica))
         if index <= replica.log.compact_index:
             return None
         return LogUpdate(range_id, compact=CompactLog(index, replica.log.term(index)))
+
+    def _needed_after_snapshots(self, replica: Replica) -> int:
+        """The highest index below which no receiver of a snapshot will ask for an entry (trap 11)."""
+        needed = replica.raft.last_index
+        if self._driver.wal.statistics().segments <= KEEPING_SEGMENTS_MAX:
+            for replica_id, peer in replica.raft.status().progress.items():
+                begins = self._driver.snapshots.log_needed(replica.range_id, replica_id)
+                if begins is not None:
+                    needed = min(needed, max(begins, peer.match))
+        return needed
 
     async def _prepare(self) -> None:
         """Have the next log segment's file ready before it is needed."""

@@ -86,6 +86,10 @@ class StreamBroken(ProtocolError):
     """The connection ended, or went silent, in the middle: the stream may be resumed on another."""
 
 
+class StreamsDiffer(ProtocolError):
+    """The two ends do not agree on what was sent before the break."""
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotStatistics:
     """What the service has done since it started, and what it does now."""
@@ -138,9 +142,10 @@ class Snapshots:
         self._log = log
         self._config = config
         self._nursery: trio.Nursery
-        self._sending: dict[tuple[RangeId, int], None] = {}
-        self._sent: dict[tuple[RangeId, int], int] = {}
-        """Until when the log is kept for a replica that was sent a snapshot."""
+        self._sending: dict[tuple[RangeId, int], int] = {}
+        """The index of each snapshot under way, by range and receiving replica."""
+        self._sent: dict[tuple[RangeId, int], tuple[int, int]] = {}
+        """The index of the last snapshot that arrived, and until when the log after it is kept."""
         self._receiving: dict[RangeId, None] = {}
         self._waiting: dict[RangeId, Incoming] = {}
         """Snapshots whose stream broke, oldest first."""
@@ -188,25 +193,28 @@ class Snapshots:
             replica.raft.report_snapshot(message.to, False)
             self._driver.touch(replica)
             return
-        self._sending[key] = None
         # The state as of now, which may be newer than the message says; never older.
         metadata, descriptor = replica.machine.snapshot_metadata(), replica.machine.descriptor
+        self._sending[key] = metadata.index
         self._nursery.start_soon(
             self._send, replica, message.to, node_id, self._engine.snapshot(), metadata, descriptor
         )
 
-    def keeps_log(self, range_id: RangeId, replica_id: int) -> bool:
-        """Whether a replica is being sent a snapshot, or was a moment ago: it will need the log that follows."""
+    def log_needed(self, range_id: RangeId, replica_id: int) -> int | None:
+        """After which index a replica that is being sent a snapshot, or was a moment ago, will need the log."""
         key = (range_id, replica_id)
-        if key in self._sending:
-            return True
-        until_ns = self._sent.get(key)
-        if until_ns is None:
-            return False
-        if until_ns < self._environment.clock.monotonic_ns():
-            del self._sent[key]
-            return False
-        return True
+        index = self._sending.get(key)
+        if index is None and key in self._sent:
+            index, until_ns = self._sent[key]
+            if until_ns < self._environment.clock.monotonic_ns():
+                del self._sent[key]
+                return None
+        return index
+
+    def _keep_log(self, key: tuple[RangeId, int], index: int) -> None:
+        now = self._environment.clock.monotonic_ns()
+        self._sent = {other: kept for other, kept in self._sent.items() if kept[1] >= now}
+        self._sent[key] = (index, now + int(CATCH_UP_SECONDS * 1e9))
 
     async def _send(
         self,
@@ -226,8 +234,7 @@ class Snapshots:
             key = (replica.range_id, to)
             del self._sending[key]
             if sent:
-                self._sent.pop(key, None)
-                self._sent[key] = self._environment.clock.monotonic_ns() + int(CATCH_UP_SECONDS * 1e9)
+                self._keep_log(key, metadata.index)
             if self._catalog.replicas.get(replica.range_id) is replica:
                 replica.raft.report_snapshot(to, sent)
                 self._driver.touch(replica)
@@ -252,6 +259,10 @@ class Snapshots:
                 async with self._dial(node_id) as stream:
                     begin = encode_begin(id_, to, replica.replica_id, replica.raft.term, metadata, descriptor)
                     return await self._stream(stream, begin, replica, outgoing)
+            except StreamsDiffer as error:
+                # What the receiver has under this id is not what was sent: another id makes it begin anew.
+                self._log.warning("snapshot begun anew", range=replica.range_id, to=to, reason=str(error))
+                id_ = self._environment.ids.random_bytes(ID_BYTES)
             except _BREAKS as error:
                 self._log.info("snapshot not sent", range=replica.range_id, to=to, reason=str(error))
             now = clock.monotonic_ns()
@@ -273,7 +284,7 @@ class Snapshots:
         match await self._hear(stream):
             case ["from", int(chunks), int(checksum)]:
                 if not outgoing.resume(chunks, checksum):
-                    raise ProtocolError(f"the receiver has {chunks} chunks that were never sent like that")
+                    raise StreamsDiffer(f"the receiver has {chunks} chunks that were never sent like that")
                 self._resumed += chunks > 0
             case answer:
                 if outgoing.acknowledged_max:

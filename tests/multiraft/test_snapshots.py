@@ -397,7 +397,7 @@ async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.answers[0][0] == "refused"
         late.snapshots._receiving.clear()
-        leader.snapshots._sending.update({(RangeId(70 + n), 1): None for n in range(limits.snapshots_sending_max)})
+        leader.snapshots._sending.update({(RangeId(70 + n), 1): 1 for n in range(limits.snapshots_sending_max)})
         hosts.heal()
         await trio.sleep(1)
         assert late.value(b"new4") is None
