@@ -47,6 +47,11 @@ class WaywardCarrier:
             start = end
         del buffer[:start]
 
+    def rest(self) -> None:
+        """From now on carry everything as it comes."""
+        self.duplicate = self.reorder = 0.0
+        self._release()
+
     def flush(self) -> None:
         """Carry everything on that is kept here: the stream ends."""
         self._release()

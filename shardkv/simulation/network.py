@@ -433,6 +433,16 @@ class SimulatedNetwork:
             if link.blocked:
                 self.unblock(source, target)
 
+    def restore_links(self) -> None:
+        """Make every link what it was at the start, but for partitions."""
+        for link in self._links.values():
+            for name in Link.__slots__:
+                if name != "blocked":
+                    setattr(link, name, getattr(self._default, name))
+        for stream in self.streams.values():
+            if stream.outgoing.carrier is not None:
+                stream.outgoing.carrier.rest()
+
     def drop(self, one: str, two: str) -> int:
         """Reset every connection between two nodes; how many there were."""
         ends = [stream for stream in self.streams.values() if stream.incoming.source in (one, two)]

@@ -22,7 +22,7 @@ from shardkv.storage.record import (
     pack_group,
     pack_group_tail,
 )
-from shardkv.storage.segment import PLACE_SEGMENT_SHIFT, Segment, read_entry
+from shardkv.storage.segment import PLACE_MASK, Places, Segment, read_entry
 from shardkv.types import RangeId
 
 CACHE_ENTRY_BYTES: Final = 256
@@ -82,8 +82,8 @@ class GroupLog:
         """What :meth:`snapshot` asks; set by the owner."""
         self._segments = segments
         self._items: list[Entry | Stub] = []
-        self._places: list[int] = []
-        """Parallel to ``_items``: where each entry's data lie, see :mod:`shardkv.storage.segment`."""
+        self._places = Places()
+        """Parallel to ``_items``: where each entry's data lie."""
         self._tail: bytes | None = None
 
     @classmethod
@@ -95,7 +95,7 @@ class GroupLog:
         log.tombstone = meta.tombstone
         count = meta.last_index - meta.compact_index
         log._items = [ABSENT] * count
-        log._places = [0] * count
+        log._places = Places(count)
         return log
 
     # What the Raft core reads
@@ -165,7 +165,7 @@ class GroupLog:
             f"range {self.range_id}: a reset to {reset.index} below commit {self.hard_state.commit}"
         )
         self._items.clear()
-        self._places.clear()
+        self._places.cut(0)
         self.compact_index, self.compact_term, self.conf_state = reset
         term, vote, _ = self.hard_state
         if reset.term > term:
@@ -183,7 +183,7 @@ class GroupLog:
         assert self.tombstone is None, f"range {self.range_id} has ended"
         if position < len(held):
             del held[position:]
-            del self._places[position:]
+            self._places.cut(position)
         held.extend(items)
         self._places.extend(places)
 
@@ -214,7 +214,7 @@ class GroupLog:
             f"range {self.range_id}: entry {index} is of term {held[0]}, not {term}"
         )
         del self._items[:count]
-        del self._places[:count]
+        self._places.cut(0, count)
         self.compact_index, self.compact_term = index, term
 
     def move(self, first: int, items: Sequence[Entry | Stub], places: Sequence[int]) -> None:
@@ -248,12 +248,16 @@ class GroupLog:
     def live_in(self, segment: Segment) -> list[int]:
         """The indexes of entries whose only copy lies in a segment. Walks the log up to the last that it holds."""
         first = self.compact_index + 1
-        low, high = segment.id << PLACE_SEGMENT_SHIFT, (segment.id + 1) << PLACE_SEGMENT_SHIFT
-        places = self._places[: max(segment.last_index.get(self.range_id, 0) - self.compact_index, 0)]
-        return [index for index, place in enumerate(places, first) if low <= place < high]
+        segment_ids = self._places.segment_ids(max(segment.last_index.get(self.range_id, 0) - self.compact_index, 0))
+        return [index for index, segment_id in enumerate(segment_ids, first) if segment_id == segment.id]
 
     def absent(self) -> list[int]:
         return [self.compact_index + 1 + position for position, item in enumerate(self._items) if item is ABSENT]
+
+    def fingerprint(self, index: int) -> tuple[int, int, int]:
+        """Term, size and checksum of an entry that is held, without reading it."""
+        position = index - self.compact_index - 1
+        return self._items[position][0], self.entry_bytes(index), self._places[position] & PLACE_MASK
 
     def entry_bytes(self, index: int) -> int:
         item = self._items[index - self.compact_index - 1]
@@ -286,8 +290,8 @@ class GroupLog:
         for index, item in enumerate(self._items, self.first_index()):
             assert item is not ABSENT, f"range {self.range_id}: entry {index} was never found"
             assert not isinstance(item, Entry) or item.index == index, f"range {self.range_id}: {item} at {index}"
-        for index, place in enumerate(self._places, self.first_index()):
-            segment = self._segments.get(place >> PLACE_SEGMENT_SHIFT)
+        for index, segment_id in enumerate(self._places.segment_ids(), self.first_index()):
+            segment = self._segments.get(segment_id)
             assert segment is not None, f"range {self.range_id}: entry {index} lies in a segment that is gone"
             assert index <= segment.last_index.get(self.range_id, 0), (
                 f"range {self.range_id}: entry {index} lies in {segment.path}, which does not know"

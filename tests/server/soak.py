@@ -203,7 +203,7 @@ class Soak:
                 elif what == "flush":
                     for node in cluster.nodes.values():
                         if node.alive and node.ready.is_set():
-                            await node.inside._maintenance.flush_and_compact()
+                            await node.inside.maintenance.flush_and_compact()
                 else:
                     nodes = [each[0] for each in descriptor[5]]
                     target = nodes[int(where * len(nodes))]
@@ -296,13 +296,13 @@ def _apart(cluster: Cluster) -> bool:
 
 
 def _replicas(node: SimulatedNode) -> list[Any]:
-    return list(node.inside._catalog.replicas.values())
+    return list(node.inside.catalog.replicas.values())
 
 
 def _machines(cluster: Cluster) -> dict[int, list[tuple[SimulatedNode, Any]]]:
     found: dict[int, list[tuple[SimulatedNode, Any]]] = {}
     for node in cluster.nodes.values():
-        for range_id, replica in node.inside._catalog.replicas.items():
+        for range_id, replica in node.inside.catalog.replicas.items():
             assert replica.machine is not None, f"range {range_id} never got its state on {node.name}"
             found.setdefault(range_id, []).append((node, replica.machine))
     return found

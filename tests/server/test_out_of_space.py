@@ -143,15 +143,15 @@ def test_a_log_write_that_finds_no_room_is_done_again_and_nobody_hears_of_it_bef
                 await kv.put(b"k", b"lost?", timeout=2)
             assert leader.alive
             assert leader.error is None
-            assert leader.inside._driver.space.full
+            assert leader.inside.driver.space.full
             await trio.sleep(5)
             assert leader.alive
             assert leader.error is None
             disk._faults.clear()
             await until_taken(kv, b"k")
             await trio.sleep(1)
-            assert not leader.inside._driver.space.low
-            assert not leader.inside._wal.statistics().failed
+            assert not leader.inside.driver.space.low
+            assert not leader.inside.wal.statistics().failed
             leader.check()
             await leader.power_off()
             await leader.start()
@@ -172,10 +172,10 @@ def test_a_full_follower_holds_up_nobody_and_catches_up_when_it_has_room() -> No
             follower = next(node for node in cluster.nodes.values() if node is not leader)
             leave(follower, FREE_BYTES_MIN // 4)
             await trio.sleep(1)
-            written = follower.inside._wal.statistics().written_bytes
+            written = follower.inside.wal.statistics().written_bytes
             for number in range(300):
                 await kv.put(b"k%03d" % number, bytes(3000))
-            assert follower.inside._wal.statistics().written_bytes - written < 300_000
+            assert follower.inside.wal.statistics().written_bytes - written < 300_000
             third = next(node for node in cluster.nodes.values() if node not in (leader, follower))
             leave(follower, 4 * FREE_BYTES_MIN)
             await trio.sleep(10)

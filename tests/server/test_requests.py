@@ -32,17 +32,17 @@ async def ask(node: SimulatedNode, method: int, *arguments: Any, range_id: int =
     """Hand a request to a node's dispatcher as its connections do; who was answered."""
     inside = node.inside
     recorder = Recorder()
-    replica = inside._catalog.replicas.get(range_id)
+    replica = inside.catalog.replicas.get(range_id)
     generation = replica.machine.descriptor.epoch.span if replica is not None and replica.machine else 0
     request = Request(1, method, range_id, generation, timestamp, list(arguments))
-    inside._listener._requests.dispatch(recorder, request)
+    inside.listener._requests.dispatch(recorder, request)
     return recorder
 
 
 async def test_trap_23_a_request_from_the_future_is_refused_and_leaves_no_trace(autojump_clock: MockClock) -> None:
     async with world(1) as cluster:
         node = cluster.nodes["n1"]
-        clock = node.inside._hybrid_clock
+        clock = node.inside.hybrid_clock
         for stamp in (timestamp_at(node.environment.clock.wall_ms() + 70_000), (1 << 64) - 1):
             before = clock.last
             recorder = await ask(node, Method.GET, 0, [b"k"], timestamp=stamp)
@@ -63,10 +63,10 @@ async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it(autoju
         await trio.sleep(0.3)
         for node in cluster.nodes.values():
             if node is not leader:
-                assert node.inside._hybrid_clock.last < version
+                assert node.inside.hybrid_clock.last < version
                 recorder = await ask(node, Method.GET, 2, [b"k"])
                 assert recorder.result == [[b"v", version]]
-                assert node.inside._hybrid_clock.last >= version
+                assert node.inside.hybrid_clock.last >= version
 
 
 GARBAGE: tuple[Any, ...] = (None, -1, 0, 1, 3, (1 << 64) - 1, b"", b"k", "text", [], [[]], True, 1.5, {}, [b"k"], [1])
@@ -83,7 +83,7 @@ async def test_no_request_whatever_its_arguments_stops_a_node(autojump_clock: Mo
             arguments = [chance.choice(GARBAGE) for _ in range(chance.randrange(8))]
             if method == Method.CHANGE_REPLICAS and chance.random() < 0.7:
                 change = [chance.choice(["add_learner", "promote", "remove"]), *chance.choices(GARBAGE, k=2)]
-                membership = node.inside._catalog.replicas[1].machine.descriptor.epoch.membership
+                membership = node.inside.catalog.replicas[1].machine.descriptor.epoch.membership
                 arguments = [1, [change, change][: chance.randrange(3)], membership]
             recorder = await ask(node, method, *arguments, range_id=chance.choice([0, 1, 5]))
             recorders.append((method, arguments, recorder))
@@ -149,13 +149,13 @@ async def test_no_raft_message_of_a_peer_stops_a_node(autojump_clock: MockClock)
         assert node.error is None
         for each in cluster.nodes.values():
             assert each.alive
-            for replica in each.inside._catalog.replicas.values():
+            for replica in each.inside.catalog.replicas.values():
                 replica.check()
 
 
 async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:
     node = chance.choice(list(cluster.nodes.values()))
-    replica = chance.choice(list(node.inside._catalog.replicas.values()))
+    replica = chance.choice(list(node.inside.catalog.replicas.values()))
     raft = replica.raft
     kinds = [
         *(MessageType.APP_RESP, MessageType.VOTE_RESP, MessageType.HEARTBEAT_RESP, MessageType.PRE_VOTE_RESP),
@@ -187,7 +187,7 @@ async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:
         item[7] = raft.last_index + 100
         item[6], item[5] = raft.last_index + 50, raft.term
     try:
-        receive_messages(node.inside._driver, replica.node_of(sender) or NodeId(9), _frame(item))
+        receive_messages(node.inside.driver, replica.node_of(sender) or NodeId(9), _frame(item))
     except (ProtocolError, MalformedRequest):
         pass
 
@@ -195,12 +195,12 @@ async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:
 async def test_a_proposal_of_a_peer_is_refused(autojump_clock: MockClock) -> None:
     async with world(1) as cluster:
         node = cluster.nodes["n1"]
-        replica = node.inside._catalog.replicas[1]
+        replica = node.inside.catalog.replicas[1]
         item = [1, replica.replica_id, 3, int(MessageType.PROP), 0, 0, 0, 0, False, 0, 0, b"", 0, 0, []]
         for entries in ([], [[0, 0, b"x"]]):
             item[-1] = entries
             with pytest.raises(ProtocolError):
-                receive_messages(node.inside._driver, NodeId(2), _frame(item))
+                receive_messages(node.inside.driver, NodeId(2), _frame(item))
 
 
 async def test_trap_24_a_node_reborn_on_an_empty_disk_under_its_old_name_is_refused(autojump_clock: MockClock) -> None:
