@@ -73,7 +73,7 @@ class AppendStore(Model[str]):
         if operation.kind == "put":
             return str(operation.argument)
         if operation.kind == "append":
-            return state + operation.argument
+            return state + str(operation.argument)
         assert operation.outcome is not None, "a read without an answer does not belong into a history"
         return state if state == operation.outcome.result else None
 
