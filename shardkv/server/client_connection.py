@@ -147,6 +147,8 @@ class ClientConnection:
                 await self._requests(requests.decode_requests(frame.payload))
             elif frame.kind is FrameKind.PING:
                 self._connection.write(encode_frame(FrameKind.PONG, frame.payload[:64]))
+                # At once: it says that this node lives while the answers that are owed take their time.
+                self._connection.flush()
             elif frame.kind is FrameKind.GOODBYE:
                 return False
             else:
