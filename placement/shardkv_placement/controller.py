@@ -37,7 +37,7 @@ class _Seen(NamedTuple):
 
     ranges: Mapping[RangeId, RangeView]
     operators: Mapping[RangeId, Operator]
-    nodes: tuple[tuple[int, NodeState, bool], ...]
+    nodes: tuple[tuple[int, NodeState, bool, bool], ...]
     settings: object
     at: float
 
@@ -110,7 +110,7 @@ class Controller:
         seen = _Seen(
             view.ranges,
             view.operators,
-            tuple((node.node_id, node.state, node.draining) for node in view.nodes.values()),
+            tuple((node.node_id, node.state, node.draining, node.slow_disk) for node in view.nodes.values()),
             view.settings,
             view.now,
         )

@@ -1,7 +1,8 @@
 """What a node tells the placement leader, and what it is told back: values, their wire form, and the node's reporter.
 
     heartbeat  [1, node_id, boot, sequence, since, address, full, draining, nodes_version,
-                [report, ...], [range_id, ...], [disk_total_bytes, disk_free_bytes, used_bytes]]
+                [report, ...], [range_id, ...], [disk_total_bytes, disk_free_bytes, used_bytes],
+                slow_disk (left out when it is not)]
     report     [range_id, membership, span, is_leader, term, bytes, [[replica_id, lag, active], ...]]
     reply      [1, full_wanted, nodes_version, [node, ...] | None, [[name, value], ...], [range_id, ...]]
     node       [node_id, name, address, boot, decommissioned]
@@ -84,6 +85,8 @@ class Heartbeat:
     removed: tuple[RangeId, ...] = ()
     """Ranges that the sender holds no replica of any more."""
     capacity: Capacity = NO_CAPACITY
+    slow_disk: bool = False
+    """Its log's syncs stall, so it gives its leaderships away and should not be given any."""
 
 
 class NodeEntry(NamedTuple):
@@ -123,13 +126,28 @@ def encode(heartbeat: Heartbeat) -> list[Any]:
         [[*report[:6], [list(progress) for progress in report.progress]] for report in heartbeat.ranges],
         list(heartbeat.removed),
         list(heartbeat.capacity),
+        *([True] if heartbeat.slow_disk else ()),
     ]
 
 
 def decode(value: Any) -> Heartbeat:
     """The heartbeat in a decoded CBOR value. Raises MalformedRequest."""
     match value:
-        case [1, node_id, boot, sequence, since, address, full, draining, version, reports, removed, capacity]:
+        case [
+            1,
+            node_id,
+            boot,
+            sequence,
+            since,
+            address,
+            full,
+            draining,
+            version,
+            reports,
+            removed,
+            capacity,
+            *slow,
+        ] if len(slow) <= 1:
             numbers = [
                 fields.integer(each, "a count of bytes") for each in fields.array(capacity, "a node's capacity", 3)
             ]
@@ -147,6 +165,7 @@ def decode(value: Any) -> Heartbeat:
                 tuple(_report(each) for each in fields.array(reports, "reports", REPORTS_MAX)),
                 _range_ids(removed, REPORTS_MAX),
                 Capacity(*numbers),
+                bool(slow) and fields.flag(slow[0], "slow disk"),
             )
     raise malformed(f"not a heartbeat: {value!r:.200}")
 
@@ -275,7 +294,9 @@ class Reporter:
         """Whether there is something to tell that should not wait for the next interval."""
         return self._full_from > 0 or bool(self._changed) or bool(self._removed)
 
-    def heartbeat(self, *, draining: bool = False, capacity: Capacity = NO_CAPACITY) -> Heartbeat:
+    def heartbeat(
+        self, *, draining: bool = False, capacity: Capacity = NO_CAPACITY, slow_disk: bool = False
+    ) -> Heartbeat:
         """The next heartbeat; each has a number of its own, whether it arrives or not."""
         self._sequence += 1
         full = self._full_from > 0
@@ -292,6 +313,7 @@ class Reporter:
             tuple(self._reports[range_id] for range_id in named),
             () if full else tuple(self._removed),
             capacity,
+            slow_disk,
         )
 
     def acknowledged(self, heartbeat: Heartbeat, reply: HeartbeatReply) -> None:

@@ -203,6 +203,8 @@ def _target_obstacle(range_view: RangeView, node: NodeView) -> str | None:
         return f"it is {node.state.value}"
     if node.draining:
         return "it is draining"
+    if node.slow_disk:
+        return "its disk is slow"
     if not range_view.has_voter_on(node.node_id):
         return "it holds no voter of the range"
     replica = range_view.descriptor.replica_on(node.node_id)

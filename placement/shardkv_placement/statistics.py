@@ -57,6 +57,7 @@ class _Heard:
     at: float = 0.0
     full: bool = False
     draining: bool = False
+    slow_disk: bool = False
     capacity: Capacity = NO_CAPACITY
     ranges: dict[RangeId, RangeReport] = field(default_factory=dict)
 
@@ -121,11 +122,15 @@ class Statistics:
                 self._claim(node_id, report)
         for range_id in heartbeat.removed:
             self._remove(node_id, heard, range_id)
-        if heard.draining != heartbeat.draining or heard.capacity != heartbeat.capacity:
+        if (heard.draining, heard.slow_disk) != (
+            heartbeat.draining,
+            heartbeat.slow_disk,
+        ) or heard.capacity != heartbeat.capacity:
             self.revision += 1
         heard.sequence = heartbeat.sequence
         heard.at = now
         heard.draining = heartbeat.draining
+        heard.slow_disk = heartbeat.slow_disk
         heard.capacity = heartbeat.capacity
 
     def _claim(self, node_id: NodeId, report: RangeReport) -> None:
@@ -199,6 +204,10 @@ class Statistics:
     def draining(self, node_id: NodeId) -> bool:
         heard = self._heard.get(node_id)
         return heard is not None and heard.draining
+
+    def slow_disk(self, node_id: NodeId) -> bool:
+        heard = self._heard.get(node_id)
+        return heard is not None and heard.slow_disk
 
     def capacity(self, node_id: NodeId) -> Capacity:
         heard = self._heard.get(node_id)

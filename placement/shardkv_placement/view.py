@@ -37,6 +37,8 @@ class NodeView:
     heard_at: float | None = None
     """When its last heartbeat came, in the seconds of ``ClusterView.now``."""
     capacity: Capacity = NO_CAPACITY
+    slow_disk: bool = False
+    """Its log's syncs stall: it gives its leaderships away itself, and is given none."""
 
     @property
     def live(self) -> bool:
@@ -150,6 +152,7 @@ class ViewBuilder:
                 record.boot,
                 statistics.heard_at(record.node_id),
                 statistics.capacity(record.node_id),
+                statistics.slow_disk(record.node_id),
             )
             for record in sorted(state.nodes.values(), key=lambda each: each.node_id)
         }

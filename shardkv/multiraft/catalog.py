@@ -18,6 +18,7 @@ from shardkv.machine.snapshot import installing
 from shardkv.multiraft.replica import Replica
 from shardkv.raft import LeaseSettings, RaftNode, RaftSettings
 from shardkv.raft.messages import NONE, ConfState, HardState, Message, Snapshot
+from shardkv.raft.settings import never
 from shardkv.ranges.admission import Admission, admit_message
 from shardkv.ranges.spans import SpanMap
 from shardkv.ranges.split import RightHalf, adopt
@@ -54,6 +55,8 @@ class Catalog:
         environment: Environment,
         timing: GroupTiming,
         make_extension: Callable[[RangeId], Extension | None],
+        *,
+        reluctant: Callable[[], bool] = never,
     ) -> None:
         self.node_id = node_id
         self.replicas: dict[RangeId, Replica] = {}
@@ -64,6 +67,7 @@ class Catalog:
         self._environment = environment
         self._timing = timing
         self._make_extension = make_extension
+        self._reluctant = reluctant
         self._extensions: dict[RangeId, Extension | None] = {}
         self._refuse_until_ns = 0
         """Until then no replica of this node votes: before its start it may have promised not to (trap 7)."""
@@ -291,6 +295,7 @@ class Catalog:
             step_down_on_removal=True,
             lease=LeaseSettings(promise_ns=timing.promise_ns),
             vote_refusal_ns=max(self._refuse_until_ns - now, promised_ns - now, 0),
+            reluctant=self._reluctant,
             commit_broadcast=False,
             uncommitted_bytes_max=UNCOMMITTED_BYTES_MAX,
             inflight_bytes_max=INFLIGHT_BYTES_MAX,

@@ -146,6 +146,7 @@ class Driver:
         """How much room there is; whoever takes writes asks it first."""
         self._failure: BaseException | None = None
         self._turns = self._syncs = self._entries_applied = 0
+        self._sync_began_ns = self._sync_ns_max = 0
 
     # What others call
 
@@ -267,6 +268,14 @@ class Driver:
             replica.learn_node(from_, sender)
             self.snapshots.send(replica, Message(MessageType.SNAP, from_, to, replica.raft.term))
 
+    def slowest_sync_ns(self, now: int) -> int:
+        """The longest that a sync took which ended since this was last asked, or that the one under way takes so far.
+
+        From the moment when the record was handed to the log's thread, so what else it does there counts, too.
+        """
+        slowest, self._sync_ns_max = self._sync_ns_max, 0
+        return max(slowest, now - self._sync_began_ns) if self._syncing else slowest
+
     def statistics(self) -> DriverStatistics:
         return DriverStatistics(self._turns, self._syncs, self._entries_applied)
 
@@ -371,6 +380,7 @@ class Driver:
             return
         updates = [log_update(replica, message) for replica, message in appends]
         self._syncing = True
+        self._sync_began_ns = self.environment.clock.monotonic_ns()
         self._syncs += 1
         self._submit(self.wal.append(updates), lambda _, error: self._synced(appends, error))
         self.environment.workers.yield_interpreter()
@@ -382,6 +392,9 @@ class Driver:
             self.fail(error)
             return
         now = self.environment.clock.monotonic_ns()
+        took = now - self._sync_began_ns
+        if took > self._sync_ns_max:
+            self._sync_ns_max = took
         outgoing: list[tuple[Replica, Message]] = []
         for replica, message in appends:
             self._deliver(replica, message.responses, now, outgoing)

@@ -9,12 +9,15 @@ from shardkv.raft.messages import NONE, EntryType, Message, MessageType
 from shardkv.raft.proposals import forward
 from shardkv.raft.quorum import VoteResult, joint_vote_result
 from shardkv.raft.settings import ReadOnly
-from shardkv.raft.state import Raft, Role
+from shardkv.raft.state import NOT_EAGER, Raft, Role
 
 CAMPAIGN_TRANSFER: Final = b"CampaignTransfer"
 """The context of a vote request that comes of a transfer: nobody is protected from it."""
 STAGGER_TICKS: Final = 2
 """How far apart replicas begin that all want an election at the same moment."""
+
+RELUCTANCE: Final = 4
+"""How many election timeouts a reluctant replica waits: long enough for anybody else to be elected before it."""
 
 
 class Campaign(Enum):
@@ -24,6 +27,8 @@ class Campaign(Enum):
 
 
 def hup(raft: Raft, message: Message) -> None:
+    if is_reluctant(raft):
+        return
     start(raft, Campaign.PRE_ELECTION if raft.settings.pre_vote else Campaign.ELECTION)
 
 
@@ -35,6 +40,11 @@ def start(raft: Raft, campaign: Campaign) -> None:
         raft.eager_ticks = stagger_ticks(raft)
         return
     run(raft, campaign)
+
+
+def is_reluctant(raft: Raft) -> bool:
+    """Whether somebody else should lead. A replica that is alone has nobody to leave that to."""
+    return raft.settings.reluctant() and not raft.is_singleton
 
 
 def stagger_ticks(raft: Raft) -> int:
@@ -145,6 +155,8 @@ def tick_election(raft: Raft) -> None:
     if raft.eager_ticks >= 0:
         _tick_eager(raft)
     elif raft.election_elapsed >= raft.randomized_election_timeout and raft.promotable:
+        if raft.election_elapsed < RELUCTANCE * raft.randomized_election_timeout and is_reluctant(raft):
+            return
         raft.election_elapsed = 0
         start(raft, Campaign.PRE_ELECTION if raft.settings.pre_vote else Campaign.ELECTION)
 
@@ -155,6 +167,9 @@ def _tick_eager(raft: Raft) -> None:
         return
     if raft.eager_ticks:
         raft.eager_ticks -= 1
+        return
+    if is_reluctant(raft):
+        raft.eager_ticks = NOT_EAGER
         return
     # Others may still be bound to their promise and not answer, so ask again when everybody has had a turn.
     raft.eager_ticks = STAGGER_TICKS * len(all_voters(raft.configuration))
@@ -206,6 +221,12 @@ def leader_check_quorum(raft: Raft, message: Message | None = None) -> None:
 def leader_transfer(raft: Raft, message: Message) -> None:
     """The host wants that replica to lead. Proposals stop until it does, or until an election timeout has passed."""
     target = message.from_
+    if message.reject:
+        # The target does not want it. Go on leading at once, without a lease for the rest of the term as after any
+        # transfer: an earlier TimeoutNow may still be on its way to it.
+        if target == raft.transferee:
+            raft.transferee = NONE
+        return
     peer = raft.progress.get(target)
     if peer is None or peer.is_learner or target == raft.transferee:
         return
@@ -221,12 +242,15 @@ def leader_transfer(raft: Raft, message: Message) -> None:
 
 
 def follower_transfer(raft: Raft, message: Message) -> None:
-    if raft.leader != NONE:
+    if raft.leader != NONE and not message.reject:
         forward(raft, message)
 
 
 def follower_timeout_now(raft: Raft, message: Message) -> None:
     """The leader asks this replica to take over. No pre-vote: this is no partition healing."""
+    if is_reluctant(raft):
+        raft.send(Message(MessageType.TRANSFER_LEADER, message.from_, reject=True))
+        return
     start(raft, Campaign.TRANSFER)
 
 

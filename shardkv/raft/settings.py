@@ -1,8 +1,8 @@
 """What a Raft group is told once, when it is made. Nothing here changes afterwards and nothing here decides anything.
 
 Every bound of the core has its name here. The settings of etcd-io/raft keep their meaning; what is added to them
-(``lease``, ``vote_refusal_ns``, ``commit_broadcast``) is off or neutral unless asked for, so that the published
-transcripts replay.
+(``lease``, ``vote_refusal_ns``, ``reluctant``, ``commit_broadcast``) is off or neutral unless asked for, so that the
+published transcripts replay.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,10 @@ from shardkv.raft.messages import APPLY_THREAD, NONE
 
 UNBOUNDED: Final = (1 << 63) - 1
 """For the byte bounds: no limit. Tests and transcripts use it; nodes set real bounds."""
+
+
+def never() -> bool:
+    return False
 
 
 class ReadOnly(Enum):
@@ -55,6 +59,9 @@ class RaftSettings:
     replica_id: int
     randrange: Callable[[int], int]
     """``randrange(n)`` draws from 0 to n - 1; it spreads the election timeouts."""
+    reluctant: Callable[[], bool] = never
+    """Whether this replica should leave leading to others for now, because its host is in no state for it (trap 14). It
+    then takes no transfer and waits longer before it campaigns. Nobody's safety rests on the answer."""
 
     election_ticks: int = 10
     """A follower that hears nothing campaigns after this many ticks, or up to twice as many."""

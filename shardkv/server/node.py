@@ -23,6 +23,7 @@ from shardkv.multiraft.replica import Requester
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.multiraft.space import Space
 from shardkv.server.address_book import AddressBook
+from shardkv.server.disk_health import DiskHealth
 from shardkv.server.garbage import Collector, GarbagePolicy
 from shardkv.server.inside import Inside
 from shardkv.server.internal_client import connect_cluster, join_cluster
@@ -254,8 +255,15 @@ class _Node:
         self._extension = PlacementExtension()
         raft = config.raft
         timing = GroupTiming(raft.election_ticks, raft.heartbeat_ticks, raft.promise_ms * 1_000_000)
+        self._disk_health = DiskHealth(environment.clock, raft.sync_stall_ms / 1000, self._log)
         self._catalog = Catalog(
-            mine.node_id, self._wal, self._engine, environment, timing, lambda range_id: self._extension
+            mine.node_id,
+            self._wal,
+            self._engine,
+            environment,
+            timing,
+            lambda range_id: self._extension,
+            reluctant=self._disk_health.is_slow,
         )
         if mine.node_id == FIRST_NODE:
             self._catalog.bootstrap(_first_ranges(), self._hybrid_clock.now())
@@ -296,6 +304,7 @@ class _Node:
             self._directory.path,
             self._log,
         )
+        self._placement.slow_disk = self._disk_health.is_slow
         self._operations = Operations(self._driver, environment.clock, self._placement, self._maintenance, self._flush)
         requests = Requests(self._driver, environment.clock, self._hybrid_clock, self._start_slow)
         self._listener = Listener(
@@ -329,6 +338,7 @@ class _Node:
                     self._placement,
                     self._pool,
                     self._listener,
+                    self._disk_health,
                 )
             )
 
@@ -380,6 +390,7 @@ class _Node:
                 await nursery.start(self._maintenance.run)
                 await nursery.start(self._splitter.run)
                 await nursery.start(self._probe.run)
+                await nursery.start(self._disk_health.run, self._driver, self._placement.beat_soon)
                 self._show()
                 self._log.info("started", address=self._address, boot=self._directory.identity.boot)
                 await self._ready_when_serving()

@@ -35,7 +35,8 @@ from shardkv.wire.raft_codec import ReplicaNotice
 
 SNAPSHOT_FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 _NOT_PASSED_ON: Final = frozenset({MessageType.PROP, MessageType.TRANSFER_LEADER})
-"""Asked of a range's leader by requests, where they are checked; no node passes them on to another's group."""
+"""Asked of a range's leader by requests, where they are checked; no node passes them on to another's group. That a node
+declines a leadership it was offered is another matter."""
 SNAPSHOT_BUFFER_BYTES: Final = 1024 * 1024
 """A sender of a snapshot waits while more than this is on its way."""
 
@@ -66,7 +67,8 @@ def receive_messages(driver: Driver, sender: NodeId, frame: Frame) -> None:
                 driver.snapshot_needed(range_id, message.to, message.from_, sender)
             continue
         kind = message.type
-        if (not message.term and kind is not MessageType.READ_INDEX) or kind in _NOT_PASSED_ON:
+        declines = kind is MessageType.TRANSFER_LEADER and message.reject
+        if (not message.term and kind is not MessageType.READ_INDEX) or (kind in _NOT_PASSED_ON and not declines):
             raise ProtocolError(f"range {range_id}: a node may not send {kind.name} in term {message.term}")
         replica = catalog.admit(range_id, message, sender)
         if replica is None:

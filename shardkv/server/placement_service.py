@@ -37,7 +37,7 @@ from shardkv_placement.heartbeat import Capacity, HeartbeatReply, Progress, Rang
 from shardkv_placement.operators import ChangeReplicas
 from shardkv_placement.state import PlacementState
 from shardkv_placement.statistics import Statistics
-from shardkv_placement.view import ClusterView, ViewBuilder
+from shardkv_placement.view import ClusterView, NodeView, ViewBuilder
 
 LEADER_TICK_SECONDS: Final = 0.1
 OUTCOME_SECONDS: Final = 5.0
@@ -95,6 +95,8 @@ class PlacementService:
         self._log = log
         self.call: Call
         self.draining = False
+        self.slow_disk: Callable[[], bool] = lambda: False
+        """Whether this node's disk is slow; set before :meth:`run`."""
         self.settings: dict[str, int] = {}
         """What the last heartbeat's reply said."""
         self.fatal: ShardKVError | None = None
@@ -120,6 +122,10 @@ class PlacementService:
             task_status.started()
 
     def leadership_changed(self, replica: Replica) -> None:
+        self._beat_wanted.set()
+
+    def beat_soon(self) -> None:
+        """Something about this node itself has changed that the placement group should know."""
         self._beat_wanted.set()
 
     def descriptor_changed(self, replica: Replica) -> None:
@@ -162,7 +168,9 @@ class PlacementService:
             self._beat_wanted = trio.Event()
             interval = self.settings.get("heartbeat_ms", 500) / 1000
             self._observe_replicas()
-            beat = self._reporter.heartbeat(draining=self.draining, capacity=self._capacity())
+            beat = self._reporter.heartbeat(
+                draining=self.draining, capacity=self._capacity(), slow_disk=self.slow_disk()
+            )
             try:
                 answer = await self.call(
                     Method.HEARTBEAT, heartbeat.encode(beat), range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS
@@ -404,7 +412,7 @@ class PlacementService:
                     "name": node.name,
                     "id": node.node_id,
                     "address": node.address,
-                    "state": "draining" if node.draining else node.state.value,
+                    "state": _state_of(node),
                     "replicas": node.replicas,
                     "leaders": node.leaders,
                 }
@@ -439,3 +447,10 @@ class PlacementService:
                     }
                 )
         return rows
+
+
+def _state_of(node: NodeView) -> str:
+    """In one word or two, what is most important to know of a node."""
+    if node.draining:
+        return "draining"
+    return "slow disk" if node.live and node.slow_disk else node.state.value

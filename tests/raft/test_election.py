@@ -1,6 +1,7 @@
 """Who may lead, and when (paper 5.2 and 5.4.1; thesis 3.8, 4.2.3, 6.2 and 9.6)."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -450,3 +451,80 @@ def test_a_doubting_follower_waits_for_its_promise_to_run_out() -> None:
     for elapsed in range(5, 5 + 3 * STAGGER_TICKS):
         node.tick(start + elapsed * TICK_NS)
     assert node.role is Role.PRE_CANDIDATE
+
+
+# Trap 14: a replica whose host is in no state to lead.
+
+
+def reluctant(*ids: int, voters: int = 3, **changed: Any) -> Cluster:
+    """A group in which these replicas leave leading to others."""
+    own = {id_: {"reluctant": lambda: True} for id_ in ids}
+    return Cluster(voters, own_settings=own, pre_vote=True, check_quorum=True, **changed)
+
+
+def test_trap_14_a_reluctant_replica_declines_a_transfer_at_once() -> None:
+    """The leader leads on without waiting for an election timeout; its lease stays away, for it sent a TimeoutNow."""
+    cluster = reluctant(2)
+    cluster.elect(1)
+    term = cluster[1].term
+    cluster[1].transfer_leader(2)
+    cluster.settle()
+    assert (cluster.leaders(), cluster[1].term, cluster[1].transferee) == ([1], term, 0)
+    assert cluster[1].raft.lease_suspended
+    cluster[1].propose(b"goes on")
+    cluster.settle()
+    assert cluster.hosts[3].applied == [b"goes on"]
+    cluster[1].transfer_leader(3)
+    cluster.settle()
+    assert cluster.leaders() == [3]
+
+
+def test_a_refusal_that_comes_late_ends_no_other_transfer_and_is_passed_on_to_nobody() -> None:
+    cluster = reluctant(2)
+    cluster.elect(1)
+    refusal = Message(M.TRANSFER_LEADER, 1, 2, cluster[1].term, reject=True)
+    cluster.isolate(3)
+    cluster[1].propose(b"x")
+    cluster.settle()
+    cluster[1].transfer_leader(3)
+    cluster[1].step(refusal)
+    assert cluster[1].transferee == 3
+    cluster[3].step(Message(M.TRANSFER_LEADER, 3, 2, cluster[3].term, reject=True))
+    assert not cluster[3].has_ready(), "a follower passed a refusal on, as a wish"
+
+
+def test_trap_14_a_reluctant_replica_leaves_elections_to_the_others() -> None:
+    """It waits four times as long, so that anybody else is elected before it."""
+    cluster = reluctant(2, 3, voters=5)
+    cluster.elect(1)
+    cluster.isolate(1)
+    cluster.tick(2, 3, 4, 5, count=60)
+    assert cluster.leaders()[1:] in ([4], [5]) or cluster.leaders() in ([4], [5])
+    cluster[2].campaign(cluster.now)
+    cluster.settle()
+    assert not {2, 3} & set(cluster.leaders())
+
+
+def test_trap_14_where_all_are_reluctant_one_of_them_leads_all_the_same() -> None:
+    """Nobody's range goes without a leader for it; and one that is alone has nobody to leave leading to."""
+    cluster = reluctant(1, 2, 3)
+    cluster.tick(count=20)
+    assert cluster.leaders() == [], "not at once"
+    cluster.tick(count=100)
+    assert len(cluster.leaders()) == 1
+    alone = reluctant(1, voters=1)
+    alone.tick(count=25)
+    assert alone.leaders() == [1]
+
+
+def test_trap_14_doubt_does_not_make_a_reluctant_replica_hurry() -> None:
+    cluster = reluctant(2)
+    cluster.elect(1)
+    cluster.tick(count=2)
+    cluster.isolate(1)
+    for id_ in (2, 3):
+        cluster[id_].doubt(cluster.now)
+    cluster.settle()
+    cluster.tick(2, 3, count=8)
+    assert 3 in cluster.leaders()
+    assert 2 not in cluster.leaders()

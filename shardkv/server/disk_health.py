@@ -1,0 +1,210 @@
+"""Whether this node's disk keeps up, and what becomes of the leaderships when it does not (trap 14).
+
+A leader whose log syncs stall goes on sending heartbeats, so nobody else would take its place while its clients wait.
+Lives here: the judgement, from how long syncs take (one that has not ended counts as it runs), and the handing over.
+Does not live here: the measuring (the driver knows when a record was handed to the log's thread and when it was on
+disk), nor what a node does that is offered a leadership while its own disk is slow (``raft.election``: it declines).
+The rule: nobody's safety rests on any of this, and no range goes without a leader for it. A slow node leads on what
+nobody takes.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+
+from shardkv.environment import Clock
+from shardkv.multiraft.driver import Driver
+from shardkv.multiraft.replica import Replica
+from shardkv.types import NodeId
+
+PROBE_SECONDS: Final = 0.1
+WELL_SECONDS: Final = 10.0
+"""A slow disk is well when for so long no sync took more than half of the bound."""
+WELL_SECONDS_MAX: Final = 300.0
+"""A disk that becomes slow again soon must be well for twice as long as the last time, up to this."""
+RELAPSE_SECONDS: Final = 120.0
+RETRY_SECONDS: Final = 10.0
+"""A node that did not take a leadership is asked again after so long; one that did is trusted with more until then."""
+LATE_SECONDS: Final = 0.05
+LATES_MAX: Final = 64
+HANDOVERS_AT_ONCE_MAX: Final = 256
+"""Transfers begun in one probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatistics:
+    """A frozen picture of the disk's health."""
+
+    slow: bool
+    slow_count: int
+    """How often the disk became slow."""
+    sync_seconds_last: float
+    """The slowest sync of the last tenth of a second, or how long the one under way has taken so far."""
+    sync_seconds_max: float
+    """The slowest since the start."""
+    given_away: int
+    """Leaderships that others took because of it."""
+
+
+class DiskHealth:
+    """The judgement: ``stall_seconds`` is how long a sync may take. A service once :meth:`run`."""
+
+    def __init__(self, clock: Clock, stall_seconds: float, log: Any) -> None:
+        self.slow = False
+        self._clock = clock
+        self._stall_ns = int(stall_seconds * 1e9)
+        self._log = log
+        self._slow_count = self._given_away = 0
+        self._last_ns = self._max_ns = 0
+        self._slow_since_ns = 0
+        self._bad_ns = 0
+        """When a sync last took too long to call the disk well."""
+        self._recovered_ns: int | None = None
+        self._well_ns = int(WELL_SECONDS * 1e9)
+        self._lates: deque[tuple[int, int]] = deque(maxlen=LATES_MAX)
+        """When the probe woke much too late, and by how much."""
+
+    def is_slow(self) -> bool:
+        return self.slow
+
+    def statistics(self) -> DiskStatistics:
+        return DiskStatistics(self.slow, self._slow_count, self._last_ns / 1e9, self._max_ns / 1e9, self._given_away)
+
+    def disk_ns(self, sync_ns: int, late_ns: int, now_ns: int) -> int:
+        """What of a sync's time was the disk's, at a probe that woke ``late_ns`` too late.
+
+        A process that was suspended, or got no processor, was not kept waiting by its disk.
+        """
+        lates = self._lates
+        if late_ns >= LATE_SECONDS * 1e9:
+            lates.append((now_ns, late_ns))
+        began_ns = now_ns - sync_ns - int(PROBE_SECONDS * 1e9)
+        return max(0, sync_ns - sum(late for at, late in lates if at >= began_ns))
+
+    def observe(self, sync_ns: int, now_ns: int) -> None:
+        """Judge anew: until now the slowest sync since the last time took, or takes, ``sync_ns``."""
+        self._last_ns = sync_ns
+        self._max_ns = max(self._max_ns, sync_ns)
+        if sync_ns >= self._stall_ns // 2:
+            self._bad_ns = now_ns
+        if not self.slow:
+            if sync_ns >= self._stall_ns:
+                self._become_slow(sync_ns, now_ns)
+        elif now_ns - self._bad_ns >= self._well_ns:
+            self.slow = False
+            self._recovered_ns = now_ns
+            self._log.info("the disk keeps up again", slow_seconds=round((now_ns - self._slow_since_ns) / 1e9, 1))
+
+    def _become_slow(self, sync_ns: int, now_ns: int) -> None:
+        relapse = self._recovered_ns is not None and now_ns - self._recovered_ns < RELAPSE_SECONDS * 1e9
+        longest = int(WELL_SECONDS_MAX * 1e9)
+        self._well_ns = min(2 * self._well_ns, longest) if relapse else int(WELL_SECONDS * 1e9)
+        self.slow = True
+        self._slow_count += 1
+        self._slow_since_ns = now_ns
+        self._log.warning(
+            "the disk is slow: a sync of the log stalls; leaderships go to other nodes until it keeps up again",
+            sync_ms=sync_ns // 1_000_000,
+            bound_ms=self._stall_ns // 1_000_000,
+            advice="see what else writes to this disk, or replace it",
+        )
+
+    async def run(
+        self,
+        driver: Driver,
+        changed: Callable[[], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Watch, and hand over. ``changed`` is called when the judgement has changed."""
+        clock = self._clock
+        handover = Handover(driver, self._log)
+        task_status.started()
+        while True:
+            due_ns = clock.monotonic_ns() + int(PROBE_SECONDS * 1e9)
+            await clock.sleep(PROBE_SECONDS)
+            now_ns = clock.monotonic_ns()
+            was_slow = self.slow
+            self.observe(self.disk_ns(driver.slowest_sync_ns(now_ns), now_ns - due_ns, now_ns), now_ns)
+            if self.slow != was_slow:
+                handover = Handover(driver, self._log)
+                changed()
+            if self.slow:
+                self._given_away += handover.step(now_ns)
+
+    def check(self) -> None:
+        assert self._last_ns <= self._max_ns, f"the last sync's {self._last_ns} ns are above the maximum"
+        assert self._well_ns <= WELL_SECONDS_MAX * 1e9, f"well after {self._well_ns} ns"
+        assert not self.slow or self._slow_count, "slow, and never became it"
+
+
+class Handover:
+    """Gives leaderships away while the disk is slow, first one to each node, and the rest to those that took it.
+
+    A leadership on its way takes no writes, and a transfer costs the range its lease for the rest of the term, so a
+    node that declines (its disk may be as slow) or is gone must not be tried with each range.
+    """
+
+    def __init__(self, driver: Driver, log: Any) -> None:
+        self._driver = driver
+        self._log = log
+        self._asked: dict[NodeId, Replica] = {}
+        """The one leadership that each node was asked to take, to see whether it does."""
+        self._trusted: dict[NodeId, int] = {}
+        """Until when a node that took one is given more."""
+        self._avoided: dict[NodeId, int] = {}
+        """Until when a node that took none is not asked."""
+        self._moving: dict[int, Replica] = {}
+        self._told = False
+
+    def step(self, now_ns: int) -> int:
+        """See what became of the transfers, and begin more; how many leaderships others have taken meanwhile."""
+        taken = self._settle(now_ns)
+        stuck = 0
+        for replica in self._driver.catalog.replicas.values():
+            if len(self._moving) >= HANDOVERS_AT_ONCE_MAX:
+                break
+            if replica.leads and not replica.raft.transferee:
+                stuck += not self._begin(replica, now_ns)
+        if stuck and not self._asked and not self._moving and not self._told:
+            self._told = True
+            self._log.warning("no other node takes the leaderships; this one leads on", ranges=stuck)
+        return taken
+
+    def _settle(self, now_ns: int) -> int:
+        until_ns = now_ns + int(RETRY_SECONDS * 1e9)
+        for node_id, replica in list(self._asked.items()):
+            if replica.raft.transferee:
+                continue
+            del self._asked[node_id]
+            if replica.leads:
+                self._avoided[node_id] = until_ns
+            else:
+                self._trusted[node_id] = until_ns
+        ended = [range_id for range_id, replica in self._moving.items() if not replica.raft.transferee]
+        return sum(not self._moving.pop(range_id).leads for range_id in ended)
+
+    def _begin(self, replica: Replica, now_ns: int) -> bool:
+        """Offer a leadership to the best of those that may take it. False if there is nobody to ask."""
+        raft = replica.raft
+        candidates = sorted(
+            (-peer.match, replica_id)
+            for replica_id, peer in raft.status().progress.items()
+            if replica_id != replica.replica_id and peer.recent_active and not peer.is_learner
+        )
+        for _, replica_id in candidates:
+            node_id = replica.node_of(replica_id)
+            if node_id is None or self._avoided.get(node_id, 0) > now_ns:
+                continue
+            if node_id in self._asked:
+                return True  # its answer decides
+            if self._trusted.get(node_id, 0) <= now_ns:
+                self._asked[node_id] = replica
+            raft.transfer_leader(replica_id)
+            self._moving[replica.range_id] = replica
+            self._driver.touch(replica)
+            return True
+        return False
