@@ -226,8 +226,8 @@ class GroupLog:
             assert held is ABSENT or held[0] == item[0], (
                 f"range {self.range_id}: a copy of entry {first + position - start} has term {item[0]}, not {held[0]}"
             )
-            if held is ABSENT:
-                self._items[position] = item
+            # In the running log the copy is not on disk yet, so its data must be in memory.
+            self._items[position] = item
             self._places[position] = place
 
     def end(self, tombstone: Tombstone) -> None:
@@ -236,13 +236,14 @@ class GroupLog:
 
     # What the log as a whole asks
 
-    def evict(self, first: int, last: int) -> None:
-        """Drop the data of entries ``first`` to ``last`` from memory; they are on disk."""
-        items = self._items
+    def evict(self, first: int, last: int, synced: int) -> None:
+        """Drop the data of entries ``first`` to ``last`` from memory, but for those that do not lie before the place
+        ``synced``: an entry that was overwritten, or moved, since it was cached may not be on disk again yet."""
+        items, places = self._items, self._places
         offset = self.compact_index + 1
         for position in range(max(first - offset, 0), min(last - offset + 1, len(items))):
             item = items[position]
-            if type(item) is Entry and item.data:
+            if type(item) is Entry and item.data and places[position] < synced:
                 items[position] = Stub(item.term, item.type, len(item.data))
 
     def live_in(self, segment: Segment) -> list[int]:
@@ -315,13 +316,16 @@ class EntryCache:
         self._appended.append((sequence, log, first, last, size))
         self.bytes += size
 
-    def trim(self, synced_sequence: int) -> None:
-        """Evict down to the bound, except what is not on disk yet and could not be read back."""
+    def trim(self, synced_sequence: int, synced: int) -> None:
+        """Evict down to the bound, except what is not on disk yet and could not be read back.
+
+        On disk are the records up to number ``synced_sequence``, which lie before the place ``synced``.
+        """
         appended = self._appended
         while self.bytes > self._bytes_max and appended and appended[0][0] <= synced_sequence:
             _, log, first, last, size = appended.popleft()
             self.bytes -= size
-            log.evict(first, last)
+            log.evict(first, last, synced)
 
     def check(self) -> None:
         size = sum(item[4] for item in self._appended)

@@ -67,11 +67,13 @@ class LogState:
 
     def move(
         self, range_id: RangeId, segment: Segment, first: int, items: Sequence[Entry | Stub], places: Sequence[int]
-    ) -> None:
+    ) -> GroupLog:
         """Entries that the log holds already were copied to ``segment``."""
-        self.groups[range_id].move(first, items, places)
+        log = self.groups[range_id]
+        log.move(first, items, places)
         last = first + len(items) - 1
         segment.last_index[range_id] = max(segment.last_index.get(range_id, 0), last)
+        return log
 
     def _create(self, range_id: RangeId, create: CreateGroup) -> None:
         held = self.groups.get(range_id)

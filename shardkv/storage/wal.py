@@ -106,6 +106,10 @@ class _Write(NamedTuple):
     sequence: int
 
 
+def _place(segment: Segment, offset: int) -> int:
+    return (segment.id << PLACE_SEGMENT_SHIFT) | (offset << PLACE_OFFSET_SHIFT)
+
+
 class Wal:
     """All methods but :meth:`open` and the jobs are for the loop; jobs go to the writer thread, in order."""
 
@@ -128,6 +132,8 @@ class Wal:
         self._segment = next(reversed(state.segments.values()))
         self._sequence = sequence
         self._synced_sequence = sequence
+        self._synced_place = _place(self._segment, self._segment.end)
+        """Every record before it is on disk."""
         self._queue: deque[_Write] = deque()
         """Encoded and not yet written; bounded by what the owner encodes before it waits for a job."""
         self._cache = EntryCache(settings.cache_bytes_max)
@@ -203,7 +209,9 @@ class Wal:
             # The record is queued, and it says something that cannot be: it must not reach the disk.
             self._failure = error
             raise
-        self._cache.trim(self._synced_sequence)
+        # Both are the writer's: read in the opposite order, the sequence number is never ahead of the place.
+        synced_sequence = self._synced_sequence
+        self._cache.trim(synced_sequence, self._synced_place)
         return partial(self._write_through, self._sequence)
 
     def _queue_record(self, meta: bytes, pieces: Sequence[bytes], data_bytes: int) -> tuple[Segment, int]:
@@ -219,7 +227,7 @@ class Wal:
         segment.end = offset + record_bytes
         self._records += 1
         data_offset = offset + HEADER_BYTES + len(meta)
-        return segment, (segment.id << PLACE_SEGMENT_SHIFT) | (data_offset << PLACE_OFFSET_SHIFT)
+        return segment, _place(segment, data_offset)
 
     def _rotate(self, record_bytes: int) -> Segment:
         """Begin a segment with a checkpoint and room for a record. Its file comes to be when the writer gets there."""
@@ -281,26 +289,26 @@ class Wal:
     def _write_queued(self) -> None:
         queue = self._queue
         segment: Segment | None = None
-        sequence = self._synced_sequence
+        sequence, end = self._synced_sequence, 0
         for _ in range(len(queue)):
             write = queue[0]
             if write.segment is not segment:
                 if segment is not None:
-                    self._sync(segment)
-                    self._synced_sequence = sequence
+                    self._sync(segment, sequence, end)
                 segment = write.segment
                 if segment.file is None:
                     self._spares.install(segment)
             assert segment.file is not None, f"{segment.path} is not open"
             segment.file.pwrite(write.data, write.offset)
             queue.popleft()
+            end = write.offset + len(write.data)
             self._written_bytes += len(write.data)
             sequence = write.sequence
         if segment is not None:
-            self._sync(segment)
-        self._synced_sequence = sequence
+            self._sync(segment, sequence, end)
 
-    def _sync(self, segment: Segment) -> None:
+    def _sync(self, segment: Segment, sequence: int, end: int) -> None:
+        """Make a segment durable up to ``end``, where record ``sequence`` ends."""
         assert segment.file is not None, f"{segment.path} is not open"
         try:
             segment.file.sync()
@@ -310,6 +318,8 @@ class Wal:
                 f"{error}; what the log holds is unknown, so restart the node when there is room"
             ) from error
         self._syncs += 1
+        self._synced_place = _place(segment, end)
+        self._synced_sequence = sequence
 
     def _refusal(self) -> StorageError:
         return StorageError(
@@ -372,7 +382,10 @@ class Wal:
                 places.append(base + crcs[number])
                 number += 1
                 base += len(entry.data) << PLACE_OFFSET_SHIFT
-            state.move(update.range_id, segment, update.entries[0].index, update.entries, places)
+            first = update.entries[0].index
+            log = state.move(update.range_id, segment, first, update.entries, places)
+            moved_bytes = sum(len(entry.data) for entry in update.entries)
+            self._cache.add(self._sequence, log, first, first + len(update.entries) - 1, moved_bytes)
         self._moved_entries += number
         return True
 

@@ -520,3 +520,35 @@ def test_an_installed_snapshot_replaces_the_log() -> None:
     for log in (wal.groups[R1], opened(disk.lost()).groups[R1]):
         assert log.initial_state() == (HardState(4, 0, 20), ConfState((4, 5, 6)))
         assert (log.first_index(), log.last_index(), log.term(20), log.term(21)) == (21, 21, 3, 4)
+
+
+def test_an_entry_that_was_moved_stays_in_memory_until_its_copy_is_on_disk() -> None:
+    """A follower may ask for it between the collection and its sync, which a full disk may put off for long."""
+    disk = MemoryDisk()
+    wal = opened(disk, WalSettings(segment_bytes=2048, cache_bytes_max=0))
+    wal.append([create(R1, 11), create(R2, 22)])()
+    wal.append([LogUpdate(R1, HardState(1), (entry(1, b"a straggler"),))])()
+    for index in range(1, 12):
+        wal.append([LogUpdate(R2, HardState(1, 0, index), (entry(index, bytes(400)),))])()
+    wal.append([LogUpdate(R2, compact=CompactLog(11, 1))])()
+    job = wal.collect()
+    assert job is not None
+    assert wal.statistics().moved_entries == 1
+    wal.append([LogUpdate(R2, HardState(2, 0, 11))])  # which trims the cache
+    assert wal.groups[R1].entries(1, 2, 1 << 30)[0].data == b"a straggler"
+    job()
+    wal.append([LogUpdate(R2, HardState(3, 0, 11))])()
+    wal.append([LogUpdate(R2, HardState(4, 0, 11))])()
+    assert wal.statistics().cached_bytes == 0
+    assert wal.groups[R1].entries(1, 2, 1 << 30)[0].data == b"a straggler"
+
+
+def test_an_entry_that_was_overwritten_stays_in_memory_until_the_new_one_is_on_disk() -> None:
+    """The cache lets go of the old one by its index, under which the new one stands."""
+    disk = MemoryDisk()
+    wal = opened(disk, WalSettings(segment_bytes=4096, cache_bytes_max=600))
+    wal.append([create(R1, 11), create(R2, 22)])()
+    wal.append([LogUpdate(R1, HardState(1), (entry(1, b"the old one"),))])()
+    wal.append([LogUpdate(R1, HardState(2), (entry(1, b"the new one", term=2),))])
+    wal.append([LogUpdate(R2, HardState(1), (entry(1, bytes(500)),))])
+    assert wal.groups[R1].entries(1, 2, 1 << 30)[0].data == b"the new one"

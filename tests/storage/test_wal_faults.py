@@ -1,0 +1,249 @@
+"""The shared log on a disk whose calls fail: an error at every numbered call of a run, and no room at every one.
+
+The run starts, appends, rotates, prepares spares, moves stragglers and collects; the model says what must be left. An
+I/O error ends the log (a failed sync is never tried again, DESIGN 4.3); a full disk only holds it up (DESIGN 4.11).
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from random import Random
+
+import pytest
+
+from shardkv.errors import OutOfSpace, StorageError
+from shardkv.raft.messages import ConfState, Entry, EntryType, HardState
+from shardkv.storage.record import CreateGroup, LogUpdate
+from shardkv.storage.wal import Wal
+from shardkv.types import RangeId, ReplicaId
+
+from .model import DIRECTORY, SMALL, Driver, state_of
+from .support import MemoryDisk, MemoryFile
+
+TOKEN = b"token"
+R1 = RangeId(1)
+STEPS = 90
+ADVICE = "the disk reports an error; check the system's log and replace the disk"
+WRITING = ("pwrite", "truncate", "rename", "unlink", "create")
+"""What may find a disk full and can be done again; a sync cannot."""
+
+
+def broken(operation: str, path: str) -> StorageError:
+    """As :mod:`shardkv.environment.real.disk` words it."""
+    return StorageError(f"cannot {operation} {path}: Input/output error; {ADVICE}")
+
+
+def full(operation: str, path: str) -> OutOfSpace:
+    return OutOfSpace(f"no space left while trying to {operation} {path}; free space or enlarge the disk")
+
+
+def fail_at(
+    disk: MemoryDisk, number: int, error: Callable[[str, str], StorageError], kinds: tuple[str, ...] = ()
+) -> list[str]:
+    """Let the ``number``-th change of ``disk`` fail; the list gets its name once it has."""
+    met: list[str] = []
+
+    def observe(operation: str, path: str) -> None:
+        if not met and disk.operations >= number and (not kinds or operation in kinds):
+            met.append(operation)
+            raise error(operation, path)
+
+    disk.observe = observe
+    return met
+
+
+def run_until_error(seed: int, number: int) -> tuple[Driver, str, StorageError] | None:
+    """A driver whose disk failed at that call, the call, and what the log said. None if the run ends before."""
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(seed))
+    met = fail_at(disk, number, broken)
+    try:
+        driver.steps(STEPS)
+    except StorageError as error:
+        return driver, met[0], error
+    assert not met, f"call {number}, a {met}, failed and nobody said so"
+    return None
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_io_error_at_any_call_ends_the_log_names_the_file_and_loses_nothing_acknowledged(seed: int) -> None:
+    """Whatever the page cache makes of it: all of what was unsynced may be there after, none of it, or parts."""
+    quiet = Driver(MemoryDisk(), Random(seed))
+    start = quiet.disk.operations
+    quiet.steps(STEPS)
+    assert quiet.wal.statistics().moved_entries > 0, "the run moves no stragglers"
+    assert quiet.dropped > 2, "the run frees no segments"
+    kinds = set()
+    for number in range(start, quiet.disk.operations):
+        found = run_until_error(seed, number)
+        assert found is not None
+        driver, kind, error = found
+        kinds.add(kind)
+        assert DIRECTORY in str(error)
+        assert ADVICE in str(error)
+        driver.disk.observe = lambda operation, path: None
+        failed = driver.wal.statistics().failed
+        # Only making a file ahead of time leaves the log as it was: nothing was written to it.
+        assert failed or kind in ("create", "truncate", "pwrite", "unlink")
+        if failed:
+            with pytest.raises(StorageError, match="failed before"):
+                driver.wal.append([LogUpdate(R1, HardState(99))])
+        for disk in (driver.disk.lost(), driver.disk.copy(), driver.disk.torn(Random(number))):
+            wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+            sequence = wal.statistics().sequence
+            assert sequence >= driver.acknowledged
+            assert state_of(wal) == driver.at(sequence)
+    assert kinds >= {"pwrite", "sync", "rename", "sync_directory", "truncate", "unlink"}, kinds
+
+
+def test_an_io_error_at_any_call_of_a_start_loses_nothing_and_the_next_start_goes_well() -> None:
+    """Also of a start that has a torn tail to cut, segments to remove and spares to throw away."""
+    driver = Driver(MemoryDisk(), Random(3))
+    driver.steps(60)
+    driver.append(LogUpdate(RangeId(9), create=CreateGroup(ReplicaId(1), 0, 0, ConfState(), bytes(300))))
+    driver.prepare()
+    torn = driver.disk.copy()
+    last = max(name for name in torn.names if name.endswith(".wal"))
+    end = len(bytes(torn.names[last].current).rstrip(b"\0"))
+    torn.names[last].current[end - 5 : end] = (
+        b"\xee" * 5
+    )  # the end of the newest record, which no later one vouches for
+    expected = state_of(Wal.open(torn.copy(), DIRECTORY, SMALL, token=TOKEN))
+    number, kinds = 0, set()
+    while True:
+        disk = torn.copy()
+        met = fail_at(disk, disk.operations + number, broken)
+        said = ""
+        try:
+            Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+        except StorageError as error:
+            said = str(error)
+        if not met:
+            break
+        assert DIRECTORY in said
+        kinds.add(met[0])
+        for survivor in (disk.lost(), disk.copy(), disk.torn(Random(number))):
+            assert state_of(Wal.open(survivor, DIRECTORY, SMALL, token=TOKEN)) == expected
+        number += 1
+    assert kinds >= {"truncate", "pwrite", "sync", "unlink"}, kinds
+
+
+def run_without_room(seed: int, number: int, *, torn: bool) -> tuple[Driver, list[str]]:
+    """A run in which one call finds no room, and is made again later, as the owner of the log makes it."""
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(seed))
+    met = fail_at(disk, number, full, WRITING)
+    original = MemoryFile.pwrite
+
+    def pwrite(self: MemoryFile, data: bytes, offset: int) -> None:
+        try:
+            original(self, data, offset)
+        except OutOfSpace:
+            observe, disk.observe = disk.observe, lambda operation, path: None
+            original(self, bytes(data)[: len(data) // 2], offset)
+            disk.observe = observe
+            raise
+
+    with pytest.MonkeyPatch.context() as patch:
+        if torn:
+            patch.setattr(MemoryFile, "pwrite", pwrite)
+        for _ in range(STEPS):
+            patient(driver.step, driver)
+        patient(driver.sync, driver)
+        driver.sync()
+    return driver, met
+
+
+def patient(step: Callable[[], None], driver: Driver) -> None:
+    """Take a step. If it finds no room, the jobs that wait are run again; what they said so far must stay true."""
+    jobs = list(driver.jobs)
+    try:
+        step()
+    except OutOfSpace:
+        known = driver.acknowledged
+        assert not driver.wal.statistics().failed
+        done = len(jobs) - len(driver.jobs)
+        # The job that failed was taken off the list: it is still to be done, before the others.
+        if done > 0:
+            driver.jobs.insert(0, jobs[done - 1])
+        assert driver.wal.synced_sequence >= known
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["nothing written", "half written"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_call_that_finds_no_room_is_made_again_and_changes_nothing(seed: int, torn: bool) -> None:
+    """Any call but a sync: the record is written again at the same place, before anything else is."""
+    quiet = Driver(MemoryDisk(), Random(seed))
+    start = quiet.disk.operations
+    quiet.steps(STEPS)
+    kinds = set()
+    for number in range(start, quiet.disk.operations):
+        driver, met = run_without_room(seed, number, torn=torn)
+        kinds.update(met)
+        assert not driver.wal.statistics().failed
+        assert state_of(driver.wal) == driver.model.state()
+        driver.wal.check()
+        again = Wal.open(driver.disk.lost(), DIRECTORY, SMALL, token=TOKEN)
+        assert state_of(again) == driver.model.state()
+    assert kinds >= {"pwrite", "rename", "truncate", "unlink"}, kinds
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_crash_after_a_call_that_found_no_room_leaves_the_acknowledged_prefix(seed: int) -> None:
+    """What was half written and never done again is a torn tail like any other."""
+    quiet = Driver(MemoryDisk(), Random(seed))
+    start = quiet.disk.operations
+    quiet.steps(STEPS)
+    for number in range(start, quiet.disk.operations, 3):
+        disk = MemoryDisk()
+        driver = Driver(disk, Random(seed))
+        met = fail_at(disk, number, full, WRITING)
+        with suppress(OutOfSpace):
+            driver.steps(STEPS)
+        if not met:
+            break  # the run ends with calls that need no room
+        for left in (disk.lost(), disk.copy(), disk.torn(Random(number))):
+            wal = Wal.open(left, DIRECTORY, SMALL, token=TOKEN)
+            sequence = wal.statistics().sequence
+            assert sequence >= driver.acknowledged
+            assert state_of(wal) == driver.at(sequence)
+
+
+@pytest.mark.parametrize("operation", ["sync", "sync_directory"])
+def test_a_sync_that_finds_no_room_is_final(operation: str) -> None:
+    """TRAPS 10: after a failed fsync the system may have dropped the pages, and the next one says that all is well."""
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    job = wal.append([LogUpdate(R1, HardState(1), (Entry(1, 1, EntryType.NORMAL, bytes(1990)),))])
+    fail_at(disk, 0, full, (operation,))
+    with pytest.raises(StorageError, match="restart the node") as caught:
+        job()
+    assert not isinstance(caught.value, OutOfSpace)
+    with pytest.raises(StorageError, match="failed before"):
+        job()
+
+
+def test_trying_again_for_a_spare_leaves_no_files_behind() -> None:
+    """Else a disk that is nearly full would be filled to its last byte by the attempts."""
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    before = set(disk.names)
+    for _ in range(5):
+        fail_at(disk, disk.operations, full, ("pwrite",))
+        prepare = wal.prepare()
+        assert prepare is not None
+        with pytest.raises(OutOfSpace):
+            prepare()
+        assert set(disk.names) == before
+
+
+def test_closing_a_log_without_room_closes_its_files_and_loses_nothing_acknowledged() -> None:
+    driver = Driver(MemoryDisk(), Random(0))
+    driver.append(LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState())))
+    driver.sync()
+    driver.append(LogUpdate(R1, HardState(3, 2, 0)))
+    fail_at(driver.disk, 0, full, ("pwrite",))
+    driver.wal.close()
+    assert all(segment.file._closed for segment in driver.wal._state.segments.values())
+    wal = Wal.open(driver.disk.copy(), DIRECTORY, SMALL, token=TOKEN)
+    assert state_of(wal) == driver.at(driver.acknowledged)
