@@ -1,7 +1,9 @@
 """CBOR as shardkv speaks it: plain values only, whole inputs only, and ``struct`` helpers for the hot envelopes.
 
 Everything decoded here may come from an enemy. Tags (which build arbitrary objects), indefinite lengths, deep nesting,
-map keys that are not strings, and trailing bytes are refused with :class:`~shardkv.errors.MalformedRequest`.
+map keys that are not strings (of text or bytes), and trailing bytes are refused with
+:class:`~shardkv.errors.MalformedRequest`. What CBOR calls simple values comes out as objects of cbor2's, which have
+none of the types that a message is made of.
 """
 
 from io import BytesIO

@@ -335,7 +335,9 @@ def _problem(setting: Setting, value: Any) -> str | None:
                 return f"must be one of {', '.join(setting.choices)}, not {value!r}"
         case Kind.COUNT | Kind.BYTES:
             if (setting.low is not None and value < setting.low) or (setting.high is not None and value > setting.high):
-                return f"must be from {setting.low} to {setting.high}, not {value}"
+                # Python refuses to print numbers of thousands of digits, which a TOML file may hold in hexadecimal.
+                shown = value if value.bit_length() <= 64 else f"one of {value.bit_length()} bits"
+                return f"must be from {setting.low} to {setting.high}, not {shown}"
         case Kind.ADDRESS | Kind.LISTEN_ADDRESS | Kind.ADDRESSES:
             for address in value if setting.kind is Kind.ADDRESSES else (value,):
                 try:
@@ -438,7 +440,7 @@ def _from_environment(variables: Mapping[str, str]) -> dict[str, Given]:
 def _from_file(text: str, file_name: str) -> dict[str, Given]:
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ConfigError(f"{file_name} is not a TOML file: {problem}") from None
     given: dict[str, Given] = {}
     for key, value in document.items():

@@ -132,6 +132,16 @@ class BatchError(ShardKVError):
         self.consumed = consumed
         self.failed = failed
 
+    def details(self) -> list[object]:
+        return [self.consumed, list(self.failed)]
+
+    @classmethod
+    def from_details(cls, message: str, details: list[object]) -> "BatchError":
+        match details:
+            case [int(consumed), [*failed]] if all(isinstance(key, bytes) for key in failed):
+                return cls(message, consumed=consumed, failed=tuple(failed))
+        return cls(message, consumed=0, failed=())
+
 
 class RoutingError(ShardKVError):
     """The request reached a node that cannot serve it; the client finds the right one."""

@@ -90,7 +90,7 @@ def _read_json_lines(lines: _Lines) -> Iterator[Record]:
             continue
         try:
             fields = json.loads(content)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise BadRecord(f"line {lines.line}: not JSON: {problem}") from None
         yield _record(fields, lines)
 
@@ -100,7 +100,11 @@ def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
     if resumed_at:
         file.seek(0)
     top = _Lines(file, 0, 0)
-    header = next(csv.reader(top), [])
+    csv.field_size_limit(64 * 1024 * 1024)
+    try:
+        header = next(csv.reader(top), [])
+    except csv.Error as problem:
+        raise BadRecord(f"line {top.line}: not CSV: {problem}") from None
     if header:
         header[0] = header[0].removeprefix("\ufeff")
     if "key" not in header and "key_base64" not in header:
@@ -109,7 +113,6 @@ def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
         file.seek(resumed_at)
     else:
         lines.offset, lines.line = top.offset, top.line
-    csv.field_size_limit(64 * 1024 * 1024)
     rows = csv.reader(lines, strict=True)
     while True:
         try:

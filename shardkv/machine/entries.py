@@ -80,14 +80,13 @@ def encode_split_entry(command: SplitCommand, timestamp: int) -> bytes:
 
 
 def split_command(entry: DecodedEntry) -> SplitCommand:
-    """What a decoded SPLIT entry says."""
-    membership, split_key, right_range_id, right_replicas = entry[BODY:]
-    return SplitCommand(
-        Epoch(membership, entry[GENERATION]),
-        split_key,
-        RangeId(right_range_id),
-        tuple((NodeId(node_id), ReplicaId(replica_id)) for node_id, replica_id in right_replicas),
-    )
+    """What a decoded SPLIT entry says. Raises Corruption for one of another shape."""
+    match entry[GENERATION:]:
+        case [int(generation), int(membership), bytes(split_key), int(right_range_id), [*right_replicas]]:
+            return SplitCommand(
+                Epoch(membership, generation), split_key, RangeId(right_range_id), tuple(map(_replica, right_replicas))
+            )
+    raise Corruption(f"a log entry says to split and is {entry!r:.100}, which no version wrote")
 
 
 def encode_extension_entry(command: object, timestamp: int, generation: int = 0) -> bytes:
@@ -113,11 +112,23 @@ def encode_membership(added: Sequence[tuple[int, int]]) -> bytes:
     return codec.dumps([ENTRY_FORMAT, [[node_id, replica_id] for node_id, replica_id in added]])
 
 
-def decode_membership(context: bytes) -> list[tuple[int, int]]:
-    """The inverse of :func:`encode_membership`; empty bytes (leaving a joint configuration) bring in nobody."""
+def decode_membership(context: bytes) -> list[tuple[NodeId, ReplicaId]]:
+    """The inverse of :func:`encode_membership`; empty bytes (leaving a joint configuration) bring in nobody.
+
+    Raises Corruption, or MalformedRequest for what is no CBOR.
+    """
     if not context:
         return []
     match codec.loads(context):
         case [int(form), [*added]] if form == ENTRY_FORMAT:
-            return [(int(node_id), int(replica_id)) for node_id, replica_id in added]
+            return [_replica(each) for each in added]
     raise Corruption(f"the context of a membership change is {context[:32].hex()}, which no version wrote")
+
+
+def _replica(fields: object) -> tuple[NodeId, ReplicaId]:
+    match fields:
+        case [int(node_id), int(replica_id)] if (
+            type(node_id) is type(replica_id) is int and min(node_id, replica_id) >= 0
+        ):
+            return NodeId(node_id), ReplicaId(replica_id)
+    raise Corruption(f"a log entry names a replica as {fields!r:.100}, which no version wrote")

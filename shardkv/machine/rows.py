@@ -63,6 +63,8 @@ def unpack_applied(row: bytes) -> AppliedState | InstallMark:
             return InstallMark(RangeDescriptor.from_wire(rest), index, term)
         if form == ROW_FORMAT and state == _STATE:
             voters, learners, outgoing, next_learners, auto_leave = rest
+            if not all(type(each) is int and each >= 0 for part in rest[:4] for each in part):
+                raise ValueError("a replica's id is an unsigned integer")
             conf_state = ConfState(
                 tuple(voters), tuple(learners), tuple(outgoing), tuple(next_learners), bool(auto_leave)
             )

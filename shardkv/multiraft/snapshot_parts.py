@@ -320,6 +320,8 @@ def decode_begin(begin: list[Any]) -> Begin:
             ids = tuple(chain(voters, learners, outgoing, learners_next))
             if (
                 descriptor.range_id == range_id
+                and type(range_id) is int
+                and 0 <= range_id < 1 << 64
                 and descriptor.span.empty == (range_id == PLACEMENT_RANGE)
                 and voters
                 and all(type(each) is int for each in ids)

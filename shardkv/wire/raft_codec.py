@@ -18,6 +18,7 @@ from shardkv.raft.messages import Entry, EntryType, Message, MessageType
 from shardkv.types import RangeId
 
 MESSAGES_PER_FRAME_MAX: Final = 16_384
+_INDEX_END: Final = 1 << 64
 
 
 class ReplicaNotice(IntEnum):
@@ -140,10 +141,14 @@ def _message(item: object) -> GroupMessage:
 
 def _entries(items: list[object], index: int) -> tuple[Entry, ...]:
     entries = []
+    if index + len(items) >= _INDEX_END:
+        raise codec.malformed(f"log entries behind index {index} would pass the last index there is")
     for item in items:
         index += 1
         match item:
-            case [int(term), int(kind), bytes(data)] if kind in _ENTRY_TYPES:
+            case [term, kind, bytes(data)] if (
+                type(term) is int and term >= 0 and type(kind) is int and kind in _ENTRY_TYPES
+            ):
                 entries.append(Entry(term, index, _ENTRY_TYPES[kind], data))
             case _:
                 raise codec.malformed("a log entry must be [term, type, data]")

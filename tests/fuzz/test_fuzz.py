@@ -1,0 +1,84 @@
+"""Every decoder against a fixed choice of damaged input, and the fuzzer itself: it must see what is wrong."""
+
+import random
+import tracemalloc
+
+import pytest
+
+from shardkv import codec
+from shardkv.config import load_node_config
+from shardkv.errors import MalformedRequest, ProtocolError
+from tests.fuzz import samples
+from tests.fuzz.mutation import mutated
+from tests.fuzz.run import fuzz
+from tests.fuzz.targets import TARGETS, Target
+
+INPUTS = 2_500
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=[each.name for each in TARGETS])
+def test_damaged_input_ends_in_a_clean_error_or_a_valid_message(target: Target) -> None:
+    """Issue: a million random and mutated frames (``python -m tests.fuzz``); here a few thousand for each decoder."""
+    report = fuzz(INPUTS, target.name, [target])
+    assert not report.failures, "\n".join(each.describe() for each in report.failures.values())
+    assert report.outcomes[target.name, "valid"], "no input came through: the mutations are too wild to find anything"
+
+
+_READ_ALONE = [each for each in TARGETS if each.name != "config"]
+
+
+@pytest.mark.parametrize("text", samples.CONFIG_FILES[:3])
+def test_every_sample_of_a_configuration_file_is_valid_without_flags_and_variables(text: bytes) -> None:
+    assert load_node_config({}, {}, text.decode(), "file.toml").data == "/d"
+
+
+@pytest.mark.parametrize("target", _READ_ALONE, ids=[each.name for each in _READ_ALONE])
+def test_every_sample_is_valid_before_it_is_damaged(target: Target) -> None:
+    found = [target.outcome(data, random.Random(1)) for data in target.corpus]
+    assert "valid" in found
+    if target.name not in ("snapshot", "snapshot-rows", "frames", "key"):
+        assert set(found) == {"valid"}
+
+
+def test_a_run_repeats_itself() -> None:
+    assert fuzz(1_500, 5).digest == fuzz(1_500, 5).digest
+    assert fuzz(1_500, 5).digest != fuzz(1_500, 6).digest
+
+
+def test_an_error_that_nobody_expects_is_a_failure_that_shows_its_input() -> None:
+    def run(data: bytes, chance: random.Random) -> None:
+        if b"!" in data:
+            raise KeyError("a bug")
+        raise ProtocolError("clean")
+
+    report = fuzz(5_000, 1, [Target("broken", (b"a!b",), run, (ProtocolError,))])
+    assert report.failed
+    (failure,) = report.failures.values()
+    assert "KeyError" in failure.describe()
+    assert failure.data.hex() in failure.describe()
+
+
+@pytest.mark.parametrize("head", ["5b", "7b", "9b", "bb", "5a", "9a", "ba"])
+def test_an_announced_length_allocates_nothing(head: str) -> None:
+    """A string, an array or a map of up to 2^64 - 1 items in nine bytes."""
+    width = 8 if head.endswith("b") else 4
+    for number in ((1 << 8 * width) - 1, (1 << 8 * width - 1) - 1, 1 << 30, 1 << 26):
+        data = bytes.fromhex(head) + number.to_bytes(width)
+        tracemalloc.start()
+        try:
+            with pytest.raises(MalformedRequest):
+                codec.loads(data)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 100_000, f"{peak} bytes for {data.hex()}"
+
+
+def test_mutations_are_of_every_kind_and_bounded() -> None:
+    chance = random.Random(1)
+    data = bytes(range(100))
+    found = [mutated(chance, data, [data, b"other"]) for _ in range(5_000)]
+    assert data in found
+    assert max(map(len, found)) < 200_000
+    assert any(len(each) < 50 for each in found)
+    assert any(len(each) == len(data) and each != data for each in found)
