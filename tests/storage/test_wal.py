@@ -540,6 +540,7 @@ def test_an_entry_that_was_moved_stays_in_memory_until_its_copy_is_on_disk() -> 
     wal.append([LogUpdate(R2, HardState(3, 0, 11))])()
     wal.append([LogUpdate(R2, HardState(4, 0, 11))])()
     assert wal.statistics().cached_bytes == 0
+    assert not isinstance(wal.groups[R1]._items[0], Entry)
     assert wal.groups[R1].entries(1, 2, 1 << 30)[0].data == b"a straggler"
 
 

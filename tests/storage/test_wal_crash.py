@@ -206,6 +206,85 @@ def test_damage_anywhere_in_a_log_of_many_segments_is_never_silent(seed: int) ->
     assert state_of(wal) == whole
 
 
+TINY = WalSettings(segment_bytes=512, cache_bytes_max=0, move_bytes_max=60, closed_segments_max=1)
+
+
+def worn_log() -> tuple[MemoryDisk, Driver]:
+    """A small log with a past: it has rotated, moved a straggler and freed segments, each record acknowledged."""
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(0), TINY)
+    driver.append(*(LogUpdate(each, create=CreateGroup(ReplicaId(1), 0, 0, ConfState())) for each in (R1, R2)))
+    driver.append(LogUpdate(R1, HardState(1), (Entry(1, 1, EntryType.NORMAL, b"a straggler"),)))
+    driver.sync()
+    for index in range(1, 9):
+        driver.append(LogUpdate(R2, HardState(1, 0, index), (Entry(1, index, EntryType.NORMAL, b"%d" % index * 99),)))
+        driver.sync()
+        driver.append(LogUpdate(R2, compact=CompactLog(index, 1)))
+        driver.collect()
+        driver.sync()
+    for index in (9, 10):
+        driver.append(LogUpdate(R2, HardState(1, 0, index), (Entry(1, index, EntryType.NORMAL, b"%d" % index * 50),)))
+        driver.sync()
+    statistics = driver.wal.statistics()
+    assert statistics.moved_entries > 1
+    assert driver.dropped > 2
+    assert statistics.segments > 1
+    return disk, driver
+
+
+def records_of(disk: MemoryDisk) -> list[tuple[str, int, int, int, int]]:
+    """``path, start, end, sequence, synced`` of every record of a sound log, oldest first."""
+    names = [name for name in sorted(disk.names) if name.endswith(".wal")]
+    return [(name, *record) for name in names for record in records_in(bytes(disk.names[name].current))]
+
+
+def vouched(records: list[tuple[str, int, int, int, int]], sequence: int) -> bool:
+    """Whether a later record, or the next segment's mere beginning, says that this record was synced."""
+    return sequence == records[0][3] or max((each[4] for each in records if each[3] > sequence), default=0) >= sequence
+
+
+def judged(broken: MemoryDisk, driver: Driver, sequence: int, corrupt: bool, what: str) -> None:
+    """Open a log in which record ``sequence`` is damaged: Corruption that says where and what to do, or a cut there."""
+    if corrupt:
+        with pytest.raises(Corruption, match=r"/data/wal[^ ]*: .*do not delete anything"):
+            Wal.open(broken, DIRECTORY, TINY, token=TOKEN)
+        return
+    wal = recovered_or_corrupt(broken, TINY)
+    assert wal is not None, what
+    assert state_of(wal) == driver.at(sequence - 1), what
+    wal.check()
+
+
+def test_every_flipped_bit_of_a_log_with_a_past_is_corruption_or_a_cut_above_the_synced_record() -> None:
+    """Every bit of every record that is left after rotations, moves and collections; the unused rest is no matter."""
+    disk, driver = worn_log()
+    records = records_of(disk)
+    cut = corrupt = 0
+    for path, start, end, sequence, _ in records:
+        known = vouched(records, sequence)
+        for position in range(start, end):
+            for bit in range(8):
+                broken = disk.copy()
+                broken.names[path].current[position] ^= 1 << bit
+                judged(broken, driver, sequence, known, f"bit {bit} of byte {position} of {path}")
+                cut, corrupt = cut + (not known), corrupt + known
+    assert cut > 100
+    assert corrupt > 100
+
+
+def test_the_files_of_a_log_with_a_past_cut_at_any_byte_are_corruption_or_end_at_the_cut() -> None:
+    """The newest segment, and the one before it, whose records the newest one vouches for."""
+    disk, driver = worn_log()
+    records = records_of(disk)
+    for path in sorted({record[0] for record in records})[-2:]:
+        mine = [record for record in records if record[0] == path]
+        for size in range(mine[-1][2]):
+            broken = disk.copy()
+            del broken.names[path].current[size:]
+            sequence = next(record[3] for record in mine if record[2] > size)
+            judged(broken, driver, sequence, vouched(records, sequence), f"{path} cut at {size}")
+
+
 @pytest.mark.parametrize("which", range(4))
 def test_a_missing_segment_is_corruption(which: int) -> None:
     """Nobody removes a segment but the log itself, oldest first. (The newest leaves no witness; see the docs.)"""
