@@ -19,7 +19,7 @@ from shardkv.server.inside import Inside
 from shardkv.server.internal_client import ClientEnvironment
 from shardkv.server.node import run_node
 from shardkv.simulation import determinism
-from shardkv.simulation.disk import CrashChooser, SimulatedDisk
+from shardkv.simulation.disk import CAPACITY_BYTES, CrashChooser, SimulatedDisk
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
 from shardkv.simulation.network import SimulatedNetwork
 from shardkv.simulation.trace import Trace
@@ -337,7 +337,7 @@ class Cluster:
             disk, clock = node.environment.disk, node.environment.clock
             disk.resume()
             disk.on_read = disk.on_call = None
-            disk.capacity_bytes = type(disk)().capacity_bytes
+            disk.capacity_bytes = CAPACITY_BYTES
             clock.set_drift(0)
             clock.wall_offset_ms = 0
 

@@ -431,6 +431,14 @@ class SimulatedDisk:
 
     # What the test calls
 
+    def leave(self, free_bytes: int) -> None:
+        """Somebody else fills the disk up to so much."""
+        self.capacity_bytes = self._used() + free_bytes
+
+    @property
+    def file_count(self) -> int:
+        return sum(len(directory.present) for directory in self._directories.values())
+
     def fail(self, operation: str, error: Exception, *, skip: int = 0, times: int = 1, path_part: str = "") -> None:
         """Make calls of ``operation`` fail: after ``skip`` that go well, the next ``times``."""
         assert operation in OPERATIONS, f"no operation {operation!r}; there are {sorted(OPERATIONS)}"

@@ -1,0 +1,311 @@
+"""What clients do during a run, and what becomes of every call: real clients, drawn calls, checkers that hear the answers.
+
+Keys come in generations, so that a run of any length has histories that a search can judge: each generation is written
+for a while, then only read. There are four families of keys: *registers* take every operation and are judged for
+linearizability; *counters* are only incremented, *ledgers* only put, and both are judged as each answer comes; *bulk*
+keys are put many at a time. The rule: what a client was told is what is judged; nothing is asked of a node.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from shardkv.errors import (
+    BatchError,
+    NotAnInteger,
+    OutcomeUnknown,
+    OutOfSpace,
+    Unavailable,
+    VersionMismatch,
+)
+from shardkv.simulation import determinism
+from shardkv.simulation.checkers.acknowledged import NoWriteLost
+from shardkv.simulation.checkers.counters import ExactlyOnce
+from shardkv.simulation.checkers.failing_window import explain
+from shardkv.simulation.checkers.linearizability import REGISTER, Operation, Outcome, Verdict, check
+from shardkv.simulation.checkers.violation import Violation
+from shardkv.simulation.cluster import Cluster
+from shardkv_client import Client
+
+CLIENTS: Final = 6
+CALL_SECONDS: Final = 3.0
+LATE_SECONDS: Final = 0.6
+"""What a call may take beyond its timeout, clocks that drift included."""
+GENERATION_SECONDS: Final = 20.0
+REGISTERS, COUNTERS, LEDGERS, BULK = 6, 2, 4, 24
+"""Keys of each family in a generation."""
+SETTLED_SECONDS: Final = 2 * CALL_SECONDS + LATE_SECONDS
+"""After this no call that could touch a generation's registers is under way."""
+
+WORKLOADS: Final[Mapping[str, Mapping[str, int]]] = MappingProxyType(
+    {
+        "mixed": {
+            "get": 4, "near-get": 2, "put": 4, "delete": 1, "cas": 2, "increment": 4, "count": 1,
+            "ledger-put": 3, "ledger-get": 2, "scan": 1, "bulk": 1, "many": 1,
+        },
+        "counters": {"increment": 8, "count": 2},
+        "registers": {"get": 5, "near-get": 3, "put": 4, "delete": 2, "cas": 3},
+        "ledger": {"ledger-put": 6, "ledger-get": 4, "scan": 1, "bulk": 1, "many": 1},
+        "bulk": {"bulk": 4, "ledger-put": 2, "many": 2, "scan": 1, "get": 1, "put": 1},
+    }
+)  # fmt: skip
+"""How often each kind of call is drawn, by the workload's name."""
+
+
+class Workload:
+    """The clients of one run.
+
+    Args:
+        rate: calls per second of all clients together, as far as answers come in time.
+    """
+
+    def __init__(self, cluster: Cluster, seed: int | str, name: str, rate: float) -> None:
+        self.cluster = cluster
+        self.counters = ExactlyOnce()
+        self.ledger = NoWriteLost()
+        self.histories: dict[bytes, list[Operation]] = {}
+        """Of the registers that are not judged yet."""
+        self.calls = self.answered = self.unknown = self.refused = self.judged = 0
+        self.stopped = False
+        self._seed = seed
+        weights = WORKLOADS[name]
+        self._kinds = list(weights)
+        self._weights = list(weights.values())
+        self._pause_seconds = CLIENTS / rate
+        self._began = cluster.now
+        self._counter_keys: list[bytes] = []
+
+    @property
+    def generation(self) -> int:
+        return int((self.cluster.now - self._began) / GENERATION_SECONDS)
+
+    def keys(self, family: str, count: int, generation: int) -> list[bytes]:
+        """Spread over the whole key space, so that splits come between them."""
+        return [b"%c%s-%03d-%02d" % (97 + number * 26 // count, family.encode(), generation, number)
+                for number in range(count)]  # fmt: skip
+
+    def some_key(self, chance: determinism.SeededRandom) -> bytes:
+        """A key that is in use now."""
+        return chance.choice(self.keys("r", REGISTERS, self.generation))
+
+    # Clients
+
+    async def work(self, number: int) -> None:
+        """One client, until the workload is stopped."""
+        chance = determinism.seeded_random("client", self._seed, number)
+        async with self.cluster.client() as kv:
+            while not self.stopped:
+                kind = chance.choices(self._kinds, self._weights)[0]
+                await getattr(self, "_" + kind.replace("-", "_"))(kv, chance)
+                await determinism.sleep(chance.expovariate(1 / self._pause_seconds))
+
+    async def call(self, what: str, key: object, call: Awaitable[Any]) -> tuple[str, Any]:
+        """What became of a call: ``("ok" | "mismatch" | "unknown" | "refused", …)``."""
+        self.calls += 1
+        trace = self.cluster.trace
+        began = self.cluster.now
+        how, result = "late", None
+        with determinism.deadline_after(CALL_SECONDS + LATE_SECONDS):
+            try:
+                how, result = "ok", await call
+            except VersionMismatch as error:
+                how, result = "mismatch", error.current
+            except (Unavailable, OutOfSpace, NotAnInteger):
+                how = "refused"
+            except OutcomeUnknown:
+                how = "unknown"
+            except BatchError as error:
+                how, result = "batch", error
+        if how == "late":
+            raise Violation("every-call-ends", f"{what} {key!r} has no answer {self.cluster.now - began:.2f} s later")
+        self.answered += how in ("ok", "mismatch")
+        self.unknown += how == "unknown"
+        self.refused += how == "refused"
+        if trace is not None:
+            trace.record("call", what, key, how, result if isinstance(result, int) else len(result or ()) if isinstance(
+                result, (bytes, tuple, list, dict)) else 0)  # fmt: skip
+        return how, result
+
+    # Registers
+
+    async def _register(self, kv: Client, chance: determinism.SeededRandom, operation: Operation) -> None:
+        key = chance.choice(self.keys("r", REGISTERS, self.generation))
+        await self.register_call(kv, key, operation, chance.random() < 0.5)
+
+    async def register_call(self, kv: Client, key: bytes, operation: Operation, near: bool = False) -> bool:
+        """Make a call of a register and remember it; whether it was answered."""
+        history = self.histories.setdefault(key, [])
+        operation.key = key
+        operation.called = self.cluster.now
+        how, result = await self.call(operation.kind, key, _perform(kv, key, operation, near))
+        if how == "refused" or (how == "unknown" and operation.kind == "get"):
+            return False
+        if how == "mismatch":
+            operation.outcome = Outcome(mismatch=result)
+        elif how == "ok":
+            if operation.kind == "get" and result is not None:
+                result = (result.value, result.version)
+            operation.outcome = Outcome(result)
+        if how != "unknown":
+            operation.returned = self.cluster.now
+        history.append(operation)
+        return how != "unknown"
+
+    def _value(self, chance: determinism.SeededRandom) -> bytes:
+        return b"%d " % self.calls + bytes(chance.randrange(400))
+
+    async def _get(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        key = chance.choice(self.keys("r", REGISTERS, self.generation))
+        await self.register_call(kv, key, Operation("get"))
+
+    async def _near_get(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        key = chance.choice(self.keys("r", REGISTERS, self.generation))
+        await self.register_call(kv, key, Operation("get"), near=True)
+
+    async def _put(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        await self._register(kv, chance, Operation("put", self._value(chance)))
+
+    async def _delete(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        await self._register(kv, chance, Operation("delete"))
+
+    async def _cas(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        key = chance.choice(self.keys("r", REGISTERS, self.generation))
+        known = [
+            each.outcome.result for each in self.histories.get(key, [])[-8:] if each.kind == "put" and each.outcome
+        ]
+        version = chance.choice([0, *(each for each in known if each)])
+        await self.register_call(kv, key, Operation("put", self._value(chance), version))
+
+    def judge(self, *, everything: bool = False) -> None:
+        """Look for an order of every register's calls whose generation is over, and forget them."""
+        now = self.generation
+        settled = (self.cluster.now - self._began) % GENERATION_SECONDS > SETTLED_SECONDS
+        for key in list(self.histories):
+            generation = int(key.split(b"-")[1])
+            if not everything and not (generation < now - 1 or (generation < now and settled)):
+                continue
+            history = self.histories.pop(key)
+            self.judged += len(history)
+            result = check(history, REGISTER)
+            if result.verdict is not Verdict.LINEARIZABLE:
+                raise Violation("linearizability", f"{key!r}: {result.verdict.value}\n{explain(result, REGISTER)}")
+
+    # Counters
+
+    async def _increment(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        await self.increment(kv, chance.choice(self.keys("c", COUNTERS, self.generation)))
+
+    async def increment(self, kv: Client, key: bytes) -> bool:
+        ticket = self.counters.called(key)
+        how, total = await self.call("increment", key, kv.increment(key, timeout=CALL_SECONDS))
+        if how == "ok":
+            self.counters.answered(key, ticket, total)
+        elif how == "refused":
+            self.counters.refused(key, ticket)
+        else:
+            self.counters.unknown(key, ticket)
+        return how == "ok"
+
+    async def _count(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        generation = chance.randint(max(0, self.generation - 2), self.generation)
+        await self.count(kv, chance.choice(self.keys("c", COUNTERS, generation)))
+
+    async def count(self, kv: Client, key: bytes) -> bool:
+        floor = self.counters.floor(key)
+        how, entry = await self.call("count", key, kv.get(key, timeout=CALL_SECONDS))
+        if how == "ok":
+            self.counters.saw_total(key, int(entry.value) if entry is not None else 0, floor)
+        return how == "ok"
+
+    # Ledgers, and many keys at once
+
+    async def _ledger_put(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        await self.ledger_put(kv, chance.choice(self.keys("l", LEDGERS, self.generation)), self._value(chance))
+
+    async def ledger_put(self, kv: Client, key: bytes, value: bytes) -> bool:
+        floor = self.ledger.floor(key)
+        how, version = await self.call("ledger-put", key, kv.put(key, value, timeout=CALL_SECONDS))
+        if how == "ok":
+            self.ledger.acknowledged(key, version, value, floor)
+        return how == "ok"
+
+    async def _ledger_get(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        generation = chance.randint(max(0, self.generation - 3), self.generation)
+        key = chance.choice(self.keys("l", LEDGERS, generation))
+        await self.ledger_get(kv, key, near=chance.random() < 0.3)
+
+    async def ledger_get(self, kv: Client, key: bytes, *, near: bool = False) -> bool:
+        floor = self.ledger.floor(key)
+        consistency = "follower" if near else "linearizable"
+        how, entry = await self.call("ledger-get", key, kv.get(key, consistency=consistency, timeout=CALL_SECONDS))
+        if how == "ok":
+            self._seen(key, entry, floor)
+        return how == "ok"
+
+    def _seen(self, key: bytes, entry: Any, floor: int) -> None:
+        self.ledger.read(
+            key, entry.version if entry is not None else 0, entry.value if entry is not None else None, floor
+        )
+
+    async def _bulk(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        """Of a call that fails nothing is said of its keys; of one that passes, all are there."""
+        pairs = {
+            key: self._value(chance)
+            for key in chance.sample(self.keys("b", BULK, self.generation), chance.randint(1, BULK))
+        }
+        how, count = await self.call("bulk", len(pairs), kv.put_many(pairs, timeout=CALL_SECONDS))
+        if how == "ok" and count != len(pairs):
+            raise Violation("no-write-lost", f"put_many of {len(pairs)} pairs says that it wrote {count}")
+
+    async def _many(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        generation = chance.randint(max(0, self.generation - 1), self.generation)
+        keys = self.keys("l", LEDGERS, generation)
+        floors = {key: self.ledger.floor(key) for key in keys}
+        how, found = await self.call("many", len(keys), kv.get_many(keys, timeout=CALL_SECONDS))
+        if how == "ok":
+            for key in keys:
+                self._seen(key, found.get(key), floors[key])
+
+    async def _scan(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        await self.scan(kv, chance.choice([None, 7, 50]))
+
+    async def scan(self, kv: Client, limit: int | None) -> bool:
+        """Strict order, nothing twice, and every ledger key that was acknowledged before it began."""
+        floors = {key: self.ledger.floor(key) for key in self.ledger.keys}
+
+        async def collect() -> list[Any]:
+            found = []
+            async with kv.scan(limit=limit, timeout=CALL_SECONDS / 4) as entries:
+                async for entry in entries:
+                    found.append(entry)
+            return found
+
+        how, entries = await self.call("scan", limit, self._bounded(collect))
+        if how != "ok":
+            return False
+        keys = [entry.key for entry in entries]
+        if any(one >= two for one, two in zip(keys, keys[1:], strict=False)):
+            raise Violation("scan-order", f"a scan gave {keys}")
+        whole = limit is None or len(keys) < limit
+        reached = None if whole else keys[-1]
+        found = {entry.key: entry for entry in entries}
+        for key, floor in floors.items():
+            if reached is None or key <= reached:
+                self._seen(key, found.get(key), floor)
+        return True
+
+    async def _bounded(self, function: Callable[[], Awaitable[Any]]) -> Any:
+        """A scan's timeout is for each page; here it is given up as a whole like any other call."""
+        with determinism.deadline_after(CALL_SECONDS):
+            return await function()
+        raise Unavailable("the scan took too long")
+
+
+async def _perform(kv: Client, key: bytes, operation: Operation, near: bool) -> Any:
+    match operation.kind:
+        case "get":
+            return await kv.get(key, consistency="follower" if near else "linearizable", timeout=CALL_SECONDS)
+        case "delete":
+            return await kv.delete(key, timeout=CALL_SECONDS)
+        case _:
+            return await kv.put(key, operation.argument, if_version=operation.if_version, timeout=CALL_SECONDS)
