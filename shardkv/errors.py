@@ -138,8 +138,8 @@ class BatchError(ShardKVError):
     @classmethod
     def from_details(cls, message: str, details: list[object]) -> "BatchError":
         match details:
-            case [int(consumed), [*failed]] if all(isinstance(key, bytes) for key in failed):
-                return cls(message, consumed=consumed, failed=tuple(failed))
+            case [int(consumed), [*failed]]:
+                return cls(message, consumed=consumed, failed=tuple(key for key in failed if isinstance(key, bytes)))
         return cls(message, consumed=0, failed=())
 
 
