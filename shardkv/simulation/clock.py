@@ -3,6 +3,7 @@
 The rule: a node can only ask its own clock; the run's virtual time is for the simulator and its checkers.
 """
 
+import math
 from contextlib import AbstractContextManager
 
 import trio
@@ -26,7 +27,7 @@ class SimulationClock:
         wall_offset_ms: how far its idea of the date is ahead.
     """
 
-    __slots__ = ("_base_ns", "_base_time", "_drift", "_last_ns", "node_calls", "wall_offset_ms")
+    __slots__ = ("_base_ns", "_base_time", "_drift", "_last_ns", "node_calls", "wall_drift_ms_max", "wall_offset_ms")
 
     def __init__(self, *, drift: float = 0.0, monotonic_offset_ns: int = 0, wall_offset_ms: int = 0) -> None:
         self._drift = drift
@@ -35,6 +36,8 @@ class SimulationClock:
         self._last_ns = monotonic_offset_ns
         self.node_calls: Calls | None = None
         """Where the node whose clock this is counts its calls."""
+        self.wall_drift_ms_max = math.inf
+        """How far drift takes the date away: a time service holds that, though not the monotonic clock's rate."""
         self.wall_offset_ms = wall_offset_ms
         """May be set at any time: a clock that is stepped, or an operator's hand."""
 
@@ -55,7 +58,9 @@ class SimulationClock:
         return self._last_ns
 
     def wall_ms(self) -> int:
-        return START_WALL_MS + self.wall_offset_ms + round(determinism.now() * (1.0 + self._drift) * 1000)
+        now_ms = determinism.now() * 1000
+        drifted_ms = max(-self.wall_drift_ms_max, min(self.wall_drift_ms_max, now_ms * self._drift))
+        return START_WALL_MS + self.wall_offset_ms + round(now_ms + drifted_ms)
 
     async def sleep(self, seconds: float) -> None:
         if self.node_calls is not None:

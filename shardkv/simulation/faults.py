@@ -19,6 +19,7 @@ from shardkv.wire.requests import Method
 OFFSET_MS_MAX: Final = 200
 """How far a clock is stepped: two nodes stay within the offset that the database allows for."""
 DRIFT_MAX: Final = 0.004
+WALL_DRIFT_MS_MAX: Final = 40
 CALLS_AHEAD_MAX: Final = 400
 """A crash at a numbered call comes within so many."""
 DOWN_SECONDS_MAX: Final = 4.0
@@ -47,7 +48,7 @@ class Faults:
         self.healing = False
         self._suspects: dict[str, float] = {}
         """Nodes whose disks lied or were full, and until when that may show."""
-        self._pause_seconds = self.chance.choice([0.3, 0.8, 2.0])
+        self._pause_seconds = self.chance.choice([0.1, 0.3, 0.8])
         cluster.tolerates = self._tolerates
 
     def _tolerates(self, node: SimulatedNode, error: Exception) -> bool:
@@ -69,13 +70,13 @@ class Faults:
     async def run(self, seconds: float) -> None:
         """Let faults come and go, with calm between them."""
         end = self.cluster.now + seconds
-        calm_at = self.cluster.now + self.chance.uniform(5, 20)
+        calm_at = self.cluster.now + self.chance.uniform(5, 30)
         while self.names and self.cluster.now < end:
             await determinism.sleep(min(self.chance.expovariate(1 / self._pause_seconds), end - self.cluster.now))
             if self.cluster.now > calm_at:
                 self.note("calm")
                 self.cluster.heal()
-                await determinism.sleep(self.chance.uniform(2, 6))
+                await determinism.sleep(self.chance.uniform(1, 4))
                 calm_at = self.cluster.now + self.chance.uniform(5, 30)
             await self.one()
         if not self.names:
@@ -271,6 +272,7 @@ async def _flip(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
 
 
 async def _drift(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
+    one.environment.clock.wall_drift_ms_max = WALL_DRIFT_MS_MAX
     one.environment.clock.set_drift(faults.chance.uniform(-DRIFT_MAX, DRIFT_MAX))
 
 

@@ -1,4 +1,4 @@
-"""What clients do during a run, and what becomes of every call: real clients, drawn calls, checkers that hear the answers.
+"""What clients do during a run, and what becomes of every call: real clients, drawn calls, checkers that hear answers.
 
 Keys come in generations, so that a run of any length has histories that a search can judge: each generation is written
 for a while, then only read. There are four families of keys: *registers* take every operation and are judged for
@@ -7,6 +7,7 @@ keys are put many at a time. The rule: what a client was told is what is judged;
 """
 
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from shardkv.errors import (
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.acknowledged import NoWriteLost
 from shardkv.simulation.checkers.counters import ExactlyOnce
-from shardkv.simulation.checkers.failing_window import explain
+from shardkv.simulation.checkers.failing_window import explain_result
 from shardkv.simulation.checkers.linearizability import REGISTER, Operation, Outcome, Verdict, check
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.cluster import Cluster
@@ -170,10 +171,9 @@ class Workload:
 
     async def _cas(self, kv: Client, chance: determinism.SeededRandom) -> None:
         key = chance.choice(self.keys("r", REGISTERS, self.generation))
-        known = [
-            each.outcome.result for each in self.histories.get(key, [])[-8:] if each.kind == "put" and each.outcome
-        ]
-        version = chance.choice([0, *(each for each in known if each)])
+        recent = self.histories.get(key, [])[-8:]
+        known = [each.outcome.result for each in recent if each.kind == "put" and each.outcome and each.outcome.result]
+        version = chance.choice([0, *known])
         await self.register_call(kv, key, Operation("put", self._value(chance), version))
 
     def judge(self, *, everything: bool = False) -> None:
@@ -188,7 +188,9 @@ class Workload:
             self.judged += len(history)
             result = check(history, REGISTER)
             if result.verdict is not Verdict.LINEARIZABLE:
-                raise Violation("linearizability", f"{key!r}: {result.verdict.value}\n{explain(result, REGISTER)}")
+                raise Violation(
+                    "linearizability", f"{key!r}: {result.verdict.value}\n{explain_result(result, REGISTER)}"
+                )
 
     # Counters
 
@@ -284,7 +286,7 @@ class Workload:
         if how != "ok":
             return False
         keys = [entry.key for entry in entries]
-        if any(one >= two for one, two in zip(keys, keys[1:], strict=False)):
+        if any(one >= two for one, two in pairwise(keys)):
             raise Violation("scan-order", f"a scan gave {keys}")
         whole = limit is None or len(keys) < limit
         reached = None if whole else keys[-1]
