@@ -1,0 +1,205 @@
+"""A node whose disk reports an error: it stops, says which file and what to do, and starts again without loss.
+
+Every kind of call that a node's life makes on its disk (a first start, a run with rotations and collections, a stop, a
+second start) fails in virtual time, one call a run. After a failed fsync the node must not trust the page cache: what
+was not synced is lost in one half of the runs, and still there in the other.
+"""
+
+import errno
+import posixpath
+import re
+from collections import defaultdict
+from functools import cache
+from typing import Any
+
+import pytest
+import trio
+
+from shardkv.config import StorageConfig
+from shardkv.environment.real.disk import storage_error
+from shardkv.errors import ShardKVError, StorageError
+from shardkv.simulation import run_deterministically
+from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.disk import Call
+from shardkv.simulation.network import SimulatedNetwork
+
+STORAGE = StorageConfig(engine="memory", segment_bytes=64 * 1024)
+PUTS = 340
+"""Enough for segments to be freed: the last 256 entries are always kept, and more than six segments are a flush."""
+VALUE_BYTES = 2_000
+ADVICE = "check the system's log and replace the disk"
+CHANGES = ("open", "pwrite", "allocate", "truncate", "sync", "rename", "unlink", "sync_directory")
+
+
+class Life:
+    """What a node was told to keep, and what it did not say."""
+
+    def __init__(self) -> None:
+        self.acknowledged: dict[bytes, bytes] = {}
+        self.doubtful: dict[bytes, set[bytes]] = defaultdict(set)
+
+    async def write(self, cluster: Cluster, node: SimulatedNode, puts: int) -> None:
+        """Ends early when the node does."""
+        async with cluster.client() as kv:
+            for number in range(puts):
+                key, value = b"k%02d" % (number % 40), b"%010d" % number * (VALUE_BYTES // 10)
+                try:
+                    await kv.put(key, value, timeout=1)
+                except ShardKVError:
+                    self.doubtful[key].add(value)
+                else:
+                    self.acknowledged[key] = value
+                if not node.alive:
+                    return
+
+    async def all_there(self, cluster: Cluster) -> None:
+        async with cluster.client() as kv:
+            for key, value in self.acknowledged.items():
+                entry = await kv.get(key, timeout=10)
+                assert entry is not None, f"{key!r} is lost"
+                assert entry.value == value or entry.value in self.doubtful[key], f"{key!r} has an old value"
+            await kv.put(b"and it goes on", b"v", timeout=10)
+
+
+async def started(node: SimulatedNode) -> bool:
+    """Start a node, and say whether it came to serve."""
+    node.start_soon()
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+
+            async def until(event: trio.Event) -> None:
+                await event.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until, node.ready)
+            nursery.start_soon(until, node.ended)
+    return node.alive
+
+
+async def live(cluster: Cluster, node: SimulatedNode, life: Life) -> None:
+    """Everything that a node does with its disk, until it is done or has ended by itself."""
+    if await started(node):
+        await life.write(cluster, node, PUTS)
+        await trio.sleep(2)
+    if node.alive:
+        hook = node.environment.disk
+        await node.shut_down()
+        node.environment.disk.on_call, node.environment.disk.trace = hook.on_call, hook.trace
+        node.environment.disk.calls = hook.calls
+        if await started(node):
+            await life.write(cluster, node, 5)
+
+
+def kind_of(call: Call) -> str:
+    """A call without its numbers."""
+    return f"{call.operation} {re.sub('[0-9a-f]{16}|[0-9]+', 'N', posixpath.basename(call.path))}"
+
+
+def in_a_cluster(main: Any) -> None:
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            cluster = Cluster(nursery, SimulatedNetwork(1), 1)
+            await main(cluster, cluster.add("n1", storage=STORAGE))
+            nursery.cancel_scope.cancel()
+
+    run_deterministically(run, seed=1)
+
+
+@cache
+def calls_of_a_life() -> dict[str, list[int]]:
+    """The numbers of all calls that change something, by kind, of a life in which nothing fails."""
+    trace: list[Call] = []
+
+    async def main(cluster: Cluster, node: SimulatedNode) -> None:
+        node.environment.disk.trace = trace
+        await live(cluster, node, Life())
+        assert node.error is None
+
+    in_a_cluster(main)
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for call in trace:
+        if call.operation in CHANGES:
+            kinds[kind_of(call)].append(call.number)
+    return kinds
+
+
+KINDS = [
+    "allocate N.wal",
+    "allocate spare-N",
+    "allocate spare-ahead-N",
+    "allocate spare-now-N",
+    "open N.wal",
+    "open identity",
+    "open identity.temporary",
+    "open peers",
+    "open peers.temporary",
+    "open spare-N",
+    "open spare-ahead-N",
+    "open spare-now-N",
+    "pwrite N.wal",
+    "pwrite identity.temporary",
+    "pwrite peers.temporary",
+    "pwrite spare-N",
+    "rename identity.temporary",
+    "rename peers.temporary",
+    "rename spare-N",
+    "rename spare-ahead-N",
+    "rename spare-now-N",
+    "sync N.wal",
+    "sync identity.temporary",
+    "sync peers.temporary",
+    "sync spare-N",
+    "sync_directory nN",
+    "sync_directory wal",
+    "truncate identity.temporary",
+    "truncate peers.temporary",
+    "truncate spare-ahead-N",
+    "truncate spare-now-N",
+    "unlink N.wal",
+    "unlink spare-ahead-N",
+]
+
+
+def test_the_life_makes_every_kind_of_call() -> None:
+    assert not set(KINDS) - set(calls_of_a_life())
+
+
+def life_with_a_failing_call(number: int, *, power: bool) -> None:
+    """One run: the call fails, the node ends and says why; started again it has everything that it acknowledged."""
+    life = Life()
+
+    async def main(cluster: Cluster, node: SimulatedNode) -> None:
+        cluster.tolerant = True
+        failed: list[Call] = []
+        die = node._die
+        node._die = lambda **how: die(**{**how, "power": power})  # type: ignore[method-assign]
+
+        def fail(call: Call) -> None:
+            if call.number == number:
+                failed.append(call)
+                raise storage_error(OSError(errno.EIO, "Input/output error"), call.operation, call.path)
+
+        node.environment.disk.on_call = fail
+        await live(cluster, node, life)
+        assert failed, f"there was no call {number}"
+        what = f"call {number}, {kind_of(failed[0])}"
+        assert not node.alive, f"{what} failed, and the node went on"
+        assert isinstance(node.error, StorageError), what
+        assert failed[0].path in str(node.error), what
+        assert ADVICE in str(node.error), what
+        node.environment.disk.on_call = None
+        await node.start()
+        await life.all_there(cluster)
+        node.check()
+
+    in_a_cluster(main)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_io_error_ends_the_node_with_advice_and_costs_nothing_acknowledged(kind: str) -> None:
+    """TRAPS 10 and DESIGN 4.3: a failed write or fsync is final. The first and the last call of each kind, and some of
+    those in between."""
+    numbers = calls_of_a_life()[kind]
+    chosen = {numbers[0], numbers[-1], *(numbers[len(numbers) * part // 4] for part in (1, 2, 3) if len(numbers) > 20)}
+    for position, number in enumerate(sorted(chosen)):
+        life_with_a_failing_call(number, power=position % 2 == 0)
