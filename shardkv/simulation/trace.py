@@ -5,7 +5,7 @@ what follows from the seed may be recorded; no address in memory, no hash of a s
 """
 
 from hashlib import blake2b
-from typing import Final
+from typing import Final, Protocol
 from zlib import crc32
 
 from shardkv.simulation import determinism
@@ -14,12 +14,18 @@ PENDING_MAX: Final = 4_096
 """Events that are kept before they go into the digest."""
 
 
+class Lines(Protocol):
+    """Somewhere to write text to; an open file is one."""
+
+    def write(self, text: str, /) -> object: ...
+
+
 class Trace:
     """``file``, if given, has each event written to it as a line: to find where two runs part."""
 
     __slots__ = ("_file", "_hash", "_pending", "events")
 
-    def __init__(self, file: "Lines | None" = None) -> None:
+    def __init__(self, file: Lines | None = None) -> None:
         self._hash = blake2b(digest_size=16)
         self._pending: list[str] = []
         self._file = file
@@ -52,10 +58,3 @@ class Trace:
             self._hash.update(text.encode())
             if self._file is not None:
                 self._file.write(text)
-
-
-class Lines:
-    """Somewhere to write text to; an open file is one."""
-
-    def write(self, text: str) -> object:
-        raise NotImplementedError
