@@ -17,6 +17,11 @@ from shardkv.errors import MalformedRequest
 DEPTH_MAX: Final = 24
 """Deeper than anything the protocol has, and far from what the C stack bears."""
 
+UNCOUNTED_BYTES_MAX: Final = 256 * 1024
+"""Input of a client up to this size is decoded as it is; all of it tiny items, it is 16 MiB of lists."""
+ITEMS_MAX: Final = 1 << 18
+"""Items in larger input; requests that large have few, for their bytes are keys and values."""
+
 _HEAD16: Final = Struct(">BH")
 _HEAD32: Final = Struct(">BI")
 _HEAD64: Final = Struct(">BQ")
@@ -80,6 +85,32 @@ def loads(data: bytes) -> Any:
     if source.tell() != len(data):
         raise malformed(f"{len(data) - source.tell()} bytes follow its end")
     return value
+
+
+def loads_bounded(data: bytes) -> Any:
+    """:func:`loads` for what a client sent: one byte of it may be a list of 56, so large input is counted first."""
+    if len(data) > UNCOUNTED_BYTES_MAX and count_items(data, ITEMS_MAX) > ITEMS_MAX:
+        raise malformed(f"{len(data)} bytes with more than {ITEMS_MAX} items")
+    return loads(data)
+
+
+def count_items(data: bytes, count_max: int) -> int:
+    """How many CBOR items follow each other in ``data``, inner ones too; stops above ``count_max``, and at nonsense."""
+    position, size, count = 0, len(data), 0
+    while position < size and count <= count_max:
+        head = data[position]
+        position += 1
+        count += 1
+        argument = head & 0x1F
+        if argument >= 24:
+            if argument > 27:
+                break
+            width = 1 << argument - 24
+            argument = int.from_bytes(data[position : position + width])
+            position += width
+        if 0x40 <= head < 0x80:
+            position += argument
+    return count
 
 
 def loads_own(data: bytes) -> Any:

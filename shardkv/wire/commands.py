@@ -111,7 +111,7 @@ def join(commands: list[bytes]) -> bytes:
 
 def decode(data: bytes) -> list[Command]:
     """The commands in what :func:`join` made; only the outer shape is checked. Raises MalformedRequest."""
-    commands = codec.loads(data)
+    commands = codec.loads_bounded(data)
     if not isinstance(commands, list):
         raise codec.malformed("commands must be an array")
     return commands

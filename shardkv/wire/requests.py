@@ -84,7 +84,7 @@ def join(parts: list[bytes]) -> bytes:
 
 def decode_requests(payload: bytes) -> list[Request]:
     """The requests in a frame. Raises MalformedRequest when any has the wrong outer shape."""
-    items = codec.loads(payload)
+    items = codec.loads_bounded(payload)
     if not isinstance(items, list) or len(items) > REQUESTS_PER_FRAME_MAX:
         raise codec.malformed(f"a request frame must hold an array of at most {REQUESTS_PER_FRAME_MAX} requests")
     requests = []

@@ -1,9 +1,12 @@
 """What the fuzzer has found, one test for each: input that once ended in an error which nobody expects."""
 
 import io
+import tracemalloc
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shardkv import codec, errors
 from shardkv.cli import records
@@ -12,7 +15,7 @@ from shardkv.config import load_node_config
 from shardkv.errors import BatchError, ConfigError, Corruption, MalformedRequest, ProtocolError
 from shardkv.machine import entries, rows
 from shardkv.multiraft.snapshot_parts import decode_begin
-from shardkv.wire import handshake, raft_codec, requests
+from shardkv.wire import commands, handshake, raft_codec, requests
 from tests.fuzz import samples
 
 GIVEN = {"name": "n1", "data": "/d", "listen": "h:1"}
@@ -82,6 +85,58 @@ def test_a_snapshot_of_a_range_with_an_impossible_id_is_refused(range_id: int) -
 def test_a_csv_header_that_is_none_is_a_bad_record(text: bytes) -> None:
     with pytest.raises(BadRecord):
         list(records.read_records(io.BytesIO(text), "csv"))
+
+
+@pytest.mark.parametrize("item", [b"\x80", b"\xa0", b"\x81\x80"])
+def test_a_large_frame_of_tiny_items_is_refused_before_it_is_decoded(item: bytes) -> None:
+    """A frame of 16 MiB of empty arrays would be a gigabyte of lists, and seconds of the loop's time."""
+    count = 8 * 1024 * 1024 // len(item)
+    payload = codec.array_head(1) + codec.array_head(5 + count) + b"\x01" * 5 + item * count
+    for decode in (requests.decode_requests, commands.decode):
+        tracemalloc.start()
+        try:
+            with pytest.raises(MalformedRequest, match="items"):
+                decode(payload)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 100_000
+
+
+def test_the_largest_requests_that_clients_send_are_below_the_bound_on_items() -> None:
+    keys = [b"key%08d" % number * 8 for number in range(requests.GET_KEYS_MAX)]
+    payload = requests.join([requests.encode_request(number, 1, 7, 9, 5, 0, keys) for number in range(10)])
+    assert len(payload) > codec.UNCOUNTED_BYTES_MAX
+    assert len(requests.decode_requests(payload)) == 10
+    sealed = [commands.seal(0, commands.pack_put(b"k%d" % each, bytes(1000)), each, 5, 0) for each in range(1024)]
+    assert len(commands.decode(commands.join(sealed))) == 1024
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(1 << 64), (1 << 64) - 1)
+        | st.floats()
+        | st.binary(max_size=300)
+        | st.text(max_size=300),
+        lambda inner: st.lists(inner, max_size=30) | st.dictionaries(st.text(), inner, max_size=5),
+        max_leaves=100,
+    )
+)
+def test_items_are_counted_as_they_are_encoded(value: Any) -> None:
+    def count(value: Any) -> int:
+        if isinstance(value, list):
+            return 1 + sum(map(count, value))
+        return 1 + sum(1 + count(each) for each in value.values()) if isinstance(value, dict) else 1
+
+    assert codec.count_items(codec.dumps(value), 1 << 30) == count(value)
+
+
+@pytest.mark.parametrize("data", ["", "18", "5b7fffffffffffffff", "9f00ff", "81", "ff", "1c", "5f"])
+def test_counting_items_ends_with_whatever_is_there(data: str) -> None:
+    assert codec.count_items(bytes.fromhex(data), 100) <= len(data)
 
 
 def test_a_column_of_a_csv_header_may_be_as_long_as_a_field() -> None:
