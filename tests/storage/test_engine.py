@@ -1,7 +1,9 @@
 """What both engines promise: one machine of random steps against a dict, and the cases that it seldom meets."""
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shardkv.errors import StorageError
 from shardkv.storage.engine import MISSING, Engine, Snapshot, WriteBatch
 from shardkv.storage.memory import MemoryEngine
-from shardkv.storage.rocks import RocksEngine
+from shardkv.storage.rocks import RocksEngine, RocksSettings
 
 LOW, HIGH = b"", b"\xff" * 8
 KEYS = st.binary(min_size=1, max_size=2).map(lambda key: bytes(byte % 4 for byte in key))
@@ -34,16 +36,42 @@ def put(**pairs: bytes) -> WriteBatch:
     return batch
 
 
+Change = Callable[[dict[bytes, bytes]], dict[bytes, bytes]]
+
+UNCOMPACTED = RocksSettings(level0_compaction_files=1_000, level0_slowdown_files=2_000, level0_stop_files=3_000)
+"""Nothing goes on in the background, so that a copy of the directory is of one moment."""
+
+
+def changed(changes: list[tuple[str, bytes, Any]], state: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    """What a batch makes of a state."""
+    after = dict(state)
+    for kind, first, second in changes:
+        if kind == "put":
+            after[first] = second
+        elif kind == "delete":
+            after.pop(first, None)
+        else:
+            after = {key: value for key, value in after.items() if not first <= key < second}
+    return after
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Both engines walk through this."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model: dict[bytes, bytes] = {}
+        self.flushed: dict[bytes, bytes] = {}
+        self.since: list[tuple[bool, Change]] = []
+        """What was written since the last flush, in order, and whether it was ingested."""
         self.snapshots: list[tuple[Snapshot, dict[bytes, bytes]]] = []
         self.files = itertools.count()
 
     def open(self) -> Engine:
+        raise NotImplementedError
+
+    def crashed(self, data: st.DataObject) -> Engine:
+        """What a process finds that starts after this one's died."""
         raise NotImplementedError
 
     def ingest_path(self) -> str:
@@ -56,23 +84,21 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(changes=st.lists(CHANGES, max_size=8))
     def write(self, changes: list[tuple[str, bytes, Any]]) -> None:
         batch = WriteBatch()
-        after = dict(self.model)
+        after = changed(changes, self.model)
         for kind, first, second in changes:
             if kind == "put":
                 batch.put(first, second)
-                after[first] = second
             elif kind == "delete":
                 batch.delete(first)
-                after.pop(first, None)
             else:
                 batch.delete_range(first, second)
-                after = {key: value for key, value in after.items() if not first <= key < second}
         batch.check()
         for key in {*self.model, *after}:
             found = batch.get(key)
             assert after.get(key) == (self.model.get(key) if found is MISSING else found)
         self.engine.write(batch)
         self.model = after
+        self.since.append((False, partial(changed, changes)))
 
     @rule(pairs=st.dictionaries(KEYS, VALUES, min_size=1, max_size=5))
     def ingest(self, pairs: dict[bytes, bytes]) -> None:
@@ -83,12 +109,41 @@ class EngineMachine(RuleBasedStateMachine):
         builder.finish()
         assert builder.written_bytes == sum(len(key) + len(value) for key, value in pairs.items())
         self.engine.ingest(path)
-        self.model.update(pairs)
+        self.model = {**self.model, **pairs}
+        self.since.append((True, lambda state: {**state, **pairs}))
 
     @rule()
     def flush(self) -> None:
         self.engine.flush()
         assert self.engine.unflushed_bytes == 0
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Everything is durable."""
+        self.flushed = self.model
+        self.since.clear()
+
+    @rule(data=st.data())
+    def crash(self, data: st.DataObject) -> None:
+        """DESIGN 4.3: a prefix of the batches is left, no older than the last flush, and every ingested file."""
+        for snapshot, _ in self.snapshots:
+            snapshot.close()
+        self.snapshots.clear()
+        self.engine = self.crashed(data)
+        found = dict(self.engine.scan(LOW, HIGH))
+        batches = sum(not ingested for ingested, _ in self.since)
+        assert found in [self.left(kept) for kept in range(batches + 1)]
+        self.model = found
+        self.begin_anew()
+
+    def left(self, kept: int) -> dict[bytes, bytes]:
+        """The state with the first ``kept`` batches since the last flush, and every ingested file."""
+        state = self.flushed
+        for ingested, change in self.since:
+            if ingested or kept:
+                state = change(state)
+                kept -= not ingested
+        return state
 
     @rule()
     def snapshot(self) -> None:
@@ -127,18 +182,24 @@ class MemoryMachine(EngineMachine):
     def ingest_path(self) -> str:
         return f"file{next(self.files)}"
 
-    @rule(data=st.data())
-    def crash_after_a_flush(self, data: st.DataObject) -> None:
-        self.engine.flush()
+    def crashed(self, data: st.DataObject) -> Engine:
         assert isinstance(self.engine, MemoryEngine)
-        self.engine = self.engine.crash(lambda count: data.draw(st.integers(0, count)))
-        self.snapshots.clear()
+        return self.engine.crash(lambda count: data.draw(st.integers(0, count)))
 
 
 class RocksMachine(EngineMachine):
     def open(self) -> Engine:
         self.directory = TemporaryDirectory()
-        return RocksEngine(f"{self.directory.name}/engine")
+        self.path = f"{self.directory.name}/engine"
+        return RocksEngine(self.path, UNCOMPACTED)
+
+    def crashed(self, data: st.DataObject) -> Engine:
+        """A copy of the directory, taken while the engine is open: exactly what ``kill -9`` leaves of it."""
+        copy = f"{self.directory.name}/copy{next(self.files)}"
+        shutil.copytree(self.path, copy)
+        self.engine.close()
+        self.path = copy
+        return RocksEngine(copy, UNCOMPACTED)
 
     def ingest_path(self) -> str:
         return f"{self.directory.name}/{next(self.files)}.sst"
@@ -149,7 +210,8 @@ class RocksMachine(EngineMachine):
             snapshot.close()
         self.snapshots.clear()
         self.engine.close()
-        self.engine = RocksEngine(f"{self.directory.name}/engine")
+        self.engine = RocksEngine(self.path, UNCOMPACTED)
+        self.begin_anew()
 
     def teardown(self) -> None:
         super().teardown()
