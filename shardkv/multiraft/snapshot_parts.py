@@ -90,7 +90,7 @@ class Outgoing:
     Invariant: the marks are those of every chunk from the last one acknowledged to the last one cut, in order.
     """
 
-    __slots__ = ("_descriptor", "_marks", "_pairs", "_reader", "acknowledged_max")
+    __slots__ = ("_descriptor", "_marks", "_pairs", "_reader", "acknowledged_max", "begun")
 
     def __init__(self, reader: Reader, descriptor: RangeDescriptor) -> None:
         self._reader = reader
@@ -98,7 +98,9 @@ class Outgoing:
         self._marks = deque([START])
         self._pairs = snapshot_rows(reader, descriptor)
         self.acknowledged_max = 0
-        """The most chunks that the receiver has ever acknowledged: whether a resumed stream gets anywhere."""
+        """The most chunks that the receiver was ever known to have: whether a resumed stream gets anywhere."""
+        self.begun = False
+        """Whether a chunk was ever cut: the receiver may have something."""
 
     @property
     def end(self) -> Mark:
@@ -120,6 +122,7 @@ class Outgoing:
                 break
         if not pairs:
             return None
+        self.begun = True
         rows = codec.dumps(pairs)
         before = self._marks[-1]
         mark = Mark(before.chunks + 1, before.rows + len(pairs) // 2, crc32(rows, before.checksum), pairs[-2])
@@ -140,6 +143,7 @@ class Outgoing:
         for mark in marks:
             if mark.chunks == chunks and mark.checksum == checksum:
                 self._marks = deque([mark])
+                self.acknowledged_max = max(self.acknowledged_max, chunks)
                 self._pairs = snapshot_rows(self._reader, self._descriptor, after=mark.key)
                 return True
         return False

@@ -269,7 +269,7 @@ class Snapshots:
             if outgoing.acknowledged_max > acknowledged:
                 acknowledged, progressed, pause = outgoing.acknowledged_max, now, RETRY_SECONDS_MIN
             if (
-                not acknowledged  # nothing would be lost: Raft tries again, with the state as of then
+                not outgoing.begun  # nothing is lost: Raft tries again, with the state as of then
                 or not replica.leads
                 or now - progressed > RESUME_SECONDS_MAX * 1e9
                 or now - begun > SENDING_SECONDS_MAX * 1e9
@@ -286,8 +286,10 @@ class Snapshots:
                 if not outgoing.resume(chunks, checksum):
                     raise StreamsDiffer(f"the receiver has {chunks} chunks that were never sent like that")
                 self._resumed += chunks > 0
+            case ["done"]:
+                return True  # it arrived before, and only the news of it was lost
             case answer:
-                if outgoing.acknowledged_max:
+                if outgoing.begun:
                     # It knows the stream, or will be free again.
                     raise StreamBroken(f"not resumed: {str(answer)[:200]}")
                 return self._refused(begin, answer)
@@ -342,6 +344,11 @@ class Snapshots:
                 self._catalog.spans.reserve(range_id, begin.descriptor.span)
         except (ShardKVError, SpanTaken) as error:
             await stream.send(["refused", str(error)])
+            return
+        if replica.machine is not None and replica.machine.applied_index >= begin.metadata.index:
+            # Nothing would come of it. Most likely the news was lost that this very snapshot had arrived.
+            self._catalog.spans.cancel(range_id)
+            await stream.send(["done"])
             return
         self._receiving[range_id] = None
         incoming: Incoming | None = None

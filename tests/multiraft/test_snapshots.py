@@ -11,7 +11,9 @@ from trio.testing import MockClock
 from shardkv import codec
 from shardkv.config import SnapshotsConfig
 from shardkv.errors import ProtocolError
+from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_TERM, RangeMachine
+from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, unpack_applied
 from shardkv.machine.snapshot import installing, snapshot_rows
 from shardkv.multiraft import maintenance, snapshots
 from shardkv.raft import ProgressState
@@ -163,9 +165,23 @@ async def test_trap_01_a_split_applied_while_a_snapshot_of_the_unsplit_range_is_
         wide = descriptor_on(3)
         machine = late.machine()
         conf_state = [list(part) if isinstance(part, tuple) else part for part in machine.conf_state]
-        index, term = machine.applied_index, machine.applied_term
+        # Of the state after one more entry, else the replica says at once that it has it.
+        index, term = machine.applied_index + 1, machine.applied_term
+        rows = dict(snapshot_rows(late.engine, machine.descriptor))
+        key = keys.applied_key(RANGE)
+        state = unpack_applied(rows[key])
+        assert isinstance(state, AppliedState)
+        rows[key] = pack_applied(index, term, state.last_timestamp, pack_conf_state(state.conf_state))
         whole = spelled(
-            late, 3, sender=1, term=9, index=index, log_term=term, conf_state=conf_state, descriptor=wide.to_wire()
+            late,
+            3,
+            sender=1,
+            term=9,
+            index=index,
+            log_term=term,
+            conf_state=conf_state,
+            descriptor=wide.to_wire(),
+            rows=[item for pair in sorted(rows.items()) for item in pair],
         )
         stream = Stream(whole[0])
         async with trio.open_nursery() as nursery:
@@ -178,6 +194,7 @@ async def test_trap_01_a_split_applied_while_a_snapshot_of_the_unsplit_range_is_
             await trio.sleep(0.1)
             stream.more.set()
             nursery.cancel_scope.cancel()
+        assert stream.progress, "it was not even begun"
         assert stream.answers[-1:] in ([], [["refused", "the replica did not need it"]])
         await hosts.agreed(1)
         await hosts.agreed(2)
@@ -203,15 +220,33 @@ async def test_no_second_snapshot_of_a_range_is_begun_before_the_first_is_in_pla
 
 async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_nothing(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts.leader()
+        parts = spelled(leader, 3)
+        await trio.sleep(1)  # until it is bound by no promise any more
+        late.driver.step(late.replica(), Message(MessageType.VOTE, 3, 2, 90, index=1 << 30, log_term=90))
+        stream = Stream(*parts)
+        await late.snapshots.receive(stream, leader.node_id)
+        assert stream.answers == [["refused", "the replica did not need it"]]
+        assert late.catalog.spans.overlapping(KeyRange(b"", None)) == [1]
+        assert not late.catalog.spans._reserved.by_range
+        assert not late.snapshots._incoming
+        assert not late.engine._built, "the file of a refused snapshot is still there"
+
+
+async def test_a_snapshot_that_has_arrived_before_is_not_streamed_again(autojump_clock: MockClock) -> None:
+    """Its sender may not know, for the answer may be lost: a gibibyte would be sent for nothing."""
+    async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         await hosts.agreed()
         leader = await led_by_another(hosts, 3)
         stream = Stream(*spelled(leader, 3))
         await hosts[3].snapshots.receive(stream, leader.node_id)
-        assert stream.answers == [["refused", "the replica did not need it"]]
-        assert hosts[3].catalog.spans.overlapping(KeyRange(b"", None)) == [1]
-        assert not hosts[3].snapshots._incoming
-        assert not hosts[3].engine._built, "the file of a refused snapshot is still there"
+        assert stream.answers == [["done"]]
+        assert not stream.progress
+        assert not hosts[3].catalog.spans._reserved.by_range
+        await hosts.write(b"k", b"w")
+        await hosts.agreed()
 
 
 async def test_messages_that_arrive_during_an_install_neither_hurt_nor_get_lost(autojump_clock: MockClock) -> None:
