@@ -209,9 +209,13 @@ class SimulatedNode:
         self.scope.cancel()
 
     async def buried(self) -> None:
-        """Wait until nothing of a node that was told to die runs any more; then it can be started again."""
-        await self.ended.wait()
-        self._bury()
+        """Wait until nothing of a node that was told to die runs any more; then it can be started again.
+
+        Does nothing to one that is up.
+        """
+        if not self.alive and self.starts:
+            await self.ended.wait()
+            self._bury()
 
     def _bury(self) -> None:
         if not self.alive and not self._buried:
