@@ -1,5 +1,5 @@
 """Long variants of the cluster tests, with numbers: ``python -m tests.cluster.soak NAME``, NAME one of failover, cuts,
-flood, memory, kills and snapshot.
+flood, memory, kills, stops, partitions and snapshot.
 
 Each starts a cluster of its own in a temporary directory, prints what it measured, and fails when a budget is missed.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import trio
 
 from shardkv_client.client import Client
-from tests.cluster import kills, soak_snapshot
+from tests.cluster import kills, partitions, soak_snapshot, stops
 from tests.cluster.flood import MIB, flood
 from tests.cluster.harness import (
     LocalCluster,
@@ -107,7 +107,12 @@ async def run(name: str) -> None:
             await SOAKS[name](world, kv)
 
 
-OWN: dict[str, Callable[[Sequence[str]], None]] = {"kills": kills.main, "snapshot": soak_snapshot.main}
+OWN: dict[str, Callable[[Sequence[str]], None]] = {
+    "kills": kills.main,
+    "stops": stops.main,
+    "partitions": partitions.main,
+    "snapshot": soak_snapshot.main,
+}
 """Those that make their own cluster and take arguments of their own."""
 
 

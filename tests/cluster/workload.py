@@ -13,8 +13,8 @@ from typing import Any, Final
 import trio
 
 from shardkv.errors import OutcomeUnknown, Unavailable, VersionMismatch
+from shardkv.simulation.checkers.linearizability import Operation, Outcome, linearizable
 from shardkv_client.client import Client
-from tests.checkers.linearizability import Operation, Outcome, linearizable
 
 CALL_SECONDS: Final = 4.0
 """What one call may take; past it a write's outcome is unknown."""

@@ -1,0 +1,150 @@
+"""Partitions of the real network under a running workload: ``python -m tests.cluster.soak partitions --partitions 30``.
+
+Each node and each client lives in a network namespace of its own. A leader or any node is cut off from the others, both
+ways or one way only, with a client on its side or alone, or loses its cable; a client may be cut off, too. What each
+client saw must be linearizable. Everything that is made goes away with this process.
+"""
+
+import argparse
+import random
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from shardkv_client.client import Client
+from tests.cluster.harness import client, leader_of, settled, show_logs
+from tests.cluster.kills import OPTIONS, PROGRESS_SECONDS
+from tests.cluster.namespaces import InPlace, NamespacedCluster, Net, net, obstacle
+from tests.cluster.workload import Workload
+
+NODES = ("n1", "n2", "n3")
+CLIENTS = ("c1", "c2", "c3")
+SECONDS = (0.3, 1.0, 2.0, 4.0)
+"""How long the network stays cut: less than a lease, an election, and long enough that clients give up."""
+KINDS = ("alone", "with a client", "deaf", "mute", "one link", "cable", "client", "nobody hears anybody")
+
+
+@dataclass(slots=True)
+class Partitions:
+    count: int
+    seed: int = 1
+    done: int = 0
+    leaders: int = 0
+    deposed: int = 0
+    kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+
+    def describe(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items() if count)
+        return f"{self.done} partitions ({kinds}; {self.leaders} of a leader, {self.deposed} of them deposed meanwhile)"
+
+
+@asynccontextmanager
+async def namespaced(directory: Path) -> AsyncIterator[tuple[Net, NamespacedCluster]]:
+    """Three nodes and three places for clients."""
+    with net(*NODES, *CLIENTS) as made:
+        world = NamespacedCluster(directory, made, nodes=len(NODES), options=OPTIONS)
+        try:
+            await trio.to_thread.run_sync(world.start)
+            yield made, world
+        except BaseException:
+            show_logs(world)
+            raise
+        finally:
+            with trio.CancelScope(shield=True):
+                made.heal()
+                await trio.to_thread.run_sync(world.stop)
+
+
+async def run(made: Net, world: NamespacedCluster, partitions: Partitions, *, show: bool = False) -> Workload:
+    """Cut so often; the workload that went on meanwhile, judged. Raises AssertionError with the history."""
+    async with AsyncExitStack() as stack:
+        clients = []
+        for name in CLIENTS:
+            opened = client(world, environment=InPlace(made.places[name]))
+            clients.append(await stack.enter_async_context(opened))
+        kv = clients[0]
+        await settled(kv)
+        workload = Workload(partitions.seed, clients)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(workload.run)
+            await workload.more_than(50, PROGRESS_SECONDS)
+            chance = random.Random(f"partitions {partitions.seed}")
+            while partitions.done < partitions.count:
+                before = workload.answered
+                await _cut_once(made, partitions, workload, kv, chance)
+                await workload.more_than(before + 20, PROGRESS_SECONDS)
+                await trio.sleep(chance.uniform(0.0, 1.0))
+                if show:
+                    print(f"{partitions.describe()}; {workload.describe()}", flush=True)
+            await settled(kv)
+            workload.stopped = True
+        await workload.judge_all_again()
+    return workload
+
+
+async def _cut_once(made: Net, partitions: Partitions, workload: Workload, kv: Client, chance: random.Random) -> None:
+    key = workload.key(chance)
+    leader = await leader_of(kv, key)
+    victim = leader if chance.random() < 0.7 else chance.choice(NODES)
+    kind = KINDS[partitions.done % len(KINDS)]
+    _cut(made, kind, victim, chance)
+    try:
+        await trio.sleep(chance.choice(SECONDS))
+    finally:
+        made.heal()
+    partitions.done += 1
+    partitions.kinds[kind] += 1
+    if victim == leader and kind != "client":
+        partitions.leaders += 1
+        partitions.deposed += await leader_of(kv, key) != leader
+
+
+def _cut(made: Net, kind: str, victim: str, chance: random.Random) -> None:
+    others = [name for name in NODES if name != victim]
+    match kind:
+        case "alone":
+            made.isolate([victim])
+        case "with a client":
+            made.isolate([victim, chance.choice(CLIENTS)])
+        case "deaf":
+            for other in others:
+                made.cut(other, victim)
+        case "mute":
+            for other in others:
+                made.cut(victim, other)
+        case "one link":
+            made.cut(victim, chance.choice(others))
+        case "cable":
+            made.unplug(victim)
+        case "client":
+            made.isolate([chance.choice(CLIENTS)])
+        case "nobody hears anybody":
+            for name in NODES:
+                made.isolate([name])
+        case _:
+            raise AssertionError(kind)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The subcommand."""
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster.soak partitions", description=__doc__)
+    parser.add_argument("--partitions", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args(arguments)
+    problem = obstacle()
+    if problem is not None:
+        raise SystemExit(f"no partitions here: {problem}")
+    trio.run(_soak, Partitions(given.partitions, given.seed))
+
+
+async def _soak(partitions: Partitions) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        async with namespaced(Path(directory)) as (made, world):
+            workload = await run(made, world, partitions, show=True)
+    print(
+        f"partitions: {partitions.describe()}; {workload.describe()}; every history is linearizable, nothing was lost"
+    )
