@@ -8,8 +8,11 @@ replaces a newer one.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+from zlib import crc32
 
 from shardkv import codec
+from shardkv.errors import Corruption, MalformedRequest
 from shardkv.types import NodeId
 from shardkv_placement.heartbeat import NodeEntry
 
@@ -66,10 +69,29 @@ class AddressBook:
 
     def encode(self) -> bytes:
         """For the file in the data directory."""
-        return codec.dumps([[node_id, it.name, it.address, it.boot] for node_id, it in sorted(self._nodes.items())])
+        rows = codec.dumps([[node_id, it.name, it.address, it.boot] for node_id, it in sorted(self._nodes.items())])
+        return codec.dumps([crc32(rows), rows])
 
     def decode(self, data: bytes) -> None:
-        """Replace everything by what :meth:`encode` gave. Fields that are not known are passed over."""
-        self._nodes = {
-            NodeId(node_id): KnownNode(name, address, *rest[:1]) for node_id, name, address, *rest in codec.loads(data)
-        }
+        """Replace everything by what :meth:`encode` gave. Fields that are not known are passed over.
+
+        Raises Corruption: a node that took a damaged address for true would look for its peers where they are not.
+        """
+        try:
+            found = codec.loads(data)
+            # A file without a checksum is from before there was one.
+            rows = codec.loads(_checked(found)) if found and isinstance(found[0], int) else found
+            self._nodes = {
+                NodeId(node_id): KnownNode(name, address, *rest[:1]) for node_id, name, address, *rest in rows
+            }
+        except (MalformedRequest, TypeError, ValueError) as error:
+            raise Corruption(
+                "the file of known nodes is damaged; remove it, and start the node with --join HOST:PORT of another"
+            ) from error
+
+
+def _checked(found: Any) -> bytes:
+    checksum, rows = found
+    if crc32(rows) != checksum:
+        raise ValueError(f"the checksum is {crc32(rows)}, not {checksum}")
+    return bytes(rows)

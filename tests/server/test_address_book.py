@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
 import trio
 from trio.testing import MockClock
 
+from shardkv import codec
+from shardkv.errors import Corruption
 from shardkv.server.address_book import AddressBook, KnownNode
 from shardkv.types import NodeId
 from shardkv_placement.heartbeat import NodeEntry
@@ -55,6 +58,24 @@ def test_who_left_the_table_or_was_decommissioned_is_no_member() -> None:
     nodes = book(entry(N1, "a:1", 1), entry(N2, "b:1", 1))
     nodes.table([entry(N1, "a:1", 1), entry(N2, "b:1", 1, decommissioned=True)])
     assert [node_id for node_id, _ in nodes] == [N1]
+
+
+def test_a_damaged_file_is_refused_whichever_bit_it_is() -> None:
+    """Found by a simulation whose disk flips bits on read: a node looked for its peers at an address that never was."""
+    data = book(entry(N1, "a:1", 1), entry(N2, "b:1", 1)).encode()
+    for position in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[position // 8] ^= 1 << position % 8
+        with pytest.raises(Corruption):
+            AddressBook().decode(bytes(damaged))
+    with pytest.raises(Corruption):
+        AddressBook().decode(data[:-1])
+
+
+def test_a_file_from_before_there_was_a_checksum_is_read() -> None:
+    nodes = AddressBook()
+    nodes.decode(codec.dumps([[1, "n1", "a:1", 3]]))
+    assert nodes.address_of(N1) == "a:1"
 
 
 def test_the_file_brings_back_what_was_known() -> None:
