@@ -13,7 +13,7 @@ import trio
 from shardkv.errors import Corruption, OutOfSpace, ShardKVError, StorageError
 from shardkv.simulation import determinism
 from shardkv.simulation.cluster import Cluster, SimulatedNode
-from shardkv.simulation.disk import ChooseAtRandom
+from shardkv.simulation.disk import CAPACITY_BYTES, ChooseAtRandom
 from shardkv.wire.requests import Method
 
 OFFSET_MS_MAX: Final = 200
@@ -230,7 +230,6 @@ async def _stall(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None
 async def _full(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
     """Somebody else fills the disk, and makes room again."""
     disk = one.environment.disk
-    capacity = disk.capacity_bytes
     seconds = faults.chance.uniform(0.2, 4)
     faults.suspect(one, seconds + 5)
     disk.leave(faults.chance.choice([0, 5_000, 300_000]))
@@ -238,7 +237,7 @@ async def _full(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
     async def make_room() -> None:
         await determinism.sleep(seconds)
         for each in (disk, one.environment.disk):
-            each.capacity_bytes = capacity
+            each.capacity_bytes = CAPACITY_BYTES
 
     faults.soon(make_room)
 
