@@ -234,9 +234,10 @@ class RocksEngine:
         options.set_move_files(True)
         try:
             # Several files at once are one change of the store: all of them are there after a crash, or none.
-            self._db.ingest_external_file(self._built.pop(path, [path]), options)
+            self._db.ingest_external_file(self._built.get(path, [path]), options)
         except Exception as error:
             raise _translated(error, f"ingesting {path}") from error
+        self._built.pop(path, None)
 
     # Ends
 
