@@ -173,6 +173,7 @@ class Listener:
             self._inflight_max,
             self._intake,
             self._bound_unread,
+            self._environment.clock,
         )
         self._clients[client] = None
         try:
