@@ -67,8 +67,8 @@ class Space:
         if self._failed:
             why = f"its disk is full ({next(iter(self._failed.values()))})"
         else:
-            free = (self._free_bytes or 0) / _MIB
-            why = f"its disk has {free:.0f} MiB left at {self._place} and needs {self._free_bytes_min / _MIB:.0f} MiB"
+            free, needed = (self._free_bytes or 0) / _MIB, self._free_bytes_min * LEAVE_FRACTION / _MIB
+            why = f"its disk has {free:.0f} MiB left at {self._place} and needs {needed:.0f} MiB"
         taken = "reads are served" if self.full else "reads and deletes are served"
         return OutOfSpace(
             f"this node takes no writes now, for {why}: free space or enlarge the disk; {taken} meanwhile, and writes "
