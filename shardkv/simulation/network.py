@@ -69,23 +69,29 @@ _RESET: Final = _Reset()
 
 
 class _Signal:
-    """Wakes every task that waits on one connection; they look again for themselves."""
+    """Wakes every task that waits for one thing; they look again for themselves."""
 
-    __slots__ = ("_event",)
+    __slots__ = ("_waiting",)
 
     def __init__(self) -> None:
-        self._event: trio.Event | None = None
+        self._waiting: list[trio.lowlevel.Task] = []
 
     def notify(self) -> None:
-        if self._event is not None:
-            self._event.set()
-            self._event = None
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for task in waiting:
+                trio.lowlevel.reschedule(task)
 
     async def wait(self) -> None:
         """Until the next :meth:`notify`."""
-        if self._event is None:
-            self._event = trio.Event()
-        await self._event.wait()
+        task = trio.lowlevel.current_task()
+        self._waiting.append(task)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._waiting.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
 
 
 class _Pipe:
@@ -93,10 +99,10 @@ class _Pipe:
 
     __slots__ = (
         *("blocked_since", "carrier", "closed", "credit_held", "free_at", "link", "link_back", "pieces"),
-        *("signal", "source", "target", "under_way"),
+        *("back", "readable", "source", "target", "under_way", "window"),
     )
 
-    def __init__(self, source: str, target: str, link: Link, link_back: Link, signal: _Signal) -> None:
+    def __init__(self, source: str, target: str, link: Link, link_back: Link) -> None:
         self.source = source
         self.target = target
         self.link = link
@@ -112,7 +118,12 @@ class _Pipe:
         self.closed = False
         """The sender has closed it: nothing more is sent."""
         self.carrier: WaywardCarrier | None = None
-        self.signal = signal
+        self.readable = _Signal()
+        """Something arrived, or never will: its reader waits for it."""
+        self.window = _Signal()
+        """There is room again, or nobody there: its sender waits for it."""
+        self.back: _Pipe | None = None
+        """The stream's other direction."""
 
     def put(self, data: bytes | _Reset, random: determinism.SeededRandom) -> None:
         now = determinism.now()
@@ -129,7 +140,13 @@ class _Pipe:
         self.free_at = max(self.free_at, now + delay) + transfer
         self.pieces.append((self.free_at, data))
         self.under_way += len(data)
-        determinism.call_at(self.free_at, self.signal.notify)
+        determinism.call_at(self.free_at, self.arrive)
+
+    def arrive(self) -> None:
+        """Wake whom it concerns that something may have arrived."""
+        self.readable.notify()
+        if self.closed and self.back is not None:
+            self.back.window.notify()
 
     def end(self, with_: bytes | _Reset, random: determinism.SeededRandom) -> None:
         """The last piece, if there is none yet."""
@@ -170,7 +187,7 @@ class _Pipe:
             self.credit_held += len(whole)
         else:
             self.under_way -= len(whole)
-            self.signal.notify()
+            self.window.notify()
         return whole
 
     def block(self) -> None:
@@ -187,13 +204,13 @@ class _Pipe:
             )
             self.free_at = max(self.free_at, again)
             for moment in dict.fromkeys(moment for moment, _ in self.pieces):
-                determinism.call_at(moment, self.signal.notify)
+                determinism.call_at(moment, self.arrive)
 
     def release_credit(self) -> None:
         if self.credit_held:
             self.under_way -= self.credit_held
             self.credit_held = 0
-            self.signal.notify()
+            self.window.notify()
 
 
 class SimulatedStream:
@@ -252,12 +269,13 @@ class SimulatedStream:
         with memoryview(data) as rest:
             sent = self.send_nowait(rest)
             while sent < len(rest):
-                await self.outgoing.signal.wait()
+                await self.outgoing.window.wait()
                 sent += self.send_nowait(rest[sent:])
 
     async def receive(self, count_max: int) -> bytes:
-        await trio.lowlevel.checkpoint()
         pipe = self.incoming
+        if self._closed or pipe.arrived():
+            await trio.lowlevel.checkpoint()
         while True:
             if self.owner.fenced:
                 await determinism.hang()
@@ -265,7 +283,7 @@ class SimulatedStream:
                 raise trio.ClosedResourceError("this stream is closed")
             if pipe.arrived():
                 break
-            await pipe.signal.wait()
+            await pipe.readable.wait()
         data = pipe.take(count_max)
         if isinstance(data, _Reset):
             raise trio.BrokenResourceError(f"the connection to {self._remote} is lost: connection reset by peer")
@@ -282,7 +300,12 @@ class SimulatedStream:
             self._closed = True
             if not self.owner.fenced:
                 self.hang_up()
-            self.outgoing.signal.notify()
+            self.wake()
+
+    def wake(self) -> None:
+        """Let the stream's own tasks look again."""
+        self.outgoing.window.notify()
+        self.incoming.readable.notify()
 
     def hang_up(self) -> None:
         """What the system does with a socket when the program closes it or dies."""
@@ -323,7 +346,8 @@ class NodeNetwork:
     def fence(self) -> None:
         self.fenced = True
         for stream in self.network.streams.values():
-            stream.outgoing.signal.notify()
+            if stream.owner is self:
+                stream.wake()
 
     async def listen(
         self,
@@ -527,9 +551,9 @@ class SimulatedNetwork:
     def _make(self, source: NodeNetwork, listener: SimulatedListener) -> SimulatedStream:
         target = listener.owner
         there, back = self.link(source.name, target.name), self.link(target.name, source.name)
-        signal = _Signal()
-        outgoing = _Pipe(source.name, target.name, there, back, signal)
-        incoming = _Pipe(target.name, source.name, back, there, signal)
+        outgoing = _Pipe(source.name, target.name, there, back)
+        incoming = _Pipe(target.name, source.name, back, there)
+        outgoing.back, incoming.back = incoming, outgoing
         for pipe in (outgoing, incoming):
             self._entrust(pipe)
         self._ports += 1
