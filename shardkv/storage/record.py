@@ -180,6 +180,8 @@ _GROUP = Struct("<QQQQQQQQBI")
 _HARD_BLOCK = Struct("<QBQQQ")
 _HARD_ONE = Struct("<QBQQQQIQBII")
 _ONE = Struct("<QBQIQBII")
+_FLAGS_AT: Final = 8
+"""Where a block's flags stand in it."""
 
 _TURN_START: Final = _KIND.pack(RecordKind.TURN, FORMAT)
 _CHECKPOINT_START: Final = _KIND.pack(RecordKind.CHECKPOINT, FORMAT)
@@ -379,46 +381,69 @@ def decode_meta(meta: bytes) -> list[DecodedUpdate] | Checkpoint:
 
 def _decode_turn(reader: _Reader) -> list[DecodedUpdate]:
     updates = []
-    offset = 0
-    while reader.position < len(reader.data):
-        range_id, flags = reader.take(_BLOCK)
-        create = reset = hard_state = compact = tombstone = None
-        start = 0
-        entries: list[EntryPlace] = []
-        if flags & _CREATE:
-            replica_id, index, term, count = reader.take(_BEGIN)
-            conf_state = reader.conf_state()
-            create = CreateGroup(ReplicaId(replica_id), index, term, conf_state, reader.blob(count))
-        if flags & _RESET:
-            index, term = reader.take(_PAIR)
-            reset = ResetLog(index, term, reader.conf_state())
-        if flags & _HARD_STATE:
-            hard_state = HardState(*reader.take(_HARD))
-        if flags & (_ENTRIES | _REWRITTEN):
-            start, count = reader.take(_RUN)
-            for _ in range(count):
-                term, kind, length, crc = reader.take(_ENTRY)
-                entries.append(EntryPlace(term, kind, length, crc, offset))
-                offset += length
-        if flags & _COMPACT:
-            compact = CompactLog(*reader.take(_PAIR))
-        if flags & _TOMBSTONE:
-            tombstone = reader.tombstone()
-        updates.append(
-            DecodedUpdate(
-                RangeId(range_id),
-                create,
-                reset,
-                hard_state,
-                start,
-                entries,
-                bool(flags & _REWRITTEN),
-                compact,
-                tombstone,
-                bool(flags & _RELEASE),
-            )
-        )
+    data_bytes = 0
+    data, position = reader.data, reader.position
+    last = len(data) - _HARD_ONE.size
+    while position < len(data):
+        # The shape that nearly every block has, in one call.
+        if position <= last and data[position + _FLAGS_AT] == _HARD_STATE | _ENTRIES:
+            fields = _HARD_ONE.unpack_from(data, position)
+            range_id, _, term, vote, commit, start, count, entry_term, kind, length, crc = fields
+            if count == 1:
+                entries = [EntryPlace(entry_term, kind, length, crc, data_bytes)]
+                hard_state = HardState(term, vote, commit)
+                updates.append(
+                    DecodedUpdate(range_id, None, None, hard_state, start, entries, False, None, None, False)
+                )
+                data_bytes += length
+                position += _HARD_ONE.size
+                continue
+        reader.position = position
+        update = _decode_block(reader, data_bytes)
+        updates.append(update)
+        if update.entries:
+            data_bytes = update.entries[-1].offset + update.entries[-1].bytes
+        position = reader.position
     return updates
+
+
+def _decode_block(reader: _Reader, offset: int) -> DecodedUpdate:
+    """One block of a turn, whose entries' data begin at ``offset`` in the data section."""
+    range_id, flags = reader.take(_BLOCK)
+    create = reset = hard_state = compact = tombstone = None
+    start = 0
+    entries: list[EntryPlace] = []
+    if flags & _CREATE:
+        replica_id, index, term, count = reader.take(_BEGIN)
+        conf_state = reader.conf_state()
+        create = CreateGroup(ReplicaId(replica_id), index, term, conf_state, reader.blob(count))
+    if flags & _RESET:
+        index, term = reader.take(_PAIR)
+        reset = ResetLog(index, term, reader.conf_state())
+    if flags & _HARD_STATE:
+        hard_state = HardState(*reader.take(_HARD))
+    if flags & (_ENTRIES | _REWRITTEN):
+        start, count = reader.take(_RUN)
+        for _ in range(count):
+            term, kind, length, crc = reader.take(_ENTRY)
+            entries.append(EntryPlace(term, kind, length, crc, offset))
+            offset += length
+    if flags & _COMPACT:
+        compact = CompactLog(*reader.take(_PAIR))
+    if flags & _TOMBSTONE:
+        tombstone = reader.tombstone()
+    return DecodedUpdate(
+        RangeId(range_id),
+        create,
+        reset,
+        hard_state,
+        start,
+        entries,
+        bool(flags & _REWRITTEN),
+        compact,
+        tombstone,
+        bool(flags & _RELEASE),
+    )
 
 
 def _decode_checkpoint(reader: _Reader) -> Checkpoint:
