@@ -47,9 +47,17 @@ class Splitter:
         task_status.started()
         while True:
             await self._clock.sleep(INTERVAL_SECONDS)
+            self._forget()
             for replica in list(self._driver.catalog.replicas.values()):
                 if self._wants_measuring(replica):
                     await self._measure(replica)
+
+    def _forget(self) -> None:
+        """Drop what is known of ranges that this node holds no more; ids are never reused."""
+        held = self._driver.catalog.replicas
+        if len(self.sizes) + len(self._retry_at_ns) > len(held):
+            self.sizes = {range_id: size for range_id, size in self.sizes.items() if range_id in held}
+            self._retry_at_ns = {range_id: at for range_id, at in self._retry_at_ns.items() if range_id in held}
 
     def bytes_of(self, replica: Replica) -> int:
         """About how large a range is: as last measured, and what was written since."""
