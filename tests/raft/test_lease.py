@@ -380,6 +380,47 @@ def test_trap_07_a_lease_ends_before_the_promises_do_when_clocks_drift(fast: flo
     assert not cluster[1].lease_valid(cluster.clock(1))
 
 
+FASTEST = 1 / (1 - DRIFT)
+"""How much faster than another a clock may run at most: a promise is then over as soon as the lease is."""
+
+
+@pytest.mark.parametrize(
+    "leader,voters",
+    [(1.0, FASTEST), (1 / FASTEST, 1.0), (FASTEST**-0.5, FASTEST**0.5), (FASTEST, FASTEST**2), (FASTEST, 1.0)],
+)
+def test_trap_07_at_the_very_bound_of_drift_no_two_leaders_may_serve_at_once(leader: float, voters: float) -> None:
+    """DESIGN 4.5, "shortened by the drift bound": in steps of a thousandth of a tick, with the voters as eager as can
+    be, there is no moment at which another leads and the lease still holds. Without the shortening there are many.
+    """
+    cluster = Cluster(lease=LEASE)
+    rates = {1: leader, 2: voters, 3: voters}
+    for id_, rate in rates.items():
+        cluster.clocks[id_] = lambda now, rate=rate: int(now * rate)
+    for host in cluster.hosts.values():
+        host.restart()
+    cluster.elect(1)
+    cluster.tick(1)
+    assert valid_at(cluster, 1)
+    cluster.isolate(1)
+    step = TICK_NS // 1000
+    cluster.now += int((USABLE - 1) * TICK_NS / leader)
+    assert valid_at(cluster, 1), "the lease has not run out yet"
+    for _ in range(3000):
+        cluster.now += step
+        if cluster[2].role is not Role.LEADER:
+            cluster[2].campaign(cluster.clock(2))
+            cluster.settle()
+        elif not valid_at(cluster, 1):
+            return
+        assert cluster[2].role is not Role.LEADER or not valid_at(cluster, 1), "two may serve at once"
+    assert not valid_at(cluster, 1)
+
+
+def valid_at(cluster: Cluster, id_: int) -> bool:
+    """Whether the replica's lease holds by its own clock."""
+    return cluster[id_].lease_valid(cluster.clock(id_))
+
+
 def test_trap_07_the_lease_is_checked_against_the_clock_of_the_moment() -> None:
     """A process that was suspended finds its lease gone, whatever it knew before."""
     cluster = led()
