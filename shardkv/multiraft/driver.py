@@ -139,6 +139,7 @@ class Driver:
         self._eager: dict[RangeId, int] = {}
         """Groups that this node should lead before anybody's election timeout, and how often it still campaigns."""
         self._syncing = False
+        self._turning = False
         self._roomless: list[tuple[Callable[[], object], Callable[[object, BaseException | None], None]]] = []
         """Jobs of the log thread that found no room, in their order. Nobody was told of what they were to write."""
         self._roomless_ticks = 0
@@ -192,7 +193,9 @@ class Driver:
         """Queue a job behind the log writes, in their thread."""
         self._submit(job, done)
 
-    def _submit(self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]) -> None:
+    def _submit(
+        self, job: Callable[[], object], done: Callable[[object, BaseException | None], None], *, at_once: bool = False
+    ) -> None:
         def ended(result: object, error: BaseException | None) -> None:
             if isinstance(error, OutOfSpace):
                 self._found_no_room(job, done, error)
@@ -200,7 +203,8 @@ class Driver:
                 done(result, error)
 
         try:
-            self._writer.submit(job, ended)
+            if not (at_once and self._writer.run_now(job, ended)):
+                self._writer.submit(job, ended)
         except trio.ClosedResourceError:
             # The node is stopping: nobody waits for this any more, and closing the log writes what it has taken.
             return
@@ -282,6 +286,7 @@ class Driver:
     # The turn
 
     def _turn(self) -> None:
+        self._turning = True
         self._turns += 1
         if self._proposing:
             self._propose()
@@ -298,6 +303,7 @@ class Driver:
             self._perform(turn)
         if self._ready:
             self._awake.set()
+        self._turning = False
         self.peers.flush()
         self.hooks.flush()
 
@@ -305,9 +311,14 @@ class Driver:
         if turn.appends:
             self._appends += turn.appends
             self._must_sync = self._must_sync or turn.must_sync
-            self._log()
+        at_once = self._writer.at_once
+        if not at_once:
+            self._log()  # the sync runs while everything else is done
         if turn.messages:
             self._send(turn.messages)
+        if at_once and self._must_sync:
+            self.peers.flush()  # what may leave before the sync does, so that others sync at the same time
+            self._log(at_once=True)
         for replica, message in turn.snapshots:
             self.snapshots.send(replica, message)
         for replica, message in turn.installs:
@@ -367,8 +378,11 @@ class Driver:
 
     # Log
 
-    def _log(self) -> None:
-        """Hand everything that waits to be logged to the writer thread, as one record, unless a sync is running."""
+    def _log(self, *, at_once: bool = False) -> None:
+        """Hand everything that waits to be logged to the writer thread, as one record, unless a sync is running.
+
+        With ``at_once`` the record is written and synced here, if the disk is quick.
+        """
         if self._syncing or not self._must_sync:
             return
         self._must_sync = False
@@ -382,7 +396,7 @@ class Driver:
         self._syncing = True
         self._sync_began_ns = self.environment.clock.monotonic_ns()
         self._syncs += 1
-        self._submit(self.wal.append(updates), lambda _, error: self._synced(appends, error))
+        self._submit(self.wal.append(updates), lambda _, error: self._synced(appends, error), at_once=at_once)
         self.environment.workers.yield_interpreter()
 
     def _synced(self, appends: list[tuple[Replica, Message]], error: BaseException | None) -> None:
@@ -399,6 +413,8 @@ class Driver:
         for replica, message in appends:
             self._deliver(replica, message.responses, now, outgoing)
         self._send(outgoing)
+        if self._turning:
+            return  # in the middle of a turn, which goes on with what this has made ready
         self._log()
         if self._ready or self._proposing:
             self._awake.set()

@@ -460,6 +460,10 @@ class SimulatedDisk:
     def resume(self) -> None:
         self._moving.set()
 
+    @property
+    def stalled(self) -> bool:
+        return not self._moving.is_set()
+
     async def moving(self) -> None:
         """Wait until the disk does not stall."""
         await self._moving.wait()

@@ -69,6 +69,13 @@ class SimulatedEnvironment(Environment):
         )
 
 
+def _at_once(seed: int | str, name: str, incarnation: int) -> Callable[[], bool]:
+    """Whether a job runs in the loop: in one life of a node always, in another never, in a third now and then."""
+    chance = determinism.seeded_random("at once", seed, name, incarnation)
+    share = chance.choice((0.0, 0.5, 1.0))
+    return lambda: chance.random() < share
+
+
 def simulated_environment(
     name: str,
     *,
@@ -102,7 +109,7 @@ def simulated_environment(
         random=SimulatedRandom(seed, name, incarnation),
         ids=SimulatedIds(seed, name, incarnation),
         disk=disk,
-        workers=SimulatedWorkers(disk, latency_seconds),
+        workers=SimulatedWorkers(disk, latency_seconds, _at_once(seed, name, incarnation)),
         network=network.node(name),
         name=name,
         seed=seed,

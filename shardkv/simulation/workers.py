@@ -25,14 +25,18 @@ class SimulatedWorkers:
     Args:
         disk: jobs wait while it stalls.
         latency_seconds: called for each job; how long it takes in virtual time.
+        at_once: called for each job that may run in the loop at once; whether this one does.
     """
 
-    __slots__ = ("_disk", "_fenced", "latency_seconds")
+    __slots__ = ("_disk", "_fenced", "at_once", "latency_seconds")
 
-    def __init__(self, disk: SimulatedDisk, latency_seconds: Callable[[], float]) -> None:
+    def __init__(
+        self, disk: SimulatedDisk, latency_seconds: Callable[[], float], at_once: Callable[[], bool] = lambda: False
+    ) -> None:
         self._disk = disk
         self._fenced = False
         self.latency_seconds = latency_seconds
+        self.at_once = at_once
 
     def fence(self) -> None:
         """From now on no job runs and nobody is called back: the node has crashed."""
@@ -47,7 +51,7 @@ class SimulatedWorkers:
         return function(*args)
 
     async def serial(self, name: str, *, task_status: trio.TaskStatus[SerialWorker] = trio.TASK_STATUS_IGNORED) -> None:
-        worker = SimulatedSerialWorker(name)
+        worker = SimulatedSerialWorker(name, self._runs_now)
         task_status.started(worker)
         try:
             while True:
@@ -83,7 +87,11 @@ class SimulatedWorkers:
             await determinism.sleep(seconds)
         else:
             await trio.lowlevel.checkpoint()
-        await self._disk.moving()
+        if self._disk.stalled:
+            await self._disk.moving()
+
+    def _runs_now(self) -> bool:
+        return not self._fenced and not self._disk.stalled and self.at_once()
 
     def yield_interpreter(self) -> None:
         """There is no other thread."""
@@ -92,10 +100,11 @@ class SimulatedWorkers:
 class SimulatedSerialWorker:
     """Implements :class:`shardkv.environment.SerialWorker`."""
 
-    __slots__ = ("_name", "closed", "jobs", "wanted")
+    __slots__ = ("_name", "_runs_now", "closed", "jobs", "wanted")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, runs_now: Callable[[], bool]) -> None:
         self._name = name
+        self._runs_now = runs_now
         self.jobs: deque[_Job] = deque()
         self.wanted = trio.Event()
         self.closed = False
@@ -105,3 +114,19 @@ class SimulatedSerialWorker:
             raise trio.ClosedResourceError(f"the worker {self._name} is stopping")
         self.jobs.append((job, done))
         self.wanted.set()
+
+    @property
+    def at_once(self) -> bool:
+        return not self.closed and not self.jobs and self._runs_now()
+
+    def run_now(self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]) -> bool:
+        if not self.at_once:
+            return False
+        result: object = None
+        failure: BaseException | None = None
+        try:
+            result = job()
+        except Exception as error:  # noqa: BLE001  # handed to the callback, which decides
+            failure = error
+        done(result, failure)
+        return True

@@ -2,13 +2,20 @@
 
 import sys
 import threading
+import time
 from functools import partial
 
 import pytest
 import trio
 
 from shardkv.environment import SerialWorker
-from shardkv.environment.real.workers import RealSerialWorker, RealWorkers, _Waker
+from shardkv.environment.real.workers import (
+    RUN_NOW_NS_MAX,
+    RUN_NOW_PENALTY,
+    RealSerialWorker,
+    RealWorkers,
+    _Waker,
+)
 
 
 async def test_jobs_run_in_order_in_one_thread_and_callbacks_in_the_loop(nursery: trio.Nursery) -> None:
@@ -149,3 +156,65 @@ async def test_a_general_job_returns_and_raises() -> None:
     assert await workers.run(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
         await workers.run(divmod, 7, 0)
+
+
+async def idle(worker: SerialWorker) -> None:
+    """Wait until the thread is waiting for a job and everything before has been called back."""
+    while not worker.at_once:  # noqa: ASYNC110  # the thread says nothing when it begins to wait
+        await trio.sleep(0.001)
+
+
+async def test_a_quick_job_may_run_in_the_loop_at_once(nursery: trio.Nursery) -> None:
+    worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
+    await idle(worker)
+    seen: list[object] = []
+    assert worker.run_now(threading.get_ident, lambda result, error: seen.append((result, error)))
+    assert seen == [(threading.get_ident(), None)]
+    assert worker.run_now(lambda: 1 // 0, lambda result, error: seen.append(error))
+    assert isinstance(seen[1], ZeroDivisionError)
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_job_runs_in_the_loop_only_when_none_before_it_waits_for_its_callback(nursery: trio.Nursery) -> None:
+    """What is logged later must not be on disk, nor be told of, before what was logged earlier."""
+    worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
+    await idle(worker)
+    gate = threading.Event()
+    finished = trio.Event()
+    order: list[str] = []
+
+    def no_callback(result: object, error: BaseException | None) -> None:
+        raise AssertionError("it ran out of its turn")
+
+    worker.submit(gate.wait, lambda result, error: (order.append("first"), finished.set()))
+    assert not worker.run_now(lambda: order.append("too early"), no_callback)
+    gate.set()
+    while not worker._completed:  # type: ignore[attr-defined]  # the thread is done and the loop has not looked yet
+        pass
+    assert not worker.run_now(lambda: order.append("too early"), no_callback)
+    await finished.wait()
+    assert order == ["first"]
+    nursery.cancel_scope.cancel()
+
+
+async def test_after_a_slow_job_the_next_ones_go_to_the_thread(nursery: trio.Nursery) -> None:
+    """The loop serves everybody: a disk that is slow must not hold it up more than now and then."""
+    worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
+    assert isinstance(worker, RealSerialWorker)
+    await idle(worker)
+    slow = threading.Event()
+    assert worker.run_now(lambda: slow.wait(2 * RUN_NOW_NS_MAX / 1e9), lambda result, error: None)
+    wait_ns = worker._run_now_from_ns - time.monotonic_ns()
+    assert wait_ns > RUN_NOW_PENALTY * RUN_NOW_NS_MAX
+    assert not worker.at_once
+    worker._run_now_from_ns = 0
+    assert worker.at_once
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_worker_that_is_stopping_runs_nothing_in_the_loop() -> None:
+    async with trio.open_nursery() as nursery:
+        worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
+        await idle(worker)
+        nursery.cancel_scope.cancel()
+    assert not worker.run_now(lambda: None, lambda result, error: None)
