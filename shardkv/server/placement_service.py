@@ -7,6 +7,7 @@ splits and moves wait.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
+from itertools import islice
 from typing import Any, Final
 
 import trio
@@ -137,12 +138,17 @@ class PlacementService:
         self._beat_wanted.set()
 
     async def _report_descriptors(self) -> None:
-        """Send changed descriptors until the group has them. Every replica's node does: reports are idempotent."""
+        """Send changed descriptors until the group has them, as many at once as a report holds.
+
+        Every replica's node does: reports are idempotent.
+        """
         while True:
             await self._report_wanted.wait()
             self._report_wanted = trio.Event()
             while self._unreported:
-                reports, self._unreported = self._unreported, {}
+                reports = dict(islice(self._unreported.items(), commands.REPORTS_MAX))
+                for range_id in reports:
+                    del self._unreported[range_id]
                 wanted = {range_id: it for range_id, it in reports.items() if self._worth_reporting(range_id)}
                 if not wanted:
                     continue

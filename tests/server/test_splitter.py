@@ -16,7 +16,17 @@ from shardkv.server.splitter import INTERVAL_SECONDS, RETRY_SECONDS, SLICE_KEYS,
 from shardkv.simulation.clock import SimulationClock
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.memory import MemoryEngine
-from shardkv.types import PLACEMENT_RANGE, Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
+from shardkv.types import (
+    EVERY_KEY,
+    PLACEMENT_RANGE,
+    Epoch,
+    KeyRange,
+    NodeId,
+    RangeDescriptor,
+    RangeId,
+    Replica,
+    ReplicaId,
+)
 
 SPLIT_BYTES = 20_000
 VALUE = envelope.pack(1, bytes(100))
@@ -70,7 +80,7 @@ class World:
         driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas=self.replicas), engine=self.engine)
         self.splitter = Splitter(driver, SimulationClock(), self._split, lambda: SPLIT_BYTES, log)
 
-    def add(self, range_id: int = 1, *, leads: bool = True, span: KeyRange = KeyRange(b"", None)) -> Any:
+    def add(self, range_id: int = 1, *, leads: bool = True, span: KeyRange = EVERY_KEY) -> Any:
         replicas = (Replica(NodeId(1), ReplicaId(range_id)),)
         descriptor = RangeDescriptor(RangeId(range_id), span, Epoch(1, 1), replicas)
         machine = SimpleNamespace(bytes_written=0, descriptor=descriptor)
