@@ -1,45 +1,88 @@
-"""Nodes in virtual time, with faults: the environment of a simulated node, for our tests and for yours.
+"""Whole clusters in virtual time, with faults: for our tests and for yours.
 
-``determinism`` makes a run repeat from its seed; ``clock``, ``disk``, ``workers`` and ``network`` are the seams;
-``environment`` puts them together. Nothing here knows what a node does.
+``cluster`` is where to begin: real nodes and real clients in one process. ``determinism`` makes a run repeat from its
+seed; ``clock``, ``disk``, ``workers`` and ``network`` are what a node gets for the world, and ``environment`` puts them
+together. ``runner`` judges a cluster under ``faults`` and a ``workload`` by the ``checkers``; ``swarm`` does it for
+many seeds; ``pytest_plugin`` brings it to tests of your own. Nothing is imported here before it is asked for, for
+pytest loads the plugin into every test suite.
 """
 
-from shardkv.simulation.clock import SimulatedIds, SimulatedRandom, SimulationClock
-from shardkv.simulation.determinism import run_deterministically, seeded_random
-from shardkv.simulation.disk import (
-    Call,
-    ChooseAtRandom,
-    CrashChooser,
-    KeepAll,
-    LoseAll,
-    PowerCut,
-    SimulatedDisk,
-    TearLast,
-    Unsynced,
-)
-from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
-from shardkv.simulation.network import Link, NodeNetwork, SimulatedNetwork
-from shardkv.simulation.workers import SimulatedWorkers
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardkv.simulation.checkers.violation import Violation
+    from shardkv.simulation.clock import SimulatedIds, SimulatedRandom, SimulationClock
+    from shardkv.simulation.cluster import Cluster, SimulatedNode, simulated_cluster
+    from shardkv.simulation.determinism import run_deterministically, seeded_random
+    from shardkv.simulation.disk import (
+        Call,
+        ChooseAtRandom,
+        CrashChooser,
+        KeepAll,
+        LoseAll,
+        PowerCut,
+        SimulatedDisk,
+        TearLast,
+        Unsynced,
+    )
+    from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
+    from shardkv.simulation.network import Link, NodeNetwork, SimulatedNetwork
+    from shardkv.simulation.runner import RunResult, RunSettings, run
+    from shardkv.simulation.trace import Trace
+    from shardkv.simulation.workers import SimulatedWorkers
 
 __all__ = [
     "Call",
     "ChooseAtRandom",
+    "Cluster",
     "CrashChooser",
     "KeepAll",
     "Link",
     "LoseAll",
     "NodeNetwork",
     "PowerCut",
+    "RunResult",
+    "RunSettings",
     "SimulatedDisk",
     "SimulatedEnvironment",
     "SimulatedIds",
     "SimulatedNetwork",
+    "SimulatedNode",
     "SimulatedRandom",
     "SimulatedWorkers",
     "SimulationClock",
     "TearLast",
+    "Trace",
     "Unsynced",
+    "Violation",
+    "run",
     "run_deterministically",
     "seeded_random",
+    "simulated_cluster",
     "simulated_environment",
 ]
+
+_MODULES = {
+    "checkers.violation": ("Violation",),
+    "clock": ("SimulatedIds", "SimulatedRandom", "SimulationClock"),
+    "cluster": ("Cluster", "SimulatedNode", "simulated_cluster"),
+    "determinism": ("run_deterministically", "seeded_random"),
+    "disk": (
+        *("Call", "ChooseAtRandom", "CrashChooser", "KeepAll", "LoseAll"),
+        *("PowerCut", "SimulatedDisk", "TearLast", "Unsynced"),
+    ),
+    "environment": ("SimulatedEnvironment", "simulated_environment"),
+    "network": ("Link", "NodeNetwork", "SimulatedNetwork"),
+    "runner": ("RunResult", "RunSettings", "run"),
+    "trace": ("Trace",),
+    "workers": ("SimulatedWorkers",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOMES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,0 +1,84 @@
+"""The fixture as users meet it: a small application with its own tests, outside of this tree, under several plugins."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+APPLICATION = Path(__file__).parent / "example_app"
+ROOT = Path(__file__).parents[2]
+PLUGIN = "shardkv.simulation.pytest_plugin"
+
+
+def run_pytest(
+    directory: Path, *arguments: str, plugins: Sequence[str] = (PLUGIN,)
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))},
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONPATH": str(directory),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    chosen = [part for plugin in plugins for part in ("-p", plugin)]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "error", "--rootdir", str(directory), *chosen, *arguments],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_application_outside_of_the_package_is_tested_with_faults(tmp_path: Path) -> None:
+    application = tmp_path / "application"
+    shutil.copytree(APPLICATION, application, ignore=shutil.ignore_patterns("__pycache__"))
+    found = run_pytest(application, "tests", "-p", "no:cacheprovider")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "5 passed" in found.stdout
+
+
+FAILING = """
+async def test_that_fails(shardkv_cluster):
+    async with shardkv_cluster.client() as kv:
+        await kv.put(b"k", b"v")
+    assert shardkv_cluster.now < 0
+"""
+
+
+def test_a_failure_names_its_seed_and_shows_its_own_error(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(FAILING)
+    found = run_pytest(tmp_path, "--shardkv-seed", "seventeen")
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "--shardkv-seed 'seventeen'" in found.stdout
+    assert "AssertionError" in found.stdout
+
+
+@pytest.mark.parametrize("trio_mode", ["true", "false"])
+def test_the_fixture_gets_on_with_pytest_trio(tmp_path: Path, trio_mode: str) -> None:
+    """In its trio mode that takes every coroutine for its own."""
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\ntrio_mode = {trio_mode}\n")
+    (tmp_path / "test_it.py").write_text(FAILING.replace("now < 0", "now > 0").replace("_fails", "_passes"))
+    found = run_pytest(tmp_path, plugins=("pytest_trio.plugin", PLUGIN))
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_a_suite_without_the_fixture_loads_nothing_of_it(tmp_path: Path) -> None:
+    """Users who have no trio, or no use for a simulation, pay for neither."""
+    (tmp_path / "test_it.py").write_text(
+        "import sys\n\n\ndef test_it():\n"
+        "    heavy = {'trio', 'structlog', 'cbor2', 'shardkv.server', 'shardkv_client'}\n"
+        "    assert not heavy & set(sys.modules)\n"
+    )
+    found = run_pytest(tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_the_plugin_is_an_entry_point() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["pytest11"] == {"shardkv": PLUGIN}

@@ -1,0 +1,113 @@
+"""Whole runs: a small fixed swarm, that equal seeds are equal runs, and that a swarm resumes where it stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardkv.simulation import swarm as swarm_module
+from shardkv.simulation.checkers.violation import Violation
+from shardkv.simulation.faults import KINDS, Faults
+from shardkv.simulation.runner import RunSettings, run
+from shardkv.simulation.swarm import SwarmFileError, SwarmSettings, load, swarm
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_everything_holds_under_all_faults(seed: int) -> None:
+    """The fixed part of the swarm; a failure prints the command that repeats it."""
+    settings = RunSettings(seed, minutes=0.25)
+    result = run(settings)
+    assert result.violation is None, f"{result.violation}\nto repeat it: {settings.command()}"
+    assert result.answered > 50
+    assert result.faults > 5
+
+
+def test_everything_holds_with_five_nodes_and_another_workload() -> None:
+    settings = RunSettings(4, minutes=0.2, nodes=5, workload="bulk")
+    result = run(settings)
+    assert result.violation is None, f"{result.violation}\nto repeat it: {settings.command()}"
+
+
+def simulate(*arguments: str, hash_seed: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "shardkv.simulation", "--json", *arguments],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_equal_seeds_are_equal_runs_whatever_the_process() -> None:
+    """Under different hash seeds too; and another seed is another run."""
+    one = simulate("--seed", "11", "--minutes", "0.1", hash_seed="1")
+    two = simulate("--seed", "11", "--minutes", "0.1", hash_seed="2")
+    other = simulate("--seed", "12", "--minutes", "0.1", hash_seed="1")
+    assert one["events"] > 1_000
+    assert (one["digest"], one["events"], one["calls"]) == (two["digest"], two["events"], two["calls"])
+    assert one["digest"] != other["digest"]
+
+
+def test_a_violation_is_the_runs_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(faults: Faults, one: object, two: object) -> None:
+        raise Violation("a-rule", "it does not hold")
+
+    monkeypatch.setitem(KINDS, "drop", broken)
+    result = run(RunSettings(1, minutes=0.1, faults=("drop",)))
+    assert result.violation is not None
+    assert "a-rule: it does not hold" in result.violation
+    assert result.history[-1].split()[1] == "drop"
+
+
+def settings_of(path: Path, count: int, **changes: Any) -> SwarmSettings:
+    return SwarmSettings(RunSettings(1, minutes=0.01, faults=(), **changes), count, jobs=1, path=path)
+
+
+async def test_a_swarm_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the file is not run again; a line that a crash cut short is."""
+    monkeypatch.setattr(swarm_module, "code_fingerprint", lambda: "the same")
+    path = tmp_path / "swarm.jsonl"
+    shown: list[str] = []
+    first = await swarm(settings_of(path, 1), shown.append)
+    assert [each["seed"] for each in first] == [1]
+    whole = path.read_text()
+    path.write_text(whole + '{"seed": 2, "violat')
+    second = await swarm(settings_of(path, 2), shown.append)
+    assert [each["seed"] for each in second] == [1, 2]
+    assert second[0] == first[0], "taken from the file"
+    assert shown[1] == "resuming: 1 of 2 seeds are done"
+    assert path.read_text().startswith(whole)
+    assert load(settings_of(path, 2)).keys() == {1, 2}
+
+
+def test_results_of_other_code_or_other_settings_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swarm_module, "code_fingerprint", lambda: "the same")
+    path = tmp_path / "swarm.jsonl"
+    path.write_text(json.dumps(settings_of(path, 1).parameters()) + "\n")
+    assert load(settings_of(path, 7)) == {}
+    with pytest.raises(SwarmFileError, match="other settings"):
+        load(settings_of(path, 1, nodes=5))
+    monkeypatch.setattr(swarm_module, "code_fingerprint", lambda: "another")
+    with pytest.raises(SwarmFileError, match="other code"):
+        load(settings_of(path, 1))
+
+
+def test_a_violation_ends_a_swarm_with_the_command_that_repeats_it(tmp_path: Path) -> None:
+    """Known from the file; nothing more is run."""
+    path = tmp_path / "swarm.jsonl"
+    settings = settings_of(path, 2)
+    found = {"seed": 1, "violation": "a-rule: broken", "virtual_seconds": 1.0, "real_seconds": 1.0, "faults": 0}
+    path.write_text(json.dumps(settings.parameters()) + "\n" + json.dumps(found) + "\n")
+    arguments = ["--swarm", "2", "--minutes", "0.01", "--faults", "none", "--resume", str(path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "shardkv.simulation", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "python -m shardkv.simulation --seed 1 --minutes 0.01 --faults none" in done.stdout
