@@ -147,7 +147,7 @@ class Driver:
         """How much room there is; whoever takes writes asks it first."""
         self._failure: BaseException | None = None
         self._turns = self._syncs = self._entries_applied = 0
-        self._sync_began_ns = self._sync_ns_max = 0
+        self._sync_began_ns = self._sync_ns_max = self._loop_sync_ns = 0
 
     # What others call
 
@@ -279,6 +279,11 @@ class Driver:
         """
         slowest, self._sync_ns_max = self._sync_ns_max, 0
         return max(slowest, now - self._sync_began_ns) if self._syncing else slowest
+
+    def loop_sync_ns(self) -> int:
+        """For how long syncs have held up the loop since this was last asked."""
+        held, self._loop_sync_ns = self._loop_sync_ns, 0
+        return held
 
     def statistics(self) -> DriverStatistics:
         return DriverStatistics(self._turns, self._syncs, self._entries_applied)
@@ -414,7 +419,9 @@ class Driver:
             self._deliver(replica, message.responses, now, outgoing)
         self._send(outgoing)
         if self._turning:
-            return  # in the middle of a turn, which goes on with what this has made ready
+            # In the middle of a turn, which goes on with what this has made ready.
+            self._loop_sync_ns += took
+            return
         self._log()
         if self._ready or self._proposing:
             self._awake.set()
