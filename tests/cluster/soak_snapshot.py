@@ -198,8 +198,10 @@ async def _stands_in(world: LocalCluster, kv: Client, late: str, other: str) -> 
     await settled(kv)
 
 
-async def run(gib: float, directory: str | None) -> None:
+async def run(gib: float, directory: str | None, rate: str) -> None:
     options = ["--split-bytes", str(16 * 1024 * MIB), "--log-level", "info"]
+    if rate:
+        options += ["--snapshot-send-bytes-per-second", rate, "--snapshot-receive-bytes-per-second", rate]
     with tempfile.TemporaryDirectory(dir=directory) as path:
         async with cluster(Path(path), options=options) as world, client(world) as kv:
             with logs_on_failure(world):
@@ -211,5 +213,6 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.soak snapshot", description=__doc__)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the range")
     parser.add_argument("--directory", default=os.environ.get("TMPDIR"), help="where the nodes' data go meanwhile")
+    parser.add_argument("--rate", default="", help="bytes a second, such as 8MiB, in place of the nodes' default")
     given = parser.parse_args(arguments)
-    trio.run(run, given.gib, given.directory)
+    trio.run(run, given.gib, given.directory, given.rate)

@@ -16,10 +16,10 @@ from shardkv.machine.machine import INITIAL_TERM, RangeMachine
 from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, unpack_applied
 from shardkv.machine.snapshot import installing, snapshot_rows
 from shardkv.multiraft import maintenance, snapshots
-from shardkv.raft import ProgressState
+from shardkv.raft import ProgressState, Role
 from shardkv.raft.messages import Message, MessageType
 from shardkv.storage.wal import CompactLog, LogUpdate
-from shardkv.types import KeyRange, NodeId, RangeId
+from shardkv.types import KeyRange, NodeId, RangeDescriptor, RangeId
 from tests.multiraft.test_catalog import led_by_another, split_on_two
 from tests.multiraft.world import RANGE, Host, Hosts, descriptor_on, world
 
@@ -154,6 +154,45 @@ async def test_trap_01_of_two_overlapping_snapshots_on_their_way_one_is_refused(
             slow.more.set()
         assert late.catalog.spans.overlapping(KeyRange(b"m", None)) == [1]
         del rest
+
+
+async def test_trap_01_a_node_that_owns_nothing_is_not_sent_two_overlapping_snapshots(
+    autojump_clock: MockClock,
+) -> None:
+    """Neither range has a span there yet: only what is on its way tells the second one to wait (tikv #6366)."""
+    async with world(4, replicas=3) as hosts:
+        leader, newcomer = hosts.leader(), hosts[4]
+        wide = descriptor_on(4)
+        right = descriptor_on(4, range_id=2, span=KeyRange(b"m", None), first_replica=100)
+
+        def begin(descriptor: RangeDescriptor, first_replica: int) -> list[Any]:
+            ids = [first_replica + node for node in range(1, 5)]
+            return spelled(
+                leader,
+                ids[3],
+                range=descriptor.range_id,
+                sender=ids[leader.node_id - 1],
+                conf_state=[ids, [], [], [], False],
+                descriptor=descriptor.to_wire(),
+            )[0]
+
+        slow = Stream(begin(wide, 0))
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(ProtocolError):
+                    await newcomer.snapshots.receive(slow, leader.node_id)
+
+            nursery.start_soon(receive)
+            await trio.sleep(0.01)
+            assert slow.progress == [["from", 0, 0]]
+            second = Stream(begin(right, 100))
+            second.more.set()
+            await newcomer.snapshots.receive(second, leader.node_id)
+            assert second.answers[0][0] == "refused"
+            assert "held by range 1" in second.answers[0][1]
+            slow.more.set()
+        assert newcomer.catalog.spans.overlapping(wide.span) == [], "a reservation stayed behind"
 
 
 async def test_trap_01_a_split_applied_while_a_snapshot_of_the_unsplit_range_is_on_its_way(
@@ -412,6 +451,11 @@ async def test_trap_19_a_replica_with_a_mark_serves_nothing_and_asks_again(autoj
         assert replica.needs_snapshot
         assert replica.machine is None
         assert late.catalog.replica_for_key(b"new1") is replica, "its span must be nobody else's"
+        roles = set()
+        for _ in range(40):
+            await trio.sleep(0.05)
+            roles.add(replica.raft.role)
+        assert roles == {Role.FOLLOWER}, "it campaigned with a log and no state (trap 2)"
         hosts.opens = lambda source, target: False
         hosts.heal()
         await trio.sleep(2)
@@ -497,6 +541,22 @@ async def test_a_snapshot_that_is_none_ends_its_stream_and_changes_nothing(
         late.check()
 
 
+async def test_a_damaged_chunk_is_found_when_it_comes_and_its_file_is_not_kept(autojump_clock: MockClock) -> None:
+    """Else the stream would go on for nothing, or be resumed behind it."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts.leader()
+        begin, part, _ = spelled(leader, 3)
+        value = codec.loads(part[2])[-1]
+        damaged = part[2].replace(value, bytes(len(value)))
+        assert damaged != part[2]
+        stream = Stream(begin, [*part[:2], damaged, part[3]])
+        stream.more.set()
+        with pytest.raises(ProtocolError, match="damaged"):
+            await late.snapshots.receive(stream, leader.node_id)
+        assert not late.snapshots._waiting
+
+
 async def test_a_sender_whose_receiver_takes_nothing_gives_up(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,6 +603,27 @@ async def test_trap_11_the_log_keeps_what_the_receiver_of_a_snapshot_needs_next(
         assert leader.wal.groups[RANGE].compact_index <= needs
         late.workers.release()
         await hosts.agreed()
+
+
+async def test_trap_11_a_follower_one_entry_behind_a_new_leader_needs_no_snapshot(autojump_clock: MockClock) -> None:
+    """As a follower, the new leader did not know what others lack, and cut its log by itself."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = await led_by_another(hosts, 3)
+        other = next(host for host in hosts.values() if host.node_id not in (leader.node_id, 3))
+        hosts.isolate(3)
+        await hosts.write(b"k", b"w")
+        index = leader.machine().applied_index
+        await hosts.until(lambda: other.machine().applied_index == index and not other.driver._held)
+        await trio.sleep(0.2)
+        await other.maintenance.flush_and_compact()
+        leader.replica().raft.transfer_leader(other.replica().replica_id)
+        leader.driver.touch(leader.replica())
+        await hosts.until(lambda: other.replica().leads, "the transfer")
+        hosts.heal()
+        await hosts.agreed()
+        assert hosts.leader().snapshots.statistics().chunks_sent == 0
+        assert hosts[3].snapshots.statistics().chunks_received == 0
 
 
 async def test_trap_11_a_follower_a_little_behind_needs_no_snapshot_and_one_far_behind_does_not_stop_compaction(
