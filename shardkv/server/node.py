@@ -358,6 +358,7 @@ class _Node:
                 self._probe,
                 self._garbage,
                 self._is_ready,
+                self._disk_health,
             )
             self._admin.observe(parts)
 

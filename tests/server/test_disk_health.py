@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import trio
 
+from shardkv.server.admin.metrics import _disk
 from shardkv.server.disk_health import (
     WELL_SECONDS,
     WELL_SECONDS_MAX,
@@ -269,3 +272,23 @@ def test_trap_14_when_every_disk_is_slow_nobody_loses_availability() -> None:
             assert trio.current_time() - began < 30
 
     run_deterministically(main, seed=16)
+
+
+async def test_the_metrics_show_a_slow_disk() -> None:
+    """docs/admin.md names every one of them."""
+    health, _ = judged()
+    health.observe(1500 * MS, SECOND)
+    parts = SimpleNamespace(disk_health=health)
+    shown = {
+        sample.name: sample.value
+        for metric in _disk(parts)  # type: ignore[arg-type]
+        for sample in metric.samples
+    }
+    assert shown == {
+        "shardkv_disk_slow": 1,
+        "shardkv_disk_slow_times_total": 1,
+        "shardkv_log_sync_seconds_max": 1.5,
+        "shardkv_leaderships_given_away_total": 0,
+    }
+    documented = (Path(__file__).parents[2] / "docs/admin.md").read_text()
+    assert all(name in documented for name in shown)

@@ -22,6 +22,7 @@ from shardkv.multiraft.driver import Driver
 from shardkv.server.admin import page
 from shardkv.server.admin.json_rules import to_json
 from shardkv.server.admin.metrics import CONTENT_TYPE, Metrics
+from shardkv.server.disk_health import DiskHealth
 from shardkv.server.garbage import GarbagePolicy
 from shardkv.server.listener import Listener
 from shardkv.server.loop_health import LoopProbe
@@ -59,6 +60,7 @@ class NodeParts:
     garbage: GarbagePolicy | None
     ready: trio.Event
     """Set once the node has said that it is ready."""
+    disk_health: DiskHealth | None = None
 
     def unready(self) -> str:
         """Why this node should not be sent requests; empty when it should."""

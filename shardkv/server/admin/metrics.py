@@ -48,6 +48,7 @@ class Metrics(Collector):
             yield from _node(parts)
             yield from _work(parts)
             yield from _storage(parts)
+            yield from _disk(parts)
             yield from _connections(parts)
             yield _lateness(parts.probe.statistics())
             yield from _garbage(parts)
@@ -106,6 +107,16 @@ def _storage(parts: "NodeParts") -> Iterable[Metric]:
     yield _gauge("shardkv_log_failed", "1 once a write or sync of the log has failed.", wal.failed)
     yield _gauge("shardkv_engine_unflushed_bytes", "Applied, but so far only in the Raft log.", engine.unflushed_bytes)
     yield _gauge("shardkv_engine_stalled", "1 while writes to the engine are held back.", engine.stalled())
+
+
+def _disk(parts: "NodeParts") -> Iterable[Metric]:
+    if parts.disk_health is None:
+        return
+    disk = parts.disk_health.statistics()
+    yield _gauge("shardkv_disk_slow", "1 while syncs stall and the node gives its leaderships away.", disk.slow)
+    yield _counter("shardkv_disk_slow_times", "How often the disk became slow.", disk.slow_count)
+    yield _gauge("shardkv_log_sync_seconds_max", "The slowest sync since the start.", disk.sync_seconds_max)
+    yield _counter("shardkv_leaderships_given_away", "Taken by others while the disk was slow.", disk.given_away)
 
 
 def _connections(parts: "NodeParts") -> Iterable[Metric]:
