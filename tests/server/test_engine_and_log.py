@@ -1,0 +1,112 @@
+"""The engine and the log of one node, crashed at every moment between a flush of the one and a collection of the other.
+
+TRAPS 20 and DESIGN 4.3: RocksDB's own log is off, so what was applied since the last flush is only in the Raft log. The
+simulated engine forgets as much of it as a crash may take: all, a half, nothing.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import trio
+
+from shardkv.multiraft import maintenance
+from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.disk import Call
+from shardkv.simulation.workers import SimulatedWorkers
+from tests.server.test_io_errors import Life, in_a_cluster, live, started
+
+KEPT: dict[str, Callable[[int], int]] = {
+    "no batch": lambda count: 0,
+    "half of the batches": lambda count: count // 2,
+    "every batch": lambda count: count,
+}
+
+
+@cache
+def moments_of_a_collection() -> list[int]:
+    """The numbers of the node's calls around the removal of its first segments, of a life without a crash."""
+    removals: list[int] = []
+
+    async def main(cluster: Cluster, node: SimulatedNode) -> None:
+        calls = node.environment.calls
+
+        def note(call: Call) -> None:
+            if call.operation == "unlink" and call.path.endswith(".wal"):
+                removals.append(calls.count)
+
+        node.environment.disk.on_call = note
+        await live(cluster, node, Life())
+
+    in_a_cluster(main)
+    assert removals, "no segment was ever removed"
+    return list(range(removals[0] - 16, removals[0] + 8))
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_trap_20_a_crash_between_flush_and_collection_loses_nothing_applied(kept: str) -> None:
+    """An entry leaves the log only after an engine flush that covers the batch in which it was applied."""
+    for number in moments_of_a_collection()[:: 1 if kept == "no batch" else 4]:
+        life = Life()
+
+        async def main(cluster: Cluster, node: SimulatedNode) -> None:
+            node.crash_at_call(number, power=number % 2 == 0, kept_batches=KEPT[kept])  # noqa: B023
+            await live(cluster, node, life)  # noqa: B023
+            assert not node.alive, "the crash did not come"
+            await node.buried()
+            assert await started(node)
+            await life.all_there(cluster)  # noqa: B023
+            for replica in node.inside.catalog.replicas.values():
+                assert replica.machine is not None
+                assert replica.machine.applied_index >= replica.log.compact_index
+            node.check()
+
+        in_a_cluster(main)
+
+
+def test_trap_20_the_log_is_collected_only_up_to_what_the_engine_has_flushed() -> None:
+    """A crash a while after a collection, which takes every batch since the last flush."""
+    life = Life()
+
+    async def main(cluster: Cluster, node: SimulatedNode) -> None:
+        assert await started(node)
+        await life.write(cluster, node, 340)
+        await trio.sleep(2)
+        assert node.inside.wal.statistics().oldest_segment_id > 1
+        await node.power_off()
+        assert await started(node)
+        await life.all_there(cluster)
+        node.check()
+
+    in_a_cluster(main)
+
+
+def test_trap_20_what_is_applied_while_the_engine_is_flushed_stays_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush covers what was written before it was called: what comes while it runs is only in the log."""
+    monkeypatch.setattr(maintenance, "ENTRIES_KEPT", 0)
+    plain_run = SimulatedWorkers.run
+
+    async def run(self: SimulatedWorkers, function: Any, *arguments: Any) -> Any:
+        result = await plain_run(self, function, *arguments)
+        if getattr(function, "__name__", "") == "flush":
+            await trio.sleep(0.1)  # it is known only a while after the moment of which it is
+        return result
+
+    monkeypatch.setattr(SimulatedWorkers, "run", run)
+    life = Life()
+
+    async def main(cluster: Cluster, node: SimulatedNode) -> None:
+        assert await started(node)
+        await life.write(cluster, node, 20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(life.write, cluster, node, 30)
+            await node.inside.maintenance.flush_and_compact()
+        await trio.sleep(0.1)
+        assert any(replica.log.compact_index > 20 for replica in node.inside.catalog.replicas.values())
+        await node.power_off()
+        assert await started(node)
+        await life.all_there(cluster)
+        node.check()
+
+    in_a_cluster(main)
