@@ -16,6 +16,7 @@ from shardkv.transport.connection import Connection
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind
 from shardkv.wire.handshake import (
+    GREETING_BYTES_MAX,
     Hello,
     Role,
     Welcome,
@@ -169,9 +170,13 @@ async def _first_frame(
     connection: Connection, decoder: FrameDecoder, clock: Clock, seconds_max: float
 ) -> tuple[Frame, list[Frame]]:
     with clock.deadline(seconds_max):
-        while data := await connection.receive():
+        while data := await connection.receive(GREETING_BYTES_MAX):
             if frames := decoder.feed(data):
                 return frames[0], frames[1:]
+            if decoder.unfinished_bytes > GREETING_BYTES_MAX:
+                raise ProtocolError(
+                    f"a greeting of {decoder.unfinished_bytes} bytes; at most {GREETING_BYTES_MAX} are allowed"
+                )
         raise trio.BrokenResourceError(f"{connection.remote} closed the connection before the greeting was over")
     raise ProtocolError(f"{connection.remote} did not finish its greeting within {seconds_max:g} s")
 

@@ -112,7 +112,7 @@ def test_the_largest_requests_that_clients_send_are_below_the_bound_on_items() -
     assert len(commands.decode(commands.join(sealed))) == 1024
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     st.recursive(
         st.none()
