@@ -26,7 +26,7 @@ from shardkv.multiraft.replica import Proposal, Replica, Requester
 from shardkv.multiraft.space import Space
 from shardkv.multiraft.turn import Turn, gather, log_update
 from shardkv.raft import InvalidConfChange, ProposalDropped, decode_conf_change
-from shardkv.raft.messages import NONE, ConfChange, EntryType, Message, MessageType
+from shardkv.raft.messages import NONE, ConfChange, Entry, EntryType, Message, MessageType
 from shardkv.storage.engine import BATCH_KEYS_MAX, Engine, WriteBatch
 from shardkv.storage.wal import LogUpdate, Wal
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId
@@ -488,12 +488,18 @@ class Driver:
     def _send(self, messages: list[tuple[Replica, Message]]) -> None:
         """One frame per peer for everything in ``messages``, urgent ones apart."""
         frames: dict[tuple[NodeId, bool], list[bytes]] = {}
+        entries: tuple[Entry, ...] = ()
+        encoded_entries = raft_codec.encode_entries(entries)
         for replica, message in messages:
             node_id = replica.node_of(message.to)
             if node_id is None:
                 continue
             key = (node_id, message.type in _URGENT)
-            encoded = raft_codec.encode_message(replica.range_id, message)
+            if message.entries != entries:
+                # Followers are sent the same entries one after the other.
+                entries = message.entries
+                encoded_entries = raft_codec.encode_entries(entries)
+            encoded = raft_codec.encode_message(replica.range_id, message, encoded_entries)
             parts = frames.get(key)
             if parts is None:
                 frames[key] = [encoded]

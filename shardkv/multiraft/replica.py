@@ -20,9 +20,10 @@ ENTRY_BYTES_MAX: Final = 1024 * 1024
 ENTRY_COMMANDS_MAX: Final = 1_024
 WAITING_BYTES_MAX: Final = 4 * 1024 * 1024
 """Writes that wait to be proposed; past it a replica answers Busy."""
-PIPELINE_NS: Final = 3_000_000
+PIPELINE_NS: Final = 20_000_000
 PIPELINE_BYTES: Final = 256 * 1024
-"""An entry is proposed behind one that is under way only after so long, or with so much in it."""
+"""An entry is proposed behind one that is under way only after so long, or with so much in it. It costs every node the
+same whatever it holds: behind a busy follower many small ones would only make it busier."""
 WAITING_READS_MAX: Final = 4_096
 """Reads that wait for one confirmation."""
 CONFIRMATIONS_MAX: Final = 8

@@ -54,14 +54,24 @@ _FROM_PEERS: Final = frozenset(
         MessageType.PRE_VOTE_RESP,
     }
 )
+_HEAD: Final = codec.array_head(15)
+_NO_ENTRIES: Final = codec.array_head(0)
 _TYPES: Final = {int(type_): type_ for type_ in _FROM_PEERS}
 _NOTICES: Final = {int(notice): notice for notice in ReplicaNotice}
 _ENTRY_TYPES: Final = {int(type_): type_ for type_ in EntryType}
 
 
-def encode_message(range_id: int, message: Message) -> bytes:
+def encode_entries(entries: tuple[Entry, ...]) -> bytes:
+    """The last field of a message; the same for every follower that is sent the same entries."""
+    if not entries:
+        return _NO_ENTRIES
+    return codec.dumps([(entry.term, int(entry.type), entry.data) for entry in entries])
+
+
+def encode_message(range_id: int, message: Message, entries: bytes | None = None) -> bytes:
+    """One message. ``entries`` is what :func:`encode_entries` made of its entries, if the caller has it already."""
     assert message.snapshot is None, f"a snapshot of range {range_id} in a Raft frame"
-    return codec.dumps(
+    fields = codec.dumps(
         [
             range_id,
             message.to,
@@ -77,9 +87,10 @@ def encode_message(range_id: int, message: Message) -> bytes:
             message.context,
             message.lease_stamp,
             message.lease_promise,
-            [(entry.term, int(entry.type), entry.data) for entry in message.entries],
         ]
     )
+    # The fields' own head counts one item too few, and is one byte long.
+    return b"".join((_HEAD, fields[1:], encode_entries(message.entries) if entries is None else entries))
 
 
 def encode_notice(range_id: int, notice: ReplicaNotice, to: int, from_: int) -> bytes:
