@@ -77,6 +77,8 @@ class Maintenance:
         space = self._driver.space
         if self._directory is not None:
             space.measured(await self._environment.workers.run(self._environment.disk.free_bytes, self._directory))
+        # An engine that found no room goes on when it is asked, and nobody else may have a reason to ask it.
+        self._driver.engine.stalled()
         refused = (space.low, space.full)
         if refused != self._refused:
             self._refused = refused

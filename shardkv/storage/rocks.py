@@ -28,7 +28,8 @@ from weakref import WeakSet
 import rocksdict
 
 from shardkv.errors import Corruption, OutOfSpace, StorageError
-from shardkv.storage.engine import WriteBatch
+from shardkv.storage import overlay
+from shardkv.storage.engine import Snapshot, WriteBatch
 
 SCAN_CHUNK_KEYS: Final = 256
 """A snapshot's scan takes this many pairs at a time from the iterator that all its scans share."""
@@ -125,12 +126,20 @@ class RocksEngine:
         self._written_bytes = 0
         self._flushed_bytes = 0
         self._closed = False
+        self._pending: list[WriteBatch] = []
+        """What RocksDB had no room for, in order; everything reads through it. It is written before anything else, and
+        callers that look at :meth:`stalled` add no more to it than they had at hand."""
         self._errors_over = 0
         """So many background errors are known to be over."""
 
     # Reads
 
     def get(self, key: bytes) -> bytes | None:
+        if self._pending:
+            return overlay.get(self._pending, key, self._get)
+        return self._get(key)
+
+    def _get(self, key: bytes) -> bytes | None:
         try:
             value: bytes | None = self._db.get(key)
         except Exception as error:
@@ -138,6 +147,8 @@ class RocksEngine:
         return value
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        if self._pending:
+            return [self.get(key) for key in keys]
         try:
             values: list[bytes | None] = self._db.get(list(keys))
         except Exception as error:
@@ -158,19 +169,38 @@ class RocksEngine:
                 iterator.seek(start)
         except Exception as error:
             raise _translated(error, "scanning") from error
-        return _backward(iterator, start) if reverse else _forward(iterator, end)
+        pairs = _backward(iterator, start) if reverse else _forward(iterator, end)
+        if self._pending:
+            return overlay.scan(self._pending, pairs, start, end, reverse=reverse)
+        return pairs
 
-    def snapshot(self) -> "RocksSnapshot":
+    def snapshot(self) -> Snapshot:
         try:
             snapshot = RocksSnapshot(self._db.snapshot(), self._db.iter())
         except Exception as error:
             raise _translated(error, "taking a snapshot") from error
         self._snapshots.add(snapshot)
-        return snapshot
+        return overlay.OverlaidSnapshot(snapshot, self._pending) if self._pending else snapshot
 
     # Writes
 
     def write(self, batch: WriteBatch) -> None:
+        """Never raises OutOfSpace: a batch that finds no room waits in memory, and is seen as if it were written."""
+        self._pending.append(batch)
+        self._write_pending()
+        self._written_bytes += batch.bytes
+
+    def _write_pending(self) -> bool:
+        """Write what waits; whether there was room for all of it."""
+        while self._pending:
+            try:
+                self._write(self._pending[0])
+            except OutOfSpace:
+                return False
+            del self._pending[0]
+        return True
+
+    def _write(self, batch: WriteBatch) -> None:
         try:
             raw = rocksdict.WriteBatch(raw_mode=True)
             for start, end in batch.deleted:
@@ -186,10 +216,10 @@ class RocksEngine:
             self._db.write(raw, self._write_options)
         except Exception as error:
             raise _translated(error, "writing") from error
-        self._written_bytes += batch.bytes
 
     def flush(self) -> None:
         written_bytes = self._written_bytes
+        self._require_room("flushing")
         try:
             self._db.flush(wait=True)
         except Exception as error:
@@ -200,7 +230,14 @@ class RocksEngine:
     def unflushed_bytes(self) -> int:
         return self._written_bytes - self._flushed_bytes
 
+    def _require_room(self, what: str) -> None:
+        """Nothing is durable before what was written earlier. For the threads that may not write it themselves."""
+        if self._pending:
+            raise OutOfSpace(f"engine: {what}: earlier writes wait for room; free some space on the node's disk")
+
     def stalled(self) -> bool:
+        if self._pending and not self._write_pending():
+            return True
         number = self._db.property_int_value
         if number("rocksdb.background-errors") != self._errors_over and self._out_of_space():
             return True
@@ -232,6 +269,7 @@ class RocksEngine:
     def ingest(self, path: str) -> None:
         options = rocksdict.IngestExternalFileOptions()
         options.set_move_files(True)
+        self._require_room(f"ingesting {path}")
         try:
             # Several files at once are one change of the store: all of them are there after a crash, or none.
             self._db.ingest_external_file(self._built.get(path, [path]), options)
@@ -248,19 +286,17 @@ class RocksEngine:
         # An iterator that is alive keeps the database open behind our back.
         for snapshot in list(self._snapshots):
             snapshot.close()
+        self._write_pending()
+        database, self._db = self._db, None
         try:
-            try:
-                self._db.flush(wait=True)
-            except Exception as error:
-                translated = _translated(error, "flushing")
-                if not isinstance(translated, OutOfSpace):
-                    raise translated from error
-                # Closed all the same: what is not flushed is still in the Raft log.
-            self._db.close()
-        except StorageError:
-            raise
+            database.flush(wait=True)
+            database.close()
         except Exception as error:
-            raise _translated(error, "closing") from error
+            translated = _translated(error, "closing")
+            if not isinstance(translated, OutOfSpace):
+                raise translated from error
+            # What is not flushed is still in the Raft log. rocksdict does not close without a flush; letting go of the
+            # handle, at the end of this call, does.
 
     def check(self) -> None:
         assert self._flushed_bytes <= self._written_bytes, f"flushed {self._flushed_bytes} of {self._written_bytes}"

@@ -228,7 +228,7 @@ def test_a_stall_shows_before_a_write_would_wait(path: str, stopped: int, delaye
 
     class Stalling:
         def property_int_value(self, name: str) -> int:
-            return {"rocksdb.is-write-stopped": stopped, "rocksdb.actual-delayed-write-rate": delayed}[name]
+            return {"rocksdb.is-write-stopped": stopped, "rocksdb.actual-delayed-write-rate": delayed}.get(name, 0)
 
     engine = RocksEngine(path)
     assert not engine.stalled()
