@@ -18,7 +18,8 @@ import trio
 from shardkv.environment import Clock
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
-from shardkv.types import NodeId
+from shardkv.raft.node import PeerStatus
+from shardkv.types import NodeId, RangeId
 
 PROBE_SECONDS: Final = 0.1
 WELL_SECONDS: Final = 10.0
@@ -27,7 +28,9 @@ WELL_SECONDS_MAX: Final = 300.0
 """A disk that becomes slow again soon must be well for twice as long as the last time, up to this."""
 RELAPSE_SECONDS: Final = 120.0
 RETRY_SECONDS: Final = 10.0
-"""A node that did not take a leadership is asked again after so long; one that did is trusted with more until then."""
+"""A node that did not take a leadership is asked again after so long; one that is quicker counts as that until then."""
+TRIAL_SECONDS: Final = 5.0
+"""How long a node may take to lead after it was offered the first leadership."""
 LATE_SECONDS: Final = 0.05
 LATES_MAX: Final = 64
 HANDOVERS_AT_ONCE_MAX: Final = 256
@@ -135,7 +138,8 @@ class DiskHealth:
                 handover = Handover(driver, self._log)
                 changed()
             if self.slow:
-                self._given_away += handover.step(now_ns)
+                stalled = self._last_ns >= 2 * self._stall_ns
+                self._given_away += handover.step(now_ns, stalled=stalled)
 
     def check(self) -> None:
         assert self._last_ns <= self._max_ns, f"the last sync's {self._last_ns} ns are above the maximum"
@@ -144,69 +148,101 @@ class DiskHealth:
 
 
 class Handover:
-    """Gives leaderships away while the disk is slow, first one to each node, and the rest to those that took it.
+    """Gives leaderships away while the disk is slow: to nodes whose disks are known to be quicker.
 
-    A leadership on its way takes no writes, and a transfer costs the range its lease for the rest of the term, so a
-    node that declines (its disk may be as slow) or is gone must not be tried with each range.
+    A node has shown that it is when it has acknowledged entries that this node, which had them first, has not on disk
+    yet. While a stall lasts nothing is proposed, so where no entries are under way nobody shows anything; then, after
+    twice the bound, each node is offered one leadership, and more when it leads there. A node whose disk is as slow
+    declines, or wins no election for a long time: it must not be tried with each range, for a leadership on its way
+    takes no writes, and a transfer costs the range its lease for the rest of the term.
     """
 
     def __init__(self, driver: Driver, log: Any) -> None:
         self._driver = driver
         self._log = log
-        self._asked: dict[NodeId, Replica] = {}
-        """The one leadership that each node was asked to take, to see whether it does."""
-        self._trusted: dict[NodeId, int] = {}
-        """Until when a node that took one is given more."""
+        self._quicker: dict[NodeId, int] = {}
+        """Until when a node that has shown itself to be quicker counts as that."""
         self._avoided: dict[NodeId, int] = {}
-        """Until when a node that took none is not asked."""
-        self._moving: dict[int, Replica] = {}
+        """Until when a node that took no leadership is not offered one."""
+        self._tried: dict[NodeId, tuple[Replica, int]] = {}
+        """The one leadership that each other node was offered, and when, to see whether it leads."""
+        self._moving: dict[RangeId, tuple[Replica, NodeId]] = {}
         self._told = False
 
-    def step(self, now_ns: int) -> int:
-        """See what became of the transfers, and begin more; how many leaderships others have taken meanwhile."""
+    def step(self, now_ns: int, *, stalled: bool) -> int:
+        """See what became of the transfers, and begin more; how many leaderships others have taken meanwhile.
+
+        ``stalled``: a sync takes so long that nodes are offered a leadership which have shown nothing.
+        """
         taken = self._settle(now_ns)
+        led = [
+            (replica, replica.raft.status().progress)
+            for replica in self._driver.catalog.replicas.values()
+            if replica.leads and not replica.raft.transferee
+        ]
+        for replica, progress in led:
+            self._compare(replica, progress, now_ns)
         stuck = 0
-        for replica in self._driver.catalog.replicas.values():
+        for replica, progress in led:
             if len(self._moving) >= HANDOVERS_AT_ONCE_MAX:
                 break
-            if replica.leads and not replica.raft.transferee:
-                stuck += not self._begin(replica, now_ns)
-        if stuck and not self._asked and not self._moving and not self._told:
+            stuck += not self._begin(replica, progress, now_ns, stalled)
+        if stuck and stalled and not self._tried and not self._moving and not self._told:
             self._told = True
             self._log.warning("no other node takes the leaderships; this one leads on", ranges=stuck)
         return taken
 
     def _settle(self, now_ns: int) -> int:
         until_ns = now_ns + int(RETRY_SECONDS * 1e9)
-        for node_id, replica in list(self._asked.items()):
+        taken = 0
+        for range_id, (replica, node_id) in list(self._moving.items()):
             if replica.raft.transferee:
                 continue
-            del self._asked[node_id]
+            del self._moving[range_id]
             if replica.leads:
                 self._avoided[node_id] = until_ns
             else:
-                self._trusted[node_id] = until_ns
-        ended = [range_id for range_id, replica in self._moving.items() if not replica.raft.transferee]
-        return sum(not self._moving.pop(range_id).leads for range_id in ended)
+                taken += 1
+        for node_id, (replica, asked_ns) in list(self._tried.items()):
+            leader = replica.raft.leader
+            if leader and not replica.leads and replica.node_of(leader) == node_id:
+                self._quicker[node_id] = until_ns
+            elif not replica.leads and now_ns - asked_ns < TRIAL_SECONDS * 1e9:
+                continue  # it campaigns
+            else:
+                self._avoided[node_id] = until_ns
+            del self._tried[node_id]
+        return taken
 
-    def _begin(self, replica: Replica, now_ns: int) -> bool:
+    def _compare(self, replica: Replica, progress: dict[int, PeerStatus], now_ns: int) -> None:
+        own = progress.get(replica.replica_id)
+        if own is None:
+            return
+        for replica_id, peer in progress.items():
+            if peer.match > own.match:
+                node_id = replica.node_of(replica_id)
+                if node_id is not None:
+                    self._quicker[node_id] = now_ns + int(RETRY_SECONDS * 1e9)
+
+    def _begin(self, replica: Replica, progress: dict[int, PeerStatus], now_ns: int, stalled: bool) -> bool:
         """Offer a leadership to the best of those that may take it. False if there is nobody to ask."""
-        raft = replica.raft
         candidates = sorted(
             (-peer.match, replica_id)
-            for replica_id, peer in raft.status().progress.items()
+            for replica_id, peer in progress.items()
             if replica_id != replica.replica_id and peer.recent_active and not peer.is_learner
         )
         for _, replica_id in candidates:
             node_id = replica.node_of(replica_id)
             if node_id is None or self._avoided.get(node_id, 0) > now_ns:
                 continue
-            if node_id in self._asked:
-                return True  # its answer decides
-            if self._trusted.get(node_id, 0) <= now_ns:
-                self._asked[node_id] = replica
-            raft.transfer_leader(replica_id)
-            self._moving[replica.range_id] = replica
+            if self._quicker.get(node_id, 0) <= now_ns:
+                if not stalled:
+                    continue
+                if node_id in self._tried:
+                    return True  # what becomes of that decides
+                self._tried[node_id] = (replica, now_ns)
+            replica.raft.transfer_leader(replica_id)
+            self._moving[replica.range_id] = (replica, node_id)
             self._driver.touch(replica)
             return True
         return False
