@@ -22,6 +22,7 @@ from shardkv.multiraft.snapshots import Snapshots, _Arrived
 from shardkv.multiraft.space import Space
 from shardkv.raft.messages import SnapshotMetadata
 from shardkv.simulation import SimulationClock
+from shardkv.storage import rocks
 from shardkv.storage.engine import Engine, WriteBatch
 from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.rocks import RocksEngine
@@ -105,6 +106,8 @@ def install(engine: Engine, path: str) -> None:
         outgoing.acknowledge(chunk.number)
     incoming.require_whole(outgoing.end.chunks, outgoing.end.rows, outgoing.end.checksum)
     incoming.builder.finish()
+    files = -(-incoming.builder.written_bytes // rocks.INGEST_FILE_BYTES)
+    assert files - 1 <= len(incoming.builder.paths) <= files, incoming.builder.paths
     catalog = SimpleNamespace(extension=lambda range_id: None, installed=lambda replica: None)
     driver = SimpleNamespace(catalog=catalog, engine=engine, space=Space())
     environment = SimpleNamespace(workers=_Inline(), clock=SimulationClock())
@@ -141,6 +144,7 @@ class _Dying:
 
 
 def main(directory: str, step: int) -> None:
+    setattr(rocks, "INGEST_FILE_BYTES", 4096)  # noqa: B010  # several files, which must come as one
     engine = RocksEngine(str(Path(directory) / "engine"))
     _fill(engine)
     call = CALLS[(step - 1) // 2] if step <= STEPS else ""

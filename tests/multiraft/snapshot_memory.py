@@ -51,7 +51,7 @@ async def measure(directory: Path, mib: int, value_bytes: int) -> tuple[int, int
         engines.append(RocksEngine(str(directory / f"engine{len(engines)}"), SETTINGS))
         return engines[-1]
 
-    world_module.MemoryEngine = open_engine  # type: ignore[assignment,misc]
+    world_module.MemoryEngine = open_engine  # type: ignore[assignment,attr-defined]
     async with world(3) as hosts:
         for host in hosts.values():
             host.snapshots._directory = str(directory)

@@ -35,7 +35,7 @@ class Cut:
         self.rows = 0
         self.last = 0
         """The highest number of a chunk that was sent."""
-        host.snapshots._dial = self.dial  # type: ignore[assignment]
+        host.snapshots._dial = self.dial
 
     @asynccontextmanager
     async def dial(self, node_id: NodeId) -> AsyncIterator[Any]:

@@ -578,7 +578,7 @@ async def test_a_sender_whose_receiver_takes_nothing_gives_up(
                 pass
 
         original = leader.snapshots._dial
-        leader.snapshots._dial = lambda node_id: Dial()  # type: ignore[assignment,return-value]
+        leader.snapshots._dial = lambda node_id: Dial()
         hosts.heal()
         await hosts.until(lambda: leader.snapshots._sending, "a stream")
         leader.snapshots._dial = original
