@@ -20,6 +20,10 @@ IO_POLL_ROUNDS: Final = 1_024
 """How often the scheduler goes round before it looks whether the system wants something: an interrupt by its user."""
 
 
+SLEEP_STEPS_PER_SECOND: Final = 1_000_000
+"""Sleeps end at multiples of a microsecond."""
+
+
 class Timer:
     """A call that is to be made at a moment of virtual time. See :func:`call_at`."""
 
@@ -170,6 +174,8 @@ async def sleep_until(moment: float) -> None:
         await trio.lowlevel.checkpoint()
     else:
         task = trio.lowlevel.current_task()
+        # Twice 0.05 s is not 0.1 s; rounded, whoever should wake together does.
+        moment = math.ceil(moment * SLEEP_STEPS_PER_SECOND) / SLEEP_STEPS_PER_SECOND
         timer = _clock.call_at(moment, lambda: trio.lowlevel.reschedule(task))
 
         def abort(_: object) -> trio.lowlevel.Abort:
