@@ -66,12 +66,22 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
 
+def _file_name(ctx: click.Context, parameter: click.Parameter, typed: str) -> str:
+    """A name that the system can look for. In the shell it may be one that no system takes as an argument."""
+    try:
+        if b"\0" not in os.fsencode(typed):
+            return typed
+    except UnicodeEncodeError:
+        pass
+    raise click.BadParameter(f"{typed!r} cannot be a file's name", ctx, parameter)
+
+
 @click.command(
     "import",
     cls=Example,
     example="shardkv import --connect 127.0.0.1:7001 words.jsonl\nshardkv import --resume words.csv",
 )
-@click.argument("file_name", metavar="FILE")
+@click.argument("file_name", metavar="FILE", callback=_file_name)
 @format_option
 @resume_option
 @connected
@@ -172,7 +182,7 @@ def _fingerprint(file: BinaryIO, file_name: str) -> str:
     cls=Example,
     example="shardkv export --connect 127.0.0.1:7001 all.jsonl\nshardkv export --prefix user/ users.csv --resume",
 )
-@click.argument("file_name", metavar="FILE")
+@click.argument("file_name", metavar="FILE", callback=_file_name)
 @click.argument("start", default="")
 @click.argument("end", required=False)
 @click.option("--prefix", help="All keys that begin with this, instead of START and END.")

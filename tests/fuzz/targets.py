@@ -38,7 +38,7 @@ from shardkv.wire import commands, handshake, raft_codec, requests
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv_placement import commands as placement_commands
 from shardkv_placement import heartbeat
-from tests.fuzz import samples
+from tests.fuzz import command_line, samples
 
 FRAME_BYTES_MAX: Final = 1 << 20
 DECODED_ITEMS_MAX: Final = 200_000
@@ -410,4 +410,5 @@ TARGETS: Final = (
     Target("addresses", (b"h1:7001,h2:7002", b"[::1]:1", b"a:1, a:1"), _addresses, (ConfigError,)),
     Target("json-lines", samples.JSON_LINES, _json_lines, (records.BadRecord,), weight=2),
     Target("csv", samples.CSV, _csv, (records.BadRecord,), weight=2),
+    Target("command-line", command_line.LINES, command_line.run, (command_line.Ended,)),
 )

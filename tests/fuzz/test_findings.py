@@ -5,12 +5,14 @@ import tracemalloc
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkv import codec, errors
 from shardkv.cli import records
 from shardkv.cli.records import BadRecord
+from shardkv.cli.root import shardkv
 from shardkv.config import load_node_config
 from shardkv.errors import BatchError, ConfigError, Corruption, MalformedRequest, ProtocolError
 from shardkv.machine import entries, rows
@@ -189,3 +191,12 @@ def test_a_number_too_large_for_a_setting_is_a_config_error_from_a_flag_and_the_
             load_node_config({**GIVEN, name: value}, {})
         with pytest.raises(ConfigError):
             load_node_config(GIVEN, {f"SHARDKV_{name.upper()}": value})
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\0", "\ud800"])
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_file_name_that_no_system_takes_is_wrong_usage(command: str, name: str) -> None:
+    """Exit code 2; the shell takes any word."""
+    result = CliRunner(env={"SHARDKV_CONNECT": "127.0.0.1:1"}).invoke(shardkv, [command, name])
+    assert result.exit_code == 2, result.exception
+    assert "cannot be a file's name" in result.output

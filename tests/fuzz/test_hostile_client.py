@@ -178,7 +178,8 @@ async def test_frames_right_behind_a_greeting_may_be_large(autojump_clock: MockC
         stream = await cluster.network.node("eager").dial(node.address)
         value = requests.encode_request(1, Method.GET, 1, 1, 0, 0, [b"k"], bytes(3 * GREETING_BYTES_MAX))
         data = encode_hello(Hello(Role.CLIENT)) + encode_frame(FrameKind.REQUEST, requests.join([value]))
-        decoder, kinds = FrameDecoder(), []
+        decoder = FrameDecoder()
+        kinds: list[FrameKind] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.send_all, data)
             with trio.fail_after(5):
