@@ -29,6 +29,8 @@ WELL_SECONDS_MAX: Final = 300.0
 RELAPSE_SECONDS: Final = 120.0
 RETRY_SECONDS: Final = 10.0
 """A node that did not take a leadership is asked again after so long; one that is quicker counts as that until then."""
+STALLED_BOUNDS: Final = 3
+"""A sync that takes so many times the bound stalls: then a leadership is offered to nodes that have shown nothing."""
 TRIAL_SECONDS: Final = 5.0
 """How long a node may take to lead after it was offered the first leadership."""
 LATE_SECONDS: Final = 0.05
@@ -138,7 +140,7 @@ class DiskHealth:
                 handover = Handover(driver, self._log)
                 changed()
             if self.slow:
-                stalled = self._last_ns >= 2 * self._stall_ns
+                stalled = self._last_ns >= STALLED_BOUNDS * self._stall_ns
                 self._given_away += handover.step(now_ns, stalled=stalled)
 
     def check(self) -> None:
@@ -148,11 +150,12 @@ class DiskHealth:
 
 
 class Handover:
-    """Gives leaderships away while the disk is slow: to nodes whose disks are known to be quicker.
+    """Gives leaderships away while the disk is slow: to nodes whose disks are known to be quicker, if these are enough
+    to elect one of them. Votes are synced, too, and where most disks are slow an election may take very long.
 
     A node has shown that it is when it has acknowledged entries that this node, which had them first, has not on disk
     yet. While a stall lasts nothing is proposed, so where no entries are under way nobody shows anything; then, after
-    twice the bound, each node is offered one leadership, and more when it leads there. A node whose disk is as slow
+    three times the bound, each node is offered one leadership, and more when it leads. A node whose disk is as slow
     declines, or wins no election for a long time: it must not be tried with each range, for a leadership on its way
     takes no writes, and a transfer costs the range its lease for the rest of the term.
     """
@@ -224,6 +227,15 @@ class Handover:
                 if node_id is not None:
                     self._quicker[node_id] = now_ns + int(RETRY_SECONDS * 1e9)
 
+    def _quorum_is_quicker(self, replica: Replica, now_ns: int) -> bool:
+        configuration = replica.raft.configuration
+        for half in (configuration.voters, configuration.voters_outgoing):
+            nodes = [replica.node_of(voter) for voter in half]
+            quicker = sum(node is not None and self._quicker.get(node, 0) > now_ns for node in nodes)
+            if half and 2 * quicker <= len(half):
+                return False
+        return True
+
     def _begin(self, replica: Replica, progress: dict[int, PeerStatus], now_ns: int, stalled: bool) -> bool:
         """Offer a leadership to the best of those that may take it. False if there is nobody to ask."""
         candidates = sorted(
@@ -231,10 +243,13 @@ class Handover:
             for replica_id, peer in progress.items()
             if replica_id != replica.replica_id and peer.recent_active and not peer.is_learner
         )
+        quorum = self._quorum_is_quicker(replica, now_ns)
         for _, replica_id in candidates:
             node_id = replica.node_of(replica_id)
             if node_id is None or self._avoided.get(node_id, 0) > now_ns:
                 continue
+            if not stalled and not quorum:
+                return False
             if self._quicker.get(node_id, 0) <= now_ns:
                 if not stalled:
                     continue
