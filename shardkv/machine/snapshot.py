@@ -36,22 +36,38 @@ def snapshot_rows(reader: Reader, descriptor: RangeDescriptor, *, after: bytes =
             yield from reader.scan(max(start, after + b"\0") if after else start, end)
 
 
-def replace_rows(batch: WriteBatch, descriptor: RangeDescriptor, previous: RangeDescriptor | None = None) -> None:
+def replace_rows(
+    batch: WriteBatch,
+    descriptor: RangeDescriptor,
+    previous: RangeDescriptor | None = None,
+    *,
+    reader: Reader | None = None,
+) -> None:
     """Delete what the engine holds of the range, so that the rows of ``descriptor``'s snapshot can be put after it.
 
-    ``previous`` is the descriptor of the replica that is replaced: its span goes too, where it was wider.
+    ``previous`` is the descriptor of the replica that is replaced: its span goes too, where it was wider. With the
+    engine as ``reader``, a span that holds nothing is left alone: files that are ingested over no deletion need no
+    compaction.
     """
-    for start, end in engine_spans(descriptor):
-        batch.delete_range(start, end)
+    spans = engine_spans(descriptor)
     if previous is not None and not previous.span.empty and previous.span != descriptor.span:
-        batch.delete_range(*keys.user_span(previous.span))
+        spans.append(keys.user_span(previous.span))
+    for start, end in spans:
+        if reader is None or next(reader.scan(start, end), None) is not None:
+            batch.delete_range(start, end)
 
 
 def begin_install(
-    batch: WriteBatch, descriptor: RangeDescriptor, index: int, term: int, previous: RangeDescriptor | None = None
+    batch: WriteBatch,
+    descriptor: RangeDescriptor,
+    index: int,
+    term: int,
+    previous: RangeDescriptor | None = None,
+    *,
+    reader: Reader | None = None,
 ) -> None:
     """The batch that goes before an ingest: the old rows go, the mark stands. Flush it before ingesting."""
-    replace_rows(batch, descriptor, previous)
+    replace_rows(batch, descriptor, previous, reader=reader)
     mark = InstallMark(descriptor, index, term)
     batch.put(keys.applied_key(descriptor.range_id), rows.pack_mark(mark))
 

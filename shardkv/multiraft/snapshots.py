@@ -497,7 +497,7 @@ class Snapshots:
         old = replica.machine.descriptor if replica.machine is not None else None
         replica.machine = None
         batch = WriteBatch()
-        begin_install(batch, incoming.descriptor, incoming.index, incoming.term, old)
+        begin_install(batch, incoming.descriptor, incoming.index, incoming.term, old, reader=engine)
         await self._when_room(self._write, batch)
         await self._when_room(workers.run, engine.flush)
         await self._when_room(workers.run, engine.ingest, incoming.path)

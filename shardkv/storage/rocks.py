@@ -35,9 +35,10 @@ SCAN_CHUNK_KEYS: Final = 256
 """A snapshot's scan takes this many pairs at a time from the iterator that all its scans share."""
 SCAN_CHUNK_BYTES: Final = 256 * 1024
 """And no more than this of values, but for the last: 256 of the largest would fill the memory and hold up the loop."""
-INGEST_FILE_BYTES: Final = 64 * 1024 * 1024
+INGEST_FILE_BYTES: Final = 256 * 1024 * 1024
 """What is built to be ingested is cut into files of this size. A writer keeps its file's index and filter in memory,
-about 4 % of the data, and reading a file later loads both as a whole."""
+about 4 % of the data. Where they replace other data the files stand in level 0 at first, and of those there must not be
+so many that writes are held back."""
 
 _ABSENT: Final = "key not found"
 _NO_KEY: Final = b"\0"

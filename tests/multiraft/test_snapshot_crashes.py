@@ -19,6 +19,7 @@ from trio.testing import MockClock
 from shardkv.machine.rows import AppliedState, InstallMark, read_applied
 from shardkv.machine.snapshot import engine_spans
 from shardkv.simulation.disk import Call
+from shardkv.storage import rocks
 from shardkv.storage.engine import Engine
 from shardkv.storage.rocks import RocksEngine
 from shardkv.types import RangeId
@@ -158,6 +159,19 @@ async def test_trap_19_a_crash_at_every_step_leaves_the_old_state_the_new_one_or
     assert {state for _, state in left} == {"old", "mark", "new"}, left
     order = [state for _, state in left]
     assert order == sorted(order, key=["old", "mark", "new"].index), f"it went back: {left}"
+
+
+def test_a_snapshot_over_no_old_data_stands_where_it_needs_no_compaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deletion over an empty span would keep its files in level 0, where many of them hold back all writes."""
+    monkeypatch.setattr(rocks, "INGEST_FILE_BYTES", 4096)
+    engine = RocksEngine(str(tmp_path / "engine"))
+    rocks_install.install(engine, str(tmp_path / "incoming"))
+    files = [int(engine._db.property_int_value(f"rocksdb.num-files-at-level{level}")) for level in range(7)]
+    assert files[0] <= 2, files  # the mark's, and the one that overwrites the mark
+    assert files[6] >= 5, files
+    engine.close()
 
 
 def _rocks_steps() -> Iterable[int]:
