@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from shardkv.environment import Disk, File
-from shardkv.errors import Corruption
+from shardkv.errors import Corruption, StorageError
 from shardkv.storage.group_log import Stub
 from shardkv.storage.log_state import LogState
 from shardkv.storage.record import (
@@ -162,6 +162,7 @@ class _Recovery:
                 f"{self._directory}: entries {indexes[0]} to {indexes[-1]} of range {range_id} are in no segment "
                 f"(and {len(absent) - 1} more ranges miss entries); {_ADVICE}"
             )
+        self._read_again(damage, later)
         cut_bytes = self._cut(damage, later)
         for segment_id in leftovers:
             self._disk.unlink(segment_path(self._directory, segment_id))
@@ -190,8 +191,21 @@ class _Recovery:
             damage = _Damage(segment, segment.end)
         return damage
 
-    def _records(self, window: _Window, segment: Segment) -> Iterator[_Record]:
-        offset = 0
+    def _read_again(self, damage: _Damage, later: list[Segment]) -> None:
+        """Give nothing up that only one read could not make out.
+
+        A record that is damaged on disk is damaged each time. One that is sound the second time may have been synced,
+        acknowledged and counted on; a node that went on without it would have forgotten its word.
+        """
+        for segment, offset in (damage, *((each, 0) for each in later[:1])):
+            assert segment.file is not None, f"{segment.path} is not open"
+            if next(self._records(_Window(segment.file), segment, offset), None) is not None:
+                raise StorageError(
+                    f"{segment.path}: reading the record at offset {offset} twice gave different bytes; nothing was "
+                    "changed: start the node again, and check the disk if this comes back"
+                )
+
+    def _records(self, window: _Window, segment: Segment, offset: int = 0) -> Iterator[_Record]:
         while True:
             found = self._summed(window, segment, offset)
             if found is None:
