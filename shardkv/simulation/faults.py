@@ -243,10 +243,9 @@ async def _full(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
 
 
 async def _flip(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
-    """A bit of what the disk hands out is not what was written; the next read of it is right.
+    """A bit of what the disk hands out is not what was written; read again it may be right.
 
-    To a node that runs. One whose memory lies while it recovers may take the end of its log for a torn write, and no
-    reading again would tell: that two nodes of three do so at once is more than three copies can survive.
+    Of a node that is down it is the next start that reads so, its log included.
     """
     disk = one.environment.disk
     faults.suspect(one, 8)
