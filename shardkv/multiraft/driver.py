@@ -41,6 +41,10 @@ FULL_DISK_RETRY_TICKS: Final = 10
 """How long a log write that found no room waits until it is tried again."""
 DECODED_BYTES_MAX: Final = 256 * 1024
 """Up to this size an entry is kept decoded until it is applied; a larger one would be in memory twice for little."""
+APPLIES_LATER_MAX: Final = 16
+APPLIES_LATER_BYTES: Final = 256 * 1024
+"""Nobody waits for what a follower applies: so much of it, of all groups together, may wait for company, until the next
+tick at the latest. Writing to the engine costs nearly the same for one entry as for several."""
 PEER_FRAME_BYTES: Final = 4 * 1024 * 1024
 """A turn's messages for one peer are cut into frames of about this size."""
 
@@ -136,6 +140,11 @@ class Driver:
         """Whether somebody waits for one of ``_appends``."""
         self._held: list[tuple[Replica, Message]] = []
         """Committed entries that wait for the engine to take writes again."""
+        self._later: list[tuple[Replica, Message]] = []
+        """Committed entries of followers that wait for company, in the order in which they must be applied."""
+        self._later_bytes = 0
+        self._later_due = False
+        """A tick has passed over ``_later``."""
         self._eager: dict[RangeId, int] = {}
         """Groups that this node should lead before anybody's election timeout, and how often it still campaigns."""
         self._syncing = False
@@ -298,6 +307,8 @@ class Driver:
         if self._held and not self.engine.stalled():
             held, self._held = self._held, []
             self._apply(held)
+        if self._later_due:
+            self._apply_later()
         for _ in range(ROUNDS_PER_TURN_MAX):
             if not self._ready:
                 break
@@ -329,9 +340,11 @@ class Driver:
         for replica, message in turn.installs:
             self.snapshots.install(replica, message)
         if turn.applies:
-            self._apply(turn.applies)
+            self._apply_now_or_later(turn.applies)
         for replica in turn.confirmed:
             replica.serve_confirmed()
+            if replica.confirmed and self._later:
+                self._apply_later()
         for replica in turn.changed:
             self._role_changed(replica)
 
@@ -511,6 +524,25 @@ class Driver:
 
     # Apply
 
+    def _apply_now_or_later(self, applies: list[tuple[Replica, Message]]) -> None:
+        """Apply what somebody waits for, and whatever waits before it; let the rest wait for company."""
+        later = self._later
+        later += applies
+        wanted = len(later) >= APPLIES_LATER_MAX
+        for replica, message in applies:
+            # A leader answers when it has applied, a read waits for it, and before a change of its members is applied
+            # a replica does not campaign.
+            wanted = wanted or replica.leads or bool(replica.confirmed)
+            for entry in message.entries:
+                self._later_bytes += len(entry.data)
+                wanted = wanted or entry.type is not EntryType.NORMAL
+        if wanted or self._later_bytes >= APPLIES_LATER_BYTES:
+            self._apply_later()
+
+    def _apply_later(self) -> None:
+        later, self._later, self._later_bytes, self._later_due = self._later, [], 0, False
+        self._apply(later)
+
     def _apply(self, applies: list[tuple[Replica, Message]]) -> None:
         """Apply committed entries of all groups in as few engine batches as the bound allows, then answer."""
         if self._held or self.engine.stalled():
@@ -634,6 +666,7 @@ class Driver:
                     self._ready[replica.range_id] = replica
             if self._roomless:
                 self._try_for_room()
+            self._later_due = bool(self._later)
             self._awake.set()
 
     def _ask_for_snapshot(self, replica: Replica) -> None:

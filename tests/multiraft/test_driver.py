@@ -5,9 +5,11 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.errors import EpochMismatch
+from shardkv.multiraft.driver import APPLIES_LATER_MAX
+from shardkv.multiraft.turn import Turn
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
-from shardkv.raft.messages import Message, MessageType
-from tests.multiraft.world import world
+from shardkv.raft.messages import Entry, EntryType, Message, MessageType
+from tests.multiraft.world import TICK_SECONDS, world
 
 
 async def test_a_confirmed_read_of_an_idle_range_is_served_at_once(autojump_clock: MockClock) -> None:
@@ -79,3 +81,63 @@ async def test_that_more_is_committed_costs_no_sync_of_its_own(autojump_clock: M
         await hosts.agreed()
         log = leader.replica().log
         assert log.hard_state.commit == leader.replica().raft.committed
+
+
+async def test_what_a_follower_applies_waits_for_company_until_the_next_tick(autojump_clock: MockClock) -> None:
+    """Nobody waits for it; several entries in one batch of the engine cost hardly more than one."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        await hosts.agreed()
+        follower = next(host for host in hosts.values() if not host.replica().leads)
+        written: list[int] = []
+        write = follower.engine.write
+        follower.engine.write = lambda batch: (written.append(len(batch.changes)), write(batch))[1]  # type: ignore
+        began = trio.current_time()
+        for number in range(APPLIES_LATER_MAX):
+            await hosts.write(b"k%d" % number, b"v")
+        assert trio.current_time() - began < TICK_SECONDS, "the entries came between two ticks"
+        waiting = len(follower.driver._later)
+        assert waiting > 1
+        await hosts.agreed()
+        assert len(written) <= 1 + APPLIES_LATER_MAX // waiting
+        assert not follower.driver._later
+        assert follower.rows() == hosts.leader().rows()
+
+
+async def test_a_read_that_waits_at_a_follower_has_what_it_waits_for_applied_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with world(3) as hosts:
+        await hosts.agreed()
+        follower = next(host for host in hosts.values() if not host.replica().leads)
+        driver, replica = follower.driver, follower.replica()
+        entry = Entry(replica.raft.term, replica.raft.last_index + 1)
+        one = (replica, Message(MessageType.STORAGE_APPLY, entries=(entry,)))
+        applied: list[object] = []
+        driver._apply = applied.append  # type: ignore[method-assign, assignment]
+        driver._apply_now_or_later([one])
+        assert not applied
+        replica.confirmed = [(entry.index, [])]
+        driver._perform(Turn(confirmed=[replica]))
+        assert applied == [[one]], "the read came behind the entry"
+        driver._apply_now_or_later([one])
+        assert applied == [[one], [one]], "the entry came behind the read"
+        hosts.tolerant = True
+
+
+async def test_a_follower_applies_a_change_of_the_members_at_once(autojump_clock: MockClock) -> None:
+    """Raft lets no replica campaign that has such a change committed and not applied."""
+    async with world(3) as hosts:
+        follower = next(host for host in hosts.values() if not host.replica().leads)
+        driver, replica = follower.driver, follower.replica()
+        await hosts.agreed()
+        change = Entry(replica.raft.term, replica.raft.last_index + 1, EntryType.CONF_CHANGE_V2)
+        applied: list[object] = []
+        driver._apply = applied.append  # type: ignore[method-assign, assignment]
+        plain = Message(MessageType.STORAGE_APPLY, entries=(change._replace(type=EntryType.NORMAL),))
+        driver._apply_now_or_later([(replica, plain)])
+        assert not applied
+        other = Message(MessageType.STORAGE_APPLY, entries=(change,))
+        driver._apply_now_or_later([(replica, other)])
+        assert applied == [[(replica, plain), (replica, other)]], "in their order"
+        hosts.tolerant = True
