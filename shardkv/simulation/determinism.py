@@ -6,7 +6,7 @@ order in which trio runs tasks that are ready together.
 
 import math
 import random  # noqa: TID251  # seeded here, and only here
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -106,6 +106,14 @@ class _NoIO(_IOManager):
         return []
 
 
+class _Order(random.Random):
+    """The scheduler's source of chance; most of what it is to shuffle is a single task."""
+
+    def shuffle(self, x: MutableSequence[Any]) -> None:
+        if len(x) > 1:
+            super().shuffle(x)
+
+
 _clock: VirtualClock | None = None
 """Of the run under way."""
 
@@ -116,7 +124,7 @@ def _deterministic(seed: int | str) -> Iterator[VirtualClock]:
     before = scheduler._r, scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler.TheIOManager, _clock
     # Trio shuffles the tasks that are ready together, so that programs do not come to rely on an order. Seeding that
     # shuffle (and telling trio to sort before it) makes the order repeatable and yet arbitrary.
-    scheduler._r = random.Random(f"scheduler {seed}")
+    scheduler._r = _Order(f"scheduler {seed}")
     scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
     scheduler.TheIOManager = _NoIO
     _clock = VirtualClock()
