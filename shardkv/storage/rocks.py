@@ -187,8 +187,15 @@ class RocksEngine:
 
     def write(self, batch: WriteBatch) -> None:
         """Never raises OutOfSpace: a batch that finds no room waits in memory, and is seen as if it were written."""
-        self._pending.append(batch)
-        self._write_pending()
+        if self._pending:
+            self._pending.append(batch)
+            self._write_pending()
+        else:
+            # Not among those that wait before it has to: a flush in another thread would take the disk for full.
+            try:
+                self._write(batch)
+            except OutOfSpace:
+                self._pending.append(batch)
         self._written_bytes += batch.bytes
 
     def _write_pending(self) -> bool:

@@ -256,3 +256,20 @@ def test_a_closed_snapshot_is_refused(path: str) -> None:
     with pytest.raises(StorageError, match="closed"):
         list(snapshot.scan(LOW, HIGH))
     engine.close()
+
+
+def test_a_flush_in_another_thread_does_not_take_a_write_under_way_for_one_that_waits_for_room(path: str) -> None:
+    """The interpreter changes threads in the middle of a write; the flush must not report a full disk then."""
+    engine = RocksEngine(path)
+    original = engine._write
+
+    def interrupted(batch: WriteBatch) -> None:
+        engine.flush()
+        original(batch)
+
+    engine._write = interrupted  # type: ignore[method-assign]
+    batch = WriteBatch()
+    batch.put(b"k", b"v")
+    engine.write(batch)
+    assert engine.get(b"k") == b"v"
+    engine.close()
