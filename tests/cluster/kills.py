@@ -39,7 +39,7 @@ class Kills:
     def describe(self) -> str:
         return (
             f"{self.done} kills ({self.leaders} of a leader, {self.pairs} pairs at once, {self.starting} while "
-            f"starting), {self.ranges} ranges at the end"
+            f"starting)" + (f", {self.ranges} ranges at the end" if self.ranges else "")
         )
 
 

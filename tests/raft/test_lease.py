@@ -6,7 +6,7 @@ import pytest
 
 from shardkv.raft import LeaseSettings, Role
 from shardkv.raft.election import CAMPAIGN_TRANSFER
-from shardkv.raft.messages import ConfChange, ConfChangeTransition, Message
+from shardkv.raft.messages import ConfChange, ConfChangeTransition, Message, MessageType
 from tests.raft.cluster import TICK_NS, Cluster, M, after_write, change, fresh, sent
 
 PROMISE = 5
@@ -337,6 +337,19 @@ def test_trap_07_a_restarted_voter_refuses_votes_for_the_longest_promise() -> No
         assert not {2, 3} & set(cluster.leaders()), "and another was elected"
     cluster.tick(2, 3, count=20)
     assert {2, 3} & set(cluster.leaders())
+
+
+@pytest.mark.parametrize("kind", [M.VOTE, M.PRE_VOTE])
+def test_trap_07_a_restarted_voter_refuses_votes_of_its_own_term_too(kind: MessageType) -> None:
+    """It may have entered the term before it was restarted, without a vote, while a leader of an earlier one lives."""
+    voter = fresh(2, terms=[3], vote_refusal_ns=PROMISE * TICK_NS)
+    assert (voter.term, voter.vote) == (3, 0)
+    request = Message(kind, 2, 3, 3, log_term=3, index=1)
+    voter.step(request, PROMISE * TICK_NS - 1)
+    assert voter.vote == 0
+    assert not voter.has_ready(), "an answer, although everything is refused"
+    voter.step(request, PROMISE * TICK_NS)
+    assert after_write(voter.ready()), "and none when nothing is promised any more"
 
 
 def test_trap_07_without_the_refusal_two_leaders_would_overlap() -> None:
