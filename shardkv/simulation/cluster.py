@@ -62,6 +62,8 @@ class SimulatedNode:
         self.error: BaseException | None = None
         self.alive = False
         self.starts = 0
+        self.out_of_service = False
+        """Somebody works on its disk: it is not started meanwhile."""
         self._buried = True
         self._inside: Inside | None = None
 
@@ -104,7 +106,7 @@ class SimulatedNode:
 
     def start_soon(self) -> None:
         """Start a node that is down, without waiting for it. Does nothing to one that is up or is still dying."""
-        if self.alive or not self._buried:
+        if self.alive or not self._buried or self.out_of_service:
             return
         self.scope, self.stop, self.ready, self.ended = trio.CancelScope(), trio.Event(), trio.Event(), trio.Event()
         self.alive = True

@@ -14,6 +14,7 @@ from shardkv.errors import Corruption, OutOfSpace, ShardKVError, StorageError
 from shardkv.simulation import determinism
 from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.simulation.disk import CAPACITY_BYTES, ChooseAtRandom
+from shardkv.simulation.sequences import SEQUENCES
 from shardkv.wire.requests import Method
 
 OFFSET_MS_MAX: Final = 200
@@ -49,6 +50,8 @@ class Faults:
         self._suspects: dict[str, float] = {}
         """Nodes whose disks lied or were full, and until when that may show."""
         self._pause_seconds = self.chance.choice([0.1, 0.3, 0.8])
+        # Every kind may come, but not in every run as often: what one fault shows, another may hide.
+        self._weights = [self.chance.choice([0.1, 1, 1, 1, 5]) for _ in self.names]
         cluster.tolerates = self._tolerates
 
     def _tolerates(self, node: SimulatedNode, error: Exception) -> bool:
@@ -86,7 +89,7 @@ class Faults:
         """One fault, drawn."""
         nodes = list(self.cluster.nodes.values())
         one, two = self.chance.sample(nodes, 2) if len(nodes) > 1 else (nodes[0], nodes[0])
-        name = self.chance.choice(self.names)
+        name = self.chance.choices(self.names, self._weights)[0]
         self.count += 1
         self.note(f"{name} {one.name} {two.name}")
         await KINDS[name](self, one, two)
@@ -309,10 +312,11 @@ async def _flush(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None
     """Engines are flushed and logs compacted: who is behind needs a snapshot now."""
     for node in faults.cluster.nodes.values():
         if node.serving:
-            faults.soon(_flush_one, node)
+            faults.soon(flush_one, node)
 
 
-async def _flush_one(node: SimulatedNode) -> None:
+async def flush_one(node: SimulatedNode) -> None:
+    """Flush a node's engine and compact its log, as far as the node can."""
     inside = node.inside
     try:
         await inside.maintenance.flush_and_compact()
@@ -343,5 +347,6 @@ KINDS: Final[dict[str, Fault]] = {
     "split": _split,
     "transfer": _transfer,
     "flush": _flush,
+    **SEQUENCES,
 }
 """By the name that ``--faults`` takes."""

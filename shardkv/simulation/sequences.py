@@ -1,0 +1,311 @@
+"""Faults that are several at once, in the order that hurts most: what single ones, drawn one by one, seldom make.
+
+Lives here: sequences of faults and of what operators do, each by name. Does not live here: single faults and the plan
+that draws them (``faults``). The rule: a sequence makes no state that single faults could not make; it only makes it
+more often. Where it wants to hit a leader, it looks at who leads, as an attacker with luck would.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from shardkv.errors import ShardKVError
+from shardkv.simulation import determinism
+from shardkv.simulation.checkers.violation import Violation
+from shardkv.simulation.cluster import SimulatedNode
+from shardkv.simulation.disk import LoseAll, SimulatedDisk
+from shardkv.storage.memory import MemoryEngine
+from shardkv.storage.record import HEADER_BYTES, Header, unpack_header
+from shardkv.storage.segment import segment_id_of
+from shardkv.types import PLACEMENT_RANGE
+
+if TYPE_CHECKING:
+    from shardkv.simulation.faults import Faults
+
+REFUSING_SECONDS: Final = 3.0
+"""For so long a node that must not serve is watched."""
+SOON_CALLS_MAX: Final = 25
+"""A crash at once comes within so many calls."""
+CATCHING_UP_CALLS_MAX: Final = 150
+
+
+def _leading(faults: "Faults") -> SimulatedNode | None:
+    """A node that leads ranges of keys now, the one that leads the most; chance decides between equals."""
+    counts: list[tuple[int, float, SimulatedNode]] = []
+    for node in faults.cluster.nodes.values():
+        if node.serving:
+            replicas = node.inside.catalog.replicas
+            count = sum(replica.leads for range_id, replica in replicas.items() if range_id != PLACEMENT_RANGE)
+            if count:
+                counts.append((count, faults.chance.random(), node))
+    return max(counts)[2] if counts else None
+
+
+def _others(faults: "Faults", node: SimulatedNode) -> list[str]:
+    return [name for name in faults.cluster.nodes if name != node.name]
+
+
+async def _isolate(faults: "Faults", node: SimulatedNode, seconds: float) -> None:
+    """Between this node and the others nothing gets through for a while; clients reach all of them."""
+    network = faults.cluster.network
+    for name in _others(faults, node):
+        network.block(node.name, name)
+        network.block(name, node.name)
+    await determinism.sleep(seconds)
+    for name in _others(faults, node):
+        network.unblock(node.name, name)
+        network.unblock(name, node.name)
+
+
+def _power_off_now(faults: "Faults", node: SimulatedNode, calls_max: int) -> None:
+    """Within a few of the node's calls its power goes, and with it everything that is not synced."""
+    if not node.alive:
+        return
+    number = node.environment.calls.count + faults.chance.randint(1, calls_max)
+    starts = node.starts
+    node.crash_at_call(number, power=True, chooser=LoseAll())
+
+    async def restart() -> None:
+        while node.alive and node.starts == starts and node.environment.calls.armed:
+            await determinism.sleep(0.02)
+        if not node.alive:
+            await faults.restart_later(node)
+
+    faults.soon(restart)
+
+
+async def _sudden(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """The power goes within the next few calls: often right behind a message, before the sync that it needed."""
+    _power_off_now(faults, one, SOON_CALLS_MAX)
+
+
+async def _blackout(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """All power goes at one moment, perhaps while all disks stall, and only what was synced is left."""
+    if faults.chance.random() < 0.6:
+        return
+    nodes = list(faults.cluster.nodes.values())
+    if faults.chance.random() < 0.5:
+        for each in nodes:
+            each.environment.disk.stall()
+        await determinism.sleep(faults.chance.uniform(0.01, 0.5))
+    for each in nodes:
+        if each.alive:
+            await each.power_off(chooser=LoseAll())
+    for each in nodes:
+        await each.buried()
+        each.start_soon()
+
+
+async def _blink(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """A process dies and is there again at once, as whoever watches over it sees to."""
+    if one.alive:
+        await one.kill(kept_batches=faults.kept)
+        one.start_soon()
+
+
+async def _depose(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """Whoever leads most is cut off from the other nodes, or dies at once, several times in a row."""
+
+    async def several() -> None:
+        for _ in range(faults.chance.randint(1, 4)):
+            if faults.healing:
+                return
+            node = _leading(faults)
+            if node is not None:
+                if faults.chance.random() < 0.3:
+                    _power_off_now(faults, node, SOON_CALLS_MAX)
+                faults.soon(_isolate, faults, node, faults.chance.uniform(0.3, 3))
+            await determinism.sleep(faults.chance.uniform(0, 1.2))
+
+    faults.soon(several)
+
+
+async def _usurp(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """A follower that does not hear the leader wants to lead, and the others blink: who remembers a promise?"""
+    leader = _leading(faults)
+    others = [node for node in faults.cluster.nodes.values() if node is not leader]
+    if leader is None or not others:
+        return
+    rival = faults.chance.choice(others)
+    network = faults.cluster.network
+
+    async def usurp() -> None:
+        network.block(leader.name, rival.name)
+        await determinism.sleep(faults.chance.uniform(0.5, 2.5))
+        for node in others:
+            if node is not rival and node.alive and not faults.healing:
+                await node.kill(kept_batches=faults.kept)
+                node.start_soon()
+                # Cut off as soon as its voters are gone: it cannot hear of its successor.
+                network.block(node.name, leader.name)
+                network.block(rival.name, leader.name)
+        await determinism.sleep(faults.chance.uniform(0.3, 1.0))
+        for node in others:
+            network.unblock(leader.name, node.name)
+            network.unblock(node.name, leader.name)
+
+    faults.soon(usurp)
+
+
+async def _handover(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """A leadership is handed over, and the old leader does not hear how that went."""
+    node = _leading(faults)
+    if node is None:
+        return
+    for range_id, replica in list(node.inside.catalog.replicas.items()):
+        if range_id != PLACEMENT_RANGE and replica.leads and replica.machine is not None:
+            members = [member.replica_id for member in replica.machine.descriptor.replicas]
+            targets = [each for each in members if each != replica.replica_id]
+            if targets:
+                replica.raft.transfer_leader(faults.chance.choice(targets))
+                node.inside.driver.touch(replica)
+
+    async def deaf() -> None:
+        await determinism.sleep(faults.chance.choice([0.0, 0.0003, 0.001, 0.003]))
+        network = faults.cluster.network
+        for name in _others(faults, node):
+            network.block(name, node.name)
+        await determinism.sleep(faults.chance.uniform(0.2, 1.5))
+        for name in _others(faults, node):
+            network.unblock(name, node.name)
+
+    faults.soon(deaf)
+
+
+async def _lag(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """A node is away while the others go on and let go of their logs; it may die while it catches up."""
+
+    async def lag() -> None:
+        await _isolate(faults, one, faults.chance.uniform(0.5, 3))
+        for node in faults.cluster.nodes.values():
+            if node is not one and node.serving:
+                await _flushed(node)
+        if faults.chance.random() < 0.6 and not faults.healing:
+            _power_off_now(faults, one, CATCHING_UP_CALLS_MAX)
+
+    faults.soon(lag)
+
+
+async def _flushed(node: SimulatedNode) -> None:
+    # Here, for `faults` imports this module.
+    from shardkv.simulation.faults import flush_one
+
+    await flush_one(node)
+
+
+# Clients
+
+
+async def _lost_answers(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """Connections of clients to a node are reset while answers are on their way: the clients ask again."""
+    network = faults.cluster.network
+    name = (_leading(faults) or one).name
+
+    async def lose() -> None:
+        for _ in range(faults.chance.randint(1, 5)):
+            ends = [each for each in network.streams.values() if each.incoming.source == name]
+            for stream in ends:
+                if stream.incoming.target.startswith("client") and faults.chance.random() < 0.7:
+                    network.reset(stream)
+            await determinism.sleep(faults.chance.uniform(0.001, 0.1))
+
+    faults.soon(lose)
+
+
+async def _split_retry(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """A range is split while its clients lose their answers: what they ask again belongs to the other half."""
+    from shardkv.simulation.faults import KINDS
+
+    await KINDS["split"](faults, one, two)
+
+    async def lose() -> None:
+        for _ in range(3):
+            await determinism.sleep(faults.chance.uniform(0, 0.004))
+            await _lost_answers(faults, one, two)
+
+    faults.soon(lose)
+
+
+# Disks that are not what they should be
+
+
+async def _refused(faults: "Faults", node: SimulatedNode, disk: SimulatedDisk, engine: MemoryEngine, why: str) -> None:
+    """Start a node that is down on a disk on which it must not serve, watch it refuse, and put its own one back."""
+    good, good_engine = node.environment.disk, node.copied_engine()
+    node.restore(disk, engine)
+    node.out_of_service = True
+    node.ready = trio.Event()
+    try:
+        with determinism.deadline_after(REFUSING_SECONDS):
+            await node.run_to_its_end()
+    except ShardKVError as error:
+        faults.note(f"{node.name} refused: {type(error).__name__}")
+    finally:
+        node.out_of_service = False
+    if node.ready.is_set():
+        raise Violation("serves-on-a-wrong-disk", f"{node.name} serves, with {why}")
+    node.environment.kill()
+    node.restore(good.copy(), good_engine)
+    node.start_soon()
+
+
+async def _rot(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """A record of the log that was synced is damaged for good while the node is down."""
+    if not one.alive or faults.healing:
+        return
+    await one.power_off(kept_batches=faults.kept)
+    damaged = one.environment.disk.copy()
+    where = _damage(faults, damaged, f"{one.config.data}/wal")
+    if where is None:
+        faults.soon(faults.restart_later, one)
+        return
+    faults.note(f"{one.name} {where}")
+    await _refused(faults, one, damaged, one.copied_engine(), f"{where} damaged")
+
+
+def _damage(faults: "Faults", disk: SimulatedDisk, directory: str) -> str | None:
+    """Flip a bit of a record of which a later one says that it was synced; which, or None if there is none."""
+    segments = sorted((segment_id_of(name), name) for name in disk.list(directory) if segment_id_of(name) is not None)
+    path = f"{directory}/{segments[-1][1]}"
+    content = disk.read(path)
+    records: list[tuple[int, Header]] = []
+    offset = 0
+    while (header := unpack_header(content[offset : offset + HEADER_BYTES], segments[-1][0] or 0)) is not None:
+        records.append((offset, header))
+        offset += header.record_bytes
+    synced = max((header.synced_sequence for _, header in records), default=0)
+    known = [(offset, header) for offset, header in records[1:] if header.sequence <= synced]
+    if not known:
+        return None
+    offset, header = faults.chance.choice(known)
+    position = offset + HEADER_BYTES + faults.chance.randrange(header.record_bytes - HEADER_BYTES)
+    file = disk.open(path)
+    file.pwrite(bytes([content[position] ^ (1 << faults.chance.randrange(8))]), position)
+    file.sync()
+    file.close()
+    return f"record {header.sequence} of {path}"
+
+
+async def _reborn(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """A node that is down is started on an empty disk: under its name comes one that has forgotten all its votes."""
+    if not one.alive or faults.healing or not one.config.join:
+        return
+    await one.kill(kept_batches=faults.kept)
+    await _refused(faults, one, SimulatedDisk(), MemoryEngine(crashable=True), "an empty disk under an old name")
+
+
+SEQUENCES: Final[dict[str, Callable[["Faults", SimulatedNode, SimulatedNode], Awaitable[None]]]] = {
+    "sudden": _sudden,
+    "blackout": _blackout,
+    "blink": _blink,
+    "depose": _depose,
+    "usurp": _usurp,
+    "handover": _handover,
+    "lag": _lag,
+    "lost-answers": _lost_answers,
+    "split-retry": _split_retry,
+    "rot": _rot,
+    "reborn": _reborn,
+}
+"""By the name that ``--faults`` takes."""
