@@ -42,6 +42,8 @@ class Maintenance:
 
     def __init__(self, driver: Driver, environment: Environment, log: Any, directory: str | None = None) -> None:
         """``directory`` lies on the disk whose free space is watched."""
+        self.kept: tuple[int, int] | None = None
+        """Instead of ENTRIES_KEPT and LAG_ENTRIES_MAX, at any time: a simulation's short logs meet more snapshots."""
         self._directory = directory
         self._driver = driver
         self._environment = environment
@@ -131,11 +133,12 @@ class Maintenance:
         replica = self._driver.catalog.replicas.get(range_id)
         if replica is None or replica.machine is None or replica.installing or replica.needs_snapshot:
             return None
-        index = min(applied, replica.log.hard_state.commit) - ENTRIES_KEPT
+        entries_kept, lag_entries_max = self.kept or (ENTRIES_KEPT, LAG_ENTRIES_MAX)
+        index = min(applied, replica.log.hard_state.commit) - entries_kept
         if replica.leads:
             needed = _needed(replica)
             if needed < index:
-                index = max(needed, _lag_bound(replica, index))
+                index = max(needed, _lag_bound(replica, index, lag_entries_max))
             index = min(index, self._needed_after_snapshots(replica))
         if index <= replica.log.compact_index:
             return None
@@ -197,10 +200,10 @@ def _needed(replica: Replica) -> int:
     return needed
 
 
-def _lag_bound(replica: Replica, index: int) -> int:
+def _lag_bound(replica: Replica, index: int, entries_max: int) -> int:
     """The lowest index that may be kept for followers that need entries below ``index``."""
     log = replica.log
-    lowest = max(index - LAG_ENTRIES_MAX, log.compact_index)
+    lowest = max(index - entries_max, log.compact_index)
     left = LAG_BYTES_MAX
     while index > lowest:
         left -= log.entry_bytes(index)

@@ -13,6 +13,7 @@ from typing import Final
 import trio
 
 from shardkv.errors import ShardKVError
+from shardkv.server.inside import Inside
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.linearizability import Operation
 from shardkv.simulation.checkers.violation import Violation
@@ -112,6 +113,7 @@ class Run:
                 chance = determinism.seeded_random("keys", seed)
                 workload = self.workload = Workload(cluster, seed, settings.workload, settings.rate)
                 self.observing = Observing(cluster)
+                self._short_logs(cluster)
                 faults = self.faults = Faults(cluster, seed, settings.faults, lambda: workload.some_key(chance))
                 async with trio.open_nursery() as nursery:
                     for number in range(CLIENTS):
@@ -123,6 +125,18 @@ class Run:
                 await self._final(cluster)
         finally:
             self.ended_at = determinism.now()
+
+    def _short_logs(self, cluster: Cluster) -> None:
+        """Logs are compacted so far, in some runs, that whoever is a little behind needs a snapshot."""
+        kept = determinism.seeded_random("logs", self.settings.seed).choice([None, (20, 40), (0, 4)])
+
+        def shorten(node: SimulatedNode, inside: Inside) -> None:
+            inside.maintenance.kept = kept
+
+        cluster.observers.append(shorten)
+        for node in cluster.nodes.values():
+            if node.composed:
+                shorten(node, node.inside)
 
     async def _look(self) -> None:
         assert self.workload is not None, "looked at before there is a workload"
