@@ -74,7 +74,8 @@ class Workload:
         self._weights = list(weights.values())
         self._pause_seconds = CLIENTS / rate
         self._began = cluster.now
-        self._counter_keys: list[bytes] = []
+        self._hot = determinism.seeded_random("workload", seed).choice([0.0, 0.3, 0.8])
+        """How much of what is done to registers is done to a single one."""
 
     @property
     def generation(self) -> int:
@@ -84,6 +85,10 @@ class Workload:
         """Spread over the whole key space, so that splits come between them."""
         return [b"%c%s-%03d-%02d" % (97 + number * 26 // count, family.encode(), generation, number)
                 for number in range(count)]  # fmt: skip
+
+    def register(self, chance: determinism.SeededRandom) -> bytes:
+        keys = self.keys("r", REGISTERS, self.generation)
+        return keys[0] if chance.random() < self._hot else chance.choice(keys)
 
     def some_key(self, chance: determinism.SeededRandom) -> bytes:
         """A key that is in use now."""
@@ -130,7 +135,7 @@ class Workload:
     # Registers
 
     async def _register(self, kv: Client, chance: determinism.SeededRandom, operation: Operation) -> None:
-        key = chance.choice(self.keys("r", REGISTERS, self.generation))
+        key = self.register(chance)
         await self.register_call(kv, key, operation, chance.random() < 0.5)
 
     async def register_call(self, kv: Client, key: bytes, operation: Operation, near: bool = False) -> bool:
@@ -156,11 +161,11 @@ class Workload:
         return b"%d " % self.calls + bytes(chance.randrange(400))
 
     async def _get(self, kv: Client, chance: determinism.SeededRandom) -> None:
-        key = chance.choice(self.keys("r", REGISTERS, self.generation))
+        key = self.register(chance)
         await self.register_call(kv, key, Operation("get"))
 
     async def _near_get(self, kv: Client, chance: determinism.SeededRandom) -> None:
-        key = chance.choice(self.keys("r", REGISTERS, self.generation))
+        key = self.register(chance)
         await self.register_call(kv, key, Operation("get"), near=True)
 
     async def _put(self, kv: Client, chance: determinism.SeededRandom) -> None:
@@ -170,7 +175,7 @@ class Workload:
         await self._register(kv, chance, Operation("delete"))
 
     async def _cas(self, kv: Client, chance: determinism.SeededRandom) -> None:
-        key = chance.choice(self.keys("r", REGISTERS, self.generation))
+        key = self.register(chance)
         recent = self.histories.get(key, [])[-8:]
         known = [each.outcome.result for each in recent if each.kind == "put" and each.outcome and each.outcome.result]
         version = chance.choice([0, *known])

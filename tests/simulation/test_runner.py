@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from shardkv.multiraft.replica import Replica
 from shardkv.simulation import swarm as swarm_module
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.faults import KINDS, Faults
 from shardkv.simulation.runner import RunSettings, run
 from shardkv.simulation.swarm import SwarmFileError, SwarmSettings, load, swarm
+from shardkv.storage.wal import Wal
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -64,6 +66,32 @@ def test_a_violation_is_the_runs_result(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.violation is not None
     assert "a-rule: it does not hold" in result.violation
     assert result.history[-1].split()[1] == "drop"
+
+
+BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
+    # The rule that must be broken ("" is any: it depends on which crash is the first), and what shows it soonest.
+    "a lease that is not looked at": (
+        "linearizability",
+        {"workload": "registers", "rate": 100.0, "faults": ("partition", "one-way", "heal", "transfer")},
+    ),
+    "a log that is not synced": ("", {}),
+}
+
+
+@pytest.mark.parametrize("guard", BROKEN)
+def test_a_guard_that_is_taken_out_is_missed(guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shows that a run proves something: broken databases do not pass it (traps 7 and 10)."""
+    rule, changes = BROKEN[guard]
+    if rule == "linearizability":
+        monkeypatch.setattr(Replica, "can_read", lambda self, now_ns: self.machine is not None and self.leads)
+    else:
+        monkeypatch.setattr(Wal, "_sync", lambda *_: None)
+    found = []
+    for seed in range(1, 6):
+        found.append(run(RunSettings(seed, minutes=0.3, **changes)).violation)
+        if found[-1] is not None and rule in found[-1]:
+            return
+    raise AssertionError(f"no run misses {guard}: {found}")
 
 
 def settings_of(path: Path, count: int, **changes: Any) -> SwarmSettings:
