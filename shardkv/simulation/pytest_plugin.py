@@ -27,6 +27,8 @@ FIXTURE = "shardkv_cluster"
 MARKER = "shardkv_cluster"
 NODES = 3
 SPLIT_BYTES = 64 * 1024 * 1024
+VIRTUAL_SECONDS_MAX = 600.0
+"""A test that waits for what never comes ends after this; the nodes' clocks would tick on for ever."""
 
 
 class Simulation:
@@ -37,16 +39,18 @@ class Simulation:
 
     def __init__(self, seed: str, options: dict[str, Any]) -> None:
         self.seed = seed
-        self.options = options
+        self.options = dict(options)
+        self.virtual_seconds_max: float = self.options.pop("virtual_seconds_max", VIRTUAL_SECONDS_MAX)
 
     def run(self, scenario: "Callable[[Cluster], Awaitable[T]]") -> T:
         """Form a cluster in virtual time and run ``await scenario(cluster)``; what that returns."""
-        from shardkv.simulation.cluster import simulated_cluster
+        from shardkv.simulation.cluster import simulated_cluster, trio_deadline
         from shardkv.simulation.determinism import run_deterministically
 
         async def main() -> T:
             async with simulated_cluster(seed=self.seed, **self.options) as cluster:
-                return await scenario(cluster)
+                with trio_deadline(self.virtual_seconds_max, "the test did not end"):
+                    return await scenario(cluster)
             raise AssertionError("the cluster swallowed an error")
 
         try:
@@ -76,7 +80,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "shardkv_cluster(nodes=3, seed=..., split_bytes=..., **config): of what kind the fixture's cluster is",
+        "shardkv_cluster(nodes=3, seed=..., split_bytes=..., virtual_seconds_max=600, **config): of what kind it is",
     )
 
 

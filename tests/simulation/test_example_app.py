@@ -59,6 +59,24 @@ def test_a_failure_names_its_seed_and_shows_its_own_error(tmp_path: Path) -> Non
     assert "AssertionError" in found.stdout
 
 
+ENDLESS = """
+import pytest
+import trio
+
+
+@pytest.mark.shardkv_cluster(virtual_seconds_max=30, nodes=1)
+async def test_that_waits_for_nothing(shardkv_cluster):
+    await trio.Event().wait()
+"""
+
+
+def test_a_test_that_waits_for_what_never_comes_ends(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(ENDLESS)
+    found = run_pytest(tmp_path)
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "the test did not end within 30 s" in found.stdout
+
+
 @pytest.mark.parametrize("trio_mode", ["true", "false"])
 def test_the_fixture_gets_on_with_pytest_trio(tmp_path: Path, trio_mode: str) -> None:
     """In its trio mode that takes every coroutine for its own."""
