@@ -75,7 +75,7 @@ async def run(made: Net, world: NamespacedCluster, partitions: Partitions, *, sh
             chance = random.Random(f"partitions {partitions.seed}")
             while partitions.done < partitions.count:
                 before = workload.answered
-                await _cut_once(made, partitions, workload, kv, chance)
+                await _cut_once(made, partitions, workload, clients, chance)
                 await workload.more_than(before + 20, PROGRESS_SECONDS)
                 await trio.sleep(chance.uniform(0.0, 1.0))
                 if show:
@@ -86,16 +86,23 @@ async def run(made: Net, world: NamespacedCluster, partitions: Partitions, *, sh
     return workload
 
 
-async def _cut_once(made: Net, partitions: Partitions, workload: Workload, kv: Client, chance: random.Random) -> None:
+async def _cut_once(
+    made: Net, partitions: Partitions, workload: Workload, clients: list[Client], chance: random.Random
+) -> None:
+    kv = clients[0]
     key = workload.key(chance)
     leader = await leader_of(kv, key)
     victim = leader if chance.random() < 0.7 else chance.choice(NODES)
     kind = KINDS[partitions.done % len(KINDS)]
-    _cut(made, kind, victim, chance)
-    try:
-        await trio.sleep(chance.choice(SECONDS))
-    finally:
-        made.heal()
+    over = trio.Event()
+    async with trio.open_nursery() as nursery:
+        _cut(made, kind, victim, chance)
+        try:
+            nursery.start_soon(workload.hunt, key, clients[0], clients[1:], over)
+            await trio.sleep(chance.choice(SECONDS))
+        finally:
+            made.heal()
+            over.set()
     partitions.done += 1
     partitions.kinds[kind] += 1
     if victim == leader and kind != "client":
@@ -109,7 +116,7 @@ def _cut(made: Net, kind: str, victim: str, chance: random.Random) -> None:
         case "alone":
             made.isolate([victim])
         case "with a client":
-            made.isolate([victim, chance.choice(CLIENTS)])
+            made.isolate([victim, chance.choice(CLIENTS[1:])])
         case "deaf":
             for other in others:
                 made.cut(other, victim)

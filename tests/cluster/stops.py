@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from shardkv_client.client import Client
+from shardkv_client.core.settings import Settings
 from tests.cluster.harness import LocalCluster, client, cluster, leader_of, settled
 from tests.cluster.kills import OPTIONS, PROGRESS_SECONDS
 from tests.cluster.workload import Workload
@@ -50,13 +51,15 @@ async def run(world: LocalCluster, stops: Stops, *, show: bool = False) -> Workl
         kv = await stack.enter_async_context(client(world))
         await settled(kv)
         workload = Workload(stops.seed, [*clients, kv])
+        waiting = client(world, settings=Settings(silence_seconds_max=60, dial_seconds=60))
+        patient = await stack.enter_async_context(waiting)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(workload.run)
             await workload.more_than(50, PROGRESS_SECONDS)
             chance = random.Random(f"stops {stops.seed}")
             while stops.done < stops.count:
                 before = workload.answered
-                await _stop_once(world, stops, workload, kv, chance)
+                await _stop_once(world, stops, workload, kv, patient, chance)
                 await workload.more_than(before + 20, PROGRESS_SECONDS)
                 await trio.sleep(chance.uniform(0.0, 1.0))
                 if show:
@@ -67,8 +70,12 @@ async def run(world: LocalCluster, stops: Stops, *, show: bool = False) -> Workl
     return workload
 
 
-async def _stop_once(world: LocalCluster, stops: Stops, workload: Workload, kv: Client, chance: random.Random) -> None:
+async def _stop_once(
+    world: LocalCluster, stops: Stops, workload: Workload, kv: Client, patient: Client, chance: random.Random
+) -> None:
+    """``patient`` waits for a node that stands still, so what it reads is what that node says when it goes on."""
     key = workload.key(chance)
+    await patient.get(key, timeout=30)
     leader = await leader_of(kv, key)
     victims = [leader]
     if chance.random() < 0.2:
@@ -77,13 +84,18 @@ async def _stop_once(world: LocalCluster, stops: Stops, workload: Workload, kv: 
         victims.append(chance.choice([name for name in world.names if name not in victims]))
         stops.pairs += 1
     seconds = chance.choice(STOP_SECONDS) * chance.uniform(0.7, 1.3)
-    try:
-        for name in victims:
-            world.pause(name)
-        await trio.sleep(seconds)
-    finally:
-        for name in victims:
-            world.resume(name)
+    over = trio.Event()
+    async with trio.open_nursery() as nursery:
+        try:
+            for name in victims:
+                world.pause(name)
+            nursery.start_soon(workload.hunt, key, kv, [patient], over)
+            await trio.sleep(seconds)
+        finally:
+            for name in victims:
+                world.resume(name)
+        await trio.sleep(0.3)
+        over.set()
     stops.done += 1
     stops.seconds += seconds
     if leader in victims:

@@ -8,6 +8,7 @@ more when nothing of it is in flight, judged, and read again at the very end, so
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -23,6 +24,7 @@ LATE_SECONDS: Final = 8.0
 ROUND_OPERATIONS: Final = 240
 """Of all keys together; then the next round begins."""
 RECENT: Final = 12
+HUNT_SECONDS: Final = 0.03
 VALUE_BYTES_MAX: Final = 700
 PREFIXES: Final = (b"a", b"f", b"k", b"p", b"u", b"z")
 """One key each in every round; the last of them counts, so that increments are seen, too."""
@@ -100,6 +102,37 @@ class Workload:
                 if found != each.last[key]:
                     # Only a write whose outcome was unknown may have changed it.
                     self._judge(key, history)
+
+    async def hunt(self, key: bytes, writer: Client, readers: Sequence[Client], over: trio.Event) -> None:
+        """Until then: write one key, and read it through clients that may still believe in an older leader."""
+        current = self.rounds[int(key.rpartition(b"/")[2])]
+        history = current.histories[key]
+        current.in_flight += 1
+
+        async def get(kv: Client) -> None:
+            await self._record(history, Operation("get"), partial(kv.get, key, timeout=CALL_SECONDS))
+
+        async def read(kv: Client) -> None:
+            while not over.is_set():
+                await get(kv)
+                await trio.sleep(HUNT_SECONDS)
+
+        async def write() -> None:
+            while not over.is_set():
+                value = b"%d" % (1_000_000 + len(history))
+                put = partial(writer.put, key, value, timeout=CALL_SECONDS)
+                await self._record(history, Operation("put", value), put)
+                for kv in readers:
+                    nursery.start_soon(get, kv)
+                await trio.sleep(5 * HUNT_SECONDS)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(write)
+                for kv in readers:
+                    nursery.start_soon(read, kv)
+        finally:
+            current.in_flight -= 1
 
     # Inside
 
