@@ -31,9 +31,6 @@ def main() -> None:
     "--processes", type=click.IntRange(1), default=1, show_default=True, help="Client processes of each load."
 )
 @click.option(
-    "--connections", type=click.IntRange(1, 1024), default=1, show_default=True, help="Clients that share the load."
-)
-@click.option(
     "--failovers", type=click.IntRange(0), default=0, show_default=True, help="kill -9 trials of each system."
 )
 @click.option("--cold-starts", type=click.IntRange(0), default=1, show_default=True)
@@ -48,7 +45,6 @@ def compare_command(
     seconds: float,
     rounds: int,
     processes: int,
-    connections: int,
     failovers: int,
     cold_starts: int,
     data: str | None,
@@ -69,7 +65,6 @@ def compare_command(
         seconds=seconds,
         rounds=rounds,
         processes=processes,
-        connections=connections,
         failover_trials=failovers,
         cold_starts=cold_starts,
     )

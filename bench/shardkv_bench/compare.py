@@ -17,6 +17,7 @@ from shardkv_bench.runner import Result
 from shardkv_bench.systems import Etcd, ShardKV, System
 from shardkv_bench.worker import Task
 
+CONNECTIONS: Final = 4
 INFLIGHT: Final = (1, 16, 64, 256)
 SPREAD_RANGES: Final = 3
 Say = Callable[[str], object]
@@ -35,8 +36,6 @@ class Options:
     value_bytes: int = 100
     ranges: int = 1
     processes: int = 1
-    connections: int = 1
-    """Clients that share the operations in flight. One, as an application's process has."""
     failover_trials: int = 0
     cold_starts: int = 1
     bulk: bool = True
@@ -100,7 +99,6 @@ class Report:
         return {
             "machine": self.machine.to_json(),
             "ranges": self.options.ranges,
-            "connections": self.options.connections,
             "rows": [row.to_json() for row in self.rows],
             "bulk_seconds": rounded(self.bulk_seconds),
             "cold_start_seconds": rounded(self.cold_start_seconds),
@@ -163,7 +161,7 @@ def task_for(system: System, options: Options, workload: str, inflight: int) -> 
         records=options.records,
         value_bytes=options.value_bytes,
         inflight=inflight,
-        connections=options.connections,
+        connections=CONNECTIONS,
         warmup_seconds=options.warmup_seconds,
         seconds=options.seconds,
         seed=1,

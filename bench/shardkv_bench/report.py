@@ -166,18 +166,13 @@ def markdown(documents: Sequence[dict[str, Any]], command: str) -> str:
     return "\n".join(parts)
 
 
-def _clients(document: dict[str, Any]) -> str:
-    count = document["connections"]
-    return "all in flight from one client, as in an application" if count == 1 else f"{count} clients share the load"
-
-
 def _section(document: dict[str, Any]) -> str:
     ranges = document["ranges"]
     where = "One range" if ranges == 1 else f"{ranges} ranges, led evenly by the three nodes"
     parts = [
         f"## {where}\n\n"
-        f"16-byte keys over 100,000 records, 100-byte values; {_clients(document)}. A star marks a run whose client\n"
-        "process was busy throughout, so that the client and not the server was the limit.\n\n",
+        "16-byte keys over 100,000 records, 100-byte values, 4 connections. A star marks a run whose client process\n"
+        "was busy throughout, so that the client and not the server was the limit.\n\n",
         markdown_table(HEADER, lines_of(document["rows"])),
         "\n### Budgets\n\n",
         markdown_table(

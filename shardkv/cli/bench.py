@@ -30,9 +30,7 @@ def bench() -> None:
 @click.option("--warmup", type=click.FloatRange(0), default=1.0, show_default=True, help="Seconds before that.")
 @click.option("--records", type=click.IntRange(1), default=100_000, show_default=True, help="Records in the data set.")
 @click.option("--value-bytes", type=click.IntRange(0, 1 << 20), default=100, show_default=True, help="Size of a value.")
-@click.option(
-    "--connections", type=click.IntRange(1, 1024), default=1, show_default=True, help="Clients that share the load."
-)
+@click.option("--connections", type=click.IntRange(1, 1024), default=4, show_default=True, help="Clients to share.")
 @click.option("--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="Client processes.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Equal seeds draw equal operations.")
 @click.option("--load/--no-load", default=True, show_default=True, help="Write all records first.")
