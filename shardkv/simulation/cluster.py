@@ -452,11 +452,16 @@ async def simulated_cluster(
     try:
         async with trio.open_nursery() as nursery:
             cluster = Cluster(nursery, network or SimulatedNetwork(seed), seed, split_bytes, trace)
-            for number in range(nodes):
-                await cluster.add(f"n{number + 1}", **changes).start()
-            async with cluster.client() as client:
-                await cluster.formed(client)
-            yield cluster
+            try:
+                for number in range(nodes):
+                    await cluster.add(f"n{number + 1}", **changes).start()
+                async with cluster.client() as client:
+                    await cluster.formed(client)
+                yield cluster
+            finally:
+                # Whoever would have ended a stall may be cancelled; a log that is being closed waits for its disk.
+                for node in cluster.nodes.values():
+                    node.environment.disk.resume()
             nursery.cancel_scope.cancel()
     finally:
         if not configured:
