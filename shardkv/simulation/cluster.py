@@ -391,7 +391,7 @@ class Cluster:
             lambda status, ranges: (
                 status["nodes"] == count
                 and status["settled"]
-                and all(len(each["replicas"]) == min(count, 3) for each in ranges)
+                and all(len(each["replicas"]) == (3 if count >= 3 else 1) for each in ranges)
             ),
         )
 
