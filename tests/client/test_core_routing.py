@@ -158,6 +158,18 @@ def test_a_range_that_moved_away_is_looked_up_again():
     assert world.requests_to(5, Method.WRITE)
 
 
+def test_a_range_whose_known_replicas_are_all_gone_is_looked_up_again():
+    """What a node that was behind said of a range names one voter; that has died, and is all that would be asked."""
+    world = World(seeds=[2, 3])
+    world.cluster.move(b"k", [1], leader=1)
+    world.run(world.get(b"k"))
+    world.cluster.move(b"k", [2, 3], leader=3)
+    world.crash(1)
+    call = world.put(b"k", b"v", timeout=2.0)
+    world.run(call)
+    assert call.error is None
+
+
 def test_a_node_that_lags_behind_is_asked_again_later():
     """EpochMismatch with nothing new teaches nothing; a backoff keeps the client from asking in a circle."""
     world = World(nodes=1)

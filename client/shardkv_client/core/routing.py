@@ -84,6 +84,8 @@ class Router:
                 return peer
             else:
                 retry_at = min(retry_at, peer.dial_after)
+        # None of them can be reached: perhaps the range has long been elsewhere, and nobody is left to say so.
+        self.refresh(route, now)
         self._block(route, consistency, retry_at)
         return None
 
