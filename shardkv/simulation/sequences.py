@@ -18,7 +18,7 @@ from shardkv.simulation.disk import LoseAll, SimulatedDisk
 from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.record import HEADER_BYTES, Header, unpack_header
 from shardkv.storage.segment import segment_id_of
-from shardkv.types import PLACEMENT_RANGE
+from shardkv.types import PLACEMENT_RANGE, RangeId
 
 if TYPE_CHECKING:
     from shardkv.simulation.faults import Faults
@@ -27,35 +27,72 @@ REFUSING_SECONDS: Final = 3.0
 """For so long a node that must not serve is watched."""
 SOON_CALLS_MAX: Final = 25
 """A crash at once comes within so many calls."""
-CATCHING_UP_CALLS_MAX: Final = 150
+CATCHING_UP_CALLS_MAX: Final = (30, 200, 1_000)
+LOOK_SECONDS: Final = 0.0003
+"""About what a message takes: a moment that lasts no longer is not missed."""
+USURPING_SECONDS: Final = 2.5
+TURNING_SECONDS: Final = 2.5
+
+
+def _leaders(faults: "Faults") -> dict[RangeId, tuple[int, SimulatedNode]]:
+    """Of each range of keys, the highest term in which a node leads it now, and that node."""
+    found: dict[RangeId, tuple[int, SimulatedNode]] = {}
+    for node in faults.cluster.nodes.values():
+        if node.serving:
+            for range_id, replica in node.inside.catalog.replicas.items():
+                term = replica.raft.term
+                if replica.leads and range_id != PLACEMENT_RANGE and found.get(range_id, (0,))[0] < term:
+                    found[range_id] = (term, node)
+    return found
 
 
 def _leading(faults: "Faults") -> SimulatedNode | None:
-    """A node that leads ranges of keys now, the one that leads the most; chance decides between equals."""
-    counts: list[tuple[int, float, SimulatedNode]] = []
-    for node in faults.cluster.nodes.values():
-        if node.serving:
-            replicas = node.inside.catalog.replicas
-            count = sum(replica.leads for range_id, replica in replicas.items() if range_id != PLACEMENT_RANGE)
-            if count:
-                counts.append((count, faults.chance.random(), node))
-    return max(counts)[2] if counts else None
+    """A node that leads ranges of keys now: of one of them, drawn."""
+    leaders = _leaders(faults)
+    return faults.chance.choice(list(leaders.values()))[1] if leaders else None
 
 
 def _others(faults: "Faults", node: SimulatedNode) -> list[str]:
     return [name for name in faults.cluster.nodes if name != node.name]
 
 
-async def _isolate(faults: "Faults", node: SimulatedNode, seconds: float) -> None:
-    """Between this node and the others nothing gets through for a while; clients reach all of them."""
+def _cut_off(faults: "Faults", node: SimulatedNode) -> None:
+    """Nothing gets through between this node and the others, nor between it and some of the clients, who know it."""
     network = faults.cluster.network
-    for name in _others(faults, node):
+    for name in [*_others(faults, node), *_some_clients(faults, node)]:
         network.block(node.name, name)
         network.block(name, node.name)
-    await determinism.sleep(seconds)
-    for name in _others(faults, node):
+
+
+def _reconnect(faults: "Faults", node: SimulatedNode) -> None:
+    network = faults.cluster.network
+    for name in [*_others(faults, node), *faults.apart.pop(node.name, ())]:
         network.unblock(node.name, name)
         network.unblock(name, node.name)
+
+
+def _some_clients(faults: "Faults", node: SimulatedNode) -> list[str]:
+    """Half of the clients of a node, whose connections are reset: they look elsewhere for what the others find here."""
+    network = faults.cluster.network
+    ends = [each for each in network.streams.values() if each.incoming.source == node.name]
+    names = dict.fromkeys(each.incoming.target for each in ends if each.incoming.target.startswith("client"))
+    chosen = [name for name in names if faults.chance.random() < 0.5]
+    for name in chosen:
+        network.drop(node.name, name)
+    faults.apart.setdefault(node.name, []).extend(chosen)
+    return chosen
+
+
+async def _isolate(faults: "Faults", node: SimulatedNode, seconds: float) -> None:
+    """Between this node and the others nothing gets through for a while."""
+    if faults.chance.random() < 0.4:
+        for name in _others(faults, node):
+            faults.cluster.network.drop(node.name, name)
+        await determinism.sleep(0.002)
+    if not faults.healing:
+        _cut_off(faults, node)
+        await determinism.sleep(seconds)
+        _reconnect(faults, node)
 
 
 def _power_off_now(faults: "Faults", node: SimulatedNode, calls_max: int) -> None:
@@ -124,28 +161,99 @@ async def _depose(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> N
 async def _usurp(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
     """A follower that does not hear the leader wants to lead, and the others blink: who remembers a promise?"""
     leader = _leading(faults)
-    others = [node for node in faults.cluster.nodes.values() if node is not leader]
-    if leader is None or not others:
+    others = [node for node in faults.cluster.nodes.values() if node is not leader and node.serving]
+    if leader is None or len(others) < 2:
         return
     rival = faults.chance.choice(others)
     network = faults.cluster.network
+    network.block(leader.name, rival.name)
+    await _until(lambda: _about_to_campaign(rival), USURPING_SECONDS)
+    _cut_off(faults, leader)
+    for node in others:
+        if node is not rival and node.alive:
+            await node.kill(kept_batches=faults.kept)
+            node.start_soon()
+    await determinism.sleep(faults.chance.uniform(0.2, 0.8))
+    _reconnect(faults, leader)
 
-    async def usurp() -> None:
-        network.block(leader.name, rival.name)
-        await determinism.sleep(faults.chance.uniform(0.5, 2.5))
-        for node in others:
-            if node is not rival and node.alive and not faults.healing:
-                await node.kill(kept_batches=faults.kept)
-                node.start_soon()
-                # Cut off as soon as its voters are gone: it cannot hear of its successor.
-                network.block(node.name, leader.name)
-                network.block(rival.name, leader.name)
-        await determinism.sleep(faults.chance.uniform(0.3, 1.0))
-        for node in others:
-            network.unblock(leader.name, node.name)
-            network.unblock(node.name, leader.name)
 
-    faults.soon(usurp)
+def _about_to_campaign(node: SimulatedNode) -> bool:
+    """Whether one of its replicas has waited for a leader for so long that it will hardly wait any longer."""
+    for range_id, replica in node.inside.catalog.replicas.items() if node.serving else ():
+        raft = replica.raft.raft
+        left = raft.randomized_election_timeout - raft.election_elapsed
+        if range_id != PLACEMENT_RANGE and not replica.leads and left <= 2:
+            return True
+    return False
+
+
+async def _until(happens: Callable[[], bool], seconds: float) -> bool:
+    """Wait for a moment that lasts no longer than a message takes; whether it came."""
+    end = determinism.now() + seconds
+    while not happens():
+        if determinism.now() > end:
+            return False
+        await determinism.sleep(LOOK_SECONDS)
+    return True
+
+
+async def _relay(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """Whoever comes to lead a range is cut off soon, often before anybody heard of it, and who was before comes back:
+    entries of many terms lie about, each on one node (Raft paper, figure 8)."""
+    leaders = _leaders(faults)
+    if not leaders:
+        return
+    range_id = faults.chance.choice(list(leaders))
+    term, away = leaders[range_id]
+    _cut_off(faults, away)
+    try:
+        for _ in range(faults.chance.randint(2, 5)):
+            known = term
+            await _until(lambda known=known: _leaders(faults).get(range_id, (0,))[0] > known, USURPING_SECONDS)  # type: ignore[misc]
+            leader = _leaders(faults).get(range_id)
+            if leader is None or leader[0] <= term:
+                return
+            term, last = leader[0], away
+            await determinism.sleep(faults.chance.choice([0.0, 0.0, faults.chance.uniform(0, 0.02), 0.2]))
+            away = leader[1]
+            if away is not last:
+                _reconnect(faults, last)
+                _cut_off(faults, away)
+    finally:
+        _reconnect(faults, away)
+
+
+async def _turncoat(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """A voter dies as soon as somebody leads by its vote, and comes back to one who wants its vote in the same term."""
+    leaders = _leaders(faults)
+    if not leaders:
+        return
+    range_id = faults.chance.choice(list(leaders))
+    term, old = leaders[range_id]
+    others = [node for node in faults.cluster.nodes.values() if node is not old and node.serving]
+    voter = faults.chance.choice([*others, old])
+    if voter is old or len(others) < 2:
+        return
+    if faults.chance.random() < 0.5:
+        voter.environment.disk.stall()
+    _cut_off(faults, old)
+    await _until(lambda: _leaders(faults).get(range_id, (0,))[0] > term, TURNING_SECONDS)
+    leader = _leaders(faults).get(range_id, (term, old))[1]
+    if leader in (old, voter):
+        voter.environment.disk.resume()
+        _reconnect(faults, old)
+        return
+    _cut_off(faults, leader)
+    if voter.alive:
+        await voter.power_off(chooser=LoseAll())
+    await voter.buried()
+    voter.start_soon()
+    _reconnect(faults, old)
+    for name in _others(faults, leader):
+        faults.cluster.network.block(leader.name, name)
+        faults.cluster.network.block(name, leader.name)
+    await determinism.sleep(TURNING_SECONDS)
+    _reconnect(faults, leader)
 
 
 async def _handover(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
@@ -163,12 +271,13 @@ async def _handover(faults: "Faults", one: SimulatedNode, two: SimulatedNode) ->
 
     async def deaf() -> None:
         await determinism.sleep(faults.chance.choice([0.0, 0.0003, 0.001, 0.003]))
+        if faults.healing:
+            return
         network = faults.cluster.network
-        for name in _others(faults, node):
+        for name in [*_others(faults, node), *_some_clients(faults, node)]:
             network.block(name, node.name)
         await determinism.sleep(faults.chance.uniform(0.2, 1.5))
-        for name in _others(faults, node):
-            network.unblock(name, node.name)
+        _reconnect(faults, node)
 
     faults.soon(deaf)
 
@@ -182,7 +291,7 @@ async def _lag(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None
             if node is not one and node.serving:
                 await _flushed(node)
         if faults.chance.random() < 0.6 and not faults.healing:
-            _power_off_now(faults, one, CATCHING_UP_CALLS_MAX)
+            _power_off_now(faults, one, faults.chance.choice(CATCHING_UP_CALLS_MAX))
 
     faults.soon(lag)
 
@@ -301,6 +410,8 @@ SEQUENCES: Final[dict[str, Callable[["Faults", SimulatedNode, SimulatedNode], Aw
     "blink": _blink,
     "depose": _depose,
     "usurp": _usurp,
+    "relay": _relay,
+    "turncoat": _turncoat,
     "handover": _handover,
     "lag": _lag,
     "lost-answers": _lost_answers,
