@@ -47,8 +47,8 @@ class Faults:
         """What was done, in words, with the moment."""
         self.count = 0
         self.healing = False
-        self.apart: dict[str, list[str]] = {}
-        """The clients that are cut off from a node together with the other nodes, by its name."""
+        self.slow_disks: set[str] = set()
+        """The nodes whose disks are slow now."""
         self._suspects: dict[str, float] = {}
         """Nodes whose disks lied or were full, and until when that may show."""
         self._pause_seconds = self.chance.choice([0.1, 0.3, 0.8])

@@ -27,7 +27,8 @@ REFUSING_SECONDS: Final = 3.0
 """For so long a node that must not serve is watched."""
 SOON_CALLS_MAX: Final = 25
 """A crash at once comes within so many calls."""
-CATCHING_UP_CALLS_MAX: Final = (30, 200, 1_000)
+INSTALLING_CALLS_MAX: Final = (2, 5, 50, 300)
+CATCHING_UP_SECONDS: Final = 1.5
 LOOK_SECONDS: Final = 0.0003
 """About what a message takes: a moment that lasts no longer is not missed."""
 USURPING_SECONDS: Final = 2.5
@@ -57,30 +58,32 @@ def _others(faults: "Faults", node: SimulatedNode) -> list[str]:
 
 
 def _cut_off(faults: "Faults", node: SimulatedNode) -> None:
-    """Nothing gets through between this node and the others, nor between it and some of the clients, who know it."""
+    """Nothing gets through between this node and the others. Clients reach all of them."""
     network = faults.cluster.network
-    for name in [*_others(faults, node), *_some_clients(faults, node)]:
+    for name in _others(faults, node):
         network.block(node.name, name)
         network.block(name, node.name)
 
 
 def _reconnect(faults: "Faults", node: SimulatedNode) -> None:
     network = faults.cluster.network
-    for name in [*_others(faults, node), *faults.apart.pop(node.name, ())]:
+    for name in _others(faults, node):
         network.unblock(node.name, name)
         network.unblock(name, node.name)
 
 
-def _some_clients(faults: "Faults", node: SimulatedNode) -> list[str]:
-    """Half of the clients of a node, whose connections are reset: they look elsewhere for what the others find here."""
+async def _divide_clients(faults: "Faults", node: SimulatedNode, seconds: float) -> None:
+    """Once another node leads, too, some clients of this one lose their connections and find the other; the rest
+    stay: what is written there and read here shows who answers without a right to. Takes ``seconds`` in all."""
+    end = determinism.now() + seconds
+    mine = {range_id for range_id, (_, leader) in _leaders(faults).items() if leader is node}
+    await _until(lambda: any(_leaders(faults).get(each, (0, node))[1] is not node for each in mine), seconds)
     network = faults.cluster.network
     ends = [each for each in network.streams.values() if each.incoming.source == node.name]
-    names = dict.fromkeys(each.incoming.target for each in ends if each.incoming.target.startswith("client"))
-    chosen = [name for name in names if faults.chance.random() < 0.5]
-    for name in chosen:
-        network.drop(node.name, name)
-    faults.apart.setdefault(node.name, []).extend(chosen)
-    return chosen
+    for name in dict.fromkeys(each.incoming.target for each in ends):
+        if name.startswith("client") and faults.chance.random() < 0.5:
+            network.drop(node.name, name)
+    await determinism.sleep(end - determinism.now())
 
 
 async def _isolate(faults: "Faults", node: SimulatedNode, seconds: float) -> None:
@@ -91,7 +94,7 @@ async def _isolate(faults: "Faults", node: SimulatedNode, seconds: float) -> Non
         await determinism.sleep(0.002)
     if not faults.healing:
         _cut_off(faults, node)
-        await determinism.sleep(seconds)
+        await _divide_clients(faults, node, seconds)
         _reconnect(faults, node)
 
 
@@ -142,20 +145,12 @@ async def _blink(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> No
 
 
 async def _depose(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
-    """Whoever leads most is cut off from the other nodes, or dies at once, several times in a row."""
-
-    async def several() -> None:
-        for _ in range(faults.chance.randint(1, 4)):
-            if faults.healing:
-                return
-            node = _leading(faults)
-            if node is not None:
-                if faults.chance.random() < 0.3:
-                    _power_off_now(faults, node, SOON_CALLS_MAX)
-                faults.soon(_isolate, faults, node, faults.chance.uniform(0.3, 3))
-            await determinism.sleep(faults.chance.uniform(0, 1.2))
-
-    faults.soon(several)
+    """A leader is cut off from the other nodes, or dies, for about as long as it takes to replace it."""
+    node = _leading(faults)
+    if node is not None:
+        if faults.chance.random() < 0.3:
+            _power_off_now(faults, node, SOON_CALLS_MAX)
+        await _isolate(faults, node, faults.chance.uniform(0.3, 3))
 
 
 async def _usurp(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
@@ -166,25 +161,18 @@ async def _usurp(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> No
         return
     rival = faults.chance.choice(others)
     network = faults.cluster.network
+    network.drop(leader.name, rival.name)
+    await determinism.sleep(0.002)
     network.block(leader.name, rival.name)
-    await _until(lambda: _about_to_campaign(rival), USURPING_SECONDS)
+    network.block(rival.name, leader.name)
+    await determinism.sleep(faults.chance.uniform(0.4, 1.2))  # it doubts its leader, and asks for votes again and again
     _cut_off(faults, leader)
     for node in others:
         if node is not rival and node.alive:
             await node.kill(kept_batches=faults.kept)
             node.start_soon()
-    await determinism.sleep(faults.chance.uniform(0.2, 0.8))
+    await _divide_clients(faults, leader, faults.chance.uniform(0.2, 0.8))
     _reconnect(faults, leader)
-
-
-def _about_to_campaign(node: SimulatedNode) -> bool:
-    """Whether one of its replicas has waited for a leader for so long that it will hardly wait any longer."""
-    for range_id, replica in node.inside.catalog.replicas.items() if node.serving else ():
-        raft = replica.raft.raft
-        left = raft.randomized_election_timeout - raft.election_elapsed
-        if range_id != PLACEMENT_RANGE and not replica.leads and left <= 2:
-            return True
-    return False
 
 
 async def _until(happens: Callable[[], bool], seconds: float) -> bool:
@@ -274,9 +262,9 @@ async def _handover(faults: "Faults", one: SimulatedNode, two: SimulatedNode) ->
         if faults.healing:
             return
         network = faults.cluster.network
-        for name in [*_others(faults, node), *_some_clients(faults, node)]:
+        for name in _others(faults, node):
             network.block(name, node.name)
-        await determinism.sleep(faults.chance.uniform(0.2, 1.5))
+        await _divide_clients(faults, node, faults.chance.uniform(0.2, 1.5))
         _reconnect(faults, node)
 
     faults.soon(deaf)
@@ -290,10 +278,14 @@ async def _lag(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None
         for node in faults.cluster.nodes.values():
             if node is not one and node.serving:
                 await _flushed(node)
-        if faults.chance.random() < 0.6 and not faults.healing:
-            _power_off_now(faults, one, faults.chance.choice(CATCHING_UP_CALLS_MAX))
+        if faults.chance.random() < 0.7 and await _until(lambda: _installs(one), CATCHING_UP_SECONDS):
+            _power_off_now(faults, one, faults.chance.choice(INSTALLING_CALLS_MAX))
 
     faults.soon(lag)
+
+
+def _installs(node: SimulatedNode) -> bool:
+    return node.serving and any(replica.installing for replica in node.inside.catalog.replicas.values())
 
 
 async def _flushed(node: SimulatedNode) -> None:
@@ -337,6 +329,23 @@ async def _split_retry(faults: "Faults", one: SimulatedNode, two: SimulatedNode)
 
 
 # Disks that are not what they should be
+
+
+async def _slow_disk(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """Every job of a disk takes long: what is written waits behind what is being synced."""
+    if one.name in faults.slow_disks:
+        return
+    faults.slow_disks.add(one.name)
+    usual = one.environment.workers.latency_seconds
+    seconds = faults.chance.choice([0.005, 0.03, 0.1])
+    one.environment.workers.latency_seconds = lambda: seconds
+
+    async def quicken() -> None:
+        await determinism.sleep(faults.chance.uniform(0.3, 3))
+        one.environment.workers.latency_seconds = usual
+        faults.slow_disks.discard(one.name)
+
+    faults.soon(quicken)
 
 
 async def _refused(faults: "Faults", node: SimulatedNode, disk: SimulatedDisk, engine: MemoryEngine, why: str) -> None:
@@ -416,6 +425,7 @@ SEQUENCES: Final[dict[str, Callable[["Faults", SimulatedNode, SimulatedNode], Aw
     "lag": _lag,
     "lost-answers": _lost_answers,
     "split-retry": _split_retry,
+    "slow-disk": _slow_disk,
     "rot": _rot,
     "reborn": _reborn,
 }
