@@ -12,6 +12,7 @@ from typing import Final
 
 import trio
 
+from shardkv.config import StorageConfig
 from shardkv.errors import ShardKVError
 from shardkv.server.inside import Inside
 from shardkv.simulation import determinism
@@ -107,8 +108,10 @@ class Run:
         seed = settings.seed
         self.trace.record("run", settings)
         try:
+            segment_bytes = determinism.seeded_random("segments", seed).choice([64 * 1024, 256 * 1024])
+            storage = StorageConfig(engine="memory", segment_bytes=segment_bytes)
             async with simulated_cluster(
-                settings.nodes, seed=seed, split_bytes=SPLIT_BYTES, trace=self.trace
+                settings.nodes, seed=seed, split_bytes=SPLIT_BYTES, trace=self.trace, storage=storage
             ) as cluster:
                 chance = determinism.seeded_random("keys", seed)
                 workload = self.workload = Workload(cluster, seed, settings.workload, settings.rate)

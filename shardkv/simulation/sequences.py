@@ -279,13 +279,19 @@ async def _lag(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None
             if node is not one and node.serving:
                 await _flushed(node)
         if faults.chance.random() < 0.7 and await _until(lambda: _installs(one), CATCHING_UP_SECONDS):
-            _power_off_now(faults, one, faults.chance.choice(INSTALLING_CALLS_MAX))
+            if faults.chance.random() < 0.5:
+                _power_off_now(faults, one, faults.chance.choice(INSTALLING_CALLS_MAX))
+            elif one.alive:
+                await one.power_off(chooser=LoseAll())
+                await faults.restart_later(one)
 
     faults.soon(lag)
 
 
 def _installs(node: SimulatedNode) -> bool:
-    return node.serving and any(replica.installing for replica in node.inside.catalog.replicas.values())
+    """Whether the old rows of a range are going and the new ones are not all there."""
+    replicas = node.inside.catalog.replicas.values() if node.serving else ()
+    return any(replica.installing and replica.machine is None for replica in replicas)
 
 
 async def _flushed(node: SimulatedNode) -> None:

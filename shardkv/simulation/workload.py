@@ -19,7 +19,7 @@ from shardkv.errors import (
     Unavailable,
     VersionMismatch,
 )
-from shardkv.simulation import determinism
+from shardkv.simulation import determinism, errands
 from shardkv.simulation.checkers.acknowledged import NoWriteLost
 from shardkv.simulation.checkers.counters import ExactlyOnce
 from shardkv.simulation.checkers.failing_window import explain_result
@@ -32,6 +32,7 @@ CLIENTS: Final = 6
 READERS: Final = 2
 """Of the clients. They never wait for a write that goes nowhere, so they see what a leader that is cut off answers."""
 CALL_SECONDS: Final = 3.0
+ERRAND_SECONDS: Final = 3 * CALL_SECONDS
 LATE_SECONDS: Final = 0.6
 """What a call may take beyond its timeout, clocks that drift included."""
 GENERATION_SECONDS: Final = 20.0
@@ -44,8 +45,9 @@ WORKLOADS: Final[Mapping[str, Mapping[str, int]]] = MappingProxyType(
     {
         "mixed": {
             "get": 4, "near-get": 2, "put": 4, "delete": 1, "cas": 2, "increment": 4, "count": 1,
-            "ledger-put": 3, "ledger-get": 2, "scan": 1, "bulk": 1, "many": 1,
+            "ledger-put": 3, "ledger-get": 2, "scan": 1, "bulk": 1, "many": 1, "errand": 2,
         },
+        "errands": {"errand": 8, "put": 2, "get": 2, "increment": 1},
         "counters": {"increment": 8, "count": 2},
         "registers": {"get": 5, "near-get": 3, "put": 4, "delete": 2, "cas": 3},
         "ledger": {"ledger-put": 6, "ledger-get": 4, "scan": 1, "bulk": 1, "many": 1},
@@ -304,6 +306,14 @@ class Workload:
             if reached is None or key <= reached:
                 self._seen(key, found.get(key), floor)
         return True
+
+    async def _errand(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        self.calls += 1
+        began = self.cluster.now
+        with determinism.deadline_after(ERRAND_SECONDS):
+            await errands.run(self.cluster, kv, chance, self.generation)
+        if self.cluster.now - began > ERRAND_SECONDS + LATE_SECONDS:
+            raise Violation("every-call-ends", f"an errand took {self.cluster.now - began:.2f} s")
 
     async def _bounded(self, function: Callable[[], Awaitable[Any]]) -> Any:
         """A scan's timeout is for each page; here it is given up as a whole like any other call."""

@@ -1,0 +1,245 @@
+"""What clients do besides, in every corner of what they may ask: range deletes, large values, nonsense, hasty goodbyes.
+
+Lives here: calls of which only this is judged: they end in time, and with an answer or an error that the contract
+allows. Does not live here: calls whose answers are remembered (``workload``). The rule: an errand touches keys of its
+own family only, so that nothing it does shows in a history.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import trio
+
+from shardkv.errors import RequestError, ShardKVError
+from shardkv.simulation import determinism
+from shardkv.simulation.checkers.violation import Violation
+from shardkv.simulation.cluster import Cluster
+from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX
+from shardkv.wire.frames import FrameKind, encode_frame
+from shardkv.wire.handshake import MAGIC
+from shardkv.wire.requests import Method
+from shardkv_client import Client, Settings, connect
+
+SECONDS: Final = 2.5
+"""For each call of an errand."""
+STRANGER_BYTES: Final = 300
+SMALL: Final = Settings(
+    calls_in_flight_max=4,
+    keys_per_get_max=3,
+    commands_per_write_max=3,
+    scan_page_entries_max=3,
+    requests_per_frame_max=2,
+    bytes_per_write_max=1_000,
+)
+"""Bounds that a busy program meets, for one that is not."""
+
+Errand = Callable[[Cluster, Client, determinism.SeededRandom, bytes], Awaitable[object]]
+
+
+async def run(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, generation: int) -> None:
+    """One errand, drawn. Raises what no caller should see."""
+    prefix = b"%ce-%03d-" % (97 + chance.randrange(26), generation)
+    errand = chance.choice(ERRANDS)
+    try:
+        await errand(cluster, kv, chance, prefix)
+    except ShardKVError as error:
+        if isinstance(error, RequestError) and errand in VALID:
+            raise Violation("errand-answered", f"{errand.__name__}: {type(error).__name__}: {error}") from error
+
+
+async def _many(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """Pairs that come one by one, and go again together."""
+
+    async def pairs() -> AsyncIterator[tuple[bytes, bytes]]:
+        for number in range(chance.randint(1, 40)):
+            await determinism.sleep(0)
+            yield prefix + b"%02d" % number, bytes(chance.randrange(200))
+
+    await kv.put_many(pairs(), timeout=SECONDS, progress=lambda count: None)
+    await kv.get_many([prefix + b"%02d" % number for number in range(40)] * 2, timeout=SECONDS)
+    await kv.delete_range(prefix=prefix, timeout=SECONDS)
+
+
+async def _large(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    key = prefix + b"large"
+    value = chance.choice([b"l", b"m", b"n"]) * chance.choice([20_000, 300_000, VALUE_BYTES_MAX])
+    await kv.put(key, value, timeout=SECONDS)
+    entry = await kv.get(key, timeout=SECONDS)
+    if entry is not None and len(entry.value) not in (20_000, 300_000, VALUE_BYTES_MAX):
+        raise Violation("errand-answered", f"{key!r} has {len(entry.value)} bytes")
+    await kv.delete(key, timeout=SECONDS)
+
+
+async def _scans(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """Every shape of a scan; some are not read to their end."""
+    reverse = chance.random() < 0.5
+    consistency = chance.choice(["linearizable", "follower", "stale"])
+    keys: list[bytes] = []
+    async with kv.scan(
+        chance.choice([b"", b"c"]),
+        chance.choice([None, b"t"]),
+        limit=chance.choice([None, 5]),
+        reverse=reverse,
+        keys_only=chance.random() < 0.5,
+        consistency=consistency,
+        timeout=SECONDS / 3,
+    ) as entries:
+        with determinism.deadline_after(SECONDS):
+            async for entry in entries:
+                keys.append(entry.key)
+                if chance.random() < 0.02:
+                    break
+    if keys != sorted(set(keys), reverse=reverse):
+        raise Violation("scan-order", f"a scan in {'reverse' if reverse else 'order'} gave {keys}")
+
+
+async def _near(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    consistency = chance.choice(["stale", "follower"])
+    await kv.get(prefix + b"00", consistency=consistency, timeout=SECONDS)
+    await kv.get_many([prefix + b"%02d" % each for each in range(30)], consistency=consistency, timeout=SECONDS)
+
+
+async def _hasty(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """Calls that nobody waits for to the end."""
+    calls: list[Callable[[], Awaitable[object]]] = [
+        lambda: kv.put(prefix + b"hasty", b"v", timeout=SECONDS),
+        lambda: kv.get(prefix + b"hasty", timeout=SECONDS),
+        lambda: kv.put_many({prefix + b"h%d" % each: b"v" for each in range(20)}, timeout=SECONDS),
+        lambda: kv.get_many([prefix + b"h%d" % each for each in range(20)], timeout=SECONDS),
+        lambda: kv.delete_range(prefix=prefix, timeout=SECONDS),
+        lambda: kv.status(timeout=SECONDS),
+    ]
+    with determinism.deadline_after(chance.choice([0.0, 0.0005, 0.002, 0.01])):
+        await chance.choice(calls)()
+
+
+async def _nonsense(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """What the contract forbids; each must be refused before anything is done."""
+    anything: Any = kv
+    wrong: list[Callable[[], Any]] = [
+        lambda: anything.put("text", b"v"),
+        lambda: anything.put(prefix, "text"),
+        lambda: kv.put(b"", b"v"),
+        lambda: kv.put(b"k" * (KEY_BYTES_MAX + 1), b"v"),
+        lambda: kv.put(prefix, bytes(VALUE_BYTES_MAX + 1)),
+        lambda: kv.put(prefix, b"v", if_version=-1),
+        lambda: kv.increment(prefix, 1 << 63),
+        lambda: kv.get(prefix, consistency="guessed"),
+        lambda: kv.get(prefix, timeout=-1),
+        lambda: anything.get_many(prefix),
+        lambda: anything.put_many([(prefix, 1)]),
+        lambda: kv.delete_range(b"b", b"a"),
+        lambda: kv.call(Method.STATUS, key=prefix, range_id=1),
+        lambda: kv.call(99),
+        lambda: kv.call(Method.RANGES, range_id=1 << 40),
+        lambda: kv.call(Method.NODE_STATUS, node_id=77, timeout=0.5),
+        lambda: _walked(anything.scan(b"", limit=-1)),
+        lambda: _walked(anything.scan(prefix="text")),
+    ]
+    try:
+        await chance.choice(wrong)()
+    except (TypeError, ValueError, ShardKVError):
+        return
+
+
+async def _walked(entries: Any) -> None:
+    async for _ in entries:
+        pass
+
+
+async def _malformed(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """Requests that no client of ours makes, through one that lets them pass."""
+    requests: list[tuple[int, tuple[object, ...]]] = [
+        (Method.GET, ()),
+        (Method.GET, (0, [b""])),
+        (Method.GET, (9, [prefix])),
+        (Method.SCAN, (0,)),
+        (Method.SCAN, (0, b"b", b"a", 1, 1, False, False)),
+        (Method.WRITE, (b"short", b"")),
+        (Method.WRITE, (bytes(16), b"\x80")),
+        (Method.WRITE, (bytes(16), b"\x81\x80")),
+        (Method.SPLIT, (1,)),
+        (Method.SPLIT, (b"",)),
+        (Method.TRANSFER, (b"x",)),
+        (Method.TRANSFER, (1, 99)),
+        (Method.SNAPSHOT, (b"x",)),
+        (Method.CHANGE_REPLICAS, (1,)),
+        (Method.CHANGE_REPLICAS, (1, [["promote", 1, 99]], 1)),
+        (Method.CHANGE_REPLICAS, (1, [["add_learner", 1, 1]], 3)),
+        (Method.ROUTES, (7,)),
+        (Method.JOIN, ()),
+        (Method.HEARTBEAT, (1,)),
+        (Method.PLACEMENT, (b"",)),
+    ]
+    method, arguments = chance.choice(requests)
+    await kv.call(method, *arguments, key=prefix, timeout=SECONDS / 2)
+
+
+async def _operators(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """What people look at, and what they ask for."""
+    await kv.status(timeout=SECONDS)
+    for node in await kv.nodes(timeout=SECONDS):
+        await kv.call(Method.NODE_STATUS, node_id=node.id, timeout=SECONDS / 5)
+    ranges = await kv.ranges(timeout=SECONDS)
+    descriptor, _ = chance.choice(ranges)
+    await kv.call(Method.SNAPSHOT, descriptor.range_id, range_id=descriptor.range_id, timeout=SECONDS)
+    await kv.call(Method.RANGES, timeout=SECONDS)
+
+
+async def _visitor(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """A program that opens a client of its own, asks for more than it may at once, and leaves without waiting."""
+    environment = cluster.client_environment()
+    async with connect(cluster.addresses, environment=environment, settings=SMALL) as visitor:
+        async with trio.open_nursery() as nursery:
+            for number in range(12):
+                nursery.start_soon(_quietly, visitor.put(prefix + b"v%02d" % number, bytes(200), timeout=SECONDS))
+                nursery.start_soon(_quietly, visitor.get(prefix + b"v%02d" % number, timeout=SECONDS))
+            if chance.random() < 0.5:
+                await determinism.sleep(chance.uniform(0, 0.02))
+                await visitor.aclose()
+        await _quietly(visitor.put_many({prefix + b"w%02d" % each: bytes(300) for each in range(12)}, timeout=SECONDS))
+        await _quietly(visitor.get_many([prefix + b"w%02d" % each for each in range(12)], timeout=SECONDS))
+        await _quietly(_walked(visitor.scan(prefix=prefix, timeout=SECONDS)))
+        await _quietly(visitor.delete_range(prefix=prefix, timeout=SECONDS))
+
+
+async def _quietly(call: Awaitable[object]) -> None:
+    with determinism.deadline_after(SECONDS):
+        try:
+            await call
+        except ShardKVError:
+            pass
+
+
+async def _text(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """A number that is none."""
+    await kv.put(prefix + b"text", chance.choice([b"text", b"9" * 19, b"-5"]), timeout=SECONDS)
+    await _quietly(kv.increment(prefix + b"text", 1 << 62, timeout=SECONDS))
+    await kv.delete(prefix + b"text", timeout=SECONDS)
+
+
+async def _stranger(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """Somebody who does not speak the protocol, or not to the end."""
+    address = chance.choice([node.address for node in cluster.nodes.values()])
+    with determinism.deadline_after(SECONDS):
+        try:
+            stream = await cluster.client_environment().dial(address)
+        except (OSError, ShardKVError):
+            return
+        kind = chance.choice(list(FrameKind))
+        noise = chance.randbytes(chance.randrange(STRANGER_BYTES))
+        said = [noise, encode_frame(kind, noise), MAGIC + noise, (1 << 30).to_bytes(4, "big") + noise]
+        try:
+            await stream.send_all(chance.choice(said))
+            if chance.random() < 0.5:
+                await stream.receive(1_000)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        await stream.aclose()
+
+
+ERRANDS: Final[tuple[Errand, ...]] = (
+    *(_many, _large, _scans, _near, _hasty, _nonsense, _malformed, _operators, _visitor, _text, _stranger),
+)
+VALID: Final = frozenset({_many, _scans, _near, _hasty})
+"""Errands that ask for nothing that could be refused as wrong."""
