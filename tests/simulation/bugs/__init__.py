@@ -1,0 +1,9 @@
+"""Deliberate bugs, and the proof that the simulator finds them: ``python -m tests.simulation.bugs``."""
+
+from typing import Final
+
+from tests.simulation.bugs import clients, elections, state
+from tests.simulation.bugs.table import Bug
+
+ALL: Final[dict[str, Bug]] = {bug.name: bug for bug in (*elections.BUGS, *state.BUGS, *clients.BUGS)}
+"""Every bug by its name."""

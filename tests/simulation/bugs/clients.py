@@ -1,0 +1,103 @@
+"""Deliberate bugs in the client, and in what a server tells it."""
+
+from typing import Any
+
+from shardkv.errors import Unavailable
+from shardkv.machine import reads
+from shardkv.multiraft.driver import Driver
+from shardkv.server import requests
+from shardkv_client.core import answers
+from shardkv_client.core.calls import WriteCall
+from shardkv_client.core.ledger import Ledger
+from tests.simulation.bugs.table import Bug, Patches, patch
+
+
+def retry_under_a_new_sequence() -> Patches:
+    original = Ledger.requeue
+
+    def requeue(ledger: Ledger, calls: list[Any]) -> None:
+        for call in calls:
+            if isinstance(call, WriteCall) and call.sealed is not None and not call.done:
+                ledger.settle(call)
+        original(ledger, calls)
+
+    return [patch.object(Ledger, "requeue", requeue)]
+
+
+def certainly_not_applied() -> Patches:
+    return [patch.object(answers, "failure", lambda call, reason: Unavailable(reason))]
+
+
+def answered_when_proposed() -> Patches:
+    """Puts are answered with the version that they will probably get."""
+    original = Driver._propose_writes
+
+    def propose_writes(driver: Driver, replica: Any) -> None:
+        for group in replica.waiting:
+            if all(command[0] == 0 and command[7] is None for command in group.decoded):
+                first = driver.hybrid_clock.now() + 1
+                group.requester.answer(group.request_id, [first + place for place in range(len(group.decoded))])
+        waiting = [each for each in replica.waiting if not all(c[0] == 0 and c[7] is None for c in each.decoded)]
+        told = [each._replace(requester=_Nobody()) for each in replica.waiting if each not in waiting]
+        replica.waiting = waiting + told
+        original(driver, replica)
+
+    return [patch.object(Driver, "_propose_writes", propose_writes)]
+
+
+class _Nobody:
+    def answer(self, request_id: int, result: Any) -> None: ...
+
+    def refuse(self, request_id: int, error: Any) -> None: ...
+
+
+def scan_says_that_is_all() -> Patches:
+    original = reads.scan_page
+
+    def scan_page(*arguments: Any) -> tuple[list[Any], bool]:
+        return original(*arguments)[0], False
+
+    return [patch.object(reads, "scan_page", scan_page)]
+
+
+def small_pages() -> Patches:
+    return [patch.object(requests, "SCAN_PAGE_ENTRIES_MAX", 5)]
+
+
+BUGS = (
+    Bug(
+        "retry-under-a-new-sequence",
+        "a retry is the same command (DESIGN 4.6)",
+        retry_under_a_new_sequence,
+        ("lost-answers", "blink"),
+        1,
+        workload="counters",
+        rate=100,
+    ),
+    Bug(
+        "unknown-told-as-not-applied",
+        "Unavailable only if nothing was ever sent (DESIGN 2.4)",
+        certainly_not_applied,
+        ("depose", "stall", "slow"),
+        1,
+        workload="counters",
+        rate=100,
+    ),
+    Bug(
+        "answered-when-proposed",
+        "a write is answered after the local apply (DESIGN 4.5)",
+        answered_when_proposed,
+        ("kill", "depose"),
+        1,
+        workload="ledger",
+    ),
+    Bug(
+        "scan-ends-early",
+        "a scan says whether more keys remain (DESIGN 2.3)",
+        scan_says_that_is_all,
+        ("transfer",),
+        1,
+        workload="ledger",
+        tuning=small_pages,
+    ),
+)

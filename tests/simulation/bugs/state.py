@@ -1,0 +1,404 @@
+"""Deliberate bugs in what is kept: state machine, sessions, splits, snapshots, the log on disk, versions."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from shardkv.machine import execution, keys
+from shardkv.machine.entries import GENERATION
+from shardkv.machine.execution import WriteRun
+from shardkv.machine.machine import Applied, RangeMachine
+from shardkv.machine.snapshot import replace_rows, snapshot_rows
+from shardkv.multiraft import replica as replica_module
+from shardkv.multiraft import snapshot_parts, snapshots
+from shardkv.multiraft.driver import Driver
+from shardkv.multiraft.maintenance import Maintenance
+from shardkv.multiraft.replica import Replica
+from shardkv.multiraft.snapshots import Snapshots
+from shardkv.raft.messages import Message
+from shardkv.server import requests
+from shardkv.storage import segment, wal
+from shardkv.storage.engine import Reader, WriteBatch
+from shardkv.storage.log_state import LogState
+from shardkv.storage.recovery import _Recovery
+from shardkv.storage.segment import Segment, Spares
+from shardkv.storage.wal import LogUpdate, Wal
+from shardkv.transport.handshake import KnownBoots
+from shardkv.types import EVERY_KEY, RangeDescriptor, RangeId
+from shardkv_placement import commands
+from shardkv_placement.state import PlacementState
+from tests.simulation.bugs.table import Bug, Patches, patch
+
+# Sessions
+
+
+def sessions_left_out_of_snapshots() -> Patches:
+    def rows(reader: Reader, descriptor: RangeDescriptor, **how: Any) -> Iterator[tuple[bytes, bytes]]:
+        start, end = keys.kind_span(descriptor.range_id, keys.SESSIONS)
+        return (row for row in snapshot_rows(reader, descriptor, **how) if not start <= row[0] < end)
+
+    return [patch.object(snapshot_parts, "snapshot_rows", rows)]
+
+
+def sessions_left_behind_by_a_split() -> Patches:
+    original = RangeMachine.create
+
+    def create(descriptor: RangeDescriptor, *, sessions: bytes | None = None, **how: Any) -> RangeMachine:
+        return original(descriptor, **how)
+
+    return [patch.object(RangeMachine, "create", create)]
+
+
+def retries_are_new() -> Patches:
+    return [
+        patch.object(execution._General, "_recorded", lambda general, sequence: None),
+        patch.object(execution, "_run_plain_put", lambda run, session_id, commands: None),
+        patch.object(execution, "_run_plain_puts", lambda run, session_id, commands: None),
+    ]
+
+
+# Applying
+
+
+def epoch_checked_only_when_proposed() -> Patches:
+    original = WriteRun.run
+
+    def run_anyway(run: WriteRun, entry: list[Any]) -> list[list[Any]]:
+        anyway = list(entry)
+        anyway[GENERATION] = run.descriptor.epoch.span
+        run.descriptor = run.descriptor.with_span(EVERY_KEY, run.descriptor.epoch)
+        return original(run, anyway)
+
+    return [patch.object(WriteRun, "run", run_anyway)]
+
+
+def applied_index_apart() -> Patches:
+    def write(self: Driver, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:
+        indices = WriteBatch()
+        for replica in touched.values():
+            if replica.machine is not None:
+                replica.machine.finish(indices)
+        if indices:
+            self.engine.write(indices)
+        if batch:
+            self.engine.write(batch)
+        return WriteBatch()
+
+    return [patch.object(Driver, "_write", write)]
+
+
+def applied_index_left_out() -> Patches:
+    def write(self: Driver, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:
+        if batch:
+            self.engine.write(batch)
+        return WriteBatch()
+
+    return [patch.object(Driver, "_write", write)]
+
+
+def versions_as_proposed() -> Patches:
+    original = RangeMachine.apply
+
+    def apply(machine: RangeMachine, *arguments: Any, **how: Any) -> Applied:
+        machine.last_timestamp = 0
+        return original(machine, *arguments, **how)
+
+    return [patch.object(RangeMachine, "apply", apply)]
+
+
+def reads_of_a_span_that_moved() -> Patches:
+    def check_route(replica: Replica, span_generation: int) -> RangeMachine:
+        if replica.machine is None:
+            raise replica.not_leader()
+        return replica.machine
+
+    original = requests.reads.get
+
+    def get(machine: RangeMachine, reader: Reader, user_keys: list[bytes]) -> list[list[Any] | None]:
+        anything: Any = SimpleNamespace(descriptor=SimpleNamespace(span=EVERY_KEY))
+        return original(anything, reader, user_keys)
+
+    return [patch.object(Replica, "check_route", check_route), patch.object(requests.reads, "get", get)]
+
+
+def entries_follow_at_once() -> Patches:
+    return [patch.object(replica_module, "PIPELINE_NS", 0)]
+
+
+# Ids
+
+
+def range_id_used_twice() -> Patches:
+    original = PlacementState._allocate
+
+    def allocate(state: PlacementState, command: commands.Allocate, *arguments: Any) -> list[int]:
+        first_range, first_replica = original(state, command, *arguments)
+        return [first_range - (first_range > 3), first_replica]
+
+    return [patch.object(PlacementState, "_allocate", allocate)]
+
+
+def replica_id_used_twice() -> Patches:
+    """A node that comes back with nothing is taken for the one that had its name, and gets its replicas' ids."""
+    register, started = PlacementState._register_node, PlacementState._node_started
+
+    def register_node(state: PlacementState, command: commands.RegisterNode, *arguments: Any) -> int:
+        named = state.node_named(command.name)
+        return named.node_id if named is not None else register(state, command, *arguments)
+
+    def node_started(state: PlacementState, command: commands.NodeStarted, *arguments: Any) -> bool:
+        return command.boot < state._node(command.node_id).boot or started(state, command, *arguments)
+
+    return [
+        patch.object(PlacementState, "_register_node", register_node),
+        patch.object(PlacementState, "_node_started", node_started),
+        patch.object(KnownBoots, "observe", lambda known, node_id, boot: None),
+    ]
+
+
+# Snapshots
+
+
+def install_without_the_mark() -> Patches:
+    def begin_install(
+        batch: WriteBatch,
+        descriptor: RangeDescriptor,
+        index: int,
+        term: int,
+        previous: RangeDescriptor | None = None,
+        **how: Any,
+    ) -> None:
+        replace_rows(batch, descriptor, previous, **how)
+
+    return [patch.object(snapshots, "begin_install", begin_install)]
+
+
+def ingest_without_flush() -> Patches:
+    original = Snapshots._when_room
+
+    async def when_room(self: Snapshots, step: Any, *arguments: Any) -> None:
+        if self._engine.flush not in arguments:
+            await original(self, step, *arguments)
+
+    return [patch.object(Snapshots, "_when_room", when_room)]
+
+
+def install_without_a_new_log() -> Patches:
+    original = Driver.log_snapshot
+
+    def log_snapshot(self: Driver, replica: Replica, update: LogUpdate, message: Message) -> None:
+        update.reset = None
+        original(self, replica, update, message)
+
+    return [patch.object(Driver, "log_snapshot", log_snapshot)]
+
+
+# The log on disk
+
+
+def no_fsync() -> Patches:
+    def sync(self: Wal, segment: Segment, sequence: int, end: int) -> None:
+        self._syncs += 1
+        self._synced_place = wal._place(segment, end)
+        self._synced_sequence = sequence
+
+    return [patch.object(Wal, "_sync", sync)]
+
+
+def damage_is_cut_off() -> Patches:
+    return [patch.object(_Recovery, "_judge", lambda recovery, damage, later: None)]
+
+
+def segments_dropped_too_early() -> Patches:
+    def dead_segments(state: LogState) -> list[Segment]:
+        return list(state.segments.values())[:-1]
+
+    return [patch.object(wal, "dead_segments", dead_segments)]
+
+
+def compacted_before_the_flush() -> Patches:
+    async def flush_and_compact(self: Maintenance) -> None:
+        self._driver.log_all()
+        updates = []
+        for range_id, replica in self._driver.catalog.replicas.items():
+            if replica.machine is not None and not replica.installing:
+                update = self._compaction(range_id, replica.machine.applied_index)
+                if update is not None:
+                    updates.append(update)
+        if updates:
+            self._driver.append_now(updates)
+
+    return [patch.object(Maintenance, "flush_and_compact", flush_and_compact)]
+
+
+def new_segment_not_in_its_directory() -> Patches:
+    original = Spares.install
+
+    def install(self: Spares, of: Segment) -> None:
+        disk = self._disk
+        self._disk = _WithoutDirectories(disk)
+        try:
+            original(self, of)
+        finally:
+            self._disk = disk
+
+    return [patch.object(segment.Spares, "install", install)]
+
+
+class _WithoutDirectories:
+    """A disk whose directories are never synced."""
+
+    def __init__(self, disk: Any) -> None:
+        self._disk = disk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._disk, name)
+
+    def sync_directory(self, path: str) -> None:
+        pass
+
+
+def small_segments() -> Patches:
+    """What is small turns over often."""
+    original = Wal.open.__func__  # type: ignore[attr-defined]
+
+    def opened(cls: type[Wal], disk: Any, directory: str, settings: wal.WalSettings, **how: Any) -> Wal:
+        return original(cls, disk, directory, wal.WalSettings(segment_bytes=16 * 1024), **how)  # type: ignore[no-any-return]
+
+    return [patch.object(Wal, "open", classmethod(opened))]
+
+
+_POWER = ("blackout", "sudden", "power")
+
+BUGS = (
+    Bug(
+        "snapshot-without-sessions",
+        "the dedupe table is in snapshots (trap 12)",
+        sessions_left_out_of_snapshots,
+        ("lag", "flush", "lost-answers"),
+        1,
+        workload="counters",
+    ),
+    Bug(
+        "split-without-sessions",
+        "the dedupe table is copied on a split (trap 12)",
+        sessions_left_behind_by_a_split,
+        ("split-retry", "lost-answers"),
+        1,
+        workload="counters",
+        rate=100,
+    ),
+    Bug(
+        "retry-applied-twice",
+        "a command is applied once, however often it comes (DESIGN 4.6)",
+        retries_are_new,
+        ("lost-answers",),
+        1,
+        workload="counters",
+        rate=100,
+    ),
+    Bug(
+        "epoch-checked-at-propose-only",
+        "the epoch is checked again when an entry is applied (trap 4)",
+        epoch_checked_only_when_proposed,
+        ("split-retry", "split", "slow"),
+        1,
+        rate=100,
+        tuning=entries_follow_at_once,
+    ),
+    Bug(
+        "applied-index-apart",
+        "the applied index is in the batch of its data (trap 10)",
+        applied_index_apart,
+        ("kill", "sudden", "call"),
+        1,
+    ),
+    Bug(
+        "applied-index-left-out",
+        "a batch holds the applied index (trap 10)",
+        applied_index_left_out,
+        ("kill", "blink", "flush"),
+        1,
+    ),
+    Bug(
+        "version-not-raised",
+        "a version is above all the range has seen (DESIGN 4.4)",
+        versions_as_proposed,
+        ("step", "transfer"),
+        1,
+        workload="ledger",
+        rate=100,
+    ),
+    Bug(
+        "read-of-a-moved-span",
+        "a read's epoch is the applied one (trap 21)",
+        reads_of_a_span_that_moved,
+        ("split", "split-retry", "transfer"),
+        1,
+        rate=100,
+    ),
+    Bug("range-id-used-twice", "ids are never used twice (DESIGN 4.10)", range_id_used_twice, ("split",), 1),
+    Bug(
+        "replica-id-used-twice",
+        "a node on an empty disk is not who had its name (traps 3, 24)",
+        replica_id_used_twice,
+        ("reborn",),
+        1,
+    ),
+    Bug(
+        "install-without-the-mark",
+        "an unfinished install is known by its mark (trap 19)",
+        install_without_the_mark,
+        ("lag", "flush"),
+        1,
+    ),
+    Bug(
+        "ingest-without-flush",
+        "what came before an ingest is flushed before it (trap 19)",
+        ingest_without_flush,
+        ("lag", "flush"),
+        1,
+        workload="registers",
+        rate=100,
+    ),
+    Bug(
+        "install-without-a-new-log",
+        "after an install the log begins anew (DESIGN 4.3)",
+        install_without_a_new_log,
+        ("lag", "flush", "kill"),
+        1,
+    ),
+    Bug("no-fsync", "nothing is said before it is synced (trap 10)", no_fsync, _POWER, 1),
+    Bug(
+        "damage-below-the-synced-mark-cut-off",
+        "recovery cuts off nothing that was synced (DESIGN 4.3)",
+        damage_is_cut_off,
+        ("rot",),
+        1,
+    ),
+    Bug(
+        "segment-dropped-while-needed",
+        "a segment lives as long as an entry in it (trap 20)",
+        segments_dropped_too_early,
+        ("kill", "flush", "blink"),
+        1,
+        workload="bulk",
+        tuning=small_segments,
+    ),
+    Bug(
+        "compacted-before-the-flush",
+        "an entry leaves the log after the engine has flushed it (trap 20)",
+        compacted_before_the_flush,
+        ("flush", "kill", "power"),
+        1,
+    ),
+    Bug(
+        "directory-not-synced",
+        "a new segment's name is synced before anything in it counts (DESIGN 4.3)",
+        new_segment_not_in_its_directory,
+        _POWER,
+        1,
+        workload="bulk",
+        tuning=small_segments,
+    ),
+)
