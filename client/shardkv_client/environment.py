@@ -16,7 +16,7 @@ import anyio
 
 from shardkv.wire.address import parse_address
 
-RECEIVE_BUFFER_BYTES: Final = 256 * 1024
+RECEIVE_BUFFER_BYTES: Final = 64 * 1024
 
 
 class Stream(Protocol):
