@@ -15,6 +15,7 @@ import trio
 
 from shardkv.config import NodeConfig, RangesConfig, StorageConfig
 from shardkv.errors import RoutingError, ShardKVError, Unavailable
+from shardkv.multiraft.snapshots import Snapshots
 from shardkv.server.inside import Inside
 from shardkv.server.internal_client import ClientEnvironment
 from shardkv.server.node import run_node
@@ -93,6 +94,9 @@ class SimulatedNode:
         inside.catalog.check()
         for replica in inside.catalog.replicas.values():
             replica.check()
+        inside.driver.space.check()
+        if isinstance(inside.driver.snapshots, Snapshots):
+            inside.driver.snapshots.check()
         inside.wal.check()
         inside.hybrid_clock.check()
 

@@ -109,6 +109,7 @@ class Workload:
             while not self.stopped:
                 kind = chance.choices(kinds, often)[0]
                 await getattr(self, "_" + kind.replace("-", "_"))(kv, chance)
+                _check(kv)
                 await determinism.sleep(chance.expovariate(1 / self._pause_seconds))
 
     async def call(self, what: str, key: object, call: Awaitable[Any]) -> tuple[str, Any]:
@@ -320,6 +321,12 @@ class Workload:
         with determinism.deadline_after(CALL_SECONDS):
             return await function()
         raise Unavailable("the scan took too long")
+
+
+def _check(kv: Client) -> None:
+    """Every invariant of a client that is in use."""
+    if kv._host is not None and not kv._host.core.closed:
+        kv._host.core.check()
 
 
 async def _perform(kv: Client, key: bytes, operation: Operation, near: bool) -> Any:
