@@ -1,0 +1,60 @@
+"""Faults in sequence, and errands: a sound database withstands each, and what they are to provoke does happen."""
+
+import pytest
+
+from shardkv.simulation import run_deterministically, simulated_cluster
+from shardkv.simulation.checkers.violation import Violation
+from shardkv.simulation.cluster import SimulatedNode
+from shardkv.simulation.faults import KINDS, Faults
+from shardkv.simulation.runner import RunSettings, run
+from shardkv.simulation.sequences import SEQUENCES
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_sequence_of_faults_alone_is_withstood(name: str) -> None:
+    settings = RunSettings(5, minutes=0.06, faults=(name,))
+    result = run(settings)
+    assert result.violation is None, f"{result.violation}\nto repeat it: {settings.command()}"
+    assert result.faults > 0
+
+
+def test_errands_alone_are_withstood() -> None:
+    result = run(RunSettings(6, minutes=0.2, workload="errands", rate=60, faults=()))
+    assert result.violation is None, result.violation
+    assert result.answered > 50
+
+
+@pytest.mark.parametrize("name", ["rot", "reborn"])
+def test_a_node_on_a_wrong_disk_refuses_and_goes_on_with_its_own(name: str) -> None:
+    """Traps 20 and 24: damage below the synced mark, and an empty disk under an old name."""
+    noted: list[str] = []
+
+    async def main() -> None:
+        async with simulated_cluster(3, seed=1) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            faults = Faults(cluster, 1, [name], lambda: b"k")
+            node = cluster.nodes["n3"]
+            await SEQUENCES[name](faults, node, node)
+            noted.extend(faults.history)
+            await node.ready.wait()
+            await kv.put(b"k", b"w")
+
+    run_deterministically(main, seed=1)
+    assert any("n3 refused" in line for line in noted), noted
+
+
+def test_a_violation_while_a_disk_stalls_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is left who would end the stall, and a log that is being closed waits for its disk."""
+
+    async def stalled(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
+        for node in faults.cluster.nodes.values():
+            node.environment.disk.stall()
+        async with faults.cluster.client() as kv:
+            with pytest.raises(Exception, match="timeout"):
+                await kv.put(b"k", b"v", timeout=0.2)
+        raise Violation("a-rule", "it does not hold")
+
+    monkeypatch.setitem(KINDS, "drop", stalled)
+    result = run(RunSettings(1, minutes=0.1, faults=("drop",)))
+    assert result.violation is not None
+    assert "a-rule" in result.violation
