@@ -214,7 +214,15 @@ _SPLIT_BRAINS = ("depose",)
 
 BUGS = (
     Bug("vote-not-synced", "a vote is on disk before it is told (trap 10)", vote_without_sync, _CRASHES, 1),
-    Bug("vote-before-sync", "hard state before the message (trap 10)", vote_before_sync, _CRASHES, 1),
+    Bug(
+        "vote-before-sync",
+        "hard state before the message (trap 10)",
+        vote_before_sync,
+        ("turncoat",),
+        1,
+        minutes=0.4,
+        rate=10,
+    ),
     Bug("vote-not-logged", "term and vote survive a restart (Raft, figure 2)", vote_not_logged, _CRASHES, 1),
     Bug(
         "acknowledged-before-fsync",
@@ -223,7 +231,7 @@ BUGS = (
         ("stall", "blackout", "sudden"),
         1,
     ),
-    Bug("two-votes-in-a-term", "one vote a term (Raft, 5.2)", double_vote, ("depose", "partition", "heal"), 1),
+    Bug("two-votes-in-a-term", "one vote a term (Raft, 5.2)", double_vote, ("turncoat",), 1),
     Bug("vote-for-a-shorter-log", "election restriction (Raft, 5.4.1)", vote_for_a_shorter_log, ("depose", "kill"), 1),
     Bug("commit-without-quorum", "a majority commits (Raft, 5.3)", commit_by_one, ("depose", "kill"), 1),
     Bug(
