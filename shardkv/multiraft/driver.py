@@ -22,7 +22,7 @@ from shardkv.machine.entries import encode_split_entry
 from shardkv.machine.machine import SplitResult
 from shardkv.machine.split import SplitCommand
 from shardkv.multiraft.catalog import Catalog
-from shardkv.multiraft.replica import Proposal, Replica, Requester
+from shardkv.multiraft.replica import GATHER_NS, Proposal, Replica, Requester
 from shardkv.multiraft.space import Space
 from shardkv.multiraft.turn import Turn, gather, log_update
 from shardkv.raft import InvalidConfChange, ProposalDropped, decode_conf_change
@@ -134,6 +134,8 @@ class Driver:
         """Groups that may have work, in the order in which they got it."""
         self._proposing: dict[RangeId, Replica] = {}
         """Groups with writes or reads that wait for the next turn."""
+        self._gather_until_ns: int | None = None
+        """When to look again at writes that wait only for more of their kind."""
         self._appends: list[tuple[Replica, Message]] = []
         """Log appends that wait for the sync under way to end, or for one that is worth a sync."""
         self._must_sync = False
@@ -169,7 +171,12 @@ class Driver:
             nursery.start_soon(self._tick)
             task_status.started()
             while True:
-                await self._awake.wait()
+                if self._gather_until_ns is None:
+                    await self._awake.wait()
+                else:
+                    left_ns = self._gather_until_ns - self.environment.clock.monotonic_ns()
+                    with self.environment.clock.deadline(max(0, left_ns) / 1e9):
+                        await self._awake.wait()
                 self._awake = trio.Event()
                 self._turn()
                 if self._failure is not None:
@@ -352,17 +359,23 @@ class Driver:
         """Step the waiting reads, and, unless a sync is running, the waiting writes."""
         proposing, self._proposing = self._proposing, {}
         now = self.environment.clock.monotonic_ns()
+        gather_until = None
         for replica in proposing.values():
             context = replica.take_open_reads(now)
             if context is not None:
                 replica.raft.read_index(context)
                 self._ready[replica.range_id] = replica
-            if replica.waiting and not self._syncing and replica.may_propose(now):
-                replica.proposed_ns = now
-                self._propose_writes(replica)
-                self._ready[replica.range_id] = replica
+            if replica.waiting and not self._syncing:
+                if replica.may_propose(now):
+                    replica.proposed_ns = now
+                    self._propose_writes(replica)
+                    self._ready[replica.range_id] = replica
+                elif not replica.proposals:
+                    until = replica.answered_ns + GATHER_NS
+                    gather_until = until if gather_until is None else min(gather_until, until)
             if replica.waiting or replica.open_reads:
                 self._proposing[replica.range_id] = replica
+        self._gather_until_ns = gather_until
 
     def _propose_writes(self, replica: Replica) -> None:
         machine = replica.machine
@@ -373,7 +386,8 @@ class Driver:
             data, decoded = machine.encode_write_entry(
                 [(group.session, group.commands, group.decoded) for group in groups], timestamp
             )
-            waiting = tuple((group.requester, group.request_id) for group in groups)
+            waiting = tuple([(group.requester, group.request_id) for group in groups])
+            commands = sum([len(group.decoded) for group in groups])
             try:
                 term, index = replica.raft.propose(data)
             except ProposalDropped as dropped:
@@ -382,7 +396,7 @@ class Driver:
                     requester.refuse(request_id, error)
             else:
                 kept = decoded if len(data) <= DECODED_BYTES_MAX else None
-                replica.proposals[index] = Proposal(term, waiting, kept)
+                replica.proposals[index] = Proposal(term, waiting, commands, kept)
 
     def _propose_entry(self, replica: Replica, data: bytes, waiting: tuple[tuple[Requester, int], ...]) -> None:
         if not replica.leads:
@@ -550,6 +564,7 @@ class Driver:
             return
         batch = WriteBatch()
         answers: list[tuple[Proposal, Any]] = []
+        answered: dict[Replica, int] = {}
         touched: dict[RangeId, Replica] = {}
         for replica, message in applies:
             machine = replica.machine
@@ -567,6 +582,7 @@ class Driver:
                 outcome = self._apply_entry(replica, entry.type, entry, batch, proposal)
                 if proposal is not None:
                     answers.append((proposal, outcome))
+                    answered[replica] = answered.get(replica, 0) + proposal.commands
                 if len(batch) >= BATCH_KEYS_MAX:
                     batch = self._write(batch, touched)
                     touched = {replica.range_id: replica}
@@ -574,6 +590,8 @@ class Driver:
         for proposal, outcome in answers:
             _answer(proposal, outcome)
         now = self.environment.clock.monotonic_ns()
+        for replica, count in answered.items():
+            replica.answered(count, now)
         outgoing: list[tuple[Replica, Message]] = []
         for replica, message in applies:
             if replica.machine is None and not replica.installing:

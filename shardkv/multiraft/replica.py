@@ -24,6 +24,9 @@ PIPELINE_NS: Final = 20_000_000
 PIPELINE_BYTES: Final = 256 * 1024
 """An entry is proposed behind one that is under way only after so long, or with so much in it. It costs every node the
 same whatever it holds: behind a busy follower many small ones would only make it busier."""
+GATHER_NS: Final = 1_000_000
+"""Who has just been answered is about to write again. An entry with nothing under way before it waits so long for most
+of them, for several clients are never heard at the same moment."""
 WAITING_READS_MAX: Final = 4_096
 """Reads that wait for one confirmation."""
 CONFIRMATIONS_MAX: Final = 8
@@ -54,6 +57,7 @@ class Proposal(NamedTuple):
 
     term: int
     waiting: tuple[tuple[Requester, int], ...]
+    commands: int = 1
     decoded: Any = None
     """The entry as its machine decodes it, so that the leader need not decode it again."""
 
@@ -73,7 +77,9 @@ class Replica:
     """
 
     __slots__ = (
+        "answered_ns",
         "confirmed",
+        "expected",
         "installing",
         "led",
         "log",
@@ -106,6 +112,10 @@ class Replica:
         self.waiting_bytes = 0
         self.proposed_ns = 0
         """When waiting writes were last proposed."""
+        self.answered_ns = 0
+        """When writes were last answered."""
+        self.expected = 0
+        """So many commands are enough for the next entry, for that many were under way when they were answered."""
         self.proposals: dict[int, Proposal] = {}
         """By log index."""
         self.open_reads: list[WaitingRead] | None = None
@@ -179,7 +189,19 @@ class Replica:
         An entry costs all nodes the same whatever it holds, so it should hold what it can. Where the answer takes long
         (a distant or slow follower), or much is waiting, entries follow each other without waiting for it.
         """
-        return not self.proposals or now_ns - self.proposed_ns >= PIPELINE_NS or self.waiting_bytes >= PIPELINE_BYTES
+        if self.waiting_bytes >= PIPELINE_BYTES:
+            return True
+        if self.proposals:
+            return now_ns - self.proposed_ns >= PIPELINE_NS
+        return now_ns - self.answered_ns >= GATHER_NS or self._waiting_commands() >= self.expected
+
+    def answered(self, commands: int, now_ns: int) -> None:
+        """So many commands were answered in one go."""
+        self.answered_ns = now_ns
+        self.expected = (commands + self._waiting_commands()) * 7 // 8
+
+    def _waiting_commands(self) -> int:
+        return sum([len(group.decoded) for group in self.waiting])
 
     def take_waiting(self) -> list[WriteGroup]:
         """The groups of the next entry, at least one and bounded in bytes and commands."""

@@ -12,6 +12,7 @@ from shardkv.multiraft import replica as replica_module
 from shardkv.multiraft.driver import PEER_FRAME_BYTES, _pieces
 from shardkv.multiraft.replica import (
     CONFIRMATIONS_MAX,
+    GATHER_NS,
     PIPELINE_BYTES,
     PIPELINE_NS,
     WAITING_READS_MAX,
@@ -23,7 +24,7 @@ from shardkv.multiraft.replica import (
 from shardkv.multiraft.turn import STEPS_PER_GROUP_MAX, gather
 from shardkv.raft.messages import MessageType
 from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX
-from tests.multiraft.world import SESSION, Answer, world
+from tests.multiraft.world import SESSION, TICK_SECONDS, Answer, world
 
 
 class Raft:
@@ -248,3 +249,34 @@ async def test_writes_collect_behind_an_entry_under_way_but_not_for_long_and_not
         assert replica.may_propose(now)
         replica.waiting_bytes = 0
         replica.proposals.clear()
+
+
+async def test_an_entry_waits_a_moment_for_those_who_were_just_answered(autojump_clock: MockClock) -> None:
+    """Several clients are never heard at the same moment; whoever is alone is not made to wait."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        replica = hosts.leader().replica()
+        now = 1_000_000_000
+        group = WriteGroup(Answer(), 1, SESSION, b"", [None] * 10)  # type: ignore[list-item]
+        replica.answered(30, now)
+        replica.waiting.append(group)
+        assert not replica.may_propose(now + GATHER_NS - 1), "20 of 30 are still to come"
+        assert replica.may_propose(now + GATHER_NS), "they may never come"
+        replica.waiting += [group, group]
+        assert replica.may_propose(now), "all are here"
+        replica.waiting.clear()
+        replica.answered(1, now)
+        replica.waiting.append(group)
+        assert replica.may_propose(now), "one caller, and it is here"
+        replica.waiting.clear()
+
+
+async def test_writes_that_wait_for_company_are_proposed_though_nobody_comes(autojump_clock: MockClock) -> None:
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        replica = hosts.leader().replica()
+        began = trio.current_time()
+        for _ in range(5):
+            replica.answered(1000, hosts.leader().environment.clock.monotonic_ns())
+            await hosts.leader().put(b"alone", b"1").wait()
+        assert trio.current_time() - began < TICK_SECONDS, "each waited for the next tick"
