@@ -12,6 +12,8 @@ from typing import Final
 from shardkv.simulation import determinism
 from shardkv.wire.frames import HEAD_BYTES, FrameKind
 
+CARRIED_BYTES_MAX: Final = 64 * 1024
+"""A larger frame passes as it comes: kept until it is whole, it could fill the stream's window and wait for ever."""
 HELD_SECONDS_MAX: Final = 0.3
 """A frame that is held back for the next to overtake it goes on its way after this at the latest."""
 
@@ -22,7 +24,7 @@ class WaywardCarrier:
     Invariant: every byte that came in is put once, in order but for the frames that were held or repeated.
     """
 
-    __slots__ = ("_buffer", "_chance", "_held", "_put", "duplicate", "reorder")
+    __slots__ = ("_buffer", "_chance", "_held", "_passing", "_put", "duplicate", "reorder")
 
     def __init__(
         self, put: Callable[[bytes], None], chance: determinism.SeededRandom, duplicate: float, reorder: float
@@ -31,6 +33,8 @@ class WaywardCarrier:
         self._chance = chance
         self._buffer = bytearray()
         self._held: bytes | None = None
+        self._passing = 0
+        """Bytes still to come of a frame that is too large to be kept."""
         self.duplicate = duplicate
         self.reorder = reorder
 
@@ -39,8 +43,23 @@ class WaywardCarrier:
         buffer = self._buffer
         buffer += data
         start = 0
-        while len(buffer) - start >= HEAD_BYTES:
-            end = start + 4 + int.from_bytes(buffer[start : start + 4], "big")
+        while True:
+            if self._passing:
+                end = min(start + self._passing, len(buffer))
+                if end == start:
+                    break
+                self._put(bytes(buffer[start:end]))
+                self._passing -= end - start
+                start = end
+                continue
+            if len(buffer) - start < HEAD_BYTES:
+                break
+            size = 4 + int.from_bytes(buffer[start : start + 4], "big")
+            if size > CARRIED_BYTES_MAX:
+                self._release()
+                self._passing = size
+                continue
+            end = start + size
             if end > len(buffer):
                 break
             self._frame(bytes(buffer[start:end]))

@@ -16,7 +16,7 @@ from shardkv.simulation import (
 )
 from shardkv.simulation.calls import Calls
 from shardkv.simulation.faults import KINDS
-from shardkv.simulation.frames import HELD_SECONDS_MAX, WaywardCarrier
+from shardkv.simulation.frames import CARRIED_BYTES_MAX, HELD_SECONDS_MAX, WaywardCarrier
 from shardkv.simulation.network import RETRANSMIT_SECONDS, Link
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 
@@ -50,6 +50,17 @@ def test_a_carrier_repeats_and_reorders_whole_raft_frames_and_loses_none() -> No
     assert len(found) > 220, "some come twice"
     assert found != sorted(found), "some overtake others"
     assert all(abs(position - place) < 80 for place, position in enumerate(found))
+
+
+def test_a_carrier_passes_large_frames_as_they_come() -> None:
+    """One that is kept until it is whole, and is larger than a stream's window, would never be whole."""
+    out: list[bytes] = []
+    large = encode_frame(FrameKind.RAFT, bytes(CARRIED_BYTES_MAX))
+    carrier = WaywardCarrier(out.append, seeded_random("carrier"), 0.5, 0.0)
+    carrier.carry(large[:-1])
+    assert b"".join(out) == large[:-1]
+    carrier.carry(large[-1:] + encode_frame(FrameKind.RAFT, b"next"))
+    assert b"".join(out).startswith(large + encode_frame(FrameKind.RAFT, b"next"))
 
 
 def test_a_carrier_touches_nothing_but_raft_frames() -> None:
