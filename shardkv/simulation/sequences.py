@@ -338,7 +338,7 @@ async def _split_retry(faults: "Faults", one: SimulatedNode, two: SimulatedNode)
 
 
 async def _slow_disk(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
-    """Every job of a disk takes long: what is written waits behind what is being synced."""
+    """Every job of a disk takes long: what is written waits behind what is being synced, and may never get there."""
     if one.name in faults.slow_disks:
         return
     faults.slow_disks.add(one.name)
@@ -348,6 +348,10 @@ async def _slow_disk(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -
 
     async def quicken() -> None:
         await determinism.sleep(faults.chance.uniform(0.3, 3))
+        if faults.chance.random() < 0.4 and one.alive and not faults.healing:
+            await one.power_off(chooser=LoseAll())
+            faults.soon(faults.restart_later, one)
+        await one.buried()
         one.environment.workers.latency_seconds = usual
         faults.slow_disks.discard(one.name)
 

@@ -95,8 +95,11 @@ class Workload:
         return keys[0] if chance.random() < self._hot else chance.choice(keys)
 
     def some_key(self, chance: determinism.SeededRandom) -> bytes:
-        """A key that is in use now."""
-        return chance.choice(self.keys("r", REGISTERS, self.generation))
+        """A key that is in use now, or what it begins with: a split there takes the key to the right once more."""
+        now = self.generation
+        keys = self.keys("r", REGISTERS, now) + self.keys("c", COUNTERS, now) * 2 + self.keys("l", LEDGERS, now)
+        key = chance.choice(keys)
+        return key[: chance.randint(1, len(key))]
 
     # Clients
 

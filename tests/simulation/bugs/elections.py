@@ -248,7 +248,7 @@ BUGS = (
         "aba-acknowledgement",
         "an acknowledgement says what was written when it was made, in its term only (trap 10)",
         acknowledged_as_it_is_now,
-        ("slow-disk", "blackout", "sudden"),
+        ("slow-disk",),
         1,
         rate=100,
     ),

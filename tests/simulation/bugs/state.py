@@ -283,7 +283,7 @@ BUGS = (
         "split-without-sessions",
         "the dedupe table is copied on a split (trap 12)",
         sessions_left_behind_by_a_split,
-        ("split-retry", "lost-answers"),
+        ("split-retry", "slow-disk"),
         1,
         workload="counters",
         rate=100,
