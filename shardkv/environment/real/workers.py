@@ -114,9 +114,7 @@ class RealSerialWorker:
     @property
     def at_once(self) -> bool:
         """As in the protocol."""
-        return (
-            self._idle and not self._completed and not self._closed and time.monotonic_ns() >= self._run_now_from_ns
-        )
+        return self._idle and not self._completed and not self._closed and time.monotonic_ns() >= self._run_now_from_ns
 
     def run_now(self, job: Callable[[], object], done: _Done) -> bool:
         """As in the protocol."""
