@@ -273,19 +273,18 @@ async def _handover(faults: "Faults", one: SimulatedNode, two: SimulatedNode) ->
 async def _lag(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
     """A node is away while the others go on and let go of their logs; it may die while it catches up."""
 
-    async def lag() -> None:
-        await _isolate(faults, one, faults.chance.uniform(0.5, 3))
-        for node in faults.cluster.nodes.values():
-            if node is not one and node.serving:
-                await _flushed(node)
-        if faults.chance.random() < 0.7 and await _until(lambda: _installs(one), CATCHING_UP_SECONDS):
-            if faults.chance.random() < 0.5:
-                _power_off_now(faults, one, faults.chance.choice(INSTALLING_CALLS_MAX))
-            elif one.alive:
-                await one.power_off(chooser=LoseAll())
-                await faults.restart_later(one)
-
-    faults.soon(lag)
+    _cut_off(faults, one)
+    await determinism.sleep(faults.chance.uniform(0.5, 2))
+    for node in faults.cluster.nodes.values():
+        if node is not one and node.serving:
+            await _flushed(node)
+    _reconnect(faults, one)
+    if faults.chance.random() < 0.8 and await _until(lambda: _installs(one), CATCHING_UP_SECONDS):
+        if faults.chance.random() < 0.4:
+            _power_off_now(faults, one, faults.chance.choice(INSTALLING_CALLS_MAX))
+        elif one.alive:
+            await one.power_off(chooser=LoseAll())
+            faults.soon(faults.restart_later, one)
 
 
 def _installs(node: SimulatedNode) -> bool:
