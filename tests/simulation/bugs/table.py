@@ -15,6 +15,8 @@ from shardkv.simulation.runner import RunResult, RunSettings, run
 
 SEEDS_TRIED: Final = 60
 """By the tests of every change, should the known seed not find a bug any more."""
+NOT_FOUND_YET: Final = 0
+"""In place of a seed. The long search looks for it all the same, and says that it fails."""
 Patches = list[AbstractContextManager[object]]
 
 
@@ -79,4 +81,4 @@ def checker(result: RunResult) -> str:
     return f"{kind} at {first.rpartition('(')[2].rstrip(')')}" if first.endswith(")") else kind
 
 
-__all__ = ["Bug", "Patches", "checker", "patch"]
+__all__ = ["NOT_FOUND_YET", "Bug", "Patches", "checker", "patch"]
