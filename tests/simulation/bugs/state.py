@@ -364,9 +364,10 @@ BUGS = (
         "what came before an ingest is flushed before it (trap 19)",
         ingest_without_flush,
         ("lag", "flush"),
-        4,
+        8,
         workload="registers",
         rate=100,
+        tuning=short_logs,
     ),
     Bug(
         "install-without-a-new-log",
