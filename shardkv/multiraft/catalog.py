@@ -181,7 +181,7 @@ class Catalog:
         return []
 
     def create(self, range_id: RangeId, replica_id: ReplicaId, node_of_sender: tuple[int, NodeId]) -> Replica:
-        """An uninitialised replica, made by a leader's first message: it can vote and take a snapshot, no more."""
+        """An uninitialised replica, made by the first message to it: it can vote and take a snapshot, no more."""
         self.log([LogUpdate(range_id, create=CreateGroup(replica_id, 0, 0, ConfState()))])
         log = self._wal.groups[range_id]
         replica = Replica(range_id, replica_id, self._raft_node(log, None), log, None)
