@@ -669,6 +669,7 @@ class Driver:
             await clock.sleep(self._tick_seconds)
             now = clock.monotonic_ns()
             expired = now - self._read_expiry_ns
+            wanted = False
             for replica in self.catalog.replicas.values():
                 if replica.installing:
                     continue
@@ -678,14 +679,18 @@ class Driver:
                     self._campaign(replica, now)
                 if replica.reads:
                     replica.expire_reads(expired)
+                    wanted = True
                 if replica.needs_snapshot and raft.leader != NONE:
                     self._ask_for_snapshot(replica)
+                    wanted = True
                 if raft.has_ready():
                     self._ready[replica.range_id] = replica
             if self._roomless:
                 self._try_for_room()
+                wanted = True
             self._later_due = bool(self._later)
-            self._awake.set()
+            if wanted or self._ready or self._later or self._held or self._proposing:
+                self._awake.set()  # most ticks of a node at rest find nothing to do
 
     def _ask_for_snapshot(self, replica: Replica) -> None:
         leader = replica.raft.leader
