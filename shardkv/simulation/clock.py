@@ -59,6 +59,11 @@ class SimulationClock:
         self._base_time = determinism.now()
         self._drift = drift
 
+    def suspend(self, seconds: float) -> None:
+        """The machine sleeps for so long while the rest of the world stands still: its clock goes on, it does not."""
+        self._base_ns += round(seconds * 1e9)
+        self._last_time = math.nan
+
     def monotonic_ns(self) -> int:
         now = determinism.now()
         if now != self._last_time:
