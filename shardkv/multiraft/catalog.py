@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from shardkv.environment import Environment
-from shardkv.errors import Corruption, ProtocolError
+from shardkv.errors import Corruption, ProtocolError, StorageError
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, Extension, RangeMachine, SplitResult
 from shardkv.machine.snapshot import installing
@@ -42,7 +42,8 @@ class GroupTiming:
 
 
 class Catalog:
-    """See the module. ``log`` is set by the driver: it appends updates at once, in order with everything else.
+    """See the module. ``log`` is set by the driver: it appends updates at once, in order with everything else. So is
+    ``unreadable``: it is told of an old log entry that cannot be read back, by whichever task asked for it.
 
     Invariants: the span map holds the spans of exactly the initialised user ranges (and of snapshots on their way).
     """
@@ -62,6 +63,8 @@ class Catalog:
         self.replicas: dict[RangeId, Replica] = {}
         self.spans = SpanMap()
         self.log: Callable[[Sequence[LogUpdate]], None]
+        self.unreadable: Callable[[StorageError], None] = _ignore
+        self._tell_unreadable: Callable[[StorageError], None] = lambda error: self.unreadable(error)
         self._wal = wal
         self._engine = engine
         self._environment = environment
@@ -181,7 +184,7 @@ class Catalog:
         return []
 
     def create(self, range_id: RangeId, replica_id: ReplicaId, node_of_sender: tuple[int, NodeId]) -> Replica:
-        """An uninitialised replica, made by a leader's first message: it can vote and take a snapshot, no more."""
+        """An uninitialised replica, made by the first message to it: it can vote and take a snapshot, no more."""
         self.log([LogUpdate(range_id, create=CreateGroup(replica_id, 0, 0, ConfState()))])
         log = self._wal.groups[range_id]
         replica = Replica(range_id, replica_id, self._raft_node(log, None), log, None)
@@ -312,6 +315,7 @@ class Catalog:
         assert replica.range_id not in self.replicas, f"range {replica.range_id} has a replica here already"
         self.replicas[replica.range_id] = replica
         replica.log.snapshot_source = lambda: self._snapshot_of(replica)
+        replica.log.unreadable = self._tell_unreadable  # one for all replicas: there may be very many
         if claim and replica.machine is not None and replica.range_id != PLACEMENT_RANGE:
             self.spans.claim(replica.range_id, replica.machine.descriptor.span)
 
@@ -341,6 +345,10 @@ class Catalog:
             if machine is not None and range_id != PLACEMENT_RANGE:
                 owner = self.spans.owner_at(machine.descriptor.span.start)
                 assert owner == range_id, f"{machine.descriptor.span} of range {range_id} is owned by {owner}"
+
+
+def _ignore(error: StorageError) -> None:
+    """Before the driver runs: the error itself ends the start."""
 
 
 def _inherited(replica: Replica) -> HardState:

@@ -167,6 +167,7 @@ class Driver:
         async with trio.open_nursery() as nursery:
             self._writer = await nursery.start(self.environment.workers.serial, "log-writer")
             self.catalog.log = self.append_now
+            self.catalog.unreadable = self.fail
             self._campaign_for_own()
             nursery.start_soon(self._tick)
             task_status.started()
@@ -178,7 +179,8 @@ class Driver:
                     with self.environment.clock.deadline(max(0, left_ns) / 1e9):
                         await self._awake.wait()
                 self._awake = trio.Event()
-                self._turn()
+                if self._failure is None:
+                    self._turn()
                 if self._failure is not None:
                     raise self._failure
 
@@ -480,7 +482,10 @@ class Driver:
         self._submit(self.wal.append(updates), logged)
 
     def fail(self, error: BaseException) -> None:
-        """What the page cache holds after a failed write is unknown; only a restart from what is on disk is safe."""
+        """What the page cache holds after a failed write is unknown; only a restart from what is on disk is safe.
+
+        A failed read ends the node too: it leads, or may, and has not what its followers lack.
+        """
         self._failure = error if isinstance(error, StorageError) else StorageError(f"the log failed: {error!r}")
         self._awake.set()
 
@@ -669,6 +674,7 @@ class Driver:
             await clock.sleep(self._tick_seconds)
             now = clock.monotonic_ns()
             expired = now - self._read_expiry_ns
+            wanted = False
             for replica in self.catalog.replicas.values():
                 if replica.installing:
                     continue
@@ -678,14 +684,18 @@ class Driver:
                     self._campaign(replica, now)
                 if replica.reads:
                     replica.expire_reads(expired)
+                    wanted = True
                 if replica.needs_snapshot and raft.leader != NONE:
                     self._ask_for_snapshot(replica)
+                    wanted = True
                 if raft.has_ready():
                     self._ready[replica.range_id] = replica
             if self._roomless:
                 self._try_for_room()
+                wanted = True
             self._later_due = bool(self._later)
-            self._awake.set()
+            if wanted or self._ready or self._later or self._held or self._proposing:
+                self._awake.set()  # most ticks of a node at rest find nothing to do
 
     def _ask_for_snapshot(self, replica: Replica) -> None:
         leader = replica.raft.leader

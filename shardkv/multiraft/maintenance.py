@@ -18,6 +18,8 @@ from shardkv.storage.wal import CompactLog, LogUpdate
 from shardkv.types import RangeId
 
 INTERVAL_SECONDS: Final = 0.25
+IDLE_MEASURES: Final = 4
+"""While nothing is applied or logged, only one look in so many asks how much room is left: it costs a thread's hop."""
 FULL_DISK_FLUSH_SECONDS: Final = 2.0
 """After a flush that found no room, the next one waits this long."""
 FLUSH_BYTES: Final = 24 * 1024 * 1024
@@ -53,6 +55,9 @@ class Maintenance:
         self._flushed_ns = 0
         self._flushed_segment = -1
         """The newest segment at the last flush: flushing again before there is another frees none."""
+        self._measured: tuple[int, int] | None = None
+        """The driver's entries and syncs when the room was last measured."""
+        self._unmeasured = 0
         self._refused = (False, False)
         self._flush_again_ns = 0
         """When to try again a flush that found no room; 0 if the last one went well."""
@@ -77,7 +82,7 @@ class Maintenance:
     async def _measure(self) -> None:
         """Look how much room is left, and say when what the node takes changes by it."""
         space = self._driver.space
-        if self._directory is not None:
+        if self._directory is not None and self._worth_measuring():
             space.measured(await self._environment.workers.run(self._environment.disk.free_bytes, self._directory))
         # An engine that found no room goes on when it is asked, and nobody else may have a reason to ask it.
         self._driver.engine.stalled()
@@ -88,6 +93,18 @@ class Maintenance:
                 self._log.error("the disk is nearly full: writes are refused", reason=str(space.refusal()))
             else:
                 self._log.info("the disk has room again: writes are taken")
+
+    def _worth_measuring(self) -> bool:
+        """At every look while this node writes or lacks room; what others write, it may learn of a little later."""
+        done = self._driver.statistics()
+        written = (done.entries_applied, done.syncs)
+        space = self._driver.space
+        self._unmeasured += 1
+        idle = written == self._measured and not (space.low or space.full)
+        if idle and self._unmeasured < IDLE_MEASURES:
+            return False
+        self._measured, self._unmeasured = written, 0
+        return True
 
     def _due(self) -> bool:
         engine, wal = self._driver.engine, self._driver.wal

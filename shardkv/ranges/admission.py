@@ -3,10 +3,19 @@
 Pure: ids in, a decision out. The rules (traps 2, 3; replica ids of a range only grow, and are never used twice):
 
 * A replica that was removed stays removed: a message for an id at or below the tombstone is answered *gone*.
-* Only a message from a leader (append, heartbeat, snapshot) makes a replica: a vote is no proof of being a member.
+* A leader's message (append, heartbeat, snapshot) makes a replica, and so does a request for a vote, where no replica
+  of the range is and the id lies above every tombstone. An answer never does.
 * A replica that was made so, and has no state yet, is spoken to and may vote, but it neither campaigns (it has no idea
   of the members) nor owns a span (:mod:`spans`).
+* Only a leader's message ends a replica that is here for one with a higher id: a vote is no proof of being a member.
 * A leader's message for a higher id than the replica here says that the one here was removed without being told.
+
+Why a vote may make a replica. A voter need not know that it is one: a node that got the left half of a split by a
+snapshot never applies the split, and hears of the right half only by a message. If the right half's leader dies before
+its first, the request for a vote is that message, and with three voters nobody is elected without it. It is safe: the
+making and every vote and append are synced before they are answered, and a removal leaves its tombstone, so where there
+is neither replica nor tombstone nothing was ever promised or acknowledged under this id or a later one; the empty
+log of the new replica is all that it could have. A split that comes later adopts its term and vote (traps 2, 20).
 """
 
 from enum import Enum
@@ -16,6 +25,7 @@ from shardkv.raft.messages import MessageType
 from shardkv.types import ReplicaId
 
 _FROM_LEADER: Final = frozenset({MessageType.APP, MessageType.HEARTBEAT, MessageType.SNAP})
+_MAKES_REPLICA: Final = _FROM_LEADER | {MessageType.PRE_VOTE, MessageType.VOTE}
 
 
 class Admission(Enum):
@@ -53,9 +63,9 @@ def admit_message(
         return Admission.DELIVER
     if local is not None and to < local:
         return Admission.GONE
-    if message_type not in _FROM_LEADER:
-        return Admission.IGNORE
-    return Admission.CREATE if local is None else Admission.SUPERSEDE
+    if local is None:
+        return Admission.CREATE if message_type in _MAKES_REPLICA else Admission.IGNORE
+    return Admission.SUPERSEDE if message_type in _FROM_LEADER else Admission.IGNORE
 
 
 def may_campaign(*, initialised: bool, installing: bool = False) -> bool:

@@ -22,6 +22,10 @@ from shardkv.raft.node import PeerStatus
 from shardkv.types import NodeId, RangeId
 
 PROBE_SECONDS: Final = 0.1
+IDLE_PROBE_SECONDS: Final = 0.4
+"""While no sync is under way and none has ended since the last probe. A sync that stalls is found no later for it: the
+first probe that sees it is the last of these, and comes long before the bound is reached; half of the bound if that
+is less."""
 WELL_SECONDS: Final = 10.0
 """A slow disk is well when for so long no sync took more than half of the bound."""
 WELL_SECONDS_MAX: Final = 300.0
@@ -47,7 +51,7 @@ class DiskStatistics:
     slow_count: int
     """How often the disk became slow."""
     sync_seconds_last: float
-    """The slowest sync of the last tenth of a second, or how long the one under way has taken so far."""
+    """The slowest sync since the probe before the last, or how long the one under way has taken so far."""
     sync_seconds_max: float
     """The slowest since the start."""
     given_away: int
@@ -69,6 +73,8 @@ class DiskHealth:
         """When a sync last took too long to call the disk well."""
         self._recovered_ns: int | None = None
         self._well_ns = int(WELL_SECONDS * 1e9)
+        self._interval_ns = int(PROBE_SECONDS * 1e9)
+        """How long the last probe was to come after the one before it."""
         self._lates: deque[tuple[int, int]] = deque(maxlen=LATES_MAX)
         """When the probe woke much too late, and by how much."""
 
@@ -86,7 +92,7 @@ class DiskHealth:
         lates = self._lates
         if late_ns >= LATE_SECONDS * 1e9:
             lates.append((now_ns, late_ns))
-        began_ns = now_ns - sync_ns - int(PROBE_SECONDS * 1e9)
+        began_ns = now_ns - sync_ns - self._interval_ns
         return max(0, sync_ns - sum(late for at, late in lates if at >= began_ns))
 
     def observe(self, sync_ns: int, now_ns: int) -> None:
@@ -127,15 +133,21 @@ class DiskHealth:
         """Watch, and hand over. ``changed`` is called when the judgement has changed."""
         clock = self._clock
         handover = Handover(driver, self._log)
+        idle_seconds = max(PROBE_SECONDS, min(IDLE_PROBE_SECONDS, self._stall_ns / 2e9))
+        idle = False
         task_status.started()
         while True:
-            due_ns = clock.monotonic_ns() + int(PROBE_SECONDS * 1e9)
-            await clock.sleep(PROBE_SECONDS)
+            interval = idle_seconds if idle else PROBE_SECONDS
+            self._interval_ns = int(interval * 1e9)
+            due_ns = clock.monotonic_ns() + self._interval_ns
+            await clock.sleep(interval)
             now_ns = clock.monotonic_ns()
             was_slow = self.slow
             # A probe that is late because the loop itself was syncing is late by the disk's fault.
             late_ns = now_ns - due_ns - driver.loop_sync_ns()
-            self.observe(self.disk_ns(driver.slowest_sync_ns(now_ns), late_ns, now_ns), now_ns)
+            sync_ns = driver.slowest_sync_ns(now_ns)
+            self.observe(self.disk_ns(sync_ns, late_ns, now_ns), now_ns)
+            idle = not sync_ns and not self.slow
             if self.slow != was_slow:
                 handover = Handover(driver, self._log)
                 changed()

@@ -109,6 +109,7 @@ class PlacementService:
         self._unreported: dict[RangeId, RangeDescriptor] = {}
         self._report_wanted = trio.Event()
         self._beat_wanted = trio.Event()
+        self._lead_wanted = trio.Event()
         self._requests = 0
         self._nursery: trio.Nursery
 
@@ -124,6 +125,8 @@ class PlacementService:
 
     def leadership_changed(self, replica: Replica) -> None:
         self._beat_wanted.set()
+        if replica.range_id == PLACEMENT_RANGE and replica.leads:
+            self._lead_wanted.set()
 
     def beat_soon(self) -> None:
         """Something about this node itself has changed that the placement group should know."""
@@ -244,6 +247,10 @@ class PlacementService:
             await self._clock.sleep(LEADER_TICK_SECONDS)
             if not self.leads or not self._state.bootstrapped:
                 self._statistics = self._views = self._controller = None
+                replica = self._replica
+                if replica is None or not replica.leads:
+                    self._lead_wanted = trio.Event()
+                    await self._lead_wanted.wait()
                 continue
             view = self._view()
             assert self._controller is not None, "a view is made of a leader's statistics"

@@ -18,6 +18,8 @@ from shardkv.multiraft.replica import Replica
 from shardkv.types import PLACEMENT_RANGE, RangeId
 
 INTERVAL_SECONDS: Final = 0.1
+IDLE_SECONDS: Final = 0.5
+"""The interval while nothing is applied: then no range grows. At most this late is what a burst of writes begins."""
 SLICE_KEYS: Final = 1_000
 """About a millisecond of the loop's time."""
 RETRY_SECONDS: Final = 2.0
@@ -45,8 +47,10 @@ class Splitter:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
+        applied = -1
         while True:
-            await self._clock.sleep(INTERVAL_SECONDS)
+            idle = applied == (applied := self._driver.statistics().entries_applied)
+            await self._clock.sleep(IDLE_SECONDS if idle else INTERVAL_SECONDS)
             self._forget()
             for replica in list(self._driver.catalog.replicas.values()):
                 if self._wants_measuring(replica):

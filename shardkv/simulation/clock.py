@@ -4,7 +4,9 @@ The rule: a node can only ask its own clock; the run's virtual time is for the s
 """
 
 import math
+from collections.abc import Coroutine
 from contextlib import AbstractContextManager
+from typing import Any
 
 import trio
 
@@ -27,13 +29,18 @@ class SimulationClock:
         wall_offset_ms: how far its idea of the date is ahead.
     """
 
-    __slots__ = ("_base_ns", "_base_time", "_drift", "_last_ns", "node_calls", "wall_drift_ms_max", "wall_offset_ms")
+    __slots__ = (
+        *("_base_ns", "_base_time", "_drift", "_last_ns", "_last_time"),
+        *("node_calls", "wall_drift_ms_max", "wall_offset_ms"),
+    )
 
     def __init__(self, *, drift: float = 0.0, monotonic_offset_ns: int = 0, wall_offset_ms: int = 0) -> None:
         self._drift = drift
         self._base_time = 0.0
         self._base_ns = monotonic_offset_ns
         self._last_ns = monotonic_offset_ns
+        self._last_time = math.nan
+        """Of the run, when the clock was last read."""
         self.node_calls: Calls | None = None
         """Where the node whose clock this is counts its calls."""
         self.wall_drift_ms_max = math.inf
@@ -52,9 +59,17 @@ class SimulationClock:
         self._base_time = determinism.now()
         self._drift = drift
 
+    def suspend(self, seconds: float) -> None:
+        """The machine sleeps for so long while the rest of the world stands still: its clock goes on, it does not."""
+        self._base_ns += round(seconds * 1e9)
+        self._last_time = math.nan
+
     def monotonic_ns(self) -> int:
-        elapsed = (determinism.now() - self._base_time) * (1.0 + self._drift)
-        self._last_ns = max(self._last_ns, self._base_ns + round(elapsed * 1e9))
+        now = determinism.now()
+        if now != self._last_time:
+            self._last_time = now
+            elapsed = (now - self._base_time) * (1.0 + self._drift)
+            self._last_ns = max(self._last_ns, self._base_ns + round(elapsed * 1e9))
         return self._last_ns
 
     def wall_ms(self) -> int:
@@ -62,10 +77,10 @@ class SimulationClock:
         drifted_ms = max(-self.wall_drift_ms_max, min(self.wall_drift_ms_max, now_ms * self._drift))
         return START_WALL_MS + self.wall_offset_ms + round(now_ms + drifted_ms)
 
-    async def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float) -> Coroutine[Any, Any, None]:
         if self.node_calls is not None:
             self.node_calls.hit()
-        await determinism.sleep(self._virtual(seconds))
+        return determinism.sleep(self._virtual(seconds))
 
     def deadline(self, seconds: float) -> AbstractContextManager[trio.CancelScope]:
         return determinism.deadline_after(self._virtual(seconds))

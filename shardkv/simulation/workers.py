@@ -44,8 +44,13 @@ class SimulatedWorkers:
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         # A thread cannot be cancelled, so neither can this, unless the node crashes.
-        with trio.CancelScope(shield=not self._fenced):
-            await self._pass_time()
+        if not self._fenced and (seconds := self.latency_seconds()) > 0:
+            await determinism.sleep_uncancelled(seconds)
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        if self._disk.stalled:
+            with trio.CancelScope(shield=not self._fenced):
+                await self._disk.moving()
         if self._fenced:
             await determinism.hang()
         return function(*args)

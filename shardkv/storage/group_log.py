@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 from zlib import crc32
 
+from shardkv.errors import StorageError
 from shardkv.raft.errors import Compacted, SnapshotTemporarilyUnavailable, Unavailable
 from shardkv.raft.messages import NONE, ConfState, Entry, EntryType, HardState, Snapshot
 from shardkv.raft.storage import ENTRY_OVERHEAD_BYTES
@@ -62,6 +63,7 @@ class GroupLog:
         "replica_id",
         "snapshot_source",
         "tombstone",
+        "unreadable",
     )
 
     def __init__(self, segments: dict[int, Segment], range_id: RangeId, create: CreateGroup) -> None:
@@ -80,6 +82,9 @@ class GroupLog:
         """Set once the group has ended; its log stays readable until it is released."""
         self.snapshot_source: Callable[[], Snapshot] | None = None
         """What :meth:`snapshot` asks; set by the owner."""
+        self.unreadable: Callable[[StorageError], None] | None = None
+        """Told, before it is raised, of the error when an entry cannot be read back; set by the owner. Whoever asked
+        for it may not be the one to whom it matters: a peer's message may be what has it read."""
         self._segments = segments
         self._items: list[Entry | Stub] = []
         self._places = Places()
@@ -122,7 +127,7 @@ class GroupLog:
     def entries(self, lo: int, hi: int, bytes_max: int) -> Sequence[Entry]:
         """Entries from ``lo`` to below ``hi``, cut at ``bytes_max`` but at least one. May read from the disk.
 
-        Raises Compacted, Unavailable, Corruption.
+        Raises Compacted, Unavailable, StorageError (Corruption).
         """
         offset = self.compact_index + 1
         items = self._items
@@ -145,7 +150,12 @@ class GroupLog:
 
     def _read(self, index: int, stub: Stub) -> Entry:
         assert stub is not ABSENT, f"entry {index} of range {self.range_id} was never found"
-        data = read_entry(self._segments, self._places[index - self.compact_index - 1], stub.bytes, crc32)
+        try:
+            data = read_entry(self._segments, self._places[index - self.compact_index - 1], stub.bytes, crc32)
+        except StorageError as error:
+            if self.unreadable is not None:
+                self.unreadable(error)
+            raise
         return Entry(stub.term, index, _TYPES[stub.type], data)
 
     def snapshot(self) -> Snapshot:

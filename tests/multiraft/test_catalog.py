@@ -10,7 +10,7 @@ from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, c
 from shardkv.raft.messages import ConfState, Entry, HardState, Message, MessageType
 from shardkv.raft.node import Role
 from shardkv.storage.engine import WriteBatch
-from shardkv.storage.wal import CreateGroup, LogUpdate, ResetLog
+from shardkv.storage.wal import CreateGroup, LogUpdate, ResetLog, Tombstone
 from shardkv.types import KeyRange, NodeId, RangeId, ReplicaId
 from tests.multiraft.world import PROMISE_NS, RANGE, Host, Hosts, descriptor_on, world
 
@@ -70,13 +70,50 @@ async def test_trap_02_an_uninitialised_replica_votes_but_neither_campaigns_nor_
         assert [(each.type, each.reject) for each in sent if each.from_ == 103] == [(MessageType.VOTE_RESP, False)]
 
 
-async def test_trap_02_a_vote_or_an_answer_makes_no_replica(autojump_clock: MockClock) -> None:
+async def test_trap_02_an_answer_makes_no_replica(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await split_on_two(hosts)
-        for kind in (MessageType.VOTE, MessageType.PRE_VOTE, MessageType.APP_RESP, MessageType.HEARTBEAT_RESP):
+        answers = (MessageType.VOTE_RESP, MessageType.PRE_VOTE_RESP, MessageType.APP_RESP, MessageType.HEARTBEAT_RESP)
+        for kind in answers:
             deliver(late, 2, from_right(kind, to=3, sender=1), 1)
         assert RIGHT not in late.catalog.replicas
         assert RIGHT not in late.wal.groups
+
+
+@pytest.mark.parametrize("kind", [MessageType.PRE_VOTE, MessageType.VOTE])
+async def test_trap_03_a_vote_makes_no_replica_under_or_at_a_tombstone(
+    kind: MessageType, autojump_clock: MockClock
+) -> None:
+    """TRAPS 3: the vote may be late by any time, the removal was not."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        late.catalog.log([LogUpdate(RIGHT, tombstone=Tombstone(ReplicaId(103), b""))])
+        for to in (102, 103):
+            assert late.catalog.admit(RIGHT, Message(kind, to=to, from_=101, term=7), NodeId(1)) is None
+        assert RIGHT not in late.catalog.replicas
+        assert RIGHT not in late.wal.groups
+
+
+async def test_trap_02_a_replica_made_by_a_vote_is_adopted_with_it_by_the_split_even_after_a_crash(
+    autojump_clock: MockClock,
+) -> None:
+    """Nothing was promised before; what the vote promises is in the log before it is answered."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        sent: list[Message] = []
+        hosts.passes = lambda source, target, range_id, message: bool(range_id == 2 and sent.append(message))
+        deliver(late, 2, from_right(MessageType.VOTE, to=3, sender=2, term=9, index=10, log_term=5), 2)
+        await hosts.until(lambda: any(each.from_ == 103 for each in sent), "the vote")
+        assert [(each.type, each.reject) for each in sent if each.from_ == 103] == [(MessageType.VOTE_RESP, False)]
+        assert late.catalog.spans.owned(RIGHT) is None
+        await late.restart(power=True)
+        replica = late.replica(2)
+        assert replica.machine is None
+        assert (replica.raft.term, replica.raft.vote) == (9, 102)
+        hosts.passes = lambda source, target, range_id, message: range_id == 1
+        await hosts.until(lambda: late.replica(2).machine is not None, "the split on node 3")
+        assert late.replica(2).raft.vote == 102
+        assert late.replica(2).raft.term >= 9
 
 
 async def test_trap_02_the_split_adopts_the_replica_and_keeps_its_vote_through_a_crash(

@@ -7,7 +7,8 @@ from shardkv.ranges.admission import Admission, admit_message, may_campaign
 from shardkv.types import ReplicaId
 
 FROM_LEADER = (MessageType.APP, MessageType.HEARTBEAT, MessageType.SNAP)
-OTHERS = tuple(message for message in MessageType if message not in FROM_LEADER)
+VOTES = (MessageType.PRE_VOTE, MessageType.VOTE)
+ANSWERS = tuple(message for message in MessageType if message not in FROM_LEADER + VOTES)
 
 
 def admit(
@@ -34,11 +35,29 @@ def test_a_leaders_message_makes_a_replica(message: MessageType) -> None:
     assert admit(message, 5, tombstone=4) is Admission.CREATE
 
 
-@pytest.mark.parametrize("message", OTHERS)
-def test_trap_03_votes_and_answers_never_make_a_replica(message: MessageType) -> None:
-    """TRAPS 3: a late vote for a removed replica must not bring it back, tombstone or not."""
+@pytest.mark.parametrize("message", ANSWERS)
+def test_trap_03_answers_never_make_a_replica(message: MessageType) -> None:
+    """TRAPS 3: what answers a replica that is not here answers one that is gone."""
     assert admit(message, 5) is Admission.IGNORE
+    assert admit(message, 5, tombstone=4) is Admission.IGNORE
     assert admit(message, 5, 3) is Admission.IGNORE
+
+
+@pytest.mark.parametrize("message", VOTES)
+def test_a_vote_makes_a_replica_where_none_ever_was(message: MessageType) -> None:
+    """The voter got the left half of a split by a snapshot, and the right half's leader died before its first word."""
+    assert admit(message, 5) is Admission.CREATE
+    assert admit(message, 5, tombstone=4) is Admission.CREATE
+
+
+@pytest.mark.parametrize("message", VOTES)
+def test_trap_03_a_vote_makes_no_replica_under_or_at_a_tombstone_or_in_place_of_another(message: MessageType) -> None:
+    """TRAPS 3: a late vote must not bring a removed replica back, and is no proof that the one here was removed."""
+    assert admit(message, 5, tombstone=5) is Admission.GONE
+    assert admit(message, 4, tombstone=5) is Admission.GONE
+    assert admit(message, 5, 3) is Admission.IGNORE
+    assert admit(message, 5, 3, 2) is Admission.IGNORE
+    assert admit(message, 3, 5) is Admission.GONE
 
 
 @pytest.mark.parametrize("message", list(MessageType))

@@ -229,5 +229,9 @@ async def test_a_node_that_does_not_lead_the_group_starts_nothing(
         assert not world.calls
         replica.leads = True
         replica.raft.committed_in_term = False
+        world.service.leadership_changed(replica)
         await trio.sleep(LEADER_TICK_SECONDS * 3)
         assert not world.calls, "trap 15: a fresh leader does not schedule before its own term's entry is committed"
+        replica.raft.committed_in_term = True
+        await trio.sleep(LEADER_TICK_SECONDS * 2)
+        assert world.calls, "it waits for that, not for its next change of leader"

@@ -1,5 +1,6 @@
 """When ranges are measured and split: by what was written, in slices, once, and by their leader only."""
 
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from trio.testing import MockClock
 
 from shardkv.errors import Busy
 from shardkv.machine import envelope, keys
-from shardkv.server.splitter import INTERVAL_SECONDS, RETRY_SECONDS, SLICE_KEYS, Splitter
+from shardkv.server.splitter import IDLE_SECONDS, INTERVAL_SECONDS, RETRY_SECONDS, SLICE_KEYS, Splitter
 from shardkv.simulation.clock import SimulationClock
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.memory import MemoryEngine
@@ -77,7 +78,12 @@ class World:
         self.splits: list[tuple[int, bytes]] = []
         self.error: Exception | None = None
         log = SimpleNamespace(info=lambda *_, **__: None)
-        driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas=self.replicas), engine=self.engine)
+        self.applying: Iterator[int] = itertools.count()
+        driver: Any = SimpleNamespace(
+            catalog=SimpleNamespace(replicas=self.replicas),
+            engine=self.engine,
+            statistics=lambda: SimpleNamespace(entries_applied=next(self.applying)),
+        )
         self.splitter = Splitter(driver, SimulationClock(), self._split, lambda: SPLIT_BYTES, log)
 
     def add(self, range_id: int = 1, *, leads: bool = True, span: KeyRange = EVERY_KEY) -> Any:
@@ -114,6 +120,20 @@ async def running() -> AsyncIterator[World]:
 
 async def rounds(count: int) -> None:
     await trio.sleep(count * INTERVAL_SECONDS + INTERVAL_SECONDS / 2)
+
+
+async def test_while_nothing_is_applied_it_looks_less_often(autojump_clock: MockClock) -> None:
+    """And a burst of writes is seen all the same, before the next of its usual looks would be much overdue."""
+    async with running() as world:
+        world.applying = itertools.repeat(7)
+        replica = world.add()
+        await trio.sleep(INTERVAL_SECONDS + IDLE_SECONDS / 2)
+        scans = world.engine.scans
+        world.write(replica, 0, 200)
+        await trio.sleep(IDLE_SECONDS / 4)
+        assert world.engine.scans == scans
+        await trio.sleep(IDLE_SECONDS)
+        assert len(world.splits) == 1
 
 
 async def test_a_range_that_has_grown_too_large_is_split_in_its_middle(autojump_clock: MockClock) -> None:

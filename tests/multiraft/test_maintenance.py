@@ -1,0 +1,54 @@
+"""When a node's housekeeping looks how much room its disk has left."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import structlog
+import trio
+from trio.testing import MockClock
+
+from shardkv.multiraft.maintenance import IDLE_MEASURES, INTERVAL_SECONDS, Maintenance
+from shardkv.multiraft.space import Space
+from tests.multiraft.world import RANGE, world
+
+
+async def test_room_is_measured_at_every_look_while_the_node_writes_or_lacks_room_and_less_often_at_rest(
+    autojump_clock: MockClock,
+) -> None:
+    """It costs a thread's hop; what others write to the disk, a node at rest may learn of a second later."""
+    free = 1 << 40
+    measures = 0
+
+    def free_bytes(path: str) -> int:
+        nonlocal measures
+        measures += 1
+        return free
+
+    async def during(looks: int) -> int:
+        before = measures
+        await trio.sleep(looks * INTERVAL_SECONDS)
+        return measures - before
+
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        driver = host.driver
+        driver.space = Space(1 << 30)
+        environment: Any = SimpleNamespace(
+            clock=host.environment.clock,
+            workers=host.environment.workers,
+            disk=SimpleNamespace(free_bytes=free_bytes),
+        )
+        maintenance = Maintenance(driver, environment, structlog.get_logger(), "/data")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(maintenance.run)
+            await trio.sleep(2.1 * INTERVAL_SECONDS)
+            assert await during(10 * IDLE_MEASURES) <= 10 + 1, "at rest"
+            for number in range(20):
+                await hosts.write(b"k%d" % number, b"v")
+                assert await during(1) >= 1, "it writes"
+            free = 1 << 29
+            await trio.sleep((IDLE_MEASURES + 1) * INTERVAL_SECONDS)
+            assert driver.space.low
+            assert await during(20) >= 19, "it lacks room"
+            nursery.cancel_scope.cancel()
