@@ -13,7 +13,7 @@ from unittest.mock import patch
 from shardkv.simulation.faults import KINDS
 from shardkv.simulation.runner import RunResult, RunSettings, run
 
-SEEDS_TRIED: Final = 60
+SEEDS_TRIED: Final = 20
 """By the tests of every change, should the known seed not find a bug any more."""
 NOT_FOUND_YET: Final = 0
 """In place of a seed. The long search looks for it all the same, and says that it fails."""
