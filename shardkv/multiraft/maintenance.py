@@ -129,7 +129,7 @@ class Maintenance:
         log = self._driver.wal.statistics()
         self._flushed_segment = log.oldest_segment_id + log.segments
         # Compaction goes only as far as the log knows entries to be committed.
-        self._driver.log_all()
+        self._driver.log_writer.write_all()
         try:
             await self._environment.workers.run(self._driver.engine.flush)
         except OutOfSpace as error:
@@ -144,7 +144,7 @@ class Maintenance:
             if update is not None:
                 updates.append(update)
         if updates:
-            self._driver.append_now(updates)
+            self._driver.log_writer.append(updates)
 
     def _compaction(self, range_id: RangeId, applied: int) -> LogUpdate | None:
         replica = self._driver.catalog.replicas.get(range_id)
@@ -197,7 +197,7 @@ class Maintenance:
             if error is not None:
                 self._driver.fail(error)
 
-        self._driver.run_in_log_thread(job, collected)
+        self._driver.log_writer.submit(job, collected)
 
 
 def _needed(replica: Replica) -> int:

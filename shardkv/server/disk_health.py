@@ -144,8 +144,8 @@ class DiskHealth:
             now_ns = clock.monotonic_ns()
             was_slow = self.slow
             # A probe that is late because the loop itself was syncing is late by the disk's fault.
-            late_ns = now_ns - due_ns - driver.loop_sync_ns()
-            sync_ns = driver.slowest_sync_ns(now_ns)
+            late_ns = now_ns - due_ns - driver.log_writer.loop_ns()
+            sync_ns = driver.log_writer.slowest_ns(now_ns)
             self.observe(self.disk_ns(sync_ns, late_ns, now_ns), now_ns)
             idle = not sync_ns and not self.slow
             if self.slow != was_slow:

@@ -280,6 +280,7 @@ class _Node:
             self._hybrid_clock,
             peers,
             hooks,
+            space=Space(config.storage.free_bytes_min, self._directory.path),
             tick_seconds=tick_seconds,
             read_expiry_seconds=2 * raft.election_ticks * tick_seconds,
         )
@@ -289,7 +290,6 @@ class _Node:
             self._driver, environment, ingest_path, dialler.dial, log=self._log, config=config.snapshots
         )
         self._driver.snapshots = self._snapshots
-        self._driver.space = Space(config.storage.free_bytes_min, self._directory.path)
         self._maintenance = Maintenance(self._driver, environment, self._log, self._directory.path)
         self._splitter = Splitter(self._driver, environment.clock, self._split, self._split_bytes, self._log)
         self._placement = PlacementService(

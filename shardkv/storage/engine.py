@@ -164,6 +164,12 @@ class Engine(Reader, Protocol):
         disk: hold back what is to be applied. Raises StorageError when the engine has failed for good."""
         ...
 
+    @property
+    def full(self) -> bool:
+        """Whether the last :meth:`stalled` was for lack of room on the disk. What is written nevertheless stays in
+        memory, is read as if it were written, and is written first of all when there is room."""
+        ...
+
     def builder(self, path: str) -> IngestBuilder:
         """A builder of a file at ``path`` for :meth:`ingest`, on the same file system as the engine.
 

@@ -44,6 +44,7 @@ class MemoryEngine:
         self._flushed_bytes = 0
         self._closed = False
         self.stall = False
+        self.full = False
         """Set by tests: what :meth:`stalled` answers."""
 
     # Reads

@@ -130,6 +130,8 @@ class RocksEngine:
         self._pending: list[WriteBatch] = []
         """What RocksDB had no room for, in order; everything reads through it. It is written before anything else, and
         callers that look at :meth:`stalled` add no more to it than they had at hand."""
+        self.full = False
+        """As in the protocol."""
         self._errors_over = 0
         """So many background errors are known to be over."""
 
@@ -187,7 +189,7 @@ class RocksEngine:
 
     def write(self, batch: WriteBatch) -> None:
         """Never raises OutOfSpace: a batch that finds no room waits in memory, and is seen as if it were written."""
-        if self._pending:
+        if self._pending or self.full:
             self._pending.append(batch)
             self._write_pending()
         else:
@@ -244,10 +246,11 @@ class RocksEngine:
             raise OutOfSpace(f"engine: {what}: earlier writes wait for room; free some space on the node's disk")
 
     def stalled(self) -> bool:
-        if self._pending and not self._write_pending():
-            return True
         number = self._db.property_int_value
-        if number("rocksdb.background-errors") != self._errors_over and self._out_of_space():
+        self.full = bool(self._pending) and not self._write_pending()
+        if not self.full and number("rocksdb.background-errors") != self._errors_over:
+            self.full = self._out_of_space()
+        if self.full:
             return True
         return bool(number("rocksdb.is-write-stopped") or number("rocksdb.actual-delayed-write-rate"))
 

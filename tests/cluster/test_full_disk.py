@@ -143,6 +143,8 @@ async def test_a_disk_that_fills_up_stops_writes_and_nothing_else(world: LocalCl
         await eventually("a delete is taken", lambda: deleted(kv, gone))
         disk.fill()
         assert disk.free_bytes == 0
+        # Until the node has looked, it may take what still fits into what it has.
+        await eventually("writes are refused", lambda: refused(kv, b"more"))
         for _ in range(20):
             with pytest.raises(OutOfSpace):
                 await kv.put(b"more", VALUE, timeout=20)
@@ -161,6 +163,14 @@ async def deleted(kv: Client, key: bytes) -> bool:
         return await kv.delete(key, timeout=20)
     except OutOfSpace:
         return False
+
+
+async def refused(kv: Client, key: bytes) -> bool:
+    try:
+        await kv.put(key, VALUE, timeout=20)
+    except OutOfSpace:
+        return True
+    return False
 
 
 async def said(world: LocalCluster) -> bool:

@@ -153,9 +153,11 @@ async def test_appends_of_a_replaced_core_are_not_logged_after_those_of_its_succ
         deliver(
             late, 1, Message(MessageType.VOTE, 3, 2, 50, index=1 << 40, log_term=49, context=b"CampaignTransfer"), 2
         )
-        await hosts.until(lambda: late.driver._syncing, "a sync under way")
+        await hosts.until(lambda: late.driver.log_writer.syncing, "a sync under way")
         deliver(late, 2, from_right(MessageType.VOTE, to=3, sender=2, term=9, index=10, log_term=5), 2)
-        await hosts.until(lambda: any(waiting is old for waiting, _ in late.driver._appends), "a waiting append")
+        await hosts.until(
+            lambda: any(waiting is old for waiting, _ in late.driver.log_writer.appends), "a waiting append"
+        )
         machine = RangeMachine.create(descriptor_on(3, range_id=2, span=KeyRange(b"m", None), first_replica=100))
         log = late.catalog._begin_log(RIGHT, ReplicaId(103), machine)
         late.catalog.replicas.pop(RIGHT, None)
@@ -208,7 +210,7 @@ async def test_trap_20_a_group_whose_creation_was_not_synced_comes_back_from_the
         applied = late.machine().applied_index
 
         def split_applied() -> bool:
-            if late.driver._syncing and late.machine().applied_index == applied:
+            if late.driver.log_writer.syncing and late.machine().applied_index == applied:
                 # Let one record through: the entry itself must be on disk before it is applied.
                 late.workers.release()
                 late.workers.hold_log()

@@ -5,7 +5,7 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.errors import EpochMismatch
-from shardkv.multiraft.driver import APPLIES_LATER_MAX
+from shardkv.multiraft.applier import APPLIES_LATER_MAX
 from shardkv.multiraft.turn import Turn
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
 from shardkv.raft.messages import Entry, EntryType, Message, MessageType
@@ -57,10 +57,10 @@ async def test_a_stop_while_records_wait_behind_a_sync_is_no_error(autojump_cloc
         leader = hosts.leader()
         leader.workers.hold_log()
         leader.put(b"a", b"1")
-        await hosts.until(lambda: leader.driver._syncing, "a sync under way")
+        await hosts.until(lambda: leader.driver.log_writer.syncing, "a sync under way")
         vote = Message(MessageType.VOTE, leader.replica().replica_id, 99, leader.replica().raft.term + 9)
         leader.driver.step(leader.replica(), Message(vote.type, vote.to, vote.from_, vote.term, context=TRANSFER))
-        await hosts.until(lambda: leader.driver._appends, "a record that waits")
+        await hosts.until(lambda: leader.driver.log_writer.appends, "a record that waits")
         hosts.tolerant = True
         leader.scope.cancel()
         leader.workers.release()
@@ -77,7 +77,7 @@ async def test_that_more_is_committed_costs_no_sync_of_its_own(autojump_clock: M
         for number in range(5):
             await hosts.write(b"k%d" % number, b"v")
         assert leader.driver.statistics().syncs - before == 5
-        leader.driver.log_all()
+        leader.driver.log_writer.write_all()
         await hosts.agreed()
         log = leader.replica().log
         assert log.hard_state.commit == leader.replica().raft.committed
@@ -96,11 +96,11 @@ async def test_what_a_follower_applies_waits_for_company_until_the_next_tick(aut
         for number in range(APPLIES_LATER_MAX):
             await hosts.write(b"k%d" % number, b"v")
         assert trio.current_time() - began < TICK_SECONDS, "the entries came between two ticks"
-        waiting = len(follower.driver._later)
+        waiting = len(follower.driver.applier.later)
         assert waiting > 1
         await hosts.agreed()
         assert len(written) <= 1 + APPLIES_LATER_MAX // waiting
-        assert not follower.driver._later
+        assert not follower.driver.applier.later
         assert follower.rows() == hosts.leader().rows()
 
 
@@ -114,13 +114,13 @@ async def test_a_read_that_waits_at_a_follower_has_what_it_waits_for_applied_at_
         entry = Entry(replica.raft.term, replica.raft.last_index + 1)
         one = (replica, Message(MessageType.STORAGE_APPLY, entries=(entry,)))
         applied: list[object] = []
-        driver._apply = applied.append  # type: ignore[method-assign, assignment]
-        driver._apply_now_or_later([one])
+        driver.applier._apply = applied.append  # type: ignore[method-assign, assignment]
+        driver.applier.apply([one])
         assert not applied
         replica.confirmed = [(entry.index, [])]
         driver._perform(Turn(confirmed=[replica]))
         assert applied == [[one]], "the read came behind the entry"
-        driver._apply_now_or_later([one])
+        driver.applier.apply([one])
         assert applied == [[one], [one]], "the entry came behind the read"
         hosts.tolerant = True
 
@@ -133,11 +133,11 @@ async def test_a_follower_applies_a_change_of_the_members_at_once(autojump_clock
         await hosts.agreed()
         change = Entry(replica.raft.term, replica.raft.last_index + 1, EntryType.CONF_CHANGE_V2)
         applied: list[object] = []
-        driver._apply = applied.append  # type: ignore[method-assign, assignment]
+        driver.applier._apply = applied.append  # type: ignore[method-assign, assignment]
         plain = Message(MessageType.STORAGE_APPLY, entries=(change._replace(type=EntryType.NORMAL),))
-        driver._apply_now_or_later([(replica, plain)])
+        driver.applier.apply([(replica, plain)])
         assert not applied
         other = Message(MessageType.STORAGE_APPLY, entries=(change,))
-        driver._apply_now_or_later([(replica, other)])
+        driver.applier.apply([(replica, other)])
         assert applied == [[(replica, plain), (replica, other)]], "in their order"
         hosts.tolerant = True

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from shardkv.errors import Busy, NotLeader
+from shardkv.errors import Busy, NotLeader, OutOfSpace
 from shardkv.multiraft import driver as driver_module
 from shardkv.multiraft import replica as replica_module
 from shardkv.multiraft.driver import PEER_FRAME_BYTES, _pieces
@@ -172,11 +172,11 @@ async def test_while_a_sync_runs_proposals_collect_and_acknowledgements_commits_
     async with world(3) as hosts:
         leader = hosts.leader()
         await hosts.write(b"k", b"v")
-        await hosts.until(lambda: not leader.driver._syncing)
+        await hosts.until(lambda: not leader.driver.log_writer.syncing)
         first = leader.put(b"a", b"1")
         leader.driver._turn()
         leader.workers.hold_log()
-        assert leader.driver._syncing
+        assert leader.driver.log_writer.syncing
         last = leader.replica().raft.last_index
         more = [leader.put(b"b%d" % number, b"2") for number in range(5)]
         await trio.sleep(0.1)
@@ -196,13 +196,30 @@ async def test_a_stalled_engine_holds_applies_back_and_nothing_is_answered_or_lo
         leader.engine.stall = True
         answers = [leader.put(b"k%d" % number, b"v") for number in range(3)]
         await trio.sleep(0.5)
-        assert leader.driver._held
+        assert leader.driver.applier.held
         assert not any(answer.arrived for answer in answers)
         assert leader.replica().leads, "a stall of the engine alone costs no leadership"
         leader.engine.stall = False
         for answer in answers:
             await answer.wait()
         assert leader.value(b"k2") == b"v"
+
+
+async def test_what_was_under_way_when_the_disk_became_full_is_applied_so_that_reads_go_on(
+    autojump_clock: MockClock,
+) -> None:
+    """It may stay full for ever. The engine keeps in memory what it has no room for, and little more is to come, for
+    the node refuses writes; until it does, nothing is added."""
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        leader.engine.stall = leader.engine.full = True
+        answer = leader.put(b"k", b"v")
+        await trio.sleep(0.5)
+        assert not answer.arrived, "the node takes writes still: the engine's memory has no bound"
+        leader.driver.space.failed("log", OutOfSpace("no room"))
+        await answer.wait()
+        assert await leader.read(b"k").wait() == b"v"
+        leader.engine.stall = leader.engine.full = False
 
 
 async def test_a_turn_leaves_resting_groups_alone_and_takes_a_bounded_share_of_each(autojump_clock: MockClock) -> None:

@@ -84,7 +84,7 @@ def compact(host: Host, range_id: int = RANGE) -> None:
     log = host.replica(range_id).log
     index = min(host.machine(range_id).applied_index, log.hard_state.commit)
     if index > log.compact_index:
-        host.driver.append_now([LogUpdate(RangeId(range_id), compact=CompactLog(index, log.term(index)))])
+        host.driver.log_writer.append([LogUpdate(RangeId(range_id), compact=CompactLog(index, log.term(index)))])
 
 
 async def behind(hosts: Hosts, *, writes: int = 5) -> Host:
@@ -315,7 +315,7 @@ async def test_an_install_waits_for_what_its_group_wanted_logged_before(autojump
         late.workers.hold_log()
         for number in range(3):
             await hosts.write(b"k%d" % number, b"v")
-        await hosts.until(lambda: late.driver._appends, "appends behind a slow sync")
+        await hosts.until(lambda: late.driver.log_writer.appends, "appends behind a slow sync")
         hosts.isolate(3)
         for number in range(3):
             await hosts.write(b"m%d" % number, b"v")
@@ -339,7 +339,7 @@ async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot
         late.engine.stall = True
         for number in range(3):
             await hosts.write(b"k%d" % number, b"v")
-        await hosts.until(lambda: late.driver._held, "entries held back")
+        await hosts.until(lambda: late.driver.applier.held, "entries held back")
         hosts.isolate(3)
         for number in range(3):
             await hosts.write(b"m%d" % number, b"v")
@@ -348,9 +348,9 @@ async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot
         assert stream.answers == [["done"]]
         index = leader.machine().applied_index
         await hosts.until(lambda: late.replica().machine and late.machine().applied_index == index, "the install")
-        assert late.driver._held
+        assert late.driver.applier.held
         late.engine.stall = False
-        await hosts.until(lambda: not late.driver._held)
+        await hosts.until(lambda: not late.driver.applier.held)
         assert late.replica().raft.raft.log.applying_bytes == 0
         hosts.heal()
         await hosts.agreed()
@@ -364,7 +364,7 @@ async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_g
         late.engine.stall = True
         for number in range(3):
             await hosts.write(b"k%d" % number, b"v")
-        await hosts.until(lambda: late.driver._held, "entries held back")
+        await hosts.until(lambda: late.driver.applier.held, "entries held back")
         hosts.isolate(3)
         await hosts.write(b"m", b"v")
         stream = Stream(*spelled(leader, 3))
@@ -372,7 +372,7 @@ async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_g
         late.workers.hold_others()
         await hosts.until(lambda: late.replica().machine is None, "the install")
         late.engine.stall = False
-        await hosts.until(lambda: not late.driver._held)
+        await hosts.until(lambda: not late.driver.applier.held)
         late.workers.release()
         await hosts.until(lambda: late.replica().machine and not late.replica().installing, "the install's end")
         assert late.replica().raft.raft.log.applying_bytes == 0
@@ -614,7 +614,7 @@ async def test_trap_11_a_follower_one_entry_behind_a_new_leader_needs_no_snapsho
         hosts.isolate(3)
         await hosts.write(b"k", b"w")
         index = leader.machine().applied_index
-        await hosts.until(lambda: other.machine().applied_index == index and not other.driver._held)
+        await hosts.until(lambda: other.machine().applied_index == index and not other.driver.applier.held)
         await trio.sleep(0.2)
         await other.maintenance.flush_and_compact()
         leader.replica().raft.transfer_leader(other.replica().replica_id)

@@ -219,7 +219,7 @@ async def test_trap_10_nothing_that_follows_from_a_write_leaves_before_its_sync(
         hosts.passes = passes
         await leader.put(b"k", b"v").wait()
         await trio.sleep(0.1)
-        assert follower.driver._syncing
+        assert follower.driver.log_writer.syncing
         assert MessageType.HEARTBEAT_RESP in sent, "what needs no write is not made to wait"
         assert MessageType.APP_RESP not in sent
         follower.workers.release()

@@ -17,12 +17,13 @@ class StandIn:
 
     def __init__(self, *, in_loop: bool) -> None:
         self.catalog = SimpleNamespace(replicas={})
+        self.log_writer = self
         self._held_ns = 3_000_000_000 if in_loop else 0
 
-    def slowest_sync_ns(self, now_ns: int) -> int:
+    def slowest_ns(self, now_ns: int) -> int:
         return 3_000_000_000
 
-    def loop_sync_ns(self) -> int:
+    def loop_ns(self) -> int:
         return self._held_ns
 
 
@@ -48,12 +49,13 @@ class Disk:
         self.began: float | None = None
         self.probes = 0
         self.catalog = SimpleNamespace(replicas={})
+        self.log_writer = self
 
-    def slowest_sync_ns(self, now_ns: int) -> int:
+    def slowest_ns(self, now_ns: int) -> int:
         self.probes += 1
         return 0 if self.began is None else round((trio.current_time() - self.began) * 1e9)
 
-    def loop_sync_ns(self) -> int:
+    def loop_ns(self) -> int:
         return 0
 
 

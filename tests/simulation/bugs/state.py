@@ -11,6 +11,7 @@ from shardkv.machine.machine import Applied, RangeMachine
 from shardkv.machine.snapshot import replace_rows, snapshot_rows
 from shardkv.multiraft import maintenance, snapshot_parts, snapshots
 from shardkv.multiraft import replica as replica_module
+from shardkv.multiraft.applier import Applier
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.maintenance import Maintenance
 from shardkv.multiraft.replica import Replica
@@ -73,27 +74,27 @@ def epoch_checked_only_when_proposed() -> Patches:
 
 
 def applied_index_apart() -> Patches:
-    def write(self: Driver, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:
+    def write(self: Applier, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:
         indices = WriteBatch()
         for replica in touched.values():
             if replica.machine is not None:
                 replica.machine.finish(indices)
         if indices:
-            self.engine.write(indices)
+            self._engine.write(indices)
         if batch:
-            self.engine.write(batch)
+            self._engine.write(batch)
         return WriteBatch()
 
-    return [patch.object(Driver, "_write", write)]
+    return [patch.object(Applier, "_write", write)]
 
 
 def applied_index_left_out() -> Patches:
-    def write(self: Driver, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:
+    def write(self: Applier, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:
         if batch:
-            self.engine.write(batch)
+            self._engine.write(batch)
         return WriteBatch()
 
-    return [patch.object(Driver, "_write", write)]
+    return [patch.object(Applier, "_write", write)]
 
 
 def versions_as_proposed() -> Patches:
@@ -218,7 +219,7 @@ def segments_dropped_too_early() -> Patches:
 
 def compacted_before_the_flush() -> Patches:
     async def flush_and_compact(self: Maintenance) -> None:
-        self._driver.log_all()
+        self._driver.log_writer.write_all()
         updates = []
         for range_id, replica in self._driver.catalog.replicas.items():
             if replica.machine is not None and not replica.installing:
@@ -226,7 +227,7 @@ def compacted_before_the_flush() -> Patches:
                 if update is not None:
                     updates.append(update)
         if updates:
-            self._driver.append_now(updates)
+            self._driver.log_writer.append(updates)
 
     return [patch.object(Maintenance, "flush_and_compact", flush_and_compact)]
 
