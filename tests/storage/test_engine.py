@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +40,7 @@ def put(**pairs: bytes) -> WriteBatch:
 Change = Callable[[dict[bytes, bytes]], dict[bytes, bytes]]
 
 UNCOMPACTED = RocksSettings(level0_compaction_files=1_000, level0_slowdown_files=2_000, level0_stop_files=3_000)
-"""Nothing goes on in the background, so that a copy of the directory is of one moment."""
+"""No compaction goes on in the background."""
 
 
 def changed(changes: list[tuple[str, bytes, Any]], state: dict[bytes, bytes]) -> dict[bytes, bytes]:
@@ -196,8 +197,11 @@ class RocksMachine(EngineMachine):
     def crashed(self, data: st.DataObject) -> Engine:
         """A copy of the directory, taken while the engine is open: exactly what ``kill -9`` leaves of it."""
         copy = f"{self.directory.name}/copy{next(self.files)}"
+        # A process dies at one moment, a copy takes a while: nothing may delete files meanwhile.
+        self.engine._db.cancel_all_background(True)  # type: ignore[attr-defined]
         shutil.copytree(self.path, copy)
-        self.engine.close()
+        with suppress(StorageError):
+            self.engine.close()  # it cannot flush any more, and need not
         self.path = copy
         return RocksEngine(copy, UNCOMPACTED)
 
