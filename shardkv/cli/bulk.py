@@ -16,11 +16,12 @@ from typing import Any, BinaryIO, Final
 
 import click
 
-from shardkv.cli import records, text
+from shardkv.cli import records
 from shardkv.cli.data import after_prefix, span_options
 from shardkv.cli.progress import Progress
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, base64_option, connected
+from shardkv.json_rules import to_json
 
 BATCH_KEYS_MAX: Final = 5_000
 BATCH_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -208,7 +209,7 @@ def export(
     if "prefix" in span:
         span = {"start": span["prefix"], "end": after_prefix(span["prefix"])}
     checkpoint = Checkpoint(
-        file_name, {"command": "export", "format": file_format, "span": text.to_json(span, compact=True)}
+        file_name, {"command": "export", "format": file_format, "span": to_json(span, compact=True)}
     )
     saved = checkpoint.load() if resume else None
     with _open_output(file_name, saved, resume, overwrite) as file:

@@ -10,6 +10,7 @@ from shardkv.cli import text
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, base64_option, connected, json_option, read_key
 from shardkv.cli.table import render
+from shardkv.json_rules import to_json
 from shardkv.wire.requests import Method
 
 NODE_COLUMNS: Final = ("id", "name", "address", "state", "replicas", "leaders")
@@ -41,7 +42,7 @@ def print_rows(
 ) -> None:
     """A table, or a JSON array of objects with the same fields."""
     if as_json:
-        click.echo(text.to_json([{column: row.get(column) for column in columns} for row in rows]))
+        click.echo(to_json([{column: row.get(column) for column in columns} for row in rows]))
         return
     shown = [[cell(column, row.get(column)) for column in columns] for row in rows]
     sys.stdout.write(render(columns, shown, numeric))
@@ -84,7 +85,7 @@ def status(session: Session, as_json: bool) -> None:
     if isinstance(answer.get("cluster_id"), bytes):
         answer["cluster_id"] = answer["cluster_id"].hex()
     if as_json:
-        click.echo(text.to_json(answer))
+        click.echo(to_json(answer))
         return
     plain = {name: value for name, value in answer.items() if not isinstance(value, list | dict)}
     widest = max(map(len, plain), default=0)

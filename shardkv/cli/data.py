@@ -9,6 +9,7 @@ from shardkv.cli import text
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, base64_option, connected, json_option, read_bytes, read_key
 from shardkv.cli.table import TableWriter
+from shardkv.json_rules import to_json
 
 consistency_option = click.option(
     "--consistency",
@@ -52,7 +53,7 @@ def get(session: Session, key: str, raw: bool, consistency: str | None, as_json:
     elif raw:
         sys.stdout.buffer.write(entry.value)
     elif as_json:
-        click.echo(text.to_json({"key": entry.key, "value": entry.value, "version": entry.version}))
+        click.echo(to_json({"key": entry.key, "value": entry.value, "version": entry.version}))
     else:
         click.echo(text.show(entry.value, base64_text))
 
@@ -64,7 +65,7 @@ def _value(typed: str, base64_text: bool) -> bytes:
 
 
 def _print_version(version: int, as_json: bool) -> None:
-    click.echo(text.to_json({"version": version}) if as_json else str(version))
+    click.echo(to_json({"version": version}) if as_json else str(version))
 
 
 @click.command(
@@ -125,7 +126,7 @@ def incr(session: Session, key: str, delta: int, as_json: bool, base64_text: boo
         return await client.increment(wanted, delta, timeout=session.timeout)
 
     number = session.run(body)
-    click.echo(text.to_json({"value": str(number)}) if as_json else str(number))
+    click.echo(to_json({"value": str(number)}) if as_json else str(number))
 
 
 @click.command("del", cls=Example, example="shardkv del --connect 127.0.0.1:7001 greeting")
@@ -143,7 +144,7 @@ def delete(session: Session, key: str, if_version: int | None, as_json: bool, ba
 
     deleted = session.run(body)
     if as_json:
-        click.echo(text.to_json({"deleted": deleted}))
+        click.echo(to_json({"deleted": deleted}))
     if not deleted:
         _absent(wanted, base64_text)
     elif not as_json:
@@ -198,7 +199,7 @@ def scan(
                 fields = {"key": entry.key, "value": entry.value, "version": entry.version}
                 if keys_only:
                     del fields["value"]
-                click.echo(separator + text.to_json(fields, compact=True), nl=False)
+                click.echo(separator + to_json(fields, compact=True), nl=False)
                 separator = ",\n "
         click.echo("[]" if separator == "[" else "]")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, Final, NamedTuple
 
 from shardkv.cli import text
+from shardkv.json_rules import BASE64_SUFFIX, json_field
 
 FORMATS: Final = ("jsonl", "csv")
 CSV_COLUMNS: Final = ("key", "key_base64", "value", "value_base64", "version")
@@ -41,7 +42,7 @@ def write_header(file_format: str) -> bytes:
 
 def write_record(file_format: str, key: bytes, value: bytes, version: int) -> bytes:
     """One record with its line end."""
-    fields = dict([text.json_field("key", key), text.json_field("value", value), ("version", str(version))])
+    fields = dict([json_field("key", key), json_field("value", value), ("version", str(version))])
     if file_format == "csv":
         return _csv_line([str(fields.get(column, "")) for column in CSV_COLUMNS])
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -127,10 +128,10 @@ def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
             raise BadRecord(f"line {lines.line}: {len(row)} fields under a header of {len(header)}")
         fields: dict[str, object] = dict(zip(header, row))
         for name in ("key", "value"):
-            if fields.get(name + text.BASE64_SUFFIX):
+            if fields.get(name + BASE64_SUFFIX):
                 fields.pop(name, None)
-            elif fields.get(name + text.BASE64_SUFFIX) == "":
-                fields.pop(name + text.BASE64_SUFFIX)
+            elif fields.get(name + BASE64_SUFFIX) == "":
+                fields.pop(name + BASE64_SUFFIX)
         yield _record(fields, lines)
 
 

@@ -1,22 +1,20 @@
-r"""How keys and values look to people and to programs: escapes, base64, and the JSON rules. Pure.
+r"""How keys and values look to people and to programs: escapes and base64. Pure.
 
 On the command line bytes are UTF-8 with ``\xNN`` and ``\\`` escapes, or base64 where asked. What is shown can be typed
 back in: ``unescape(escape(data)) == data`` for every ``data``.
 
-In JSON versions are decimal strings (they exceed 2**53), a field that is not UTF-8 is renamed with ``_base64``, and an
-unbounded end is null.
+What JSON looks like is said in ``shardkv.json_rules``; here is only how a field is read back.
 """
 
 import base64
 import binascii
-import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Final
+
+from shardkv.json_rules import BASE64_SUFFIX
 
 _ESCAPE: Final = re.compile(rb"\\(\\|x[0-9A-Fa-f]{2}|.?)", re.DOTALL)
-_VERSION_FIELDS: Final = frozenset({"version", "current", "timestamp"})
-BASE64_SUFFIX: Final = "_base64"
 
 
 def escape(data: bytes) -> str:
@@ -66,37 +64,6 @@ def read(text: str, base64_text: bool = False) -> bytes:
 def show(data: bytes, base64_text: bool = False) -> str:
     """A key or value for the terminal, such that :func:`read` gives it back."""
     return base64.b64encode(data).decode("ascii") if base64_text else escape(data)
-
-
-def json_field(name: str, value: object) -> tuple[str, object]:
-    """One field of a JSON object after the rules: its name, which may change, and its value."""
-    if isinstance(value, bytes | bytearray):
-        try:
-            return name, value.decode("utf-8")
-        except UnicodeDecodeError:
-            return name + BASE64_SUFFIX, base64.b64encode(value).decode("ascii")
-    if name in _VERSION_FIELDS and isinstance(value, int) and not isinstance(value, bool):
-        return name, str(value)
-    return name, json_value(value)
-
-
-def json_value(value: object) -> Any:
-    """A value that ``json.dumps`` takes, with the rules applied to every object inside it."""
-    if isinstance(value, Mapping):
-        return dict(json_field(str(name), inner) for name, inner in value.items())
-    if isinstance(value, bytes | bytearray):
-        name, shown = json_field("", value)
-        return {BASE64_SUFFIX.strip("_"): shown} if name else shown
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [json_value(inner) for inner in value]
-    return value
-
-
-def to_json(value: object, *, compact: bool = False) -> str:
-    """One JSON document."""
-    if compact:
-        return json.dumps(json_value(value), ensure_ascii=False, separators=(",", ":"))
-    return json.dumps(json_value(value), ensure_ascii=False, indent=2)
 
 
 def bytes_from_json(fields: Mapping[str, object], name: str) -> bytes | None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from shardkv.cli import text
 from shardkv.cli.shell_language import SyntaxProblem, parse, quoted
+from shardkv.json_rules import to_json
 
 
 @given(st.binary())
@@ -52,7 +53,7 @@ def test_what_is_not_base64_is_refused(typed: str) -> None:
 
 def test_json_renames_what_is_not_utf8_and_writes_versions_as_text() -> None:
     """DESIGN 2.2: versions are decimal strings, a field that is not UTF-8 is renamed with _base64."""
-    document = text.to_json({"key": b"\xff", "value": "é".encode(), "version": 2**60, "bytes": 3, "end": None})
+    document = to_json({"key": b"\xff", "value": "é".encode(), "version": 2**60, "bytes": 3, "end": None})
     assert json.loads(document) == {
         "key_base64": "/w==",
         "value": "é",
@@ -64,7 +65,7 @@ def test_json_renames_what_is_not_utf8_and_writes_versions_as_text() -> None:
 
 @given(st.binary())
 def test_a_json_field_reads_back_as_the_same_bytes(data: bytes) -> None:
-    fields = json.loads(text.to_json({"key": data}))
+    fields = json.loads(to_json({"key": data}))
     assert text.bytes_from_json(fields, "key") == data
 
 

@@ -27,6 +27,7 @@ from shardkv.errors import (
     from_wire,
     to_wire,
 )
+from shardkv.json_rules import to_json
 from shardkv.machine import entries, envelope, rows
 from shardkv.multiraft.snapshot_parts import Incoming, decode_begin
 from shardkv.raft.messages import SnapshotMetadata
@@ -354,7 +355,7 @@ def _line(data: bytes, chance: random.Random) -> None:
 def _key(data: bytes, chance: random.Random) -> None:
     typed = data.decode("utf-8", "surrogateescape")
     assert text.unescape(text.escape(data)) == data, data
-    text.to_json({"key": data, "version": len(data)})
+    to_json({"key": data, "version": len(data)})
     found = text.read(typed, base64_text=chance.random() < 0.3)
     assert isinstance(found, bytes), found
 

@@ -1,8 +1,8 @@
 """What the admin endpoint answers, as a plain ASGI application. It changes nothing and knows no web server.
 
 Lives here: the paths, when the node is healthy and when ready, and the bounds on what an asker may cost. Does not live
-here: how the answers look (``metrics``, ``page``, ``json_rules``). The rule: only GET, no bodies, every answer within a
-deadline, and one answer for all who ask at about the same time.
+here: how the answers look (``metrics``, ``page``, ``shardkv.json_rules``). The rule: only GET, no bodies, every answer
+within a deadline, and one answer for all who ask at about the same time.
 """
 
 from collections.abc import Awaitable, Callable
@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shardkv.environment import Environment
 from shardkv.errors import ShardKVError
+from shardkv.json_rules import to_json
 from shardkv.multiraft.driver import Driver
 from shardkv.server.admin import page
-from shardkv.server.admin.json_rules import to_json
 from shardkv.server.admin.metrics import CONTENT_TYPE, Metrics
 from shardkv.server.disk_health import DiskHealth
 from shardkv.server.garbage import GarbagePolicy
@@ -164,11 +164,11 @@ class Application:
 
     async def _json(self, shared: "_Shared") -> Response:
         if self.parts is None:
-            return _json_response(to_json({"error": "Unavailable", "message": _STARTING}), 503)
+            return _json_response(_document({"error": "Unavailable", "message": _STARTING}), 503)
         try:
             return _json_response((await shared.get(self.parts)).encoded, 200)
         except ShardKVError as error:
-            return _json_response(to_json({"error": type(error).__name__, "message": str(error)}), 503)
+            return _json_response(_document({"error": type(error).__name__, "message": str(error)}), 503)
 
     async def _page(self, request: HttpRequest) -> Response:
         """The page as it would look after its first refresh, so that it also serves browsers without scripts."""
@@ -217,7 +217,7 @@ class _Shared:
                 self._answer = None
                 value = await self._ask(parts, self._request)
                 # Ten thousand ranges are more than a megabyte: not in the loop.
-                self._answer = _Answer(value, await self._workers.run(to_json, value))
+                self._answer = _Answer(value, await self._workers.run(_document, value))
                 self._answered_ns = self._clock.monotonic_ns()
             return self._answer
 
@@ -246,3 +246,8 @@ async def _discard(receive: Receive) -> None:
 
 async def _nothing() -> Message:
     return {"type": "http.request", "body": b"", "more_body": False}
+
+
+def _document(value: object) -> bytes:
+    """One JSON document in UTF-8."""
+    return to_json(value, compact=True).encode() + b"\n"

@@ -1,6 +1,8 @@
 """How keys and values look in JSON: text where they are UTF-8, else base64 in a field whose name says so. Pure.
 
-The same rules as the command line's ``--json``: a program reads both alike.
+Versions are decimal strings, for they exceed 2**53, and an unbounded end is null.
+
+The command line's ``--json`` and a node's admin endpoint follow the same rules, so a program reads both alike.
 """
 
 import base64
@@ -15,7 +17,7 @@ _VERSION_FIELDS: Final = frozenset({"version", "current", "timestamp"})
 
 def json_field(name: str, value: object) -> tuple[str, Any]:
     """One field of an object after the rules: its name, which may change, and its value."""
-    if isinstance(value, bytes):
+    if isinstance(value, bytes | bytearray):
         try:
             return name, value.decode("utf-8")
         except UnicodeDecodeError:
@@ -29,7 +31,7 @@ def json_value(value: object) -> Any:
     """A value that ``json.dumps`` takes, with the rules applied to every object inside it."""
     if isinstance(value, Mapping):
         return dict(json_field(str(name), inner) for name, inner in value.items())
-    if isinstance(value, bytes):
+    if isinstance(value, bytes | bytearray):
         name, shown = json_field("", value)
         return {BASE64_SUFFIX.strip("_"): shown} if name else shown
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -37,6 +39,8 @@ def json_value(value: object) -> Any:
     return value
 
 
-def to_json(value: object) -> bytes:
-    """One JSON document in UTF-8."""
-    return json.dumps(json_value(value), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+def to_json(value: object, *, compact: bool = False) -> str:
+    """One JSON document."""
+    if compact:
+        return json.dumps(json_value(value), ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(json_value(value), ensure_ascii=False, indent=2)
