@@ -247,6 +247,27 @@ class _Node:
     # Composition
 
     def _compose(self) -> None:
+        self._compose_groups()
+        self._compose_services()
+        if self._observe is not None:
+            self._observe(
+                Inside(
+                    self._catalog,
+                    self._wal,
+                    self._engine,
+                    self._driver,
+                    self._hybrid_clock,
+                    self._maintenance,
+                    self._splitter,
+                    self._placement,
+                    self._pool,
+                    self._listener,
+                    self._disk_health,
+                )
+            )
+
+    def _compose_groups(self) -> None:
+        """The Raft groups, and what runs them."""
         config, environment = self._config, self._environment
         mine = self._directory.identity
         assert mine.cluster_id is not None, "composed before the node is a member"
@@ -291,16 +312,22 @@ class _Node:
         )
         self._driver.snapshots = self._snapshots
         self._maintenance = Maintenance(self._driver, environment, self._log, self._directory.path)
+
+    def _compose_services(self) -> None:
+        """What serves clients, peers and the placement group on top of the groups."""
+        config, environment, identity = self._config, self._environment, self._identity
+        assert identity.node_id is not None, "composed before the node has an id"
+        assert identity.cluster_id is not None, "composed before the node is a member"
         self._splitter = Splitter(self._driver, environment.clock, self._split, self._split_bytes, self._log)
         self._placement = PlacementService(
             self._driver,
             environment,
             self._extension,
-            Reporter(mine.node_id, mine.boot, self._address),
+            Reporter(identity.node_id, identity.boot, self._address),
             self._splitter.bytes_of,
             self._on_nodes,
             self._address_book,
-            mine.cluster_id,
+            identity.cluster_id,
             self._directory.path,
             self._log,
         )
@@ -325,22 +352,6 @@ class _Node:
         if self._collector is not None:
             turns = self._driver.statistics
             self._garbage = GarbagePolicy(self._collector, environment.clock, lambda: turns().turns, self._log)
-        if self._observe is not None:
-            self._observe(
-                Inside(
-                    self._catalog,
-                    self._wal,
-                    self._engine,
-                    self._driver,
-                    self._hybrid_clock,
-                    self._maintenance,
-                    self._splitter,
-                    self._placement,
-                    self._pool,
-                    self._listener,
-                    self._disk_health,
-                )
-            )
 
     def _show(self) -> None:
         """Hand the parts to the admin endpoint, if there is one."""

@@ -77,14 +77,7 @@ class SimulatedWorkers:
             if self._fenced:
                 jobs.clear()
                 return
-            job, done = jobs.popleft()
-            result: object = None
-            error: BaseException | None = None
-            try:
-                result = job()
-            except Exception as caught:  # noqa: BLE001  # handed to the callback, which decides
-                error = caught
-            done(result, error)
+            _carry_out(*jobs.popleft())
 
     async def _pass_time(self) -> None:
         seconds = self.latency_seconds()
@@ -127,11 +120,15 @@ class SimulatedSerialWorker:
     def run_now(self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]) -> bool:
         if not self.at_once:
             return False
-        result: object = None
-        failure: BaseException | None = None
-        try:
-            result = job()
-        except Exception as error:  # noqa: BLE001  # handed to the callback, which decides
-            failure = error
-        done(result, failure)
+        _carry_out(job, done)
         return True
+
+
+def _carry_out(job: Callable[[], object], done: Callable[[object, BaseException | None], None]) -> None:
+    result: object = None
+    failure: BaseException | None = None
+    try:
+        result = job()
+    except Exception as error:  # noqa: BLE001  # handed to the callback, which decides
+        failure = error
+    done(result, failure)
