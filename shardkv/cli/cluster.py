@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import anyio
 import click
 
 from shardkv.cli import text
@@ -15,6 +16,9 @@ from shardkv.wire.requests import Method
 
 NODE_COLUMNS: Final = ("id", "name", "address", "state", "replicas", "leaders")
 RANGE_COLUMNS: Final = ("id", "start", "end", "leader", "replicas", "epoch", "bytes")
+LEADER_ASKS_MAX: Final = 10
+LEADER_ASK_SECONDS: Final = 0.1
+"""While leadership passes from one node to another nobody is known to lead; an election takes about a second."""
 LEADER_COLUMNS: Final = ("range", "leader", "name", "address")
 UNBOUNDED: Final = "∞"
 """Shown for an unbounded end; in JSON it is null."""
@@ -125,11 +129,20 @@ def ranges(session: Session, as_json: bool) -> None:
 def leader(session: Session, key: str | None, as_json: bool, base64_text: bool) -> None:
     """Show which node leads the range that holds KEY; without KEY, which one leads the placement.
 
-    Exit code 1 when there is no leader now.
+    Waits a moment for a change of leaders to end. Exit code 1 when there is no leader after that.
     """
     wanted = None if key is None else read_key(key, base64_text)
 
     async def body(client: Client) -> dict[str, Any]:
+        row = await ask(client)
+        for _ in range(LEADER_ASKS_MAX):
+            if row["leader"] is not None:
+                break
+            await anyio.sleep(LEADER_ASK_SECONDS)
+            row = await ask(client)
+        return row
+
+    async def ask(client: Client) -> dict[str, Any]:
         cluster = await fetch_status(client, session.timeout)
         if wanted is None:
             return leader_row(0, cluster.get("placement_leader"), cluster["node_table"])
