@@ -49,6 +49,8 @@ class FakeClient:
         self.version = FIRST_VERSION
         self.addresses: list[str] = []
         self.calls: list[tuple[Any, ...]] = []
+        self.asks_until_elected: int | None = None
+        """So often the ranges are asked for before the right one has a leader; None: it never has."""
         self.fail: BaseException | None = None
         self.fail_after: int | None = None
         self.batches: list[list[tuple[bytes, bytes]]] = []
@@ -142,8 +144,10 @@ class FakeClient:
                 }
             case Method.RANGES:
                 row = {"replicas": [1, 2], "epoch": [1, 2], "bytes": 3 * 1024 * 1024}
+                asks = sum(call[0] is Method.RANGES for call in self.calls)
+                elected = self.asks_until_elected is not None and asks > self.asks_until_elected
                 return [
-                    {"id": 3, "start": b"m\xff", "end": None, "leader": None, **row},
+                    {"id": 3, "start": b"m\xff", "end": None, "leader": 2 if elected else None, **row},
                     {"id": 1, "start": b"", "end": b"m\xff", "leader": 1, **row},
                 ]
             case Method.SPLIT:

@@ -64,6 +64,13 @@ def test_leader_names_the_node_that_leads_a_key(world: World) -> None:
     assert "no leader" in result.stderr
 
 
+def test_leader_waits_while_leadership_passes_from_one_node_to_another(world: World) -> None:
+    """Right after a transfer nobody has reported to lead."""
+    world.client.asks_until_elected = 2
+    [row] = json.loads(world.run("leader", "z", "--json").stdout)
+    assert (row["range"], row["leader"]) == (3, 2)
+
+
 def test_operations_name_what_they_are_about(world: World) -> None:
     assert world.run("admin", "split", r"m\x00").stdout == "range 1 ends at m\\x00, where range 4 begins\n"
     assert world.run("admin", "transfer", "3", "n2").exit_code == 0
