@@ -23,6 +23,9 @@ IO_POLL_ROUNDS: Final = 1_024
 SLEEP_STEPS_PER_SECOND: Final = 1_000_000
 """Sleeps end at multiples of a microsecond."""
 
+LOOK_SECONDS: Final = 0.0003
+"""Between two looks at what may pass as soon as a message arrives: about what one takes, so that none is missed."""
+
 
 class Timer:
     """A call that is to be made at a moment of virtual time. See :func:`call_at`."""
@@ -226,6 +229,37 @@ async def sleep_until(moment: float) -> None:
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+async def until(happens: Callable[[], bool], end: float) -> bool:
+    """Wait until something is so, however soon it passes, or to the moment ``end``; whether it was.
+
+    Virtual time looks for itself every :data:`LOOK_SECONDS`, without a round of the scheduler.
+    """
+    if _clock is None:
+        while not (so := happens()) and now() < end:
+            await sleep(LOOK_SECONDS)
+        return so
+    if happens():
+        return True
+    clock, so = _clock, False
+    task = trio.lowlevel.current_task()
+
+    def look() -> None:
+        nonlocal so, timer
+        so = happens()
+        if so or clock.now >= end:
+            trio.lowlevel.reschedule(task)
+        else:
+            timer = clock.call_at(clock.now + LOOK_SECONDS, look)
+
+    def abort(_: object) -> trio.lowlevel.Abort:
+        timer.cancel()
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    timer = clock.call_at(clock.now + LOOK_SECONDS, look)
+    await trio.lowlevel.wait_task_rescheduled(abort)
+    return so
 
 
 async def sleep_uncancelled(seconds: float) -> None:

@@ -6,6 +6,7 @@ more often. Where it wants to hit a leader, it looks at who leads, as an attacke
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -29,8 +30,6 @@ SOON_CALLS_MAX: Final = 25
 """A crash at once comes within so many calls."""
 INSTALLING_CALLS_MAX: Final = (2, 5, 50, 300)
 CATCHING_UP_SECONDS: Final = 1.5
-LOOK_SECONDS: Final = 0.0003
-"""About what a message takes: a moment that lasts no longer is not missed."""
 USURPING_SECONDS: Final = 2.5
 TURNING_SECONDS: Final = 2.5
 
@@ -45,6 +44,22 @@ def _leaders(faults: "Faults") -> dict[RangeId, tuple[int, SimulatedNode]]:
                 if replica.leads and range_id != PLACEMENT_RANGE and found.get(range_id, (0,))[0] < term:
                     found[range_id] = (term, node)
     return found
+
+
+def _leader(faults: "Faults", range_id: RangeId) -> tuple[int, SimulatedNode] | None:
+    """The highest term in which a node leads a range now, and that node."""
+    found: tuple[int, SimulatedNode] | None = None
+    for node in faults.cluster.nodes.values():
+        replica = node.inside.catalog.replicas.get(range_id) if node.serving else None
+        if replica is not None and replica.leads and (found is None or found[0] < replica.raft.term):
+            found = (replica.raft.term, node)
+    return found
+
+
+def _leads_after(faults: "Faults", range_id: RangeId, term: int) -> bool:
+    """Whether a node leads a range in a later term than this."""
+    found = _leader(faults, range_id)
+    return found is not None and found[0] > term
 
 
 def _leading(faults: "Faults") -> SimulatedNode | None:
@@ -77,7 +92,7 @@ async def _divide_clients(faults: "Faults", node: SimulatedNode, seconds: float)
     stay: what is written there and read here shows who answers without a right to. Takes ``seconds`` in all."""
     end = determinism.now() + seconds
     mine = {range_id for range_id, (_, leader) in _leaders(faults).items() if leader is node}
-    await _until(lambda: any(_leaders(faults).get(each, (0, node))[1] is not node for each in mine), seconds)
+    await determinism.until(lambda: any((_leader(faults, each) or (0, node))[1] is not node for each in mine), end)
     network = faults.cluster.network
     ends = [each for each in network.streams.values() if each.incoming.source == node.name]
     for name in dict.fromkeys(each.incoming.target for each in ends):
@@ -175,16 +190,6 @@ async def _usurp(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> No
     _reconnect(faults, leader)
 
 
-async def _until(happens: Callable[[], bool], seconds: float) -> bool:
-    """Wait for a moment that lasts no longer than a message takes; whether it came."""
-    end = determinism.now() + seconds
-    while not happens():
-        if determinism.now() > end:
-            return False
-        await determinism.sleep(LOOK_SECONDS)
-    return True
-
-
 async def _relay(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
     """Whoever comes to lead a range is cut off soon, often before anybody heard of it, and who was before comes back:
     entries of many terms lie about, each on one node (Raft paper, figure 8)."""
@@ -196,9 +201,9 @@ async def _relay(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> No
     _cut_off(faults, away)
     try:
         for _ in range(faults.chance.randint(2, 5)):
-            known = term
-            await _until(lambda known=known: _leaders(faults).get(range_id, (0,))[0] > known, USURPING_SECONDS)  # type: ignore[misc]
-            leader = _leaders(faults).get(range_id)
+            end = determinism.now() + USURPING_SECONDS
+            await determinism.until(partial(_leads_after, faults, range_id, term), end)
+            leader = _leader(faults, range_id)
             if leader is None or leader[0] <= term:
                 return
             term, last = leader[0], away
@@ -225,8 +230,8 @@ async def _turncoat(faults: "Faults", one: SimulatedNode, two: SimulatedNode) ->
     if faults.chance.random() < 0.5:
         voter.environment.disk.stall()
     _cut_off(faults, old)
-    await _until(lambda: _leaders(faults).get(range_id, (0,))[0] > term, TURNING_SECONDS)
-    leader = _leaders(faults).get(range_id, (term, old))[1]
+    await determinism.until(partial(_leads_after, faults, range_id, term), determinism.now() + TURNING_SECONDS)
+    leader = (_leader(faults, range_id) or (term, old))[1]
     if leader in (old, voter):
         voter.environment.disk.resume()
         _reconnect(faults, old)
@@ -279,7 +284,8 @@ async def _lag(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None
         if node is not one and node.serving:
             await _flushed(node)
     _reconnect(faults, one)
-    if faults.chance.random() < 0.8 and await _until(lambda: _installs(one), CATCHING_UP_SECONDS):
+    end = determinism.now() + CATCHING_UP_SECONDS
+    if faults.chance.random() < 0.8 and await determinism.until(partial(_installs, one), end):
         if faults.chance.random() < 0.4:
             _power_off_now(faults, one, faults.chance.choice(INSTALLING_CALLS_MAX))
         elif one.alive:
