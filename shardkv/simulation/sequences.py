@@ -29,6 +29,8 @@ REFUSING_SECONDS: Final = 3.0
 SOON_CALLS_MAX: Final = 25
 """A crash at once comes within so many calls."""
 INSTALLING_CALLS_MAX: Final = (2, 5, 50, 300)
+INSTALLING_SECONDS: Final = 0.01
+"""An install is between its first step and its last for about a millisecond."""
 CATCHING_UP_SECONDS: Final = 1.5
 USURPING_SECONDS: Final = 2.5
 TURNING_SECONDS: Final = 2.5
@@ -276,27 +278,39 @@ async def _handover(faults: "Faults", one: SimulatedNode, two: SimulatedNode) ->
 
 
 async def _lag(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
-    """A node is away while the others go on and let go of their logs; it may die while it catches up."""
-
+    """A node is away while the others, or one of them, let go of their logs; it may die while it catches up, and find
+    another leader when it is back: one that still has the log which the first had let go of, and appends to its own."""
     _cut_off(faults, one)
     await determinism.sleep(faults.chance.uniform(0.5, 2))
-    for node in faults.cluster.nodes.values():
-        if node is not one and node.serving:
-            await _flushed(node)
+    others = [node for node in faults.cluster.nodes.values() if node is not one and node.serving]
+    if others and faults.chance.random() < 0.5:
+        others = [faults.chance.choice(others)]
+    for node in others:
+        await _flushed(node)
     _reconnect(faults, one)
     end = determinism.now() + CATCHING_UP_SECONDS
     if faults.chance.random() < 0.8 and await determinism.until(partial(_installs, one), end):
         if faults.chance.random() < 0.4:
             _power_off_now(faults, one, faults.chance.choice(INSTALLING_CALLS_MAX))
-        elif one.alive:
-            await one.power_off(chooser=LoseAll())
-            faults.soon(faults.restart_later, one)
+        else:
+            if faults.chance.random() < 0.7:
+                await determinism.until(partial(_emptied, one), determinism.now() + INSTALLING_SECONDS)
+            if one.alive:
+                await one.power_off(chooser=LoseAll())
+                faults.soon(faults.restart_later, one)
+        if len(others) == 1 and faults.chance.random() < 0.7:
+            await _isolate(faults, others[0], faults.chance.uniform(1, 4))
 
 
 def _installs(node: SimulatedNode) -> bool:
     """Whether the old rows of a range are going and the new ones are not all there."""
     replicas = node.inside.catalog.replicas.values() if node.serving else ()
     return any(replica.installing and replica.machine is None for replica in replicas)
+
+
+def _emptied(node: SimulatedNode) -> bool:
+    """Whether that is so, and the old rows are gone for good."""
+    return _installs(node) and not node.engine.unflushed_bytes
 
 
 async def _flushed(node: SimulatedNode) -> None:

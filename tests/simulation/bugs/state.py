@@ -18,6 +18,7 @@ from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.raft.messages import Message
 from shardkv.server import requests
+from shardkv.simulation.runner import Run
 from shardkv.storage import segment, wal
 from shardkv.storage.engine import Reader, WriteBatch
 from shardkv.storage.log_state import LogState
@@ -28,7 +29,7 @@ from shardkv.transport.handshake import KnownBoots
 from shardkv.types import EVERY_KEY, RangeDescriptor, RangeId
 from shardkv_placement import commands
 from shardkv_placement.state import PlacementState
-from tests.simulation.bugs.table import NOT_FOUND_YET, Bug, Patches, patch
+from tests.simulation.bugs.table import Bug, Patches, patch
 
 # Sessions
 
@@ -260,8 +261,12 @@ class _WithoutDirectories:
 
 
 def short_logs() -> Patches:
-    """Who is away for a moment needs a snapshot."""
-    return [patch.object(maintenance, "ENTRIES_KEPT", 0), patch.object(maintenance, "LAG_ENTRIES_MAX", 4)]
+    """Who is away for a moment needs a snapshot, in every run."""
+    return [
+        patch.object(maintenance, "ENTRIES_KEPT", 0),
+        patch.object(maintenance, "LAG_ENTRIES_MAX", 4),
+        patch.object(Run, "_short_logs", lambda run, cluster: None),
+    ]
 
 
 def small_segments() -> Patches:
@@ -356,8 +361,10 @@ BUGS = (
         "an unfinished install is known by its mark (trap 19)",
         install_without_the_mark,
         ("lag",),
-        NOT_FOUND_YET,
+        17,
+        workload="registers",
         minutes=0.4,
+        rate=100,
         tuning=short_logs,
     ),
     Bug(

@@ -15,8 +15,6 @@ from shardkv.simulation.runner import RunResult, RunSettings, run
 
 SEEDS_TRIED: Final = 20
 """By the tests of every change, should the known seed not find a bug any more."""
-NOT_FOUND_YET: Final = 0
-"""In place of a seed. The long search looks for it all the same, and says that it fails."""
 Patches = list[AbstractContextManager[object]]
 
 
@@ -81,4 +79,4 @@ def checker(result: RunResult) -> str:
     return f"{kind} at {first.rpartition('(')[2].rstrip(')')}" if first.endswith(")") else kind
 
 
-__all__ = ["NOT_FOUND_YET", "Bug", "Patches", "checker", "patch"]
+__all__ = ["Bug", "Patches", "checker", "patch"]
