@@ -244,6 +244,7 @@ async def until(happens: Callable[[], bool], end: float) -> bool:
         return True
     clock, so = _clock, False
     task = trio.lowlevel.current_task()
+    timer: Timer
 
     def look() -> None:
         nonlocal so, timer
