@@ -4,7 +4,7 @@ Lives here: the reading loop and the gathering of answers into frames. Does not 
 request costs no task: the reader hands it on, and the answer is put into this connection's buffer by whoever has it.
 
 A client pays for itself. Above its bound of unanswered requests or unread answers its connection is not read, so that
-it waits and nobody else does.
+it waits and nobody else does; what all of them leave unread together is bounded by ``answer_budget``.
 """
 
 from collections.abc import Callable
@@ -14,27 +14,48 @@ import trio
 
 from shardkv import codec
 from shardkv.environment import Clock
-from shardkv.errors import ProtocolError, ShardKVError, to_wire
+from shardkv.errors import Busy, ProtocolError, ShardKVError, to_wire
 from shardkv.machine.clock import HybridClock
+from shardkv.server.answer_budget import BACKLOG_BYTES_MAX, PROVEN_BYTES, SMALL_ANSWER_BYTES, AnswerBudget
 from shardkv.server.intake import SMALL_FRAME_BYTES, Intake
+from shardkv.server.requests import NoRoom
 from shardkv.transport.connection import Connection
 from shardkv.wire import requests
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import encode_refused
 from shardkv.wire.requests import Request
 
-UNREAD_BYTES_MAX: Final = 256 * 1024
-"""Answers that the client has not taken; above it no further request of the connection is looked at."""
 READ_BYTES_MAX: Final = 64 * 1024
 """One read: what stays in memory of a client that is not served for the moment, since it leaves its answers unread."""
 SLICE_NS: Final = 2_000_000
 """So long the requests of one read are handed on without a break; then everybody else has a turn."""
 SLICE_MASK: Final = 3
 """The clock is looked at before every fourth request of a frame: often enough, at 20 ns a request."""
-FRAME_BYTES: Final = 1024 * 1024
-"""Answers are gathered into frames of about this size."""
+FRAME_BYTES: Final = 64 * 1024
+"""Answers are gathered into frames of about this size; what is gathered is not counted among what all leave unread."""
 
 _GOODBYE: Final = encode_frame(FrameKind.GOODBYE, b"")
+_SERVED: Final = Frame(FrameKind.PONG, b"")
+
+
+class _Later:
+    """The requester of reads that are answered some time after they were handed on: for want of room, with Busy."""
+
+    __slots__ = ("_client",)
+
+    def __init__(self, client: "ClientConnection") -> None:
+        self._client = client
+
+    def answer(self, request_id: int, result: Any) -> None:
+        if self._client.offer(request_id, result):
+            self._client.refuse(request_id, _no_room())
+
+    def refuse(self, request_id: int, error: ShardKVError) -> None:
+        self._client.refuse(request_id, error)
+
+
+def _no_room() -> Busy:
+    return Busy("clients of this node leave too many answers unread: there is no room for this one now")
 
 
 class ClientConnection:
@@ -43,18 +64,22 @@ class ClientConnection:
     __slots__ = (
         "_answers",
         "_answers_bytes",
+        "_budget",
         "_clock",
         "_connection",
+        "_counted",
         "_dirty",
         "_dispatch",
         "_ended",
+        "_granted_bytes",
         "_hybrid_clock",
         "_inflight",
         "_inflight_max",
         "_intake",
-        "_on_unread",
+        "_refused_at",
         "_room",
         "_slice_end_ns",
+        "later",
     )
 
     def __init__(
@@ -65,7 +90,7 @@ class ClientConnection:
         dirty: dict["ClientConnection", None],
         inflight_max: int,
         intake: Intake,
-        on_unread: Callable[["ClientConnection"], None],
+        budget: AnswerBudget,
         clock: Clock,
     ) -> None:
         self._connection = connection
@@ -75,7 +100,16 @@ class ClientConnection:
         self._inflight = 0
         self._inflight_max = inflight_max
         self._intake = intake
-        self._on_unread = on_unread
+        self._budget = budget
+        self._counted = 0
+        """What the budget knows of."""
+        self._granted_bytes = 0
+        """An answer of up to this size has waited for its room."""
+        self._refused_at = -1
+        """When an answer last found no room, by the budget's count of releases."""
+        self.later = _Later(self)
+        """For reads whose answers come later."""
+        connection.on_progress = self._count
         self._clock = clock
         self._slice_end_ns = 0
         self._ended = False
@@ -92,6 +126,30 @@ class ClientConnection:
     def refuse(self, request_id: int, error: ShardKVError) -> None:
         self._put(codec.dumps([request_id, error.code, self._hybrid_clock.last, to_wire(error)]))
 
+    def offer(self, request_id: int, result: Any) -> int:
+        """Answer a read that can be done again; 0, or if there is no room for the answer, its size in bytes."""
+        response = codec.dumps([request_id, 0, self._hybrid_clock.last, result])
+        size = len(response)
+        if size > SMALL_ANSWER_BYTES:
+            if size > self._granted_bytes and not self._budget.fits(self, size):
+                self._refused_at = self._budget.releases
+                return size
+            self._granted_bytes = 0
+        self._put(response)
+        return 0
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a read that comes due now should be told Busy without being done."""
+        budget = self._budget
+        return (
+            self._answers_bytes + self._connection.buffered > budget.share_bytes or self._refused_at == budget.releases
+        )
+
+    def fits(self, answer_bytes: int) -> bool:
+        """Whether there is room for an answer of this size."""
+        return answer_bytes <= SMALL_ANSWER_BYTES or self._budget.fits(self, answer_bytes)
+
     def _put(self, response: bytes) -> None:
         if not self._answers:
             self._dirty[self] = None
@@ -100,20 +158,29 @@ class ClientConnection:
         self._inflight -= 1
         if self._answers_bytes > FRAME_BYTES:
             self._frame()
+            self._count()
 
     def _frame(self) -> None:
         answers, self._answers, self._answers_bytes = self._answers, [], 0
-        self._connection.write(encode_frame(FrameKind.RESPONSE, requests.join(answers)))
+        self._connection.write(encode_frame(FrameKind.RESPONSE, codec.array_head(len(answers)), *answers))
 
     def flush(self) -> None:
         """Send what has been answered. Called once a turn, and by the reader."""
+        connection = self._connection
         if self._answers:
             self._frame()
-        self._connection.flush()
-        if self._connection.buffered:
-            self._on_unread(self)
+        connection.flush()
+        if connection.buffered or self._counted:
+            self._count()
         if self._room is not None and self._inflight <= self._inflight_max:
             self._room.set()
+
+    def _count(self) -> None:
+        """What the client has not taken has changed."""
+        untaken_bytes = self._connection.buffered
+        if untaken_bytes != self._counted:
+            self._counted = untaken_bytes
+            self._budget.count(self, untaken_bytes)
 
     @property
     def unread_bytes(self) -> int:
@@ -124,6 +191,11 @@ class ClientConnection:
     def stalled_seconds(self) -> float:
         """How long it has taken nothing although something waits for it."""
         return self._connection.stalled_seconds()
+
+    @property
+    def proven(self) -> bool:
+        """Whether the client is known to read its answers."""
+        return self._connection.bytes_sent >= PROVEN_BYTES
 
     def give_up(self) -> None:
         """Close the connection of a client that does not read."""
@@ -158,16 +230,28 @@ class ClientConnection:
             if position & SLICE_MASK == SLICE_MASK and clock.monotonic_ns() >= self._slice_end_ns:
                 await self._pause()
             if frame.kind is FrameKind.REQUEST:
-                await self._requests(requests.decode_requests(frame.payload))
+                frame_bytes = len(frame.payload)
+                batch = requests.decode_requests(frame.payload)
+                if frame_bytes > SMALL_FRAME_BYTES:
+                    frames[position] = frame = _SERVED  # not in memory twice while its requests wait
+                await self._requests(batch, frame_bytes)
             elif frame.kind is FrameKind.PING:
                 self._connection.write(encode_frame(FrameKind.PONG, frame.payload[:64]))
                 # At once: it says that this node lives while the answers that are owed take their time.
                 self._connection.flush()
+                if self._connection.buffered:
+                    await self._taken()
             elif frame.kind is FrameKind.GOODBYE:
                 return False
             else:
                 raise ProtocolError(f"a client may not send {frame.kind.name} frames")
         return True
+
+    async def _taken(self) -> None:
+        """Wait until the client has taken enough to be looked at further."""
+        self._count()
+        if self._connection.buffered > self._budget.unread_bytes_max:
+            await self._connection.drain(self._budget.unread_bytes_max)
 
     async def _receive(self, decoder: FrameDecoder, frames: list[Frame]) -> None:
         """The next frames, in place of those that were served; none when a frame is still arriving, or at the end."""
@@ -186,21 +270,74 @@ class ClientConnection:
         else:
             self._ended = True
 
-    async def _requests(self, batch: list[Request]) -> None:
-        connection, clock = self._connection, self._clock
-        for position, request in enumerate(batch):
-            if position & SLICE_MASK == SLICE_MASK and clock.monotonic_ns() >= self._slice_end_ns:
+    async def _requests(self, batch: list[Request], frame_bytes: int) -> None:
+        """Hand on the requests of one frame, as fast as the client takes its answers."""
+        position = 0
+        while position < len(batch):
+            position, answer_bytes = self._hand_on(batch, position)
+            if answer_bytes or self._connection.buffered > self._budget.unread_bytes_max:
+                position = await self._held_up(batch, position, frame_bytes, answer_bytes)
+            elif position < len(batch):
                 await self._pause()
-            self._inflight += 1
-            self._dispatch(self, request)
-            if self._answers_bytes + connection.buffered > UNREAD_BYTES_MAX:
-                self.flush()
-                if connection.buffered > UNREAD_BYTES_MAX:
-                    await connection.drain(UNREAD_BYTES_MAX)
+        batch.clear()
         while self._inflight > self._inflight_max:
             self._room = trio.Event()
             await self._room.wait()
             self._room = None
+
+    def _hand_on(self, batch: list[Request], start: int) -> tuple[int, int]:
+        """Hand on requests until something must be waited for.
+
+        Returns:
+            The position of the next request, and if its answer found no room, the answer's size.
+        """
+        connection, clock, dispatch, budget = self._connection, self._clock, self._dispatch, self._budget
+        for position in range(start, len(batch)):
+            if position & SLICE_MASK == SLICE_MASK and clock.monotonic_ns() >= self._slice_end_ns:
+                return position, 0
+            self._inflight += 1
+            try:
+                dispatch(self, batch[position])
+            except NoRoom as no_room:
+                self._inflight -= 1
+                return position, no_room.answer_bytes
+            if self._answers_bytes + connection.buffered > budget.unread_bytes_max:
+                self.flush()
+                if connection.buffered > budget.unread_bytes_max:
+                    return position + 1, 0
+        return len(batch), 0
+
+    async def _held_up(self, batch: list[Request], position: int, frame_bytes: int, answer_bytes: int) -> int:
+        """Wait for room for an answer of this size, or if it is 0 until the client has taken answers; where to go on.
+
+        A large frame stays in memory meanwhile, within the bound for all of them; else its requests are refused.
+        """
+        self.flush()
+        budget = self._budget
+        backlog_bytes = frame_bytes if frame_bytes > SMALL_FRAME_BYTES and position < len(batch) else 0
+        if backlog_bytes and budget.backlog_bytes + backlog_bytes > BACKLOG_BYTES_MAX:
+            for request in batch[position:]:
+                self._refuse_for_room(request)
+            batch.clear()
+            await self._connection.drain(budget.unread_bytes_max)
+            return 0
+        budget.backlog_bytes += backlog_bytes
+        try:
+            if not answer_bytes:
+                await self._connection.drain(budget.unread_bytes_max)
+            elif await budget.wait(self, answer_bytes):
+                self._granted_bytes = answer_bytes
+            else:
+                self._refuse_for_room(batch[position])
+                position += 1
+        finally:
+            budget.backlog_bytes -= backlog_bytes
+        self._slice_end_ns = self._clock.monotonic_ns() + SLICE_NS
+        return position
+
+    def _refuse_for_room(self, request: Request) -> None:
+        self._inflight += 1
+        self.refuse(request.id, _no_room())
 
     async def _pause(self) -> None:
         """Let every other task of the node run."""

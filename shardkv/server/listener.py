@@ -15,6 +15,7 @@ from shardkv.errors import Busy, ShardKVError
 from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.snapshots import Snapshots
+from shardkv.server.answer_budget import AnswerBudget
 from shardkv.server.client_connection import ClientConnection
 from shardkv.server.intake import Intake
 from shardkv.server.peers import FrameStream, receive_messages
@@ -40,12 +41,6 @@ class ListenerStatistics:
     connections: int
     """All: clients, nodes, and those still greeting."""
     clients: int
-
-
-UNREAD_BYTES_MAX: Final = 8 * 1024 * 1024
-"""Answers that all clients together leave untaken; past it, connections that stand still are closed."""
-STALLED_SECONDS_MIN: Final = 0.5
-"""Who has taken something more recently than this is reading, however large the answer."""
 
 
 class Listener:
@@ -78,12 +73,11 @@ class Listener:
         self._connections_max = connections_max
         self._inflight_max = inflight_max
         self._intake = Intake(environment.clock)
+        self._budget = AnswerBudget(environment.clock)
         self._clients: dict[ClientConnection, None] = {}
         self._count = 0
         self.dirty: dict[ClientConnection, None] = {}
         """Clients with answers to flush."""
-        self._unread: dict[ClientConnection, None] = {}
-        """Clients that had answers to take when they were last looked at."""
         self.draining = False
 
     def flush(self) -> None:
@@ -93,20 +87,6 @@ class Listener:
             self.dirty.clear()
             for client in dirty:
                 client.flush()
-
-    def _bound_unread(self, client: ClientConnection) -> None:
-        """A client leaves answers untaken: while all together leave too many, drop who has stood still for longest."""
-        self._unread[client] = None
-        waiting = {each: each.unread_bytes for each in self._unread}
-        self._unread = {each: None for each, size in waiting.items() if size}
-        total = sum(waiting.values())
-        while total > UNREAD_BYTES_MAX and self._unread:
-            worst = max(self._unread, key=lambda each: each.stalled_seconds)
-            if worst.stalled_seconds < STALLED_SECONDS_MIN:
-                return
-            del self._unread[worst]
-            total -= waiting[worst]
-            worst.give_up()
 
     async def handle(self, stream: Stream) -> None:
         """One connection, from its first byte to its last."""
@@ -172,7 +152,7 @@ class Listener:
             self.dirty,
             self._inflight_max,
             self._intake,
-            self._bound_unread,
+            self._budget,
             self._environment.clock,
         )
         self._clients[client] = None
@@ -181,7 +161,7 @@ class Listener:
         finally:
             del self._clients[client]
             self.dirty.pop(client, None)
-            self._unread.pop(client, None)
+            self._budget.forget(client)
 
     async def _serve_peer(
         self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], node_id: NodeId

@@ -19,7 +19,6 @@ from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.catalog import Catalog, GroupTiming
 from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.maintenance import Maintenance
-from shardkv.multiraft.replica import Requester
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.multiraft.space import Space
 from shardkv.server.address_book import AddressBook
@@ -32,7 +31,7 @@ from shardkv.server.loop_health import LoopProbe
 from shardkv.server.operations import Operations
 from shardkv.server.peers import PoolPeers, SnapshotDialler
 from shardkv.server.placement_service import PlacementExtension, PlacementService
-from shardkv.server.requests import Requests
+from shardkv.server.requests import Asker, Requests
 from shardkv.server.splitter import Splitter
 from shardkv.storage.directory import DataDirectory, open_directory
 from shardkv.storage.engine import Engine
@@ -373,7 +372,7 @@ class _Node:
             )
             self._admin.observe(parts)
 
-    def _start_slow(self, requester: Requester, request: Request) -> None:
+    def _start_slow(self, requester: Asker, request: Request) -> None:
         self._operations.start(requester, request)
 
     async def _split(self, range_id: RangeId, key: bytes) -> object:

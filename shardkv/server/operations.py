@@ -26,11 +26,12 @@ from shardkv.machine.entries import encode_membership
 from shardkv.machine.machine import RangeMachine
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.maintenance import Maintenance
-from shardkv.multiraft.replica import Replica, Requester
+from shardkv.multiraft.replica import Replica
 from shardkv.raft.messages import ConfChange, ConfChangeSingle, ConfChangeType
 from shardkv.ranges.split import plan_split
 from shardkv.server.placement_service import PlacementService
 from shardkv.server.reply import Reply
+from shardkv.server.requests import Asker
 from shardkv.types import KEY_BYTES_MAX, NodeId, RangeDescriptor, RangeId, ReplicaId, ReplicaRole
 from shardkv.wire.requests import Method, Request
 from shardkv_placement import commands as placement_commands
@@ -41,6 +42,8 @@ OUTCOME_SECONDS: Final = 8.0
 """How long a proposal's outcome is waited for."""
 TRANSFER_SECONDS: Final = 3.0
 POLL_SECONDS: Final = 0.02
+_LISTINGS: Final = frozenset((Method.ROUTES, Method.NODES, Method.STATUS, Method.RANGES, Method.NODE_STATUS))
+"""What may be asked again: for want of room for its answer it is told Busy."""
 
 
 class Operations:
@@ -84,20 +87,20 @@ class Operations:
             task_status.started()
             await trio.Event().wait()
 
-    def start(self, requester: Requester, request: Request) -> None:
+    def start(self, requester: Asker, request: Request) -> None:
         """Begin a task for the request. Raises Busy."""
         if self._tasks >= TASKS_MAX:
             raise Busy(f"{self._tasks} requests of this kind are under way")
         self._tasks += 1
         self._nursery.start_soon(self._handle, requester, request)
 
-    async def _handle(self, requester: Requester, request: Request) -> None:
+    async def _handle(self, requester: Asker, request: Request) -> None:
         try:
             result = await self._handlers[request.method](request)
         except ShardKVError as error:
             requester.refuse(request.id, error)
         else:
-            requester.answer(request.id, result)
+            (requester.later if request.method in _LISTINGS else requester).answer(request.id, result)
         finally:
             self._tasks -= 1
         self._flush()

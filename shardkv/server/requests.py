@@ -6,7 +6,7 @@ wrong with a request is answered to its sender, and to nobody else.
 """
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from shardkv.environment import Clock
 from shardkv.errors import (
@@ -43,15 +43,51 @@ GET_SLICE_KEYS: Final = 16
 """Keys looked up at once: with the largest values, so much is in memory before the answer's bound is looked at."""
 GET_BYTES_MAX: Final = 8 * 1024 * 1024
 """Values in one answer; half of what a frame holds."""
+GET_ALWAYS_KEYS: Final = GET_BYTES_MAX // VALUE_BYTES_MAX
+"""So many of the largest values are within the bound."""
 
 _FREES_SPACE: Final = frozenset((commands.Op.DELETE, commands.Op.DELETE_RANGE))
 
-Slow = Callable[[Requester, Request], None]
+SCAN_BYTES_CROWDED: Final = 8 * 1024
+"""A page's bound while clients leave so much unread that only small answers are made at once."""
+
+
+class Asker(Requester, Protocol):
+    """A requester whose answers may find no room."""
+
+    @property
+    def later(self) -> Requester:
+        """For reads that are answered later; one that finds no room then is refused with Busy."""
+        ...
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a read that comes due now should be refused without being done."""
+        ...
+
+    def fits(self, answer_bytes: int) -> bool:
+        """Whether there is room for an answer of this size."""
+        ...
+
+    def offer(self, request_id: int, result: Any) -> int:
+        """Answer a read that can be done again; 0, or if there is no room for the answer, its size in bytes."""
+        ...
+
+
+class NoRoom(Exception):
+    """A read was done, but its answer finds no room: hand it on again later. Not answered yet."""
+
+    def __init__(self, answer_bytes: int) -> None:
+        super().__init__(f"no room for an answer of {answer_bytes} bytes")
+        self.answer_bytes = answer_bytes
+
+
+Slow = Callable[[Asker, Request], None]
 """Starts a task for a request that takes several steps."""
 
 
 class Requests:
-    """The method table of a node. :meth:`dispatch` never raises and never waits."""
+    """The method table of a node. :meth:`dispatch` never waits, and raises nothing but NoRoom."""
 
     def __init__(self, driver: Driver, clock: Clock, hybrid_clock: HybridClock, slow: Slow) -> None:
         self._driver = driver
@@ -60,7 +96,7 @@ class Requests:
         self._clock = clock
         self._hybrid_clock = hybrid_clock
         self._slow = slow
-        self._methods: dict[int, Callable[[Requester, Request], None]] = {
+        self._methods: dict[int, Callable[[Asker, Request], None]] = {
             Method.WRITE: self._write,
             Method.GET: self._get,
             Method.SCAN: self._scan,
@@ -68,8 +104,8 @@ class Requests:
         for method in Method:
             self._methods.setdefault(method, slow)
 
-    def dispatch(self, requester: Requester, request: Request) -> None:
-        """Answer a request, now or later."""
+    def dispatch(self, requester: Asker, request: Request) -> None:
+        """Answer a request, now or later. Raises NoRoom for a read that must be handed on again."""
         try:
             if not self._hybrid_clock.observe(request.timestamp):
                 raise RequestError(
@@ -91,7 +127,7 @@ class Requests:
 
     # Writes
 
-    def _write(self, requester: Requester, request: Request) -> None:
+    def _write(self, requester: Asker, request: Request) -> None:
         match request.arguments:
             case [bytes(session), bytes(data)] if len(session) == SESSION_BYTES:
                 pass
@@ -125,7 +161,7 @@ class Requests:
 
     # Reads
 
-    def _get(self, requester: Requester, request: Request) -> None:
+    def _get(self, requester: Asker, request: Request) -> None:
         match request.arguments:
             case [int(consistency), [*keys]] if len(keys) <= GET_KEYS_MAX:
                 pass
@@ -139,7 +175,7 @@ class Requests:
         def serve(replica: Replica) -> Any:
             machine = replica.check_route(generation)
             observe(machine.last_timestamp)  # an answer's stamp is no lower than the versions in it, whoever gave them
-            if len(keys) <= GET_SLICE_KEYS:
+            if len(keys) <= GET_ALWAYS_KEYS:
                 return reads.get(machine, engine, keys)
             found: list[Any] = []
             size = 0
@@ -154,7 +190,7 @@ class Requests:
 
         self._read(requester, request, consistency, serve)
 
-    def _scan(self, requester: Requester, request: Request) -> None:
+    def _scan(self, requester: Asker, request: Request) -> None:
         match request.arguments:
             case [
                 int(consistency),
@@ -176,11 +212,12 @@ class Requests:
         def serve(replica: Replica) -> Any:
             machine = replica.check_route(generation)
             observe(machine.last_timestamp)
-            return reads.scan_page(machine, engine, start, end, limit, bytes_max, reverse, keys_only)
+            page_bytes = bytes_max if requester.fits(bytes_max) else SCAN_BYTES_CROWDED
+            return reads.scan_page(machine, engine, start, end, limit, page_bytes, reverse, keys_only)
 
         self._read(requester, request, consistency, serve)
 
-    def _read(self, requester: Requester, request: Request, consistency: int, serve: Callable[[Replica], Any]) -> None:
+    def _read(self, requester: Asker, request: Request, consistency: int, serve: Callable[[Replica], Any]) -> None:
         """Serve a read at the moment at which its consistency allows it."""
         if not Consistency.LINEARIZABLE <= consistency <= Consistency.STALE:
             raise MalformedRequest(f"there is no consistency {consistency}")
@@ -190,16 +227,27 @@ class Requests:
             # Every known leader was heard within an election timeout: that bounds how stale the answer can be.
             if not replica.raft.leader:
                 raise NotLeader("this replica has not heard from a leader lately")
-            requester.answer(request.id, serve(replica))
+            answer_bytes = requester.offer(request.id, serve(replica))
+            if answer_bytes:
+                raise NoRoom(answer_bytes)
             return
         if replica.leads:
             # The clock is read after the request came in, and nothing is awaited between it and the read.
             if replica.can_read(self._clock.monotonic_ns()):
-                requester.answer(request.id, serve(replica))
+                answer_bytes = requester.offer(request.id, serve(replica))
+                if answer_bytes:
+                    raise NoRoom(answer_bytes)
                 return
         elif consistency != Consistency.FOLLOWER:
             raise replica.not_leader()
         elif not replica.raft.leader:
             raise Busy("this replica knows no leader to ask for a read index")
-        replica.await_read(WaitingRead(requester, request.id, serve))
+
+        def serve_later(replica: Replica) -> Any:
+            # Many come due at once: each is looked at only if its client has taken what it was given before.
+            if requester.crowded:
+                raise Busy("the answers that this client was given already are still unread")
+            return serve(replica)
+
+        replica.await_read(WaitingRead(requester.later, request.id, serve_later))
         self._driver.propose_later(replica)

@@ -5,6 +5,7 @@ is dropped or its connection closed, and nobody else waits and no memory grows.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,6 +67,7 @@ class Connection:
         "buffer_bytes_max",
         "buffered",
         "closed",
+        "on_progress",
         "overflowing",
         "reason",
     )
@@ -97,6 +99,8 @@ class Connection:
         """Bytes written and not yet handed to the system, with the piece that the writer task holds."""
         self.overflowing = False
         """The buffer is full: the other side reads slower than we write. Cleared once it is half empty."""
+        self.on_progress: Callable[[], None] | None = None
+        """Called when ``buffered`` has shrunk but by a flush: the writer task has sent some, or it was closed."""
         self.closed = False
         """Closed by us or found broken; nothing can be sent any more."""
         self.reason = ""
@@ -105,6 +109,11 @@ class Connection:
     @property
     def remote(self) -> str:
         return self._stream.remote
+
+    @property
+    def bytes_sent(self) -> int:
+        """Handed to the system, not necessarily received."""
+        return self._sent
 
     def check(self) -> None:
         """Walk every invariant."""
@@ -197,10 +206,17 @@ class Connection:
             self.buffered -= size
             self._progress_ns = self._clock.monotonic_ns()
             self._progress()
+            if self.on_progress is not None:
+                self.on_progress()
 
     def _next_piece(self) -> bytes:
         out = self._out
         first = out.popleft()
+        if len(first) > 2 * SEND_PIECE_BYTES:
+            # Cut, so that progress is seen and memory freed long before the other side has taken all of it.
+            starts = range(0, len(first), SEND_PIECE_BYTES)
+            out.extendleft([first[start : start + SEND_PIECE_BYTES] for start in reversed(starts)])
+            return out.popleft()
         if not out or len(first) >= SEND_PIECE_BYTES:
             return first
         parts = [first]
@@ -258,6 +274,8 @@ class Connection:
         self._writer_wanted.set()
         if self._drained is not None:
             self._drained.set()
+        if self.on_progress is not None:
+            self.on_progress()
 
     async def aclose(self, reason: str = "closed by this node") -> None:
         """Flush what the system takes at once, then close in order, so that the last frames arrive if they can."""

@@ -14,7 +14,7 @@ import trio
 
 from shardkv_client.client import Client
 from tests.cluster import kills, partitions, soak_snapshot, stops
-from tests.cluster.flood import MIB, flood
+from tests.cluster.flood import FLOODS, GROWTH_MAX, MIB, flood
 from tests.cluster.harness import (
     LocalCluster,
     client,
@@ -31,8 +31,9 @@ FAILOVERS = 10
 FAILOVER_SECONDS_MEDIAN = 0.8
 FAILOVER_SECONDS_WORST = 1.5
 """DESIGN section 5, with default settings."""
-FLOOD_GROWTH_MAX = 64 * MIB
-FLOOD_GROWTH_MAX_READS = 96 * MIB
+FLOOD_HOLD_SECONDS = 4.0
+FLOOD_SECONDS = 6.0
+"""So long clients that were dropped come back with the same requests."""
 KEYS = 100_000
 RESIDENT_MAX = 150 * MIB
 
@@ -67,12 +68,22 @@ async def cuts(world: LocalCluster, kv: Client) -> None:
             print(f"{writes.__name__}: {count} cuts, each write applied once", flush=True)
 
 
-async def gibibyte(world: LocalCluster, kv: Client) -> None:
-    """100 clients send 1 GiB in all and never read."""
-    for value_bytes, get_every in ((64 * 1024, 0), (MIB, 0), (256 * 1024, 2)):
-        found = await flood(world, 1024 * MIB, value_bytes=value_bytes, get_every=get_every)
-        print(f"values of {value_bytes // 1024} KiB, gets every {get_every}: {found.describe()}", flush=True)
-        assert found.growth < (FLOOD_GROWTH_MAX_READS if get_every else FLOOD_GROWTH_MAX)
+async def gibibyte(name: str) -> None:
+    """100 clients send 1 GiB in all, or ask for it, and never read."""
+    with tempfile.TemporaryDirectory() as directory, started(Path(directory)) as world, logs_on_failure(world):
+        async with client(world) as kv:
+            await settled(kv)
+        found = await flood(world, 1024 * MIB, FLOODS[name], hold_seconds=FLOOD_HOLD_SECONDS, seconds=FLOOD_SECONDS)
+        print(f"{name}: {found.describe()}", flush=True)
+        assert found.growth < GROWTH_MAX
+        assert found.served_in_flood
+        assert found.large_served
+
+
+def floods(arguments: Sequence[str]) -> None:
+    """Each kind of flood on a cluster of its own; arguments: the kinds, or none for all."""
+    for name in arguments or FLOODS:
+        trio.run(gibibyte, name)
 
 
 async def memory(world: LocalCluster, kv: Client) -> None:
@@ -95,7 +106,6 @@ async def memory(world: LocalCluster, kv: Client) -> None:
 SOAKS: dict[str, Callable[[LocalCluster, Client], Awaitable[None]]] = {
     "failover": failover,
     "cuts": cuts,
-    "flood": gibibyte,
     "memory": memory,
 }
 
@@ -112,6 +122,7 @@ OWN: dict[str, Callable[[Sequence[str]], None]] = {
     "stops": stops.main,
     "partitions": partitions.main,
     "snapshot": soak_snapshot.main,
+    "flood": floods,
 }
 """Those that make their own cluster and take arguments of their own."""
 

@@ -10,7 +10,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from shardkv.errors import Busy, MalformedRequest, ProtocolError
 from shardkv.machine.clock import HybridClock
-from shardkv.server.client_connection import READ_BYTES_MAX, SLICE_NS, UNREAD_BYTES_MAX, ClientConnection
+from shardkv.server.answer_budget import UNREAD_BYTES_MAX, AnswerBudget
+from shardkv.server.client_connection import READ_BYTES_MAX, SLICE_NS, ClientConnection
 from shardkv.server.intake import Intake
 from shardkv.simulation.network import WINDOW_BYTES, SimulatedNetwork
 from shardkv.transport.connection import Connection
@@ -49,7 +50,7 @@ class Server:
         self.connection: Connection
         self.client: ClientConnection
         self.dirty: dict[ClientConnection, None] = {}
-        self.unread: list[ClientConnection] = []
+        self.budget = AnswerBudget(self.clock)
         self.ended = trio.Event()
         self._dispatch = dispatch
         self._inflight_max = inflight_max
@@ -65,7 +66,7 @@ class Server:
             self.dirty,
             self._inflight_max,
             Intake(self.clock),
-            self.unread.append,
+            self.budget,
             self.clock,
         )
         async with trio.open_nursery() as nursery:
@@ -178,10 +179,10 @@ async def test_a_client_that_does_not_read_its_answers_is_not_served(autojump_cl
         held = len(server.dispatched) * size
         assert held <= UNREAD_BYTES_MAX + WINDOW_BYTES + 2 * size
         assert server.connection.buffered <= UNREAD_BYTES_MAX + 2 * size
-        assert server.unread, "the listener was told that answers are left untaken"
+        assert server.budget.untaken_bytes == server.connection.buffered, "the node knows what is left untaken"
         assert len(await server.answers(500)) == 500
         assert len(server.dispatched) == 500
-        assert server.client.unread_bytes == 0
+        assert server.client.unread_bytes == server.budget.untaken_bytes == 0
 
 
 async def test_4096_requests_in_one_frame_do_not_hold_the_loop(autojump_clock: MockClock) -> None:

@@ -16,11 +16,13 @@ from shardkv.errors import (
     ProtocolError,
     RequestError,
     ShardKVError,
+    ValueTooLarge,
 )
 from shardkv.raft.messages import MessageType
 from shardkv.server.operations import _membership_changes
 from shardkv.server.peers import receive_messages
-from shardkv.types import NodeId, timestamp_at
+from shardkv.server.requests import GET_BYTES_MAX, GET_SLICE_KEYS
+from shardkv.types import VALUE_BYTES_MAX, NodeId, timestamp_at
 from shardkv.wire import raft_codec
 from shardkv.wire.frames import Frame, FrameKind
 from shardkv.wire.requests import Method, Request
@@ -67,6 +69,21 @@ async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it(autoju
                 recorder = await ask(node, Method.GET, 2, [b"k"])
                 assert recorder.result == [[b"v", version]]
                 assert node.inside.hybrid_clock.last >= version
+
+
+async def test_as_many_of_the_largest_values_as_one_slice_are_no_larger_than_a_frame(autojump_clock: MockClock) -> None:
+    """16 values of 1 MiB make more than a frame holds: the node says so, and the client asks for fewer at once."""
+    async with world(1) as cluster, cluster.client() as kv:
+        keys = [b"large/%02d" % number for number in range(GET_SLICE_KEYS)]
+        for key in keys:
+            await kv.put(key, bytes(VALUE_BYTES_MAX))
+        node = cluster.nodes["n1"]
+        recorder = await ask(node, Method.GET, 0, keys)
+        assert isinstance(recorder.error, ValueTooLarge)
+        found = await kv.get_many(keys)
+        assert list(found) == keys
+        recorder = await ask(node, Method.GET, 0, keys[: GET_BYTES_MAX // VALUE_BYTES_MAX])
+        assert len(recorder.result) == GET_BYTES_MAX // VALUE_BYTES_MAX
 
 
 GARBAGE: tuple[Any, ...] = (None, -1, 0, 1, 3, (1 << 64) - 1, b"", b"k", "text", [], [[]], True, 1.5, {}, [b"k"], [1])

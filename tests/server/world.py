@@ -24,3 +24,18 @@ class Recorder:
     def refuse(self, request_id: int, error: ShardKVError) -> None:
         self.error = error
         self.count += 1
+
+    @property
+    def later(self) -> "Recorder":
+        return self
+
+    @property
+    def crowded(self) -> bool:
+        return False
+
+    def fits(self, answer_bytes: int) -> bool:
+        return True
+
+    def offer(self, request_id: int, result: Any) -> int:
+        self.answer(request_id, result)
+        return 0

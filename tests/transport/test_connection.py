@@ -243,3 +243,29 @@ async def test_the_time_without_progress_is_known(nursery: trio.Nursery) -> None
     await trio.testing.wait_all_tasks_blocked()
     assert c.stalled_seconds() == 0
     c.close_now()
+
+
+async def test_a_large_piece_is_sent_and_counted_bit_by_bit(nursery: trio.Nursery) -> None:
+    """Who takes a large answer slowly is seen to take it, and what was taken is no longer in memory."""
+    stream = ScriptedStream(room=0)
+    c = connection(stream)
+    seen: list[int] = []
+    c.on_progress = lambda: seen.append(c.buffered)
+    await nursery.start(c.run_writer)
+    whole = b"".join(bytes([number]) * SEND_PIECE_BYTES for number in range(8)) + b"end"
+    c.write(whole)
+    c.flush()
+    await trio.testing.wait_all_tasks_blocked()
+    assert c.buffered == len(whole)
+    stream.make_room(3 * SEND_PIECE_BYTES + 1)
+    await trio.testing.wait_all_tasks_blocked()
+    assert c.buffered == len(whole) - 3 * SEND_PIECE_BYTES
+    c.check()
+    stream.make_room(1 << 30)
+    await c.drain(1)
+    assert stream.taken == whole
+    assert c.bytes_sent == len(whole)
+    assert seen == sorted(seen, reverse=True)
+    assert len(seen) == 9
+    c.close_now()
+    assert len(seen) == 10
