@@ -130,6 +130,10 @@ class Catalog:
         for range_id, machine in machines.items():
             log = self._wal.groups[range_id]
             self._add(Replica(range_id, log.replica_id, self._raft_node(log, machine), log, machine))
+            # It had state, for it has a log. What it lost is a split, which its left half will apply once more, unless
+            # that gets a snapshot from behind the split; or an install did not come to its end. Nobody else would
+            # notice: what the leader sends fits the log. While the left half owns the span, no snapshot is let in.
+            self.replicas[range_id].needs_snapshot = machine is None and log.last_index() > 0
             mark = installing(self._engine, range_id)
             if mark is not None:
                 self.replicas[range_id].needs_snapshot = True

@@ -12,14 +12,14 @@ from shardkv import codec
 from shardkv.config import SnapshotsConfig
 from shardkv.errors import ProtocolError
 from shardkv.machine import keys
-from shardkv.machine.machine import INITIAL_TERM, RangeMachine
+from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
 from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, unpack_applied
 from shardkv.machine.snapshot import installing, snapshot_rows
 from shardkv.multiraft import maintenance, snapshots
 from shardkv.raft import ProgressState, Role
 from shardkv.raft.messages import Message, MessageType
-from shardkv.storage.wal import CompactLog, LogUpdate
-from shardkv.types import KeyRange, NodeId, RangeDescriptor, RangeId
+from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate
+from shardkv.types import KeyRange, NodeId, RangeDescriptor, RangeId, ReplicaId
 from tests.multiraft.test_catalog import led_by_another, split_on_two
 from tests.multiraft.world import RANGE, Host, Hosts, descriptor_on, world
 
@@ -464,6 +464,35 @@ async def test_trap_19_a_replica_with_a_mark_serves_nothing_and_asks_again(autoj
         hosts.opens = lambda source, target: True
         await hosts.until(lambda: not late.replica().needs_snapshot, "the snapshot it asked for")
         await hosts.agreed()
+
+
+async def test_trap_20_a_split_that_was_lost_and_will_not_be_replayed_leaves_a_group_that_asks_for_its_data(
+    autojump_clock: MockClock,
+) -> None:
+    """TRAPS 1 and 20: the right half's log is on disk and its rows are not; the left half gets a snapshot from behind
+    the split. What the leader sends fits the log, so nobody else would ever think of a snapshot."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        leader = hosts.leader(2)
+        members = leader.machine(2).descriptor
+        created = CreateGroup(ReplicaId(103), INITIAL_INDEX, INITIAL_TERM, conf_state_of(members))
+        late.catalog.log([LogUpdate(RangeId(2), create=created)])
+        await trio.sleep(0.1)
+        late.engine.flush()
+        await late.restart(power=True)
+        assert late.replica(2).machine is None
+        for node_id in (1, 2):
+            compact(hosts[node_id], 1)
+        hosts.passes = lambda source, target, range_id, message: 3 not in (source, target) or range_id == 2
+        await trio.sleep(1)
+        assert late.replica(2).machine is None, "the left half still owns its span"
+        assert late.replica(2).raft.leader, "nobody leads it"
+        hosts.passes = lambda source, target, range_id, message: True
+        await hosts.agreed(1)
+        await hosts.agreed(2)
+        assert late.value(b"z", 2) == b"2"
+        assert not late.replica(2).needs_snapshot
+        hosts.check()
 
 
 async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_clock: MockClock) -> None:
