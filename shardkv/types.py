@@ -68,6 +68,10 @@ class ReplicaRole(IntEnum):
     LEARNER = 1
 
 
+_ROLES: Final = tuple(ReplicaRole)
+"""By their numbers: calling the enumeration looks it up the slow way."""
+
+
 class Replica(NamedTuple):
     """One copy of a range: which node holds it, and under which id."""
 
@@ -139,9 +143,11 @@ class RangeDescriptor:
 
 
 def _replica_from_wire(fields: object) -> Replica:
-    match fields:
-        case [int(node_id), int(replica_id), int(role)]:
-            return Replica(NodeId(node_id), ReplicaId(replica_id), ReplicaRole(role))
+    # A client that looks for leaders parses these by the thousand, and a pattern costs three times as much.
+    if type(fields) is list and len(fields) == 3:
+        node_id, replica_id, role = fields
+        if type(node_id) is int and type(replica_id) is int and type(role) is int and 0 <= role < len(_ROLES):
+            return Replica(NodeId(node_id), ReplicaId(replica_id), _ROLES[role])
     raise ValueError(f"not a replica: {fields!r:.200}")
 
 

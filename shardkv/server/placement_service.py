@@ -379,18 +379,18 @@ class PlacementService:
         replica = self._replica
         if replica is None or replica.machine is None:
             return await self._elsewhere(request)
-        return [self._freshened(replica.machine.descriptor.to_wire(), None)]
+        return [self._freshened(replica.machine.descriptor, None)]
 
-    def _freshened(self, descriptor: Any, leader: int | None) -> list[Any]:
-        """A route with what this node's own replica of the range knows better."""
-        replica = self._driver.catalog.replicas.get(descriptor[0])
+    def _freshened(self, descriptor: RangeDescriptor, leader: int | None) -> list[Any]:
+        """A route in wire form, with what this node's own replica of the range knows better."""
+        replica = self._driver.catalog.replicas.get(descriptor.range_id)
         if replica is None or replica.machine is None:
-            return [descriptor, leader]
+            return [descriptor.to_wire(), leader]
         own = replica.machine.descriptor
-        if own.newer_than(RangeDescriptor.from_wire(descriptor)):
-            descriptor = own.to_wire()
+        if own.newer_than(descriptor):
+            descriptor = own
         known = replica.node_of(replica.raft.leader) if replica.raft.leader else None
-        return [descriptor, known if known is not None else leader]
+        return [descriptor.to_wire(), known if known is not None else leader]
 
     async def _elsewhere(self, request: Request) -> Any:
         """Answer from a node that holds the group's state; a lookup is passed on once."""

@@ -231,14 +231,14 @@ async def sleep_until(moment: float) -> None:
         await trio.lowlevel.wait_task_rescheduled(abort)
 
 
-async def until(happens: Callable[[], bool], end: float) -> bool:
+async def until(happens: Callable[[], bool], end: float, look_seconds: float = LOOK_SECONDS) -> bool:
     """Wait until something is so, however soon it passes, or to the moment ``end``; whether it was.
 
-    Virtual time looks for itself every :data:`LOOK_SECONDS`, without a round of the scheduler.
+    Virtual time looks for itself every ``look_seconds``, without a round of the scheduler.
     """
     if _clock is None:
         while not (so := happens()) and now() < end:
-            await sleep(LOOK_SECONDS)
+            await sleep(look_seconds)
         return so
     if happens():
         return True
@@ -252,13 +252,13 @@ async def until(happens: Callable[[], bool], end: float) -> bool:
         if so or clock.now >= end:
             trio.lowlevel.reschedule(task)
         else:
-            timer = clock.call_at(clock.now + LOOK_SECONDS, look)
+            timer = clock.call_at(clock.now + look_seconds, look)
 
     def abort(_: object) -> trio.lowlevel.Abort:
         timer.cancel()
         return trio.lowlevel.Abort.SUCCEEDED
 
-    timer = clock.call_at(clock.now + LOOK_SECONDS, look)
+    timer = clock.call_at(clock.now + look_seconds, look)
     await trio.lowlevel.wait_task_rescheduled(abort)
     return so
 

@@ -534,8 +534,11 @@ class SimulatedDisk:
         for path, directory in self._directories.items():
             copied = _Directory()
             for name, inode in names(directory).items():
-                copy = copies.setdefault(id(inode), _Inode())
-                copy.present[:] = copy.durable[:] = content(inode)
+                copy = copies.get(id(inode))
+                if copy is None:
+                    copy = copies[id(inode)] = _Inode()
+                    copy.present = bytearray(content(inode))
+                    copy.durable = bytearray(copy.present)
                 copied.present[name] = copied.durable[name] = copy
             disk._directories[path] = copied
         return disk

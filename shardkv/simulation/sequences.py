@@ -29,6 +29,8 @@ REFUSING_SECONDS: Final = 3.0
 SOON_CALLS_MAX: Final = 25
 """A crash at once comes within so many calls."""
 INSTALLING_CALLS_MAX: Final = (2, 5, 50, 300)
+NOTICING_SECONDS: Final = 0.005
+"""Clients lose their connections this much later, at most, than another node has come to lead."""
 INSTALLING_SECONDS: Final = 0.01
 """An install is between its first step and its last for about a millisecond."""
 CATCHING_UP_SECONDS: Final = 1.5
@@ -94,7 +96,11 @@ async def _divide_clients(faults: "Faults", node: SimulatedNode, seconds: float)
     stay: what is written there and read here shows who answers without a right to. Takes ``seconds`` in all."""
     end = determinism.now() + seconds
     mine = {range_id for range_id, (_, leader) in _leaders(faults).items() if leader is node}
-    await determinism.until(lambda: any((_leader(faults, each) or (0, node))[1] is not node for each in mine), end)
+
+    def divided() -> bool:
+        return any((_leader(faults, each) or (0, node))[1] is not node for each in mine)
+
+    await determinism.until(divided, end, NOTICING_SECONDS)
     network = faults.cluster.network
     ends = [each for each in network.streams.values() if each.incoming.source == node.name]
     for name in dict.fromkeys(each.incoming.target for each in ends):

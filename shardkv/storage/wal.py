@@ -63,7 +63,12 @@ class WalSettings:
     move_live_fraction_max: float = 0.25
     """The oldest segment's live entries are moved forward when they are no more than this part of it."""
     closed_segments_max: int = 16
-    """With more closed segments than this, the oldest one's live entries are moved however many they are."""
+    """With more closed segments than this, the oldest one's live entries are moved however many they are, as long as
+    new records pay for it: see ``moved_per_new_byte``."""
+    moved_per_new_byte: int = 4
+    """Beyond that many segments, so many bytes are moved for each byte that is new. Where most of the log is live,
+    moving frees next to nothing, and a log that is written to no more would be written anew for ever; so the log may
+    be a quarter larger than what is live in it."""
     move_bytes_max: int = 256 * 1024
     move_entries_max: int = 1_000
     """At most this is moved by one collection, for it is read and encoded in the loop."""
@@ -144,6 +149,8 @@ class Wal:
         self._syncs = 0
         self._written_bytes = 0
         self._moved_entries = 0
+        self._moves_paid = 0
+        """How many bytes may yet be moved out of segments of which much is live."""
         self._cut_bytes = 0
 
     @classmethod
@@ -203,6 +210,7 @@ class Wal:
             return partial(self._write_through, self._sequence)
         meta, pieces, crcs, data_bytes = encode_turn(updates)
         segment, base = self._queue_record(meta, pieces, data_bytes)
+        self._moves_paid += (HEADER_BYTES + len(meta) + data_bytes) * self._settings.moved_per_new_byte
         try:
             self._apply(updates, segment, base, crcs)
         except BaseException as error:
@@ -364,10 +372,14 @@ class Wal:
         """Copy live entries of the oldest segment to the end of the log, if that is worth it."""
         settings, state = self._settings, self._state
         oldest = next(iter(state.segments.values()))
+        bound = int(settings.move_live_fraction_max * oldest.size)
+        paid = False
         if len(state.segments) <= settings.closed_segments_max + 1:
-            bound = int(settings.move_live_fraction_max * oldest.size)
-            if live_bytes(state, oldest, bound + 1) > bound:
-                return False
+            self._moves_paid = 0
+        else:
+            paid = self._moves_paid > 0
+        if not paid and live_bytes(state, oldest, bound + 1) > bound:
+            return False
         moves = moves_from(state, oldest, settings.move_entries_max, settings.move_bytes_max)
         updates = []
         for move in moves:
@@ -387,6 +399,8 @@ class Wal:
             moved_bytes = sum(len(entry.data) for entry in update.entries)
             self._cache.add(self._sequence, log, first, first + len(update.entries) - 1, moved_bytes)
         self._moved_entries += number
+        if paid:
+            self._moves_paid -= HEADER_BYTES + len(meta) + data_bytes
         return True
 
     def _drop(self, sequence: int, dead: list[Segment]) -> None:

@@ -169,7 +169,7 @@ def test_a_split_that_is_reported_tiles_and_routes() -> None:
     assert group.apply(commands.ReportRanges((left, right))) == [True, True]
     assert group.apply(commands.ReportRanges((left, right))) == [False, False]
     assert group.state.descriptors_from(b"z", 9) == [right]
-    assert router.routes(group.state, None, b"", 1) == [[left.to_wire(), None]]
+    assert router.routes(group.state, None, b"", 1) == [(left, None)]
     assert group.state.descriptor(RangeId(2)) == right
 
 

@@ -223,6 +223,42 @@ def test_old_entries_hold_back_no_more_segments_than_set_however_large_they_are(
     assert state_of(opened_with_token(disk.lost())) == driver.model.state()
 
 
+def test_a_log_that_is_mostly_live_is_not_written_anew_for_ever() -> None:
+    """Where moving frees next to nothing, new records pay for it: a log that rests is let rest, and one that is
+    written to stays within a quarter more than what is live in it, and some segments."""
+    disk = MemoryDisk()
+    settings = WalSettings(segment_bytes=2048, closed_segments_max=4, move_bytes_max=600, cache_bytes_max=0)
+    driver = Driver(disk, Random(0), settings)
+    driver.append(create(R1), create(R2))
+
+    def collected() -> int:
+        """How many entries are moved until there is nothing to do."""
+        before = driver.wal.statistics().moved_entries
+        for _ in range(1_000):
+            driver.sync()
+            driver.collect()
+            if not driver.jobs:
+                break
+        else:
+            raise AssertionError("a log to which nothing is added is moved and moved")
+        driver.sync()
+        return driver.wal.statistics().moved_entries - before
+
+    live = 20 * 2048
+    for index in range(1, live // 200 + 1):
+        driver.append(LogUpdate(R2, HardState(1, 0, 0), (entry(index, bytes(200)),)))
+    collected()
+    assert collected() == 0
+    segments = driver.wal.statistics().segments
+    for index in range(1, 1_000):
+        driver.append(LogUpdate(R1, HardState(1, 0, index), (entry(index, bytes(100)),), compact=CompactLog(index, 1)))
+        collected()
+        assert driver.wal.statistics().segments <= segments * 5 // 4 + settings.closed_segments_max
+    assert collected() == 0
+    assert driver.dropped > segments
+    assert state_of(opened_with_token(disk.lost())) == driver.model.state()
+
+
 @pytest.mark.parametrize("bound", [{"move_entries_max": 3}, {"move_bytes_max": 90}])
 def test_one_collection_moves_no_more_than_set(bound: dict[str, int]) -> None:
     """What it moves is read and encoded in the loop."""
