@@ -14,10 +14,11 @@ from shardkv.errors import ProtocolError
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
 from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, unpack_applied
-from shardkv.machine.snapshot import installing, snapshot_rows
+from shardkv.machine.snapshot import installing, replace_rows, snapshot_rows
 from shardkv.multiraft import maintenance, snapshots
 from shardkv.raft import ProgressState, Role
 from shardkv.raft.messages import Message, MessageType
+from shardkv.storage.engine import WriteBatch
 from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate
 from shardkv.types import KeyRange, NodeId, RangeDescriptor, RangeId, ReplicaId
 from tests.multiraft.test_catalog import led_by_another, split_on_two
@@ -436,7 +437,17 @@ async def test_trap_19_a_crash_at_any_step_of_an_install(
         assert not late.replica().needs_snapshot
 
 
-async def test_trap_19_a_replica_with_a_mark_serves_nothing_and_asks_again(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("marked", [True, False], ids=["with-a-mark", "with-a-log-alone"])
+async def test_trap_19_a_replica_whose_install_ended_half_way_serves_nothing_and_asks_again(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, marked: bool
+) -> None:
+    """TRAPS 19: by the mark, which keeps its span, too; and should there be none, by a log without a state."""
+    if not marked:
+
+        def begun(batch: WriteBatch, descriptor: RangeDescriptor, index: int, term: int, *old: Any, **how: Any) -> None:
+            replace_rows(batch, descriptor, *old, **how)
+
+        monkeypatch.setattr(snapshots, "begin_install", begun)
     async with world(3) as hosts:
         late = await behind(hosts)
         hosts.tolerant = True
@@ -450,7 +461,7 @@ async def test_trap_19_a_replica_with_a_mark_serves_nothing_and_asks_again(autoj
         replica = late.replica()
         assert replica.needs_snapshot
         assert replica.machine is None
-        assert late.catalog.replica_for_key(b"new1") is replica, "its span must be nobody else's"
+        assert (late.catalog.replica_for_key(b"new1") is replica) == marked, "its span must be nobody else's"
         roles = set()
         for _ in range(40):
             await trio.sleep(0.05)
