@@ -492,6 +492,45 @@ def test_a_node_that_accepts_but_never_greets_is_given_up():
     assert call.attempts >= 1
 
 
+def test_a_node_that_never_greets_keeps_nobody_from_being_dialled_again():
+    """Nodes of a new cluster listen before they serve. While one of them is waited for, the one that was not up yet is
+    tried again as soon as its backoff is over, not when the wait has been given up.
+    """
+    world = World(seeds=[1, 3])
+    world.down.add(1)
+    world.mute.add(3)
+    call = world.admin(Method.STATUS)
+    world.pass_time(0.3)
+    assert not call.done
+    world.down.clear()
+    started = world.now
+    assert world.run(call)["node"] == 1
+    assert world.now - started <= world.core.settings.backoff_seconds_max + 0.01
+
+
+def test_nodes_that_never_greet_leave_places_to_those_that_would():
+    """``dials_at_once_max`` bounds how many are tried at a time; a dial without an answer gives its place up soon."""
+    world = World(nodes=6, seeds=[1, 2, 3, 4, 5, 6], settings=Settings(dials_at_once_max=2))
+    world.mute.update([1, 2, 3, 4, 5])
+    started = world.now
+    assert world.run(world.admin(Method.STATUS))["node"] == 6
+    assert world.now - started < 1.0
+    assert len(world.dials) == 6, "nobody is dialled twice while he is waited for"
+
+
+def test_calls_that_wait_for_any_node_share_one_timer():
+    """However many wait, and however often a dial fails meanwhile, time is looked at once for each attempt."""
+    world = World(seeds=[1, 3])
+    world.down.add(1)
+    world.mute.add(3)
+    calls = [world.admin(Method.STATUS) for _ in range(50)]
+    world.pass_time(1.0)
+    core = world.core
+    assert sum(action == core._retry_anywhere for _, _, action in core.timers._actions) == 1
+    world.down.clear()
+    world.run(*calls)
+
+
 @given(st.binary(min_size=1, max_size=6), st.binary(max_size=6))
 def test_a_reverse_scan_is_routed_by_the_greatest_key_below_its_end(end, other):
     """No key is longer than allowed, so every key has a predecessor; a range boundary cannot lie between the two."""

@@ -6,6 +6,7 @@ that is what lets a simulation run this very code.
 """
 
 from collections.abc import Callable
+from math import inf
 from typing import Any, Final
 
 from shardkv.errors import (
@@ -100,6 +101,8 @@ class Core:
         """The time of the event under way."""
         self._anywhere: list[AdminCall] = []
         """Calls for any node, while none is connected."""
+        self._anywhere_at = inf
+        """When they are looked at again, whatever happens."""
 
     def _backoff(self, failures: int) -> float:
         settings = self.settings
@@ -249,7 +252,8 @@ class Core:
                 return
             self._anywhere.append(call)
             retry_at = links.dial_any(now) if link is None else now + self.settings.backoff_seconds_min
-            if retry_at is not None:
+            if retry_at is not None and retry_at < self._anywhere_at:
+                self._anywhere_at = retry_at  # one timer for all that wait
                 self.timers.at(retry_at, self._retry_anywhere)
             return
         peer = links.peer_of(call.node_id)
@@ -274,6 +278,8 @@ class Core:
             self.timers.at(now + self.settings.backoff_seconds_min, lambda _: self.ledger.requeue([call]))
 
     def _retry_anywhere(self, now: float) -> None:
+        if now >= self._anywhere_at:
+            self._anywhere_at = inf
         calls, self._anywhere = self._anywhere, []
         self.ledger.requeue(calls)
 

@@ -171,18 +171,26 @@ class Links:
         self._any_turn += 1
 
     def dial_any(self, now: float) -> float | None:
-        """Dial, as no link is ready. When to come back if every node was tried just now; else None."""
-        dialling = sum(peer.link is not None for peer in self.peers.values())
-        earliest: float | None = None
+        """Dial, as no link is ready. When to come back should none be by then; None: there is nobody else to try.
+
+        A dial that takes long keeps its link but not its place: some nodes accept and do not greet, for they hang or
+        have not joined yet, and whoever else would serve must not wait until they are given up.
+        """
+        patience = self._settings.dial_patience_seconds
+        places = [peer.link.opened_at + patience for peer in self.peers.values() if peer.link is not None]
+        places = [until for until in places if until > now]
+        come_back = inf
         for peer in self.peers.values():
             if peer.link is not None:
                 continue
             if peer.dial_after > now:
-                earliest = peer.dial_after if earliest is None else min(earliest, peer.dial_after)
-            elif dialling < self._settings.dials_at_once_max:
+                come_back = min(come_back, peer.dial_after)
+            elif len(places) < self._settings.dials_at_once_max:
                 self.dial(peer, now)
-                dialling += 1
-        return None if dialling else earliest
+                places.append(now + patience)
+            else:
+                come_back = min(come_back, *places)
+        return None if come_back == inf else come_back
 
     # --- the life of a link -------------------------------------------------------------------------------------
 
