@@ -109,11 +109,16 @@ class Catalog:
         if updates:
             self._wal.append(updates)()
 
-    def recover(self) -> None:
-        """Make a replica of every group in the log, after bringing log and engine to agree (trap 20)."""
+    def recover(self, *, used_before: bool = True) -> None:
+        """Make a replica of every group in the log, after bringing log and engine to agree (trap 20).
+
+        ``used_before``: whether any process may have run on this data before this one. Only where none has is there
+        nothing that it promised; a start that ended at once counts, for nobody can tell what it did.
+        """
         # What was promised before the start is forgotten; refuse for as long as it may last. That binds groups that
         # come to be within that time too: a crash may have lost the split that made them, or the record of it (trap 7).
-        self._refuse_until_ns = self._environment.clock.monotonic_ns() + self._timing.promise_ns
+        if used_before:
+            self._refuse_until_ns = self._environment.clock.monotonic_ns() + self._timing.promise_ns
         updates = self._unrecorded_groups()
         if updates:
             self._wal.append(updates)()

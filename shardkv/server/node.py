@@ -287,7 +287,7 @@ class _Node:
         )
         if mine.node_id == FIRST_NODE:
             self._catalog.bootstrap(_first_ranges(), self._hybrid_clock.now())
-        self._catalog.recover()
+        self._catalog.recover(used_before=mine.boot > 1)
         self._pool = PeerPool(environment, self._identity, self._known_boots, on_disconnected=self._on_disconnected)
         peers = PoolPeers(self._pool)
         hooks = DriverHooks(self._on_leadership, self._on_descriptor, self._flush)

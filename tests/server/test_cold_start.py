@@ -1,0 +1,91 @@
+"""From empty directories to the first write, in virtual time: who waits for somebody who cannot come yet loses it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+import trio
+from trio.testing import MockClock
+
+from shardkv.config import RaftConfig
+from shardkv.simulation.cluster import Cluster
+from shardkv.simulation.network import SimulatedNetwork
+
+NODES = ("n1", "n2", "n3")
+PROMISE_SECONDS = RaftConfig().promise_ms / 1000
+
+
+@asynccontextmanager
+async def empty(*names: str) -> AsyncIterator[Cluster]:
+    """Nodes of a new cluster, none of which is started; each joins whichever of the others serves first."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    try:
+        async with trio.open_nursery() as nursery:
+            cluster = Cluster(nursery, SimulatedNetwork(1), 1)
+            for name in names:
+                others = tuple(f"{other}:7000" for other in names if other != name)
+                cluster.add(name, join=() if name == names[0] else others)
+            yield cluster
+            nursery.cancel_scope.cancel()
+    finally:
+        structlog.reset_defaults()
+
+
+async def test_a_node_that_comes_up_last_is_found_at_once_by_those_that_wait_for_it(autojump_clock: MockClock) -> None:
+    """The joiners listen before they have joined, so each accepts the other's connection and greets nobody. The one
+    node that could let them in is tried again all the same.
+    """
+    async with empty(*NODES) as cluster:
+        first, *joiners = cluster.nodes.values()
+        for node in joiners:
+            node.start_soon()
+        await cluster.sleep(0.3)
+        started = cluster.now
+        await first.start()
+        for node in joiners:
+            await node.ready.wait()
+        assert cluster.now - started < 1.0
+
+
+async def test_many_nodes_that_wait_to_join_do_not_keep_each_other_from_it(autojump_clock: MockClock) -> None:
+    """More of them than a client dials at the same time, and the one that serves is the last of everybody's list."""
+    names = ("n9", *(f"n{number}" for number in range(1, 9)))
+    async with empty(*names) as cluster:
+        first, *joiners = cluster.nodes.values()
+        for node in joiners:
+            node.start_soon()
+        await cluster.sleep(0.3)
+        started = cluster.now
+        await first.start()
+        for node in joiners:
+            await node.ready.wait()
+        assert cluster.now - started < 1.5
+
+
+async def test_a_new_cluster_waits_for_no_promise_that_nobody_can_have_made(autojump_clock: MockClock) -> None:
+    """A directory that was never used before holds no forgotten promise, so its only voter elects itself at once."""
+    async with empty("n1") as cluster:
+        node = cluster.nodes["n1"]
+        await node.start()
+        assert cluster.now < PROMISE_SECONDS
+        async with cluster.client() as kv:
+            await kv.put(b"k", b"v")
+
+
+async def test_trap_07_a_second_start_waits_for_what_the_first_may_have_promised(autojump_clock: MockClock) -> None:
+    """Even when the first start ended before it promised anything: nobody can tell."""
+    async with empty("n1") as cluster:
+        node = cluster.nodes["n1"]
+        node.start_soon()
+        while not node.composed:
+            await cluster.sleep(0.001)
+        await node.kill()
+        started = cluster.now
+        node.start_soon()
+        while not node.composed:
+            await cluster.sleep(0.001)
+        for replica in node.inside.catalog.replicas.values():
+            assert replica.raft.raft.refuse_until >= node.environment.clock.monotonic_ns() + PROMISE_SECONDS * 0.9e9
+        async with cluster.client() as kv:
+            await kv.put(b"k", b"v")
+        assert cluster.now - started >= PROMISE_SECONDS
