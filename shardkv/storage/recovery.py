@@ -41,6 +41,9 @@ from shardkv.storage.segment import (
 )
 
 WINDOW_BYTES: Final = 1024 * 1024
+FIRST_SEGMENT_BYTES: Final = 1024 * 1024
+"""The first segment of a new log is no larger, for its node waits while the disk fills it with zeros. The others are
+made ahead of time."""
 STUBS_MAX: Final = 16_384
 """So many different kinds of entries (term, type, bytes) are looked for repetitions at once."""
 
@@ -119,9 +122,10 @@ def _begin(disk: Disk, directory: str, seed: int, segment_bytes: int) -> Recover
     meta = state.encode_checkpoint()
     path = f"{directory}/{SPARE_PREFIX}0"
     file = disk.open(path, create=True)
-    segment = Segment(1, segment_path(directory, 1), segment_bytes, file)
+    size = min(segment_bytes, FIRST_SEGMENT_BYTES)
+    segment = Segment(1, segment_path(directory, 1), size, file)
     record = pack_header(seed, meta, 0, segment.id, 1, 0) + meta
-    file.allocate(segment_bytes)
+    file.allocate(size)
     file.pwrite(record, 0)
     file.sync()
     disk.rename(path, segment.path)

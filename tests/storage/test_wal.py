@@ -8,6 +8,7 @@ from shardkv.errors import Corruption, OutOfSpace, StorageError
 from shardkv.raft.errors import SnapshotTemporarilyUnavailable
 from shardkv.raft.messages import ConfState, Entry, EntryType, HardState, Snapshot, SnapshotMetadata
 from shardkv.storage.record import CompactLog, CreateGroup, LogUpdate, ResetLog, Tombstone
+from shardkv.storage.recovery import FIRST_SEGMENT_BYTES
 from shardkv.storage.wal import Wal, WalSettings
 from shardkv.types import RangeId, ReplicaId
 
@@ -292,6 +293,23 @@ def test_metadata_alone_holds_back_no_segment() -> None:
     assert again.groups[R2].hard_state == HardState(7, 3, 0)
     assert again.tombstones == {R3: 10}
     assert state_of(again) == driver.model.state()
+
+
+def test_the_first_segment_of_a_new_log_is_small_and_the_next_is_not() -> None:
+    """A node's very first start waits until its segment is on the disk, zeros and all; no other waits for one."""
+    disk = MemoryDisk()
+    settings = WalSettings(segment_bytes=4 << 20, cache_bytes_max=0)
+    wal = opened(disk, settings)
+    assert wal.statistics().segment_bytes == FIRST_SEGMENT_BYTES < settings.segment_bytes
+    wal.append([create(R1)])()
+    written = [bytes([index]) * 300_000 for index in range(1, 8)]
+    for index, data in enumerate(written, 1):
+        wal.append([LogUpdate(R1, entries=(entry(index, data),))])()
+    statistics = wal.statistics()
+    assert statistics.segments == 2
+    assert statistics.segment_bytes == FIRST_SEGMENT_BYTES + settings.segment_bytes
+    log = opened(disk.lost(), settings).groups[R1]
+    assert [found.data for found in log.entries(1, 8, 1 << 30)] == written
 
 
 def test_old_data_leave_memory_and_are_read_back_from_the_segment() -> None:
