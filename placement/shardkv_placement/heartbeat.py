@@ -294,6 +294,16 @@ class Reporter:
         """Whether there is something to tell that should not wait for the next interval."""
         return self._full_from > 0 or bool(self._changed) or bool(self._removed)
 
+    @property
+    def heard(self) -> bool:
+        """Whether any heartbeat of this boot was acknowledged."""
+        return self._acknowledged > 0
+
+    def leads_by_report(self, range_id: RangeId) -> bool:
+        """Whether it was acknowledged that this node leads the range, and nothing else has been said of it since."""
+        told = self._told.get(range_id)
+        return told is not None and told.is_leader and range_id not in self._changed
+
     def heartbeat(
         self, *, draining: bool = False, capacity: Capacity = NO_CAPACITY, slow_disk: bool = False
     ) -> Heartbeat:

@@ -414,16 +414,27 @@ class _Node:
             raise self._placement.fatal
 
     async def _ready_when_serving(self) -> None:
-        """A new cluster is ready when its first range can be written; any other node as soon as it listens."""
-        first = self._catalog.replicas.get(FIRST_RANGE)
-        if self._directory.identity.boot == 1 and self._config.bootstrap and first is not None:
+        """A new node is ready when the placement group has heard of it, so it is in what the cluster says of itself;
+        the first node of a new cluster when its range can be written, too, and is known to be led here.
+
+        A node that comes back is ready as soon as it listens: there may be no placement group before others come back
+        as well, and who starts a cluster again, one node after the other, waits for each.
+        """
+        if self._directory.identity.boot == 1:
             with self._environment.clock.deadline(START_SECONDS):
-                while not (first.raft.committed_in_term and self._extension.state.bootstrapped):
+                while not self._introduced():
                     if self._stop.is_set():
                         return
                     await self._environment.clock.sleep(POLL_SECONDS)
         self._is_ready.set()
         self._ready(self._config.name, self._address)
+
+    def _introduced(self) -> bool:
+        first = self._catalog.replicas.get(FIRST_RANGE)
+        if not self._config.bootstrap or first is None:
+            return self._placement.introduced(None)
+        made = first.raft.committed_in_term and self._extension.state.bootstrapped
+        return made and self._placement.introduced(FIRST_RANGE if first.leads else None)
 
     async def _register(self) -> None:
         """Tell the placement group of this start; on the first node of a new cluster, begin the group's state."""

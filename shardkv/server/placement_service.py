@@ -44,6 +44,7 @@ LEADER_TICK_SECONDS: Final = 0.1
 OUTCOME_SECONDS: Final = 5.0
 CALL_SECONDS: Final = 5.0
 RETRY_SECONDS: Final = 0.25
+POLL_SECONDS: Final = 0.02
 HEARTBEAT_SECONDS_MIN: Final = 0.1
 """Changes are reported at once, but not more often than this."""
 REQUESTS_AT_ONCE_MAX: Final = 64
@@ -172,7 +173,14 @@ class PlacementService:
             return False
         return replica.leads or not replica.raft.leader
 
+    def introduced(self, range_id: RangeId | None) -> bool:
+        """Whether the group has heard of this node since its start, and that it leads the range, if one is given."""
+        return self._reporter.heard and (range_id is None or self._reporter.leads_by_report(range_id))
+
     async def _heartbeats(self) -> None:
+        while self._being_made:
+            # The first one would wait for the group and then say what was true before there was one.
+            await self._clock.sleep(POLL_SECONDS)
         while True:
             self._beat_wanted = trio.Event()
             interval = self.settings.get("heartbeat_ms", 500) / 1000
@@ -351,8 +359,7 @@ class PlacementService:
         if problem is not None:
             raise RequestError(problem)
         if self.leads:
-            if not self._state.bootstrapped:
-                raise Busy("the cluster is just being made; try again")
+            self._require_made()
             node_id = await self._propose_here(encoded)
         else:
             node_id = await self.call(Method.PLACEMENT, encoded, range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS)
@@ -363,6 +370,17 @@ class PlacementService:
         """Whether this node holds the group's state, so that it can answer from it."""
         replica = self._replica
         return replica is not None and replica.machine is not None and self._state.bootstrapped
+
+    @property
+    def _being_made(self) -> bool:
+        """Whether this is the first node of a new cluster, and the group's state has not been begun yet."""
+        replica = self._replica
+        return replica is not None and replica.machine is not None and not self._state.bootstrapped
+
+    def _require_made(self) -> None:
+        """Raise Busy while there is no cluster that could be described."""
+        if self._being_made:
+            raise Busy("the cluster is just being made; try again")
 
     async def routes(self, request: Request) -> Any:
         match request.arguments:
@@ -399,12 +417,14 @@ class PlacementService:
         return await self.call(request.method, *request.arguments, True, timeout=CALL_SECONDS)
 
     async def nodes(self, request: Request) -> Any:
+        self._require_made()
         if not self._knows:
             # What this node was last told; a node that has just joined may know of few.
             return [[node_id, known.name, known.address] for node_id, known in self._address_book]
         return router.nodes(self._state)
 
     async def status(self, request: Request) -> Any:
+        self._require_made()
         if not self.leads:
             return await self._from_leader(request)
         view = self._view()
@@ -441,6 +461,7 @@ class PlacementService:
         return await self.call(request.method, True, range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS)
 
     async def ranges(self, request: Request) -> Any:
+        self._require_made()
         if not self.leads:
             return await self._from_leader(request)
         view = self._view()

@@ -3,13 +3,16 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import structlog
 import trio
 from trio.testing import MockClock
 
 from shardkv.config import RaftConfig
+from shardkv.errors import Busy
 from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.network import SimulatedNetwork
+from shardkv.wire.requests import Method, Request
 
 NODES = ("n1", "n2", "n3")
 PROMISE_SECONDS = RaftConfig().promise_ms / 1000
@@ -89,3 +92,56 @@ async def test_trap_07_a_second_start_waits_for_what_the_first_may_have_promised
         async with cluster.client() as kv:
             await kv.put(b"k", b"v")
         assert cluster.now - started >= PROMISE_SECONDS
+
+
+@pytest.mark.parametrize("stagger_seconds", [0.0, 0.3])
+async def test_a_new_node_that_is_ready_is_in_what_the_cluster_says_of_itself(
+    autojump_clock: MockClock, stagger_seconds: float
+) -> None:
+    """Whoever waits for ``ready`` and then asks who is there, or who leads, gets this node for an answer."""
+    async with empty(*NODES) as cluster:
+        for node in cluster.nodes.values():
+            node.start_soon()
+            await cluster.sleep(stagger_seconds)
+        for node in cluster.nodes.values():
+            await node.ready.wait()
+            async with cluster.client(node.name) as kv:
+                status = await kv.call(Method.STATUS)
+                states = {each["name"]: each["state"] for each in status["node_table"]}
+                assert states[node.name] == "live"
+                assert all(each["leader"] is not None for each in await kv.call(Method.RANGES))
+                assert node.name in [each[1] for each in await kv.call(Method.NODES)]
+
+
+async def test_a_cluster_that_is_just_being_made_does_not_describe_itself(autojump_clock: MockClock) -> None:
+    """Its first node leads the placement group a moment before the group's state begins. An empty list of nodes then
+    would make a client forget whom it is connected to.
+    """
+    async with empty("n1") as cluster:
+        node = cluster.nodes["n1"]
+        node.start_soon()
+        while not (node.composed and node.inside.placement.leads):
+            await cluster.sleep(0.001)
+        placement = node.inside.placement
+        for method, ask in ((Method.NODES, placement.nodes), (Method.STATUS, placement.status)):
+            with pytest.raises(Busy):
+                await ask(Request(1, method, 0, 0, 0, []))
+        with pytest.raises(Busy):
+            await placement.ranges(Request(1, Method.RANGES, 0, 0, 0, []))
+        await node.ready.wait()
+        async with cluster.client() as kv:
+            assert [each[1] for each in await kv.call(Method.NODES)] == ["n1"]
+
+
+async def test_nodes_that_come_back_are_ready_before_there_is_a_placement_group(autojump_clock: MockClock) -> None:
+    """A cluster that was stopped is started one node after the other, each waited for; two thirds of it are down."""
+    async with empty(*NODES) as cluster:
+        for node in cluster.nodes.values():
+            await node.start()
+        async with cluster.client() as kv:
+            await cluster.formed(kv)
+        for node in cluster.nodes.values():
+            await node.power_off()
+        started = cluster.now
+        await cluster.nodes["n2"].start()
+        assert cluster.now - started < 1.0
