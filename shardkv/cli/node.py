@@ -87,12 +87,14 @@ def _load(flags: dict[str, object], config_file: str | None) -> NodeConfig:
 
 
 async def _run(config: NodeConfig) -> None:
+    # This process is the node and nothing else, so the node decides when garbage is collected. What is loaded and put
+    # together until it serves stays: to look for garbage in it takes time and finds none.
+    gc.disable()
     from shardkv.environment.real import real_environment
     from shardkv.server import run_node
 
     stop = trio.Event()
     with _signals(stop):
-        # This process is the node and nothing else, so the node decides when garbage is collected.
         await run_node(config, real_environment(), ready=_print_ready, stop=stop, collector=gc)
 
 
