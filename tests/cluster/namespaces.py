@@ -110,6 +110,7 @@ class Net:
     def __init__(self, names: Iterable[str]) -> None:
         self.places: dict[str, Place] = {}
         self._cut: set[tuple[str, str]] = set()
+        self._refused: set[tuple[str, str]] = set()
         self._hub = Place("hub", 254)
         try:
             for number, name in enumerate(names, 1):
@@ -149,6 +150,12 @@ class Net:
             self._cut.add((source, target))
             self.places[target].run(f"rule add pref 5 from {self.places[source].address} blackhole")
 
+    def refuse(self, source: str, target: str) -> None:
+        """``source`` is told at once that there is no way to ``target``, where a cut would leave it waiting."""
+        if (source, target) not in self._refused:
+            self._refused.add((source, target))
+            self.places[source].run(f"rule add pref 6 to {self.places[target].address} unreachable")
+
     def isolate(self, inside: Iterable[str]) -> None:
         """Cut these places off from all others, both ways; not from each other."""
         inside = set(inside)
@@ -165,6 +172,9 @@ class Net:
         for source, target in sorted(self._cut):
             self.places[target].run(f"rule del pref 5 from {self.places[source].address} blackhole")
         self._cut.clear()
+        for source, target in sorted(self._refused):
+            self.places[source].run(f"rule del pref 6 to {self.places[target].address} unreachable")
+        self._refused.clear()
         for number in range(len(self.places)):
             self._hub.run(f"link set port{number} up")
 

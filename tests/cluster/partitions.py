@@ -3,6 +3,11 @@
 Each node and each client lives in a network namespace of its own. A leader or any node is cut off from the others, both
 ways or one way only, with a client on its side or alone, or loses its cable; a client may be cut off, too. What each
 client saw must be linearizable. Everything that is made goes away with this process.
+
+Every second time a leader is cut off from its peers and not from its clients: those that know it go on reading from
+it, while somebody who never heard of it writes where the next leader will be. From then on until it stops to believe
+in itself nothing but its lease keeps it from serving what is no longer so (DESIGN 4.5): without the lease's end the
+soak fails.
 """
 
 import argparse
@@ -25,7 +30,13 @@ NODES = ("n1", "n2", "n3")
 CLIENTS = ("c1", "c2", "c3")
 SECONDS = (0.3, 1.0, 2.0, 4.0)
 """How long the network stays cut: less than a lease, an election, and long enough that clients give up."""
-KINDS = ("alone", "with a client", "deaf", "mute", "one link", "cable", "client", "nobody hears anybody")
+WRITER = "w"
+"""The place of one who knows nothing of a leader that is cut off from its peers."""
+FROM_PEERS = "from its peers"
+FROM_PEERS_SECONDS = 2.0
+"""Until there is another leader and the old one has noticed, with the default timing and some time to spare."""
+KINDS = ("alone", "with a client", "deaf", "mute", "one link", "cable", "client", "nobody hears anybody", FROM_PEERS)
+OTHERS = KINDS[:-1]
 
 
 @dataclass(slots=True)
@@ -45,7 +56,7 @@ class Partitions:
 @asynccontextmanager
 async def namespaced(directory: Path) -> AsyncIterator[tuple[Net, NamespacedCluster]]:
     """Three nodes and three places for clients."""
-    with net(*NODES, *CLIENTS) as made:
+    with net(*NODES, *CLIENTS, WRITER) as made:
         world = NamespacedCluster(directory, made, nodes=len(NODES), options=OPTIONS)
         try:
             await trio.to_thread.run_sync(world.start)
@@ -75,7 +86,7 @@ async def run(made: Net, world: NamespacedCluster, partitions: Partitions, *, sh
             chance = random.Random(f"partitions {partitions.seed}")
             while partitions.done < partitions.count:
                 before = workload.answered
-                await _cut_once(made, partitions, workload, clients, chance)
+                await _cut_once(made, world, partitions, workload, clients, chance)
                 await workload.more_than(before + 20, PROGRESS_SECONDS)
                 await trio.sleep(chance.uniform(0.0, 1.0))
                 if show:
@@ -87,27 +98,51 @@ async def run(made: Net, world: NamespacedCluster, partitions: Partitions, *, sh
 
 
 async def _cut_once(
-    made: Net, partitions: Partitions, workload: Workload, clients: list[Client], chance: random.Random
+    made: Net,
+    world: NamespacedCluster,
+    partitions: Partitions,
+    workload: Workload,
+    clients: list[Client],
+    chance: random.Random,
 ) -> None:
     kv = clients[0]
     key = workload.key(chance)
     leader = await leader_of(kv, key)
-    victim = leader if chance.random() < 0.7 else chance.choice(NODES)
-    kind = KINDS[partitions.done % len(KINDS)]
+    kind = FROM_PEERS if partitions.done % 2 else OTHERS[partitions.done // 2 % len(OTHERS)]
+    victim = leader if kind == FROM_PEERS or chance.random() < 0.7 else chance.choice(NODES)
     over = trio.Event()
-    async with trio.open_nursery() as nursery:
-        _cut(made, kind, victim, chance)
-        try:
-            nursery.start_soon(workload.hunt, key, clients[0], clients[1:], over)
-            await trio.sleep(chance.choice(SECONDS))
-        finally:
-            made.heal()
-            over.set()
+    _cut(made, kind, victim, chance)
+    try:
+        if kind == FROM_PEERS:
+            addresses = ",".join(world.addresses[name] for name in NODES if name != victim)
+            async with client(world, addresses=addresses, environment=InPlace(made.places[WRITER])) as writer:
+                await _hunt(made, workload, key, writer, clients, over, FROM_PEERS_SECONDS)
+        else:
+            await _hunt(made, workload, key, kv, clients[1:], over, chance.choice(SECONDS))
+    finally:
+        made.heal()
     partitions.done += 1
     partitions.kinds[kind] += 1
     if victim == leader and kind != "client":
         partitions.leaders += 1
         partitions.deposed += await leader_of(kv, key) != leader
+
+
+async def _hunt(
+    made: Net,
+    workload: Workload,
+    key: bytes,
+    writer: Client,
+    readers: Sequence[Client],
+    over: trio.Event,
+    seconds: float,
+) -> None:
+    """Write and read a key for so long; then the network heals, so that what is under way comes to its end."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workload.hunt, key, writer, readers, over)
+        await trio.sleep(seconds)
+        made.heal()
+        over.set()
 
 
 def _cut(made: Net, kind: str, victim: str, chance: random.Random) -> None:
@@ -129,6 +164,11 @@ def _cut(made: Net, kind: str, victim: str, chance: random.Random) -> None:
             made.unplug(victim)
         case "client":
             made.isolate([chance.choice(CLIENTS)])
+        case "from its peers":
+            for other in others:
+                made.cut(victim, other)
+                made.cut(other, victim)
+            made.refuse(WRITER, victim)
         case "nobody hears anybody":
             for name in NODES:
                 made.isolate([name])

@@ -41,11 +41,13 @@ async def test_trap_07_histories_stay_linearizable_while_leaders_stand_still(tmp
 
 @needs_namespaces
 async def test_histories_stay_linearizable_while_the_network_is_cut(tmp_path: Path) -> None:
-    """DESIGN 2.3 and 4.5: with the leader cut off, alone or with a client on its side, deaf or mute."""
-    done = partitions.Partitions(3, seed=2)
+    """DESIGN 2.3 and 4.5, traps 7: with the leader cut off, alone or with a client on its side, and twice from its
+    peers only, while its clients go on asking it."""
+    done = partitions.Partitions(4, seed=2)
     async with partitions.namespaced(tmp_path) as (made, world):
         workload = await partitions.run(made, world, done)
-    assert done.done == 3
+    assert done.done == 4
+    assert done.kinds[partitions.FROM_PEERS] == 2
     assert workload.answered > 100
 
 
@@ -92,6 +94,24 @@ def test_a_cut_takes_one_direction_of_connections_that_stand_and_healing_gives_i
         assert not hears(there, 0.3)
         made.heal()
         assert hears(there, 30)
+
+
+@needs_namespaces
+def test_who_is_refused_is_told_at_once_and_healing_gives_the_way_back(two_places: tuple[Net, Place, Place]) -> None:
+    """A client that shall find another leader must not wait for one that it cannot reach."""
+    made, one, two = two_places
+    with two.socket() as listener:
+        listener.bind((two.address, 0))
+        listener.listen()
+        made.refuse("one", "two")
+        with one.socket() as there, pytest.raises(OSError) as failed:
+            there.settimeout(5)
+            there.connect(listener.getsockname())
+        assert failed.value.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH)
+        made.heal()
+        with one.socket() as there:
+            there.settimeout(5)
+            there.connect(listener.getsockname())
 
 
 @needs_namespaces
