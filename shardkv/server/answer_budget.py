@@ -15,8 +15,9 @@ import trio
 
 from shardkv.environment import Clock
 
-ANSWER_BYTES_MAX: Final = 12 * 1024 * 1024
-"""Answers that all clients together leave untaken; past it no large one is made."""
+ANSWER_BYTES_MAX: Final = 9 * 1024 * 1024
+"""Answers that all clients together leave untaken; past it no large one is made. The largest of all,
+a get's of 8 MiB of values, must fit, or it would wait for ever."""
 RESERVE_BYTES: Final = 8 * 1024 * 1024
 """So much more for clients that are known to read, so that those who do not cannot keep them out."""
 PROVEN_BYTES: Final = 8 * 1024 * 1024

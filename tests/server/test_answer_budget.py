@@ -24,12 +24,19 @@ from shardkv.server.answer_budget import (
 )
 from shardkv.server.client_connection import FRAME_BYTES, ClientConnection
 from shardkv.server.intake import Intake
-from shardkv.server.requests import NoRoom
+from shardkv.server.requests import GET_BYTES_MAX, NoRoom
 from shardkv.simulation.network import WINDOW_BYTES, SimulatedNetwork
 from shardkv.transport.connection import Connection
+from shardkv.types import VALUE_BYTES_MAX
 from shardkv.wire import requests
 from shardkv.wire.frames import FrameDecoder, FrameKind, encode_frame
-from shardkv.wire.requests import Request, Response
+from shardkv.wire.requests import (
+    GET_KEYS_MAX,
+    SCAN_PAGE_BYTES_MAX,
+    SCAN_PAGE_ENTRIES_MAX,
+    Request,
+    Response,
+)
 
 MIB = 1024 * 1024
 CLIENTS = 30
@@ -80,7 +87,7 @@ async def test_what_is_taken_makes_room_for_those_who_wait_in_their_order(autoju
             budget.count(holder, size)
 
         async with trio.open_nursery() as nursery:
-            for name, size in (("a", 4 * MIB), ("b", 4 * MIB), ("c", MIB)):
+            for name, size in (("a", 3 * MIB), ("b", 3 * MIB), ("c", MIB)):
                 nursery.start_soon(wait, name, size)
                 await wait_all_tasks_blocked()
             assert not order
@@ -88,16 +95,16 @@ async def test_what_is_taken_makes_room_for_those_who_wait_in_their_order(autoju
             await wait_all_tasks_blocked()
             assert not order, "the third would fit, but nobody overtakes"
             assert not budget.fits(Holder(budget), MIB)
-            budget.count(reader, ANSWER_BYTES_MAX - 4 * MIB)
+            budget.count(reader, ANSWER_BYTES_MAX - 3 * MIB)
             await wait_all_tasks_blocked()
             assert order == ["a"]
             budget.check()
-            budget.count(reader, 4 * MIB)
+            budget.count(reader, ANSWER_BYTES_MAX - 6 * MIB)
             await wait_all_tasks_blocked()
             assert order == ["a", "b"]
             budget.count(reader, 0)
         assert order == ["a", "b", "c"]
-        assert budget.untaken_bytes == 9 * MIB
+        assert budget.untaken_bytes == 7 * MIB
 
 
 async def test_room_that_was_given_but_not_used_yet_is_given_to_nobody_else(autojump_clock: MockClock) -> None:
@@ -184,7 +191,7 @@ async def test_while_somebody_waits_for_room_who_stands_still_is_dropped(autojum
         still, slow = Holder(budget, stalled_seconds=0.2), Holder(budget)
         budget.count(still, DROP_BYTES_MIN // 2)
         budget.count(slow, DROP_BYTES_MIN // 2)
-        assert not budget.fits(Holder(budget), 6 * MIB)
+        assert not budget.fits(Holder(budget), 5 * MIB)
 
         async def stand() -> None:
             await trio.sleep(0.4)
@@ -193,9 +200,15 @@ async def test_while_somebody_waits_for_room_who_stands_still_is_dropped(autojum
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stand)
-            assert await budget.wait(Holder(budget), 6 * MIB)
+            assert await budget.wait(Holder(budget), 5 * MIB)
         assert still.dropped
         assert not slow.dropped
+
+
+def test_the_largest_answer_of_all_fits() -> None:
+    """Otherwise its request would be told Busy for ever."""
+    assert GET_BYTES_MAX + GET_KEYS_MAX * 32 <= ANSWER_BYTES_MAX
+    assert SCAN_PAGE_BYTES_MAX + VALUE_BYTES_MAX + SCAN_PAGE_ENTRIES_MAX * 32 <= ANSWER_BYTES_MAX
 
 
 async def test_when_half_the_room_is_taken_each_client_may_leave_less(autojump_clock: MockClock) -> None:
