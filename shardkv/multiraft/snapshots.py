@@ -117,7 +117,7 @@ class _Arrived:
 
 
 class Snapshots:
-    """The node's snapshot service. :meth:`run` gives it a nursery.
+    """The node's snapshot service. :meth:`use` gives it a nursery.
 
     Invariants: a range is in at most one of ``_receiving`` and ``_incoming``, and never in ``_waiting`` with either;
     ``_waiting`` holds no more than may be received at once; a range in ``_waiting`` reserves no span.
@@ -156,11 +156,9 @@ class Snapshots:
         self._receive_pace = Pace(environment.clock, config.snapshot_receive_bytes_per_second)
         self._chunks_sent = self._chunks_received = self._resumed = 0
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            await trio.Event().wait()
+    def use(self, nursery: trio.Nursery) -> None:
+        """Where its tasks run: a nursery that stays open for as long as any connection is served."""
+        self._nursery = nursery
 
     def statistics(self) -> SnapshotStatistics:
         return SnapshotStatistics(

@@ -186,6 +186,9 @@ class _Node:
             await self._start_admin(nursery)
             await self._become_member()
             self._compose()
+            # Connections may ask for such tasks until the last of them has ended, which is in this nursery.
+            self._snapshots.use(nursery)
+            self._operations.use(nursery)
             await self._run_services()
             nursery.cancel_scope.cancel()
 
@@ -386,8 +389,6 @@ class _Node:
     async def _run_services(self) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._driver.run)
-            await nursery.start(self._snapshots.run)
-            await nursery.start(self._operations.run)
             self._apply_addresses()
             await nursery.start(self._pool.run)
             self._serving.set()

@@ -81,11 +81,9 @@ class Operations:
         }
         assert self._handlers.keys() | {Method.WRITE, Method.GET, Method.SCAN} == set(Method), "a method has no handler"
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            await trio.Event().wait()
+    def use(self, nursery: trio.Nursery) -> None:
+        """Where its tasks run: a nursery that stays open for as long as any connection is served."""
+        self._nursery = nursery
 
     def start(self, requester: Asker, request: Request) -> None:
         """Begin a task for the request. Raises Busy."""

@@ -268,7 +268,7 @@ class Host:
                 async with trio.open_nursery() as nursery:
                     self.nursery = nursery
                     await nursery.start(self.driver.run)
-                    await nursery.start(self.snapshots.run)
+                    self.snapshots.use(nursery)
                     nursery.start_soon(self._receive)
                     task_status.started()
         except Exception as error:

@@ -8,6 +8,7 @@ import trio
 from trio.testing import MockClock
 
 from shardkv import codec
+from shardkv.environment import Stream
 from shardkv.errors import (
     ClientClosed,
     EpochMismatch,
@@ -19,6 +20,7 @@ from shardkv.errors import (
     ValueTooLarge,
 )
 from shardkv.raft.messages import MessageType
+from shardkv.server.listener import Listener
 from shardkv.server.operations import _membership_changes
 from shardkv.server.peers import receive_messages
 from shardkv.server.requests import GET_BYTES_MAX, GET_SLICE_KEYS
@@ -274,3 +276,26 @@ async def test_calls_of_a_client_that_closes_end(autojump_clock: MockClock) -> N
             await kv.put(b"k", b"v")
         with pytest.raises(ClientClosed):
             await kv.get(b"k")
+
+
+async def test_a_request_for_a_task_that_comes_while_the_node_ends_does_no_harm(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections are the last to go at a stop: whatever their tasks call must still be there."""
+    handle = Listener.handle
+    asked = []
+
+    async def handle_and_ask(listener: Listener, stream: Stream) -> None:
+        try:
+            await handle(listener, stream)
+        finally:
+            asked.append(Recorder())
+            listener._requests.dispatch(asked[-1], Request(1, Method.NODE_STATUS, 1, 0, 0, []))
+
+    async with world(1) as cluster:
+        monkeypatch.setattr(Listener, "handle", handle_and_ask)
+        async with cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            await cluster.nodes["n1"].shut_down()
+        assert asked, "nobody was connected when the node ended"
+        assert cluster.nodes["n1"].error is None
