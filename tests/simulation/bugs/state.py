@@ -167,8 +167,8 @@ def lost_state_unnoticed() -> Patches:
     install's mark alone does nothing: the log says as much."""
     original = Catalog.recover
 
-    def recover(self: Catalog) -> None:
-        original(self)
+    def recover(self: Catalog, *arguments: Any, **how: Any) -> None:
+        original(self, *arguments, **how)
         for replica in self.replicas.values():
             replica.needs_snapshot = False
 
@@ -361,7 +361,7 @@ BUGS = (
         "a replica that comes back without its state asks for it (traps 19, 20)",
         lost_state_unnoticed,
         ("lag",),
-        1,
+        20,
         workload="registers",
         minutes=0.4,
         rate=100,
