@@ -26,6 +26,7 @@ CALLS_AHEAD_MAX: Final = 400
 DOWN_SECONDS_MAX: Final = 4.0
 ADMIN_SECONDS: Final = 3.0
 FLIPPING_READS_MAX: Final = 12
+FLUSH_SECONDS_MAX: Final = 2.0
 
 Fault = Callable[["Faults", SimulatedNode, SimulatedNode], Awaitable[None]]
 
@@ -318,10 +319,11 @@ async def _flush(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None
 
 
 async def flush_one(node: SimulatedNode) -> None:
-    """Flush a node's engine and compact its log, as far as the node can."""
+    """Flush a node's engine and compact its log, as far as the node can. One that dies meanwhile never comes to it."""
     inside = node.inside
     try:
-        await inside.maintenance.flush_and_compact()
+        with determinism.deadline_after(FLUSH_SECONDS_MAX):
+            await inside.maintenance.flush_and_compact()
     except (ShardKVError, trio.ClosedResourceError, Corruption, OutOfSpace):
         pass
 

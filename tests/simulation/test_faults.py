@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from shardkv.errors import Corruption, StorageError
 from shardkv.simulation import (
@@ -15,7 +16,7 @@ from shardkv.simulation import (
     simulated_environment,
 )
 from shardkv.simulation.calls import Calls
-from shardkv.simulation.faults import KINDS
+from shardkv.simulation.faults import KINDS, flush_one
 from shardkv.simulation.frames import CARRIED_BYTES_MAX, HELD_SECONDS_MAX, WaywardCarrier
 from shardkv.simulation.network import RETRANSMIT_SECONDS, Link
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
@@ -227,3 +228,27 @@ def test_every_fault_has_a_name_that_the_docs_have_too() -> None:
     page = (Path(__file__).parents[2] / "docs" / "simulation.md").read_text()
     listed = page.split("or names: `")[1].split("`")[0].replace("\n", " ")
     assert [name.strip() for name in listed.split(",")] == list(KINDS)
+
+
+def test_faults_go_on_when_a_node_dies_while_it_is_asked_to_flush() -> None:
+    """The tasks of a node that is dead wait for ever; a plan that waits for them makes no more faults."""
+
+    async def main() -> bool:
+        async with simulated_cluster(3, seed=1) as cluster, trio.open_nursery() as nursery:
+            node = cluster.nodes["n2"]
+            node.environment.disk.stall()
+            flushed = trio.Event()
+
+            async def flush() -> None:
+                await flush_one(node)
+                flushed.set()
+
+            nursery.start_soon(flush)
+            await trio.testing.wait_all_tasks_blocked()
+            await node.kill()
+            with trio.move_on_after(60):
+                await flushed.wait()
+            nursery.cancel_scope.cancel()
+        return flushed.is_set()
+
+    assert run_deterministically(main, seed=1)
