@@ -12,6 +12,7 @@ etcd-io/raft; without ``LeaseSettings`` nothing here does anything.
 
 from typing import TYPE_CHECKING
 
+from shardkv.raft import freshness
 from shardkv.raft.messages import NONE, Message, MessageType
 from shardkv.raft.progress import Progress
 from shardkv.raft.quorum import EVERYTHING, majority_value
@@ -84,5 +85,6 @@ def valid(raft: "Raft", now: int) -> bool:
 
 def send_timeout_now(raft: "Raft", to: int) -> None:
     """Let a peer begin an election at once. That ends the lease for the rest of the term."""
+    freshness.keep(raft)
     raft.lease_suspended = True
     raft.send(Message(MessageType.TIMEOUT_NOW, to))

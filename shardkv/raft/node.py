@@ -11,7 +11,7 @@ Nothing is decided here; see ``core``.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shardkv.raft import core, election, lease, reconfiguration
+from shardkv.raft import core, election, freshness, lease, reconfiguration
 from shardkv.raft.errors import DropReason, ProposalDropped
 from shardkv.raft.membership import check_configuration, encode_conf_change
 from shardkv.raft.messages import (
@@ -252,6 +252,13 @@ class RaftNode:
         lease settings.
         """
         return lease.valid(self.raft, now)
+
+    def age_ns(self, applied: int, now: int) -> int | None:
+        """By how much a state that has applied so far lags at most behind what is committed at ``now``; None: unknown.
+
+        Counted by whatever clock, for the drift bound is added. Always None without lease settings.
+        """
+        return freshness.age_ns(self.raft, applied, now)
 
     def _advance_clock(self, now: int) -> None:
         if now > self.raft.now:

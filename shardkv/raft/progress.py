@@ -85,6 +85,7 @@ class Progress:
 
     __slots__ = (
         "flow_paused",
+        "follower_stamp",
         "inflights",
         "is_learner",
         "lease_stamp",
@@ -113,6 +114,8 @@ class Progress:
         self.is_learner = is_learner
         self.lease_stamp = NEVER
         """The newest of this leader's heartbeat stamps that it has echoed (see ``lease``)."""
+        self.follower_stamp = 0
+        """What its own clock showed when it made the last of its heartbeat answers that came in (see ``freshness``)."""
 
     def copy(self) -> "Progress":
         """A copy that shares the window of in-flight messages."""
@@ -123,6 +126,7 @@ class Progress:
         other.pending_snapshot = self.pending_snapshot
         other.flow_paused = self.flow_paused
         other.lease_stamp = self.lease_stamp
+        other.follower_stamp = self.follower_stamp
         return other
 
     def restart(self, next_index: int, match: int) -> None:
@@ -133,6 +137,7 @@ class Progress:
         self.sent_commit = 0
         self.recent_active = False
         self.lease_stamp = NEVER
+        self.follower_stamp = 0
 
     def _enter(self, state: ProgressState) -> None:
         self.flow_paused = False

@@ -4,7 +4,7 @@ Both sides of each exchange live here, next to each other. Snapshots are in ``sn
 follower is in ``progress``.
 """
 
-from shardkv.raft import lease, reads
+from shardkv.raft import freshness, lease, reads
 from shardkv.raft.errors import Compacted, SnapshotTemporarilyUnavailable, Unavailable
 from shardkv.raft.messages import NONE, Entry, Message, MessageType
 from shardkv.raft.progress import Progress, ProgressState
@@ -79,6 +79,7 @@ def broadcast_heartbeat(raft: Raft) -> None:
     """Tell every peer that this leader lives, what it may commit, and which reads wait for its answer."""
     context = reads.heartbeat_context(raft)
     own, committed = raft.id, raft.log.committed
+    proves = lease.valid(raft, raft.now)
     for id_, peer in raft.progress.items():
         if id_ == own:
             continue
@@ -86,6 +87,8 @@ def broadcast_heartbeat(raft: Raft) -> None:
         commit = min(peer.match, committed)
         heartbeat = Message(_HEARTBEAT, id_, own, raft.term, commit=commit, context=context)
         lease.stamp(raft, heartbeat)
+        if proves:
+            freshness.prove(raft, peer, heartbeat)
         raft.messages.append(heartbeat)
         peer.sent_commit = commit
 
@@ -155,8 +158,12 @@ def candidate_heartbeat(raft: Raft, message: Message) -> None:
 
 def handle_heartbeat(raft: Raft, message: Message) -> None:
     raft.log.commit_to(message.commit)
+    follower_stamp = 0
     if message.lease_promise:
         lease.accept_promise(raft, message)
+        follower_stamp = raft.now
+        if message.follower_stamp:
+            freshness.learn(raft, message)
     raft.messages.append(
         Message(
             _HEARTBEAT_RESP,
@@ -166,6 +173,7 @@ def handle_heartbeat(raft: Raft, message: Message) -> None:
             context=message.context,
             lease_stamp=message.lease_stamp,
             lease_promise=message.lease_promise,
+            follower_stamp=follower_stamp,
         )
     )
 
@@ -235,6 +243,7 @@ def leader_heartbeat_response(raft: Raft, message: Message) -> None:
     peer.flow_paused = False
     if message.lease_promise:
         lease.renew(raft, peer, message)
+        peer.follower_stamp = message.follower_stamp
     # It answers, so what it lacks was lost or held back. One that is only probed is sent an append too, for the answer
     # to it ends the probing.
     if peer.match < raft.log.last_index or peer.state == _PROBE:

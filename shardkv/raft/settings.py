@@ -31,7 +31,7 @@ class ReadOnly(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseSettings:
-    """The leader's lease: a promise with a length in time.
+    """The leader's lease: a promise with a length in time. Followers know by it, too, how old their state is at most.
 
     ``promise_ns`` is how long a replica that accepted a heartbeat refuses to help another leader. ``drift`` bounds how
     much faster one clock may run than another, as a fraction: the lease is shorter than the promise by that much.

@@ -7,6 +7,7 @@ What the fields mean and which moves exist lives here; which message causes what
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+from shardkv.raft import freshness
 from shardkv.raft.errors import Inconsistent
 from shardkv.raft.log import RaftLog
 from shardkv.raft.membership import Changer, ProgressMap, normalized
@@ -53,11 +54,14 @@ class Raft:
         "lease_suspended",
         "lease_until",
         "log",
+        "made_at",
         "messages",
         "messages_after_append",
         "now",
         "pending_conf_index",
         "progress",
+        "proof",
+        "proof_pending",
         "randomized_election_timeout",
         "read_states",
         "reads",
@@ -81,6 +85,7 @@ class Raft:
         self.vote = NONE
         self.leader = NONE
         self.role = Role.FOLLOWER
+        self.made_at = now
         self.now = now
         """The latest clock reading handed in; it never moves back."""
 
@@ -110,6 +115,10 @@ class Raft:
         self.lease_until = 0
         self.lease_suspended = False
         """Whether a TimeoutNow was sent in this term: whoever got it need not respect the promises made to us."""
+        self.proof: freshness.Proof | None = None
+        """The best proof of how fresh this replica is whose index is applied (see ``freshness``)."""
+        self.proof_pending: freshness.Proof | None = None
+        """A later one, whose index may still have to be applied."""
         self.doubted = False
         """Whether the leader may be gone: its connection broke, and it was not heard of since."""
         self.eager_ticks = NOT_EAGER
@@ -204,6 +213,8 @@ class Raft:
     # Moves between the roles (paper figure 4).
 
     def _reset(self, term: int) -> None:
+        if self.lease_until:
+            freshness.keep(self)
         if self.term != term:
             self.term = term
             self.vote = NONE

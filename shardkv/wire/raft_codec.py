@@ -2,7 +2,7 @@
 
     frame    [message, ...]
     message  [range_id, to, from, type, term, log_term, index, commit, reject, reject_hint, vote, context,
-              lease_stamp, lease_promise, [[term, type, data], ...]]
+              lease_stamp, lease_promise, follower_stamp, [[term, type, data], ...]]
 
 ``to`` and ``from`` are replica ids, which are never reused; cluster and nodes were named when the connection opened.
 Entries follow each other from ``index + 1``. A snapshot never travels here: it has a connection of its own. Two types
@@ -54,7 +54,7 @@ _FROM_PEERS: Final = frozenset(
         MessageType.PRE_VOTE_RESP,
     }
 )
-_HEAD: Final = codec.array_head(15)
+_HEAD: Final = codec.array_head(16)
 _NO_ENTRIES: Final = codec.array_head(0)
 _TYPES: Final = {int(type_): type_ for type_ in _FROM_PEERS}
 _NOTICES: Final = {int(notice): notice for notice in ReplicaNotice}
@@ -87,6 +87,7 @@ def encode_message(range_id: int, message: Message, entries: bytes | None = None
             message.context,
             message.lease_stamp,
             message.lease_promise,
+            message.follower_stamp,
         ]
     )
     # The fields' own head counts one item too few, and is one byte long.
@@ -94,7 +95,7 @@ def encode_message(range_id: int, message: Message, entries: bytes | None = None
 
 
 def encode_notice(range_id: int, notice: ReplicaNotice, to: int, from_: int) -> bytes:
-    return codec.dumps([range_id, to, from_, int(notice), 0, 0, 0, 0, False, 0, 0, b"", 0, 0, []])
+    return codec.dumps([range_id, to, from_, int(notice), 0, 0, 0, 0, False, 0, 0, b"", 0, 0, 0, []])
 
 
 def join(messages: list[bytes]) -> bytes:
@@ -111,12 +112,11 @@ def decode(payload: bytes) -> list[GroupMessage]:
 
 
 def _message(item: object) -> GroupMessage:
-    if type(item) is not list or len(item) != 15:
-        raise codec.malformed("a Raft message must be an array of 15 fields")
-    range_id, to, from_, kind, term, log_term, index, commit, reject, hint, vote, context, stamp, promise, entries = (
-        item
-    )
-    for number in (range_id, to, from_, kind, term, log_term, index, commit, hint, vote, stamp, promise):
+    if type(item) is not list or len(item) != 16:
+        raise codec.malformed("a Raft message must be an array of 16 fields")
+    range_id, to, from_, kind, term, log_term, index, commit, reject, hint, vote, context, *stamps, entries = item
+    stamp, promise, follower_stamp = stamps
+    for number in (range_id, to, from_, kind, term, log_term, index, commit, hint, vote, *stamps):
         if type(number) is not int or number < 0:
             raise codec.malformed("a Raft message's ids, terms and indexes must be unsigned integers")
     if type(context) is not bytes or type(reject) is not bool or type(entries) is not list:
@@ -146,6 +146,7 @@ def _message(item: object) -> GroupMessage:
             (),
             stamp,
             promise,
+            follower_stamp,
         ),
     )
 

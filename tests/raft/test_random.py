@@ -2,9 +2,10 @@
 
 Each run draws everything from its seed. The checkers hold at every step: one leader a term, logs that match, nothing
 committed is lost, nothing is applied differently, reads see what was committed before them, and a leader with a lease
-is alone. At the end the network heals and the group must make progress.
+is alone, a replica is no older than it says. At the end the network heals and the group must make progress.
 """
 
+import bisect
 import random
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.raft.cluster import TICK_NS, Cluster, change
 
 STEPS = 2_000
 DRIFT = 0.1
+CLOCK_STEP_NS = 2
+"""Clocks count whole nanoseconds."""
 LEASE = LeaseSettings(promise_ns=8 * TICK_NS, drift=DRIFT)
 NODES: dict[str, Any] = {"pre_vote": True, "check_quorum": True, "lease": LEASE}
 MEMBERSHIP = NODES | {"membership": True, "step_down_on_removal": True}
@@ -39,8 +42,14 @@ class Checkers:
         self.reads: dict[bytes, int] = {}
         self.reads_seen = 0
         self.leases_seen = 0
+        self.commits: list[tuple[int, int]] = []
+        """How far anybody was seen to have committed, by the time at which it was seen first."""
+        self.ages_seen = 0
 
     def check(self) -> None:
+        newest = max(host.node.committed for host in self.cluster.hosts.values())
+        if not self.commits or newest > self.commits[-1][1]:
+            self.commits.append((self.cluster.now, newest))
         for id_, host in self.cluster.hosts.items():
             if not host.up:
                 continue
@@ -48,6 +57,7 @@ class Checkers:
             self._one_leader(id_)
             self._committed_entries(id_)
             self._lease(id_)
+            self._age(id_)
             for state in host.read_states:
                 wanted = self.reads[state.context]
                 assert state.index >= wanted, f"a read at {state.index}, though {wanted} was committed before it"
@@ -83,6 +93,16 @@ class Checkers:
             for other, host in self.cluster.hosts.items():
                 newer = host.up and host.node.role is Role.LEADER and host.node.term > node.term
                 assert not newer, f"{id_} has a lease in term {node.term}, {other} leads term {host.node.term}"
+
+    def _age(self, id_: int) -> None:
+        """DESIGN 2.3: what a replica has applied holds all that had been committed its age ago, by real time."""
+        node = self.cluster[id_]
+        age = node.age_ns(node.applied, self.cluster.clock(id_))
+        if age is not None:
+            self.ages_seen += 1
+            known = bisect.bisect_left(self.commits, (self.cluster.now - age - CLOCK_STEP_NS, 0))
+            wanted = self.commits[known - 1][1] if known else 0
+            assert node.applied >= wanted, f"{id_} has applied {node.applied}, {wanted} was committed {age} ns ago"
 
     def newest_commit(self) -> int:
         return max(host.node.committed for host in self.cluster.hosts.values() if host.up)
@@ -301,6 +321,7 @@ def test_the_random_runs_do_what_they_are_for() -> None:
     """Checkers that never saw a lease, a read or a change of leaders would prove nothing."""
     groups = [run(seed, **MEMBERSHIP) for seed in range(100, 104)]
     assert sum(group.checkers.leases_seen for group in groups) > 100
+    assert sum(group.checkers.ages_seen for group in groups) > 1_000
     assert sum(group.checkers.reads_seen for group in groups) > 10
     assert sum(len(group.checkers.leader_of_term) for group in groups) > 6
     assert sum(len(group.checkers.committed) for group in groups) > 40

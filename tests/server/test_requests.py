@@ -215,7 +215,7 @@ async def test_a_proposal_of_a_peer_is_refused(autojump_clock: MockClock) -> Non
     async with world(1) as cluster:
         node = cluster.nodes["n1"]
         replica = node.inside.catalog.replicas[1]
-        item = [1, replica.replica_id, 3, int(MessageType.PROP), 0, 0, 0, 0, False, 0, 0, b"", 0, 0, []]
+        item = [1, replica.replica_id, 3, int(MessageType.PROP), 0, 0, 0, 0, False, 0, 0, b"", 0, 0, 0, []]
         for entries in ([], [[0, 0, b"x"]]):
             item[-1] = entries
             with pytest.raises(ProtocolError):

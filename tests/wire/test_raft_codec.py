@@ -19,3 +19,11 @@ def test_entries_that_are_encoded_once_make_the_same_message_for_every_follower(
         ((_, decoded, _),) = decode(join([encode_message(9, message, shared)]))
         assert decoded.entries == entries
         assert decoded.to == to
+
+
+def test_the_stamps_of_heartbeats_and_their_answers_survive() -> None:
+    stamps = {"lease_stamp": 1 << 62, "lease_promise": 400_000_000, "follower_stamp": (1 << 62) + 1}
+    for kind in (MessageType.HEARTBEAT, MessageType.HEARTBEAT_RESP):
+        message = Message(kind, 3, 1, 5, index=9, commit=6, **stamps)
+        ((_, decoded, _),) = decode(join([encode_message(9, message)]))
+        assert decoded == message
