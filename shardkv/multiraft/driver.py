@@ -168,8 +168,10 @@ class Driver:
                     await self._awake.wait()
                 else:
                     left_ns = self._gather_until_ns - self.environment.clock.monotonic_ns()
-                    with self.environment.clock.deadline(max(0, left_ns) / 1e9):
+                    with self.environment.clock.deadline(max(0, left_ns) / 1e9) as waiting:
                         await self._awake.wait()
+                    if waiting.cancelled_caught:
+                        self._gather_until_ns = None
                 self._awake = trio.Event()
                 if self._failure is None:
                     self._turn()
@@ -185,9 +187,23 @@ class Driver:
         self._awake.set()
 
     def propose_later(self, replica: Replica) -> None:
-        """A group has writes or reads waiting."""
+        """A group has writes or reads waiting. A turn that could only leave them waiting is not worth its cost."""
         self._proposing[replica.range_id] = replica
-        self._awake.set()
+        if replica.open_reads or self._writes_may_go(replica):
+            self._awake.set()
+
+    def _writes_may_go(self, replica: Replica) -> bool:
+        """Whether a turn now would propose a group's writes, or has to set the time for it.
+
+        Else they are looked at when the sync under way ends, the entry under way is applied, more have come, the time
+        set for gathering is over, or at the next tick.
+        """
+        if self.log_writer.syncing:
+            return False
+        if replica.may_propose(self.environment.clock.monotonic_ns()):
+            return True
+        until = self._gather_until_ns
+        return not replica.proposals and (until is None or replica.answered_ns + GATHER_NS < until)
 
     def step(self, replica: Replica, message: Message) -> None:
         """Hand a peer's message to its group."""
@@ -359,12 +375,21 @@ class Driver:
     def _applied(self, replica: Replica, message: Message) -> None:
         """A group's entries are in the engine and answered."""
         outgoing: list[tuple[Replica, Message]] = []
-        self._deliver(replica, message.responses, self.environment.clock.monotonic_ns(), outgoing)
+        now = self.environment.clock.monotonic_ns()
+        self._deliver(replica, message.responses, now, outgoing)
         assert not outgoing, f"an apply has responses for other replicas: {outgoing}"
         if replica.confirmed:
             replica.serve_confirmed()
-        if replica.waiting:
+        if replica.waiting and replica.may_propose(now):
             self._awake.set()
+        elif not replica.proposals and now < replica.answered_ns + GATHER_NS:
+            # Set before they come: those just answered need not wake the loop one by one.
+            self._gather_until(replica)
+
+    def _gather_until(self, replica: Replica) -> None:
+        """Look again at a group's writes, those here and those to come, when the time for gathering is over."""
+        until = replica.answered_ns + GATHER_NS
+        self._gather_until_ns = until if self._gather_until_ns is None else min(self._gather_until_ns, until)
 
     def _divided(self, left: Replica, right: Replica | None) -> None:
         if right is not None:

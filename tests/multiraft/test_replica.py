@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from shardkv.errors import Busy, NotLeader, OutOfSpace
@@ -292,8 +293,67 @@ async def test_writes_that_wait_for_company_are_proposed_though_nobody_comes(aut
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         replica = hosts.leader().replica()
-        began = trio.current_time()
+        waited = 0.0
         for _ in range(5):
+            await trio.sleep(5 * GATHER_NS / 1e9)
+            began = trio.current_time()
             replica.answered(1000, hosts.leader().environment.clock.monotonic_ns())
             await hosts.leader().put(b"alone", b"1").wait()
-        assert trio.current_time() - began < TICK_SECONDS, "each waited for the next tick"
+            waited += trio.current_time() - began
+        assert waited < TICK_SECONDS, "each waited for the next tick"
+
+
+async def test_writes_that_can_only_wait_cost_no_turn(autojump_clock: MockClock) -> None:
+    """Each would go round every group with writes and flush every connection, for nothing."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = hosts.leader()
+        replica = leader.replica()
+        hosts.passes = lambda source, target, range_id, message: leader.node_id not in (source, target)
+        under_way = leader.put(b"k", b"0")
+        await trio.sleep(0.001)
+        assert len(replica.proposals) == 1
+        turns = leader.driver.statistics().turns
+        later = [leader.put(b"k", b"%d" % number) for number in range(1, 20)]
+        await trio.sleep(0.001)
+        assert leader.driver.statistics().turns == turns
+        hosts.passes = lambda source, target, range_id, message: True
+        for answer in (under_way, *later):
+            await answer.wait()
+
+
+async def test_those_just_answered_wake_the_loop_when_they_are_all_here(autojump_clock: MockClock) -> None:
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = hosts.leader()
+        replica = leader.replica()
+        clock = leader.environment.clock
+        replica.answered(10, clock.monotonic_ns())
+        turns = leader.driver.statistics().turns
+        answers = [leader.put(b"k", b"first")]
+        await trio.testing.wait_all_tasks_blocked()
+        armed = leader.driver.statistics().turns
+        assert armed <= turns + 1, "one sets the time"
+        answers += [leader.put(b"k", b"%d" % number) for number in range(6)]
+        await trio.testing.wait_all_tasks_blocked()
+        assert leader.driver.statistics().turns == armed, "the others wait with it"
+        assert not replica.proposals
+        answers += [leader.put(b"k", b"last") for _ in range(3)]
+        await trio.testing.wait_all_tasks_blocked()
+        assert replica.proposals, "all are here"
+        for answer in answers:
+            await answer.wait()
+
+
+async def test_a_time_for_gathering_that_nobody_uses_passes_once(autojump_clock: MockClock) -> None:
+    """Set for those just answered, none of whom comes back; the loop would go round on it for ever."""
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        replica = leader.replica()
+        await leader.put(b"k", b"v").wait()
+        replica.expected = 5
+        leader.driver._gather_until(replica)
+        turns = leader.driver.statistics().turns
+        leader.driver.wake()
+        await trio.sleep(10 * GATHER_NS / 1e9)
+        assert leader.driver.statistics().turns <= turns + 4
