@@ -10,6 +10,7 @@ that Raft itself does not have are about replicas: GONE tells a sender that the 
 NEED_SNAPSHOT asks the leader for a snapshot because an earlier install was interrupted.
 """
 
+import struct
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -56,6 +57,10 @@ _FROM_PEERS: Final = frozenset(
 )
 _HEAD: Final = codec.array_head(16)
 _NO_ENTRIES: Final = codec.array_head(0)
+_PLAIN: Final = struct.Struct(">B BI BI BI B BI BI BI BI B BI BI B BQ BQ BQ")
+"""All fields but the entries of a message without a context whose numbers are as small as they usually are: valid CBOR,
+packed in a fraction of the time that CBOR itself takes."""
+_ARRAY_OF_16, _UNSIGNED_32, _UNSIGNED_64, _FALSE, _TRUE, _NO_BYTES = 0x90, 0x1A, 0x1B, 0xF4, 0xF5, 0x40
 _TYPES: Final = {int(type_): type_ for type_ in _FROM_PEERS}
 _NOTICES: Final = {int(notice): notice for notice in ReplicaNotice}
 _ENTRY_TYPES: Final = {int(type_): type_ for type_ in EntryType}
@@ -71,6 +76,24 @@ def encode_entries(entries: tuple[Entry, ...]) -> bytes:
 def encode_message(range_id: int, message: Message, entries: bytes | None = None) -> bytes:
     """One message. ``entries`` is what :func:`encode_entries` made of its entries, if the caller has it already."""
     assert message.snapshot is None, f"a snapshot of range {range_id} in a Raft frame"
+    if entries is None:
+        entries = encode_entries(message.entries)
+    if not message.context:
+        try:
+            return (
+                _PLAIN.pack(
+                    *(_ARRAY_OF_16, _UNSIGNED_32, range_id, _UNSIGNED_32, message.to, _UNSIGNED_32, message.from_),
+                    *(message.type, _UNSIGNED_32, message.term, _UNSIGNED_32, message.log_term),
+                    *(_UNSIGNED_32, message.index, _UNSIGNED_32, message.commit),
+                    *(_TRUE if message.reject else _FALSE, _UNSIGNED_32, message.reject_hint),
+                    *(_UNSIGNED_32, message.vote, _NO_BYTES),
+                    *(_UNSIGNED_64, message.lease_stamp, _UNSIGNED_64, message.lease_promise),
+                    *(_UNSIGNED_64, message.follower_stamp),
+                )
+                + entries
+            )
+        except struct.error:
+            pass  # a number of more than 32 bits
     fields = codec.dumps(
         [
             range_id,
@@ -91,7 +114,7 @@ def encode_message(range_id: int, message: Message, entries: bytes | None = None
         ]
     )
     # The fields' own head counts one item too few, and is one byte long.
-    return b"".join((_HEAD, fields[1:], encode_entries(message.entries) if entries is None else entries))
+    return b"".join((_HEAD, fields[1:], entries))
 
 
 def encode_notice(range_id: int, notice: ReplicaNotice, to: int, from_: int) -> bytes:
