@@ -20,7 +20,7 @@ from shardkv_client.client import connect
 from shardkv_client.core import TIMEOUT_SECONDS, NodeInfo, Settings
 from shardkv_client.environment import Environment
 from shardkv_client.limits import distinct
-from shardkv_client.scan import Scan
+from shardkv_client.scan import OnAge, Scan
 
 T = TypeVar("T")
 
@@ -111,8 +111,19 @@ class BlockingClient:
     def put(self, key: bytes, value: bytes, *, if_version: int | None = None, timeout: float = TIMEOUT_SECONDS) -> int:
         return self._perform(self._client.put, key, value, if_version=if_version, timeout=timeout)
 
-    def get(self, key: bytes, *, consistency: str = "linearizable", timeout: float = TIMEOUT_SECONDS) -> Entry | None:
-        return self._perform(self._client.get, key, consistency=consistency, timeout=timeout)
+    def get(
+        self,
+        key: bytes,
+        *,
+        consistency: str = "linearizable",
+        max_age: float | None = None,
+        on_age: OnAge | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> Entry | None:
+        """As :meth:`Client.get`. Here and in the other reads ``on_age`` is called in the client's thread."""
+        return self._perform(
+            self._client.get, key, consistency=consistency, max_age=max_age, on_age=on_age, timeout=timeout
+        )
 
     def delete(self, key: bytes, *, if_version: int | None = None, timeout: float = TIMEOUT_SECONDS) -> bool:
         return self._perform(self._client.delete, key, if_version=if_version, timeout=timeout)
@@ -121,10 +132,18 @@ class BlockingClient:
         return self._perform(self._client.increment, key, delta, timeout=timeout)
 
     def get_many(
-        self, keys: Iterable[bytes], *, consistency: str = "linearizable", timeout: float = TIMEOUT_SECONDS
+        self,
+        keys: Iterable[bytes],
+        *,
+        consistency: str = "linearizable",
+        max_age: float | None = None,
+        on_age: OnAge | None = None,
+        timeout: float = TIMEOUT_SECONDS,
     ) -> dict[bytes, Entry]:
-        # The caller's iterable runs in the caller's thread.
-        return self._perform(self._client.get_many, distinct(keys), consistency=consistency, timeout=timeout)
+        wanted = distinct(keys)  # the caller's iterable runs in the caller's thread
+        return self._perform(
+            self._client.get_many, wanted, consistency=consistency, max_age=max_age, on_age=on_age, timeout=timeout
+        )
 
     def put_many(self, pairs: Pairs, *, timeout: float = TIMEOUT_SECONDS, progress: Progress | None = None) -> int:
         """As :meth:`Client.put_many`. An iterable is read, and ``progress`` called, in the client's thread."""
@@ -150,6 +169,8 @@ class BlockingClient:
         reverse: bool = False,
         keys_only: bool = False,
         consistency: str = "linearizable",
+        max_age: float | None = None,
+        on_age: OnAge | None = None,
         timeout: float = TIMEOUT_SECONDS,
     ) -> "BlockingScan":
         scan = self._client.scan(
@@ -160,6 +181,8 @@ class BlockingClient:
             reverse=reverse,
             keys_only=keys_only,
             consistency=consistency,
+            max_age=max_age,
+            on_age=on_age,
             timeout=timeout,
         )
         return BlockingScan(lambda: self._perform(scan.next_page), scan)

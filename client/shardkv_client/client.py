@@ -32,6 +32,7 @@ from shardkv_client.core import (
 from shardkv_client.core.routing import parse_nodes, parse_routes
 from shardkv_client.environment import Environment, RealEnvironment, tell_when_forked
 from shardkv_client.limits import (
+    age_us_of,
     check_delta,
     check_key_size,
     check_key_type,
@@ -44,7 +45,7 @@ from shardkv_client.limits import (
     distinct,
     span_of,
 )
-from shardkv_client.scan import Scan
+from shardkv_client.scan import OnAge, Scan
 from shardkv_client.waiter import current_waiter, on_trio
 
 if TYPE_CHECKING:
@@ -179,20 +180,33 @@ class Client:
         return version
 
     async def get(
-        self, key: bytes, *, consistency: str = "linearizable", timeout: float = TIMEOUT_SECONDS
+        self,
+        key: bytes,
+        *,
+        consistency: str = "linearizable",
+        max_age: float | None = None,
+        on_age: OnAge | None = None,
+        timeout: float = TIMEOUT_SECONDS,
     ) -> Entry | None:
         """Read a key; None if it is absent.
 
         Args:
             consistency: ``"linearizable"``; ``"follower"``: the same, served by any replica; ``"stale"``: by any
                 replica from what it has, which may lag behind.
+            max_age: of a stale read: how many seconds old the answer may be at most. Replicas that may be older do not
+                answer; when none can, in the end, that is Unavailable. None: any age that a replica can vouch for.
+            on_age: called before the answer is returned, with the seconds that it is old at most: it holds every write
+                that had been answered so long before the call was made. 0.0 for the reads that are never old.
         """
         check_key_type(key)
         number = consistency_of(consistency)
+        age_us_max = age_us_of(max_age, number) if max_age is not None else None
         check_timeout(timeout)
         check_key_size(key)
-        call = ReadCall(key, number, self._now() + timeout, self._settings.keys_per_get_max)
+        call = ReadCall(key, number, self._now() + timeout, self._settings.keys_per_get_max, age_us_max)
         found: list[Any] | None = await self._perform(call)
+        if on_age is not None:
+            on_age(call.age_us / 1e6)
         return None if found is None else Entry(key, found[0], found[1])
 
     async def delete(self, key: bytes, *, if_version: int | None = None, timeout: float = TIMEOUT_SECONDS) -> bool:
@@ -223,17 +237,29 @@ class Client:
     # --- many keys ----------------------------------------------------------------------------------------------
 
     async def get_many(
-        self, keys: Iterable[bytes], *, consistency: str = "linearizable", timeout: float = TIMEOUT_SECONDS
+        self,
+        keys: Iterable[bytes],
+        *,
+        consistency: str = "linearizable",
+        max_age: float | None = None,
+        on_age: OnAge | None = None,
+        timeout: float = TIMEOUT_SECONDS,
     ) -> dict[bytes, Entry]:
-        """Read keys, in the order asked; absent ones are left out. Each is read on its own: it is no snapshot."""
+        """Read keys, in the order asked; absent ones are left out. Each is read on its own: it is no snapshot.
+
+        ``consistency``, ``max_age`` and ``on_age`` as in :meth:`get`; the age told is that of the oldest answer.
+        """
         wanted = distinct(keys)
         check_timeout(timeout)
         number = consistency_of(consistency)
+        age_us_max = age_us_of(max_age, number)
         host = self._open_host()
         deadline = self._now() + timeout
         batch_max = self._settings.keys_per_get_max
-        calls = [ReadCall(key, number, deadline, batch_max) for key in wanted]
+        calls = [ReadCall(key, number, deadline, batch_max, age_us_max) for key in wanted]
         await get_many(Gathering(host.core, self._waiter), calls)
+        if on_age is not None:
+            on_age(max((call.age_us for call in calls), default=0) / 1e6)
         return {
             key: Entry(key, call.result[0], call.result[1])
             for key, call in zip(wanted, calls)
@@ -301,17 +327,21 @@ class Client:
         reverse: bool = False,
         keys_only: bool = False,
         consistency: str = "linearizable",
+        max_age: float | None = None,
+        on_age: OnAge | None = None,
         timeout: float = TIMEOUT_SECONDS,
     ) -> Scan:
         """Walk the entries from ``start`` (included) to ``end`` (excluded; None: to the last), or under ``prefix``.
 
         Strictly in order, upwards or in ``reverse``; nothing twice, and a key that nobody touches exactly once. Each
         page is read at one moment, the whole is no snapshot. With ``keys_only`` values are empty. ``timeout`` covers
-        one page.
+        one page. ``consistency``, ``max_age`` and ``on_age`` as in :meth:`get`, for each page: an age counts from the
+        moment at which its page was asked for, and is told before the page's first entry is given out.
         """
         start, end = span_of(start, end, prefix)
         check_limit(limit)
         check_timeout(timeout)
+        number = consistency_of(consistency)
         return Scan(
             self._perform,
             self._now,
@@ -321,7 +351,9 @@ class Client:
             limit=limit,
             reverse=reverse,
             keys_only=keys_only,
-            consistency=consistency_of(consistency),
+            consistency=number,
+            age_us_max=age_us_of(max_age, number),
+            on_age=on_age,
             timeout=timeout,
         )
 

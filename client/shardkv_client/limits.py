@@ -88,6 +88,19 @@ def consistency_of(name: str) -> int:
     return number
 
 
+def age_us_of(max_age: float | None, consistency: int) -> int | None:
+    """The wire's number for the age that an answer may have, rounded down to whole microseconds."""
+    if max_age is None:
+        return None
+    if not isinstance(max_age, (int, float)) or isinstance(max_age, bool):
+        raise TypeError(f"max_age must be a number of seconds or None, not {type(max_age).__name__}")
+    if not (isfinite(max_age) and max_age >= 0):
+        raise RequestError(f"max_age must be a finite number of seconds from 0 on, not {max_age}; None allows any age")
+    if consistency != Consistency.STALE:
+        raise RequestError('max_age is for reads with consistency="stale"; the others are never old')
+    return min(int(max_age * 1e6), TIMESTAMP_MAX)
+
+
 def check_span(start: bytes, end: bytes | None) -> None:
     if not isinstance(start, bytes):
         raise TypeError(f"start must be bytes, not {type(start).__name__}")

@@ -13,6 +13,9 @@ from shardkv.types import Entry
 from shardkv_client.core import ScanCall, Settings
 from shardkv_client.limits import before
 
+OnAge = Callable[[float], object]
+"""Is told how many seconds old an answer is at most."""
+
 
 class Scan:
     """What :meth:`Client.scan` returns: ``async for`` over it, or ``async with`` to close it early.
@@ -33,6 +36,8 @@ class Scan:
         reverse: bool,
         keys_only: bool,
         consistency: int,
+        age_us_max: int | None,
+        on_age: OnAge | None,
         timeout: float,
     ) -> None:
         self._perform = perform
@@ -44,6 +49,8 @@ class Scan:
         self._reverse = reverse
         self._keys_only = keys_only
         self._consistency = consistency
+        self._age_us_max = age_us_max
+        self._on_age = on_age
         self._timeout = timeout
         self._page: list[Entry] = []
         """What is left of the page at hand, the next entry last."""
@@ -81,7 +88,10 @@ class Scan:
                 if self._finished:
                     return False
                 call = self._next_call()
-                self._take(await self._perform(call))
+                answer = await self._perform(call)
+                if self._on_age is not None and not self._finished:
+                    self._on_age(call.age_us / 1e6)
+                self._take(answer)
         finally:
             self._fetching = False
         return True
@@ -101,6 +111,7 @@ class Scan:
             reverse=self._reverse,
             keys_only=self._keys_only,
             deadline=self._now() + self._timeout,
+            age_us_max=self._age_us_max,
         )
 
     def _take(self, answer: Any) -> None:

@@ -16,14 +16,34 @@ consistency_option = click.option(
     type=click.Choice(["linearizable", "follower", "stale"]),
     help="Which replica may answer.  [default: linearizable]",
 )
+max_age_option = click.option(
+    "--max-age",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="With --consistency stale: how old the answer may be.  [default: any age]",
+)
 version_type = click.IntRange(min=0)
 
 
-def _reading(session: Session, consistency: str | None) -> dict[str, Any]:
+def _reading(session: Session, consistency: str | None, max_age: float | None, ages: list[float]) -> dict[str, Any]:
+    """The options of a read. Raises a usage error for an age of reads that have none.
+
+    Args:
+        ages: filled with how old the answers to a stale read are at most, in seconds.
+    """
     options: dict[str, Any] = {"timeout": session.timeout}
     if consistency is not None:
         options["consistency"] = consistency
+    if consistency == "stale":
+        options |= {"max_age": max_age, "on_age": ages.append}
+    elif max_age is not None:
+        raise click.UsageError("--max-age goes with --consistency stale")
     return options
+
+
+def _say_age(ages: list[float]) -> None:
+    if ages:
+        click.echo(f"at most {max(ages):.3f} s old", err=True)
 
 
 def _absent(key: bytes, base64_text: bool) -> None:
@@ -35,17 +55,32 @@ def _absent(key: bytes, base64_text: bool) -> None:
 @click.argument("key")
 @click.option("--raw", is_flag=True, help="Write the value's bytes as they are, without a newline.")
 @consistency_option
+@max_age_option
 @json_option
 @base64_option
 @connected
-def get(session: Session, key: str, raw: bool, consistency: str | None, as_json: bool, base64_text: bool) -> None:
-    """Print the value of KEY. Exit code 1 when it is absent."""
+def get(
+    session: Session,
+    key: str,
+    raw: bool,
+    consistency: str | None,
+    max_age: float | None,
+    as_json: bool,
+    base64_text: bool,
+) -> None:
+    """Print the value of KEY. Exit code 1 when it is absent.
+
+    How old a stale answer is at most is told on stderr.
+    """
     wanted = read_key(key, base64_text)
+    ages: list[float] = []
+    options = _reading(session, consistency, max_age, ages)
 
     async def body(client: Client) -> Any:
-        return await client.get(wanted, **_reading(session, consistency))
+        return await client.get(wanted, **options)
 
     entry = session.run(body)
+    _say_age(ages)
     if entry is None:
         if as_json:
             click.echo("null")
@@ -162,6 +197,7 @@ def delete(session: Session, key: str, if_version: int | None, as_json: bool, ba
 @click.option("--reverse", is_flag=True, help="From the last key to the first.")
 @click.option("--keys-only", is_flag=True, help="Leave the values out.")
 @consistency_option
+@max_age_option
 @json_option
 @base64_option
 @connected
@@ -174,12 +210,22 @@ def scan(
     reverse: bool,
     keys_only: bool,
     consistency: str | None,
+    max_age: float | None,
     as_json: bool,
     base64_text: bool,
 ) -> None:
-    """List keys from START (included) to END (excluded) with values and versions, in order."""
+    """List keys from START (included) to END (excluded) with values and versions, in order.
+
+    How old the oldest of stale answers is at most is told on stderr.
+    """
+    ages: list[float] = []
     options = span_options(start, end, prefix, base64_text)
-    options |= {"limit": limit, "reverse": reverse, "keys_only": keys_only, **_reading(session, consistency)}
+    options |= {
+        "limit": limit,
+        "reverse": reverse,
+        "keys_only": keys_only,
+        **_reading(session, consistency, max_age, ages),
+    }
 
     async def as_rows(client: Client) -> None:
         columns = ["key", "version"] if keys_only else ["key", "value", "version"]
@@ -204,6 +250,7 @@ def scan(
         click.echo("[]" if separator == "[" else "]")
 
     session.run(as_document if as_json else as_rows)
+    _say_age(ages)
 
 
 def span_options(start: str, end: str | None, prefix: str | None, base64_text: bool) -> dict[str, Any]:

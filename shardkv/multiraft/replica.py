@@ -251,6 +251,15 @@ class Replica:
             and machine.applied_term == raft.term
         )
 
+    def age_us(self, now_ns: int) -> int | None:
+        """By how much the applied state lags at most behind what is committed, in microseconds; None: nobody knows.
+
+        For replicas that do not lead; those that do confirm their reads.
+        """
+        machine = self.machine
+        age_ns = self.raft.age_ns(machine.applied_index, now_ns) if machine is not None else None
+        return None if age_ns is None else -(-age_ns // 1_000)
+
     def await_read(self, read: WaitingRead) -> None:
         """Queue a read for the next ReadIndex request. Raises Busy."""
         if self.open_reads is None:

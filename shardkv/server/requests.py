@@ -39,6 +39,9 @@ from shardkv.wire.requests import (
 )
 
 COMMANDS_PER_REQUEST_MAX: Final = 1_024
+SCAN_ARGUMENTS: Final = 7
+UNSTATED: Final = -1
+"""The age of a stale read that allows any and does not ask for it."""
 GET_SLICE_KEYS: Final = 16
 """Keys looked up at once: with the largest values, so much is in memory before the answer's bound is looked at."""
 GET_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -162,8 +165,13 @@ class Requests:
     # Reads
 
     def _get(self, requester: Asker, request: Request) -> None:
+        age_us_max: int | None = UNSTATED
         match request.arguments:
             case [int(consistency), [*keys]] if len(keys) <= GET_KEYS_MAX:
+                pass
+            case [Consistency.STALE as consistency, [*keys], int() | None as age_us_max] if len(
+                keys
+            ) <= GET_KEYS_MAX and (age_us_max is None or age_us_max >= 0):
                 pass
             case _:
                 raise MalformedRequest(f"a get's arguments are a consistency and at most {GET_KEYS_MAX} keys")
@@ -188,10 +196,15 @@ class Requests:
                     )
             return found
 
-        self._read(requester, request, consistency, serve)
+        self._read(requester, request, consistency, serve, age_us_max)
 
     def _scan(self, requester: Asker, request: Request) -> None:
-        match request.arguments:
+        arguments, age_us_max = request.arguments, UNSTATED
+        if len(arguments) == SCAN_ARGUMENTS + 1 and arguments[0] == Consistency.STALE:
+            *arguments, age_us_max = arguments
+            if age_us_max is not None and (type(age_us_max) is not int or age_us_max < 0):
+                raise MalformedRequest("the age of a stale read is a number of microseconds, or null")
+        match arguments:
             case [
                 int(consistency),
                 bytes(start),
@@ -215,22 +228,28 @@ class Requests:
             page_bytes = bytes_max if requester.fits(bytes_max) else SCAN_BYTES_CROWDED
             return reads.scan_page(machine, engine, start, end, limit, page_bytes, reverse, keys_only)
 
-        self._read(requester, request, consistency, serve)
+        self._read(requester, request, consistency, serve, age_us_max)
 
-    def _read(self, requester: Asker, request: Request, consistency: int, serve: Callable[[Replica], Any]) -> None:
+    def _read(
+        self,
+        requester: Asker,
+        request: Request,
+        consistency: int,
+        serve: Callable[[Replica], Any],
+        age_us_max: int | None,
+    ) -> None:
         """Serve a read at the moment at which its consistency allows it."""
         if not Consistency.LINEARIZABLE <= consistency <= Consistency.STALE:
             raise MalformedRequest(f"there is no consistency {consistency}")
         replica = self._replica(request)
         replica.check_route(request.span_generation)
         if consistency == Consistency.STALE:
-            # Every known leader was heard within an election timeout: that bounds how stale the answer can be.
-            if not replica.raft.leader:
-                raise NotLeader("this replica has not heard from a leader lately")
-            answer_bytes = requester.offer(request.id, serve(replica))
-            if answer_bytes:
-                raise NoRoom(answer_bytes)
-            return
+            serve = self._aged(replica, serve, age_us_max)
+            if not replica.leads:
+                answer_bytes = requester.offer(request.id, serve(replica))
+                if answer_bytes:
+                    raise NoRoom(answer_bytes)
+                return
         if replica.leads:
             # The clock is read after the request came in, and nothing is awaited between it and the read.
             if replica.can_read(self._clock.monotonic_ns()):
@@ -251,3 +270,24 @@ class Requests:
 
         replica.await_read(WaitingRead(requester.later, request.id, serve_later))
         self._driver.propose_later(replica)
+
+    def _aged(
+        self, replica: Replica, serve: Callable[[Replica], Any], age_us_max: int | None
+    ) -> Callable[[Replica], Any]:
+        """How a stale read is served here. Raises NotLeader when this replica may be older than the read allows.
+
+        That a leader was heard of lately says nothing of how far this replica has applied; its age does. A leader's
+        answers have none: it serves them as it serves linearizable ones.
+        """
+        age_us: int | None = 0
+        if not replica.leads:
+            age_us = replica.age_us(self._clock.monotonic_ns())
+            if age_us is None:
+                raise NotLeader("this replica does not know how old its state is", hint=replica.not_leader().hint)
+            if age_us_max is not None and age_us > age_us_max != UNSTATED:
+                raise NotLeader(
+                    f"this replica may be {age_us} µs old, the read allows {age_us_max}", hint=replica.not_leader().hint
+                )
+        if age_us_max == UNSTATED:
+            return serve
+        return lambda replica: [age_us, serve(replica)]

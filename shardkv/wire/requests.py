@@ -18,6 +18,10 @@ to; methods that are about the node or the cluster carry zeros there.
     NODES             -                                                [[node id, name, address], ...]
     everything else   one CBOR value                                   one CBOR value
 
+A GET or SCAN of consistency STALE may have one argument more: the age that the answer may have at most, in
+microseconds, or null for any. Its result is then ``[age, result]``: what the answer is read from holds every write that
+had been answered so many microseconds before the request came in. Nodes that cannot say so much refuse with NotLeader.
+
 A SCAN page stays inside its range: ``start`` and ``end`` are cut to the range by the server; ``more`` says that keys of
 the span may remain in this range above the last one returned (below it when ``reverse``).
 """

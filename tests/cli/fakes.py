@@ -63,9 +63,19 @@ class FakeClient:
         self.version += 1
         self.data[key] = Entry(key, value, self.version)
 
-    async def get(self, key: bytes, *, timeout: float, consistency: str = "linearizable") -> Entry | None:
-        self.calls.append(("get", key, consistency, timeout))
+    async def get(
+        self,
+        key: bytes,
+        *,
+        timeout: float,
+        consistency: str = "linearizable",
+        max_age: float | None = None,
+        on_age: Any = None,
+    ) -> Entry | None:
+        self.calls.append(("get", key, consistency, timeout) if max_age is None else ("get", key, max_age))
         self._check()
+        if on_age is not None:
+            on_age(0.25)
         return self.data.get(key)
 
     def _compare(self, key: bytes, if_version: int | None) -> None:
@@ -110,7 +120,13 @@ class FakeClient:
         keys_only: bool = False,
         timeout: float,
         consistency: str = "linearizable",
+        max_age: float | None = None,
+        on_age: Any = None,
     ) -> FakeScan:
+        if on_age is not None:
+            self.calls.append(("scan", consistency, max_age))
+            on_age(0.25)
+            on_age(0.5)
         found: list[Any] = [
             entry
             for key, entry in sorted(self.data.items(), reverse=reverse)

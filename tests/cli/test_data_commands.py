@@ -180,3 +180,27 @@ def test_timeout_and_consistency_reach_the_client(world: World) -> None:
     world.client.set(b"a", b"1")
     world.run("get", "a", "--timeout", "2.5", "--consistency", "follower")
     assert world.client.calls == [("get", b"a", "follower", 2.5)]
+
+
+@pytest.mark.parametrize("key", ["a", "absent"])
+def test_a_stale_get_says_on_stderr_how_old_it_is(world: World, key: str) -> None:
+    """DESIGN 2.3: the answer says how stale at most; on stdout stands the value alone, for scripts."""
+    world.client.set(b"a", b"1")
+    result = world.run("get", key, "--consistency", "stale", "--max-age", "1.5")
+    assert world.client.calls == [("get", key.encode(), 1.5)]
+    assert result.stdout == ("1\n" if key == "a" else "")
+    assert "at most 0.250 s old" in result.stderr
+
+
+def test_a_stale_scan_says_how_old_its_oldest_page_is(world: World) -> None:
+    world.client.set(b"a", b"1")
+    result = world.run("scan", "--consistency", "stale", "--max-age", "2")
+    assert world.client.calls == [("scan", "stale", 2.0)]
+    assert "at most 0.500 s old" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["get a", "get a --consistency follower", "scan"])
+def test_an_age_without_a_stale_read_is_wrong_usage(world: World, command: str) -> None:
+    result = world.run(*command.split(), "--max-age", "1")
+    assert result.exit_code == 2
+    assert "--consistency stale" in result.stderr

@@ -27,7 +27,7 @@ from shardkv.types import (
 )
 from shardkv.wire import commands, requests
 from shardkv.wire.commands import Op
-from shardkv.wire.requests import Method, Request
+from shardkv.wire.requests import Consistency, Method, Request
 
 BASE_MS = 1_700_000_000_000
 
@@ -192,6 +192,8 @@ class FakeNode:
         self.faults: list[Callable[[Request], errors.ShardKVError | None]] = []
         self.requests: list[Request] = []
         self.timestamps: list[int] = []
+        self.age_us = 1_500
+        """What it says of its own age where it does not lead."""
 
     def serve(self, payload: bytes) -> list[bytes]:
         """The encoded responses to a request frame, in order."""
@@ -233,6 +235,12 @@ class FakeNode:
                     raw = bytes(_pack(command))
                     outcomes.append(cluster.apply(target, session, request.span_generation, command, raw))
                 return outcomes
+            case Method.GET, [Consistency.STALE as consistency, keys, bound]:
+                plain = request._replace(arguments=[consistency, keys])
+                return [self._age_us(request, bound), self._handle(plain)]
+            case Method.SCAN, [Consistency.STALE, *_, bound] if len(request.arguments) == 8:
+                plain = request._replace(arguments=request.arguments[:-1])
+                return [self._age_us(request, bound), self._handle(plain)]
             case Method.GET, [int(consistency), list() as keys]:
                 target = self._range(request, Method.GET, leader=consistency == 0)
                 self._check_epoch(request, target, all(target.descriptor.span.contains(key) for key in keys))
@@ -247,6 +255,14 @@ class FakeNode:
                 self._range(request, Method.SPLIT)
                 return {"node": self.id, "range": request.range_id, "arguments": arguments}
         raise errors.UnknownMethod(f"method {request.method} is unknown")
+
+    def _age_us(self, request: Request, bound: int | None) -> int:
+        target = self.cluster.ranges.get(request.range_id)
+        leader = target.leader if target is not None else None
+        age_us = 0 if leader == self.id else self.age_us
+        if bound is not None and age_us > bound:
+            raise errors.NotLeader(hint=leader)
+        return age_us
 
     def _range(self, request: Request, method: Method, *, leader: bool = True) -> FakeRange:
         target = self.cluster.ranges.get(request.range_id)

@@ -33,6 +33,12 @@ def test_every_method_works_without_await(server):
         assert kv.put_many((b"%02d" % i, b"v") for i in range(10)) == 10
         assert list(kv.get_many(b"%02d" % i for i in (7, 2))) == [b"07", b"02"]
         assert [entry.key for entry in kv.scan()] == [b"%02d" % i for i in range(10)]
+        ages = []
+        assert kv.get(b"07", consistency="stale", max_age=5, on_age=ages.append) is not None
+        assert len(kv.get_many([b"07", b"x"], consistency="stale", max_age=5, on_age=ages.append)) == 1
+        assert len(list(kv.scan(consistency="stale", max_age=5, on_age=ages.append))) == 10
+        assert len(ages) >= 4
+        assert set(ages) <= {0.0, 0.0015}
         with kv.scan(reverse=True, limit=7) as scan:
             assert next(scan).key == b"09"
         assert list(scan) == []

@@ -72,6 +72,7 @@ def test_single_keys_are_written_read_and_deleted(backend, server):
         assert await kv.increment(b"n") == -1
         assert (await kv.get(b"n", consistency="follower")).value == b"-1"
         assert (await kv.get(b"n", consistency="stale")).value == b"-1"
+        await check_ages(kv)
         await kv.put(b"empty", b"")
         assert (await kv.get(b"empty")).value == b""
 
@@ -299,6 +300,23 @@ def test_the_cluster_can_be_listed(backend, server):
     with_client(backend, server, body)
 
 
+async def check_ages(kv: Client) -> None:
+    """DESIGN 2.3: the answer of a stale read says how stale it is at most, also of keys that are absent."""
+    ages: list[float] = []
+    assert await kv.get(b"absent", consistency="stale", max_age=0, on_age=ages.append) is None
+    assert await kv.get(b"n", on_age=ages.append) is not None
+    assert ages == [0.0, 0.0]
+    many: list[float] = []
+    await kv.get_many([b"n", b"absent"], consistency="stale", max_age=2.5, on_age=many.append)
+    await kv.get_many([], consistency="stale", on_age=many.append)
+    assert len(many) == 2
+    assert many[0] in (0.0, 0.0015)
+    pages: list[float] = []
+    async for _ in kv.scan(consistency="stale", max_age=2.5, on_age=pages.append):
+        assert pages
+    assert set(pages) <= {0.0, 0.0015}
+
+
 # --- types and limits -----------------------------------------------------------------------------------------------
 
 
@@ -320,6 +338,12 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
         (TypeError, lambda kv: kv.get(5)),
         (TypeError, lambda kv: kv.get(b"k", consistency=1)),
         (errors.RequestError, lambda kv: kv.get(b"k", consistency="eventual")),
+        (TypeError, lambda kv: kv.get(b"k", consistency="stale", max_age="1")),
+        (TypeError, lambda kv: kv.get(b"k", consistency="stale", max_age=True)),
+        (errors.RequestError, lambda kv: kv.get(b"k", consistency="stale", max_age=-1)),
+        (errors.RequestError, lambda kv: kv.get(b"k", consistency="stale", max_age=float("nan"))),
+        (errors.RequestError, lambda kv: kv.get(b"k", consistency="follower", max_age=1)),
+        (errors.RequestError, lambda kv: kv.get_many([b"k"], max_age=1)),
         (TypeError, lambda kv: kv.delete(None)),
         (TypeError, lambda kv: kv.increment(b"n", "1")),
         (errors.RequestError, lambda kv: kv.increment(b"n", 1 << 63)),
@@ -335,6 +359,7 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
         (TypeError, lambda kv: kv.scan(prefix="a")),
         (TypeError, lambda kv: kv.scan(limit="a")),
         (errors.RequestError, lambda kv: kv.scan(limit=-1)),
+        (errors.RequestError, lambda kv: kv.scan(max_age=1)),
         (errors.InvalidRange, lambda kv: kv.scan(b"b", b"a")),
         (errors.InvalidRange, lambda kv: kv.scan(b"b", prefix=b"a")),
         (errors.KeyTooLarge, lambda kv: kv.scan(prefix=b"k" * (KEY_BYTES_MAX + 1))),

@@ -1,5 +1,8 @@
 """The core finds the node that serves a key, and finds it again when it moves (DESIGN §4.6, §4.9)."""
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +13,7 @@ from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.requests import Method
 from shardkv_client.core import ScanCall, Settings
 from shardkv_client.limits import before
+from tests.client.fake_cluster import FakeNode
 from tests.client.world import World
 
 
@@ -397,6 +401,64 @@ def test_stale_reads_go_on_while_there_is_no_leader():
         assert world.run(world.get(b"k", consistency=2))[0] == b"v"
         assert world.now - started < 0.004
     assert not stuck.done
+
+
+def test_a_stale_read_says_how_old_its_answer_is():
+    """DESIGN 2.3: the answer says how stale at most."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    world.cluster.range_of(b"k").leader = None
+    call = world.get(b"k", consistency=2)
+    assert world.run(call)[0] == b"v"
+    assert call.age_us == 1_500
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_stale_read_with_a_bound_ends_at_the_leader_where_every_other_replica_is_too_old(seed: int):
+    """DESIGN 4.5: a replica past the bound refuses; the next one is asked, and then the leader that was named."""
+    world = World(nodes=5, seed=seed)
+    world.cluster.move(b"", [1, 2, 3, 4, 5], leader=4)
+    world.run(world.put(b"k", b"v"))
+    for node in world.cluster.nodes.values():
+        node.age_us = 5_000_000
+    call = world.get(b"k", consistency=2, age_us_max=1_000_000)
+    assert world.run(call)[0] == b"v"
+    assert call.age_us == 0
+    asked = [node for node, requests in world.frames if requests[0].method == Method.GET]
+    assert asked[-1] == world.cluster.range_of(b"k").leader
+    assert len(asked) <= 3
+    again = world.get(b"k", consistency=2)
+    world.run(again)
+    assert again.age_us == 0, "and is asked from then on"
+
+
+def test_stale_reads_with_different_bounds_do_not_share_a_request():
+    """A request has one bound, and its answer one age."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    world.frames.clear()
+    calls = [world.get(b"k", consistency=2, age_us_max=bound) for bound in (None, 7_000_000, None, 9_000_000)]
+    for call in calls:
+        world.run(call)
+    asked = [each.arguments for _, requests in world.frames for each in requests if each.method == Method.GET]
+    bounds_and_counts = sorted((bound or 0, len(keys)) for _, keys, bound in asked)
+    assert bounds_and_counts == [(0, 2), (7_000_000, 1), (9_000_000, 1)]
+
+
+@pytest.mark.parametrize("answer", [[None], [-1, [None]], [2_000_001, [None]], ["1", [None]], [1]], ids=repr)
+def test_an_answer_to_a_stale_read_without_an_age_within_its_bound_ends_the_connection(answer: object):
+    """Whoever asked relies on the bound, so it is checked where bytes come in."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    original = FakeNode._handle
+
+    def handle(node: FakeNode, request: Any) -> Any:
+        return answer if request.method == Method.GET else original(node, request)
+
+    with patch.object(FakeNode, "_handle", handle):
+        call = world.get(b"k", consistency=2, age_us_max=2_000_000, timeout=0.5)
+        with pytest.raises(errors.Unavailable, match="broke the protocol"):
+            world.run(call)
 
 
 def test_clients_spread_their_follower_reads():

@@ -70,8 +70,9 @@ class World:
     def increment(self, key: bytes, delta: int = 1, timeout: float = 10.0) -> WriteCall:
         return self.submit(WriteCall(Op.INCREMENT, key, pack_increment(key, delta), self.now + timeout))
 
-    def get(self, key: bytes, consistency: int = 0, timeout: float = 10.0) -> ReadCall:
-        return self.submit(ReadCall(key, consistency, self.now + timeout, self.core.settings.keys_per_get_max))
+    def get(self, key: bytes, consistency: int = 0, timeout: float = 10.0, age_us_max: int | None = None) -> ReadCall:
+        keys_max = self.core.settings.keys_per_get_max
+        return self.submit(ReadCall(key, consistency, self.now + timeout, keys_max, age_us_max))
 
     def delete_range(self, start: bytes, end: bytes | None, timeout: float = 10.0) -> DeleteRangeCall:
         return self.submit(DeleteRangeCall(start, end, self.now + timeout))

@@ -99,7 +99,7 @@ async def test_no_request_whatever_its_arguments_stops_a_node(autojump_clock: Mo
         recorders = []
         for _ in range(1500):
             method = chance.choice([*Method, 0, 99])
-            arguments = [chance.choice(GARBAGE) for _ in range(chance.randrange(8))]
+            arguments = [chance.choice(GARBAGE) for _ in range(chance.randrange(9))]
             if method == Method.CHANGE_REPLICAS and chance.random() < 0.7:
                 change = [chance.choice(["add_learner", "promote", "remove"]), *chance.choices(GARBAGE, k=2)]
                 membership = node.inside.catalog.replicas[1].machine.descriptor.epoch.membership
@@ -197,6 +197,7 @@ async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:
         chance.choice(numbers),
         chance.choice([0, 1, 2, 3]),
         chance.choice([b"", b"12345678", b"\xff" * 8]),
+        chance.choice([0, 1, 1 << 60]),
         chance.choice([0, 1, 1 << 60]),
         chance.choice([0, 1, 1 << 60]),
         [],

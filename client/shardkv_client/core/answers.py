@@ -5,6 +5,7 @@ writes no byte of which was ever handed to a connection. Everything that was ref
 may succeed elsewhere or later is tried again, with the same bytes, until the deadline.
 """
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -20,7 +21,7 @@ from shardkv.errors import (
     TooOld,
     Unavailable,
 )
-from shardkv_client.core.calls import AdminCall, Call, DeleteRangeCall, Kind, ScanCall, Sent, WriteCall
+from shardkv_client.core.calls import AdminCall, Call, DeleteRangeCall, Kind, ReadCall, ScanCall, Sent, WriteCall
 
 
 class Verdict(Enum):
@@ -83,6 +84,21 @@ def next_start(call: DeleteRangeCall) -> bytes | None:
     if reached is None or (call.end is not None and reached >= call.end):
         return None
     return reached
+
+
+def take_age(calls: Sequence[ReadCall | ScanCall], answer: object) -> object:
+    """Note how old the answer to a stale read is at most; the result in it. Raises ProtocolError for another shape."""
+    match answer:
+        case [int(age_us), result] if age_us >= 0:
+            pass
+        case _:
+            raise ProtocolError("a stale read was answered without its age")
+    bound = calls[0].age_us_max
+    if bound is not None and age_us > bound:
+        raise ProtocolError(f"a stale read was answered with an age of {age_us} µs, past its bound of {bound}")
+    for call in calls:
+        call.age_us = age_us
+    return result
 
 
 def check_page(call: ScanCall, result: object, sent: Sent) -> tuple[list[Any], bool, Any]:

@@ -16,6 +16,7 @@ CALL_BYTES: Final = 64
 """What a call is taken to cost besides its key and value."""
 
 LINEARIZABLE: Final = int(Consistency.LINEARIZABLE)
+STALE: Final = int(Consistency.STALE)
 
 
 class Kind(IntEnum):
@@ -114,11 +115,13 @@ class DeleteRangeCall(WriteCall):
 class ReadCall(Call):
     """One key of a GET. Its result is ``[value, version]`` or None."""
 
-    __slots__ = ("batch_max", "consistency")
+    __slots__ = ("age_us", "age_us_max", "batch_max", "consistency")
 
     kind = Kind.READ
 
-    def __init__(self, key: bytes, consistency: int, deadline: float, batch_max: int) -> None:
+    def __init__(
+        self, key: bytes, consistency: int, deadline: float, batch_max: int, age_us_max: int | None = None
+    ) -> None:
         self.key = key
         self.deadline = deadline
         self.size = len(key) + CALL_BYTES
@@ -131,6 +134,10 @@ class ReadCall(Call):
         self.error = None
         self.task = None
         self.consistency = consistency
+        self.age_us_max = age_us_max
+        """Of a stale read: how old its answer may be at most, or None."""
+        self.age_us = 0
+        """Of a stale read that was answered: how old its answer was at most."""
         self.batch_max = batch_max
         """With how many others it may share a request; halved when a node finds the answer too large."""
 
@@ -138,7 +145,9 @@ class ReadCall(Call):
 class ScanCall(Call):
     """One page of a scan. Its result is ``(flat triples, more, descriptor)`` of the range that answered."""
 
-    __slots__ = ("bytes_max", "consistency", "end", "keys_only", "limit", "reverse", "start")
+    __slots__ = (
+        *("age_us", "age_us_max", "bytes_max", "consistency", "end", "keys_only", "limit", "reverse", "start"),
+    )
 
     kind = Kind.SCAN
 
@@ -154,6 +163,7 @@ class ScanCall(Call):
         reverse: bool,
         keys_only: bool,
         deadline: float,
+        age_us_max: int | None = None,
     ) -> None:
         super().__init__(key, deadline, CALL_BYTES + len(start) + len(end or b""))
         self.start = start
@@ -163,6 +173,9 @@ class ScanCall(Call):
         self.bytes_max = bytes_max
         self.reverse = reverse
         self.keys_only = keys_only
+        self.age_us_max = age_us_max
+        self.age_us = 0
+        """Both as in :class:`ReadCall`."""
 
 
 class AdminCall(Call):

@@ -31,6 +31,7 @@ from shardkv_client.core.answers import Verdict, check_page, next_start
 from shardkv_client.core.cache import Route
 from shardkv_client.core.calls import (
     LINEARIZABLE,
+    STALE,
     AdminCall,
     Call,
     DeleteRangeCall,
@@ -208,11 +209,13 @@ class Core:
         if kind is Kind.WRITE and all(call.kind is kind for call in calls):
             self._dispatch_alike(route, kind, LINEARIZABLE, calls, now)
             return
-        groups: dict[tuple[Kind, int], list[Any]] = {}
+        groups: dict[tuple[Kind, int, int | None], list[Any]] = {}
         for call in calls:
-            consistency = call.consistency if isinstance(call, (ReadCall, ScanCall)) else LINEARIZABLE
-            groups.setdefault((call.kind, consistency), []).append(call)
-        for (kind, consistency), group in groups.items():
+            consistency, bound = LINEARIZABLE, None
+            if isinstance(call, (ReadCall, ScanCall)):
+                consistency, bound = call.consistency, call.age_us_max
+            groups.setdefault((call.kind, consistency, bound), []).append(call)
+        for (kind, consistency, _), group in groups.items():
             self._dispatch_alike(route, kind, consistency, group, now)
 
     def _dispatch_alike(self, route: Route, kind: Kind, consistency: int, calls: list[Any], now: float) -> None:
@@ -395,6 +398,8 @@ class Core:
 
     def _read(self, link: Link, sent: Sent, results: object) -> None:
         calls = sent.calls
+        if sent.consistency == STALE:
+            results = answers.take_age(calls, results)
         if type(results) is not list or len(results) != len(calls):
             raise ProtocolError("a get was answered with another number of values")
         for result in results:
@@ -412,6 +417,8 @@ class Core:
     def _answered(self, link: Link, sent: Sent, result: Any) -> None:
         (call,) = sent.calls
         if sent.kind is Kind.SCAN:
+            if sent.consistency == STALE:
+                result = answers.take_age(sent.calls, result)
             result = check_page(call, result, sent)
         elif call.internal:
             try:

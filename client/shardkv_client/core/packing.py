@@ -12,6 +12,7 @@ from shardkv.wire.requests import Method
 from shardkv_client.core.cache import Route
 from shardkv_client.core.calls import (
     LINEARIZABLE,
+    STALE,
     AdminCall,
     DeleteRangeCall,
     Kind,
@@ -112,7 +113,7 @@ class Packer:
         return held, True
 
     def reads(self, link: Link, route: Route, calls: list[ReadCall], consistency: int, now: float) -> list[ReadCall]:
-        """Send gets of one consistency. The calls there was no room for."""
+        """Send gets of one consistency and bound. The calls there was no room for."""
         position = 0
         while position < len(calls):
             if not self.room(link):
@@ -121,7 +122,11 @@ class Packer:
             batch = calls[position : position + batch_max]
             position += len(batch)
             sent = Sent(next(self._ids), Kind.READ, batch, route, consistency)
-            self._put(link, sent, Method.GET, route, now, consistency, [call.key for call in batch])
+            keys = [call.key for call in batch]
+            if consistency == STALE:
+                self._put(link, sent, Method.GET, route, now, consistency, keys, batch[0].age_us_max)
+            else:
+                self._put(link, sent, Method.GET, route, now, consistency, keys)
         return []
 
     def scan(self, link: Link, route: Route, call: ScanCall, now: float) -> None:
@@ -139,6 +144,7 @@ class Packer:
             call.bytes_max,
             call.reverse,
             call.keys_only,
+            *((call.age_us_max,) if call.consistency == STALE else ()),
         )
 
     def admin(self, link: Link, route: Route | None, call: AdminCall, now: float) -> None:

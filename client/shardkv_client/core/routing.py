@@ -125,6 +125,8 @@ class Router:
         route.failures += 1
         if consistency != LINEARIZABLE:
             route.reader = (route.reader or 0) + 1
+            if hint in route.nodes and route.failures > 1:
+                route.reader = route.nodes.index(hint)  # another replica was too old as well; the leader is not
         elif hint is not None and hint != node_id:
             route.leader = hint
             if self._links.peer_of(hint) is None:
