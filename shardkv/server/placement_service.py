@@ -310,6 +310,8 @@ class PlacementService:
 
     async def _propose_here(self, encoded: Any) -> Any:
         replica = self._require_leader()
+        if encoded[0] != commands.Bootstrap.number:
+            self._require_made()  # who wants to join need not give up for having come a moment early
         reply = Reply()
         self._driver.propose_extension(replica, encoded, reply, 0)
         return await reply.wait(self._clock, OUTCOME_SECONDS)
@@ -359,7 +361,6 @@ class PlacementService:
         if problem is not None:
             raise RequestError(problem)
         if self.leads:
-            self._require_made()
             node_id = await self._propose_here(encoded)
         else:
             node_id = await self.call(Method.PLACEMENT, encoded, range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS)

@@ -13,6 +13,7 @@ from shardkv.errors import Busy
 from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.network import SimulatedNetwork
 from shardkv.wire.requests import Method, Request
+from shardkv_placement import commands
 
 NODES = ("n1", "n2", "n3")
 PROMISE_SECONDS = RaftConfig().promise_ms / 1000
@@ -131,6 +132,27 @@ async def test_a_cluster_that_is_just_being_made_does_not_describe_itself(autoju
         await node.ready.wait()
         async with cluster.client() as kv:
             assert [each[1] for each in await kv.call(Method.NODES)] == ["n1"]
+
+
+async def test_a_node_that_wants_to_join_a_cluster_that_is_just_being_made_tries_again(
+    autojump_clock: MockClock,
+) -> None:
+    """It may ask through a node that passes the request on, and the group's leader is there before its state. Told that
+    its request was wrong, it would end.
+    """
+    async with empty("n1") as cluster:
+        node = cluster.nodes["n1"]
+        node.start_soon()
+        while not (node.composed and node.inside.placement.leads):
+            await cluster.sleep(0.001)
+        placement = node.inside.placement
+        labels: list[list[str]] = []
+        with pytest.raises(Busy):
+            await placement.join(Request(1, Method.JOIN, 0, 0, 0, ["n2", "n2:7000", b"t" * 16, labels]))
+        command = commands.RegisterNode("n2", "n2:7000", b"t" * 16, ())
+        with pytest.raises(Busy):
+            await placement.command(Request(1, Method.PLACEMENT, 0, 0, 0, [commands.encode(command)]))
+        await node.ready.wait()
 
 
 async def test_nodes_that_come_back_are_ready_before_there_is_a_placement_group(autojump_clock: MockClock) -> None:
