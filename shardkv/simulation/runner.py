@@ -230,6 +230,7 @@ class Run:
         workload.judge(everything=True)
         workload.counters.check()
         workload.ledger.check()
+        workload.staleness.check()
 
     async def _surely(self, call: Awaitable[bool], key: bytes) -> None:
         if not await call:

@@ -2,8 +2,9 @@
 
 Keys come in generations, so that a run of any length has histories that a search can judge: each generation is written
 for a while, then only read. There are four families of keys: *registers* take every operation and are judged for
-linearizability; *counters* are only incremented, *ledgers* only put, and both are judged as each answer comes; *bulk*
-keys are put many at a time. The rule: what a client was told is what is judged; nothing is asked of a node.
+linearizability; *counters* are only incremented, *ledgers* only put, and both are judged as each answer comes, stale
+reads of ledgers by the age that they state; *bulk* keys are put many at a time. The rule: what a client was told is
+what is judged; nothing is asked of a node.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,6 +25,7 @@ from shardkv.simulation.checkers.acknowledged import NoWriteLost
 from shardkv.simulation.checkers.counters import ExactlyOnce
 from shardkv.simulation.checkers.failing_window import explain_result
 from shardkv.simulation.checkers.linearizability import REGISTER, Operation, Outcome, Verdict, check
+from shardkv.simulation.checkers.staleness import NoOlderThanSaid
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.cluster import Cluster
 from shardkv_client import Client
@@ -45,17 +47,20 @@ WORKLOADS: Final[Mapping[str, Mapping[str, int]]] = MappingProxyType(
     {
         "mixed": {
             "get": 4, "near-get": 2, "put": 4, "delete": 1, "cas": 2, "increment": 4, "count": 1,
-            "ledger-put": 3, "ledger-get": 2, "scan": 1, "bulk": 1, "many": 1, "errand": 2,
+            "ledger-put": 3, "ledger-get": 2, "stale": 2, "scan": 1, "bulk": 1, "many": 1, "errand": 2,
         },
         "errands": {"errand": 8, "put": 2, "get": 2, "increment": 1},
         "counters": {"increment": 8, "count": 2},
         "registers": {"get": 5, "near-get": 3, "put": 4, "delete": 2, "cas": 3},
         "ledger": {"ledger-put": 6, "ledger-get": 4, "scan": 1, "bulk": 1, "many": 1},
+        "stale": {"stale": 8, "ledger-put": 4, "ledger-get": 1},
         "bulk": {"bulk": 4, "ledger-put": 2, "many": 2, "scan": 1, "get": 1, "put": 1},
     }
 )  # fmt: skip
 """How often each kind of call is drawn, by the workload's name."""
-READS: Final = frozenset({"get", "near-get", "count", "ledger-get", "scan", "many"})
+READS: Final = frozenset({"get", "near-get", "count", "ledger-get", "stale", "scan", "many"})
+AGES_MAX: Final = (None, 0.15, 0.3, 1.0, 5.0)
+"""How old stale reads may be; followers are at least a heartbeat interval old, and within the first hardly ever."""
 
 
 class Workload:
@@ -69,6 +74,7 @@ class Workload:
         self.cluster = cluster
         self.counters = ExactlyOnce()
         self.ledger = NoWriteLost()
+        self.staleness = NoOlderThanSaid()
         self.histories: dict[bytes, list[Operation]] = {}
         """Of the registers that are not judged yet."""
         self.calls = self.answered = self.unknown = self.refused = self.judged = 0
@@ -244,6 +250,7 @@ class Workload:
         how, version = await self.call("ledger-put", key, kv.put(key, value, timeout=CALL_SECONDS))
         if how == "ok":
             self.ledger.acknowledged(key, version, value, floor)
+            self.staleness.known(key, version, self.cluster.now)
         return how == "ok"
 
     async def _ledger_get(self, kv: Client, chance: determinism.SeededRandom) -> None:
@@ -260,9 +267,45 @@ class Workload:
         return how == "ok"
 
     def _seen(self, key: bytes, entry: Any, floor: int) -> None:
-        self.ledger.read(
-            key, entry.version if entry is not None else 0, entry.value if entry is not None else None, floor
-        )
+        version = entry.version if entry is not None else 0
+        self.ledger.read(key, version, entry.value if entry is not None else None, floor)
+        self.staleness.known(key, version, self.cluster.now)
+
+    async def _stale(self, kv: Client, chance: determinism.SeededRandom) -> None:
+        """A stale read of one ledger or of a generation's, by key or by scan."""
+        keys = self.keys("l", LEDGERS, chance.randint(max(0, self.generation - 1), self.generation))
+        if chance.random() < 0.6:
+            keys = [chance.choice(keys)]
+        await self.stale(kv, keys, chance.choice(AGES_MAX), scan=chance.random() < 0.2)
+
+    async def stale(self, kv: Client, keys: list[bytes], age_max: float | None, *, scan: bool) -> bool:
+        ages: list[float] = []
+
+        async def collect() -> dict[bytes, Any]:
+            how: dict[str, Any] = {"consistency": "stale", "max_age": age_max, "on_age": ages.append}
+            how["timeout"] = CALL_SECONDS
+            if not scan and len(keys) > 1:
+                return await kv.get_many(keys, **how)
+            found = {}
+            for key in keys:
+                if not scan:
+                    found[key] = await kv.get(key, **how)
+                    continue
+                # The largest age holds for every page, counted from before the first.
+                async with kv.scan(prefix=key, **how) as entries:
+                    found |= {entry.key: entry async for entry in entries}
+            return found
+
+        called = self.cluster.now
+        how, found = await self.call("stale", len(keys), self._bounded(collect))
+        if how != "ok":
+            return False
+        for key in keys:
+            entry = found.get(key)
+            version = entry.version if entry is not None else 0
+            self.staleness.answered(key, version, called, max(ages), age_max, self.cluster.now)
+            self.ledger.read(key, version, entry.value if entry is not None else None, 0)
+        return True
 
     async def _bulk(self, kv: Client, chance: determinism.SeededRandom) -> None:
         """Of a call that fails nothing is said of its keys; of one that passes, all are there."""

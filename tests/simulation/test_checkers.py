@@ -12,6 +12,7 @@ from shardkv.simulation.checkers.logs import LogMatching, Seen
 from shardkv.simulation.checkers.machines import IdenticalMachines
 from shardkv.simulation.checkers.ranges import RangesTile, Span
 from shardkv.simulation.checkers.sessions import SessionsBounded
+from shardkv.simulation.checkers.staleness import NoOlderThanSaid
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX
 
@@ -174,3 +175,29 @@ def test_what_grows_past_its_limit_is_seen_and_the_highest_is_kept() -> None:
     refused(lambda: growth.saw_size("queue", 11, "n1"), "nothing-grows")
     with pytest.raises(AssertionError, match="no limit"):
         growth.saw_size("something else", 1, "n1")
+
+
+def test_an_answer_is_no_older_than_it_says() -> None:
+    """DESIGN 2.3: what was known its age before it was called, it shows."""
+    staleness = NoOlderThanSaid()
+    staleness.answered(b"k", 0, 9.0, 5.0, None, 9.0)
+    staleness.known(b"k", 7, 10.0)
+    staleness.known(b"k", 9, 12.0)
+    staleness.known(b"k", 8, 13.0)  # of a put that was answered late
+    assert staleness.judged == 0
+    staleness.answered(b"k", 7, 13.0, 1.001, 2.0, 13.1)
+    staleness.answered(b"k", 0, 13.0, 3.001, None, 13.1)
+    assert staleness.judged == 2
+    staleness.answered(b"k", 9, 13.0, 0.0, 0.0, 13.1)
+    refused(lambda: staleness.answered(b"k", 7, 13.0, 1.0, 2.0, 13.1), "no-older-than-said")
+    refused(lambda: staleness.answered(b"k", 0, 13.0, 3.0, None, 13.1), "no-older-than-said")
+    refused(lambda: staleness.answered(b"k", 9, 13.0, 2.5, 2.0, 13.1), "no-older-than-said")
+    staleness.check()
+
+
+def test_what_a_stale_answer_has_shown_is_known_from_then_on() -> None:
+    """Only what is committed is ever shown, so nobody may be told later that it was not there."""
+    staleness = NoOlderThanSaid()
+    staleness.answered(b"k", 7, 10.0, 5.0, None, 10.2)
+    staleness.answered(b"k", 0, 10.1, 0.0, None, 10.3)
+    refused(lambda: staleness.answered(b"k", 0, 10.3, 0.05, None, 10.4), "no-older-than-said")

@@ -2,8 +2,8 @@
 
 from typing import Final
 
-from tests.simulation.bugs import clients, elections, state
+from tests.simulation.bugs import clients, elections, staleness, state
 from tests.simulation.bugs.table import Bug
 
-ALL: Final[dict[str, Bug]] = {bug.name: bug for bug in (*elections.BUGS, *state.BUGS, *clients.BUGS)}
+ALL: Final[dict[str, Bug]] = {bug.name: bug for bug in (*elections.BUGS, *state.BUGS, *clients.BUGS, *staleness.BUGS)}
 """Every bug by its name."""

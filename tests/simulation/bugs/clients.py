@@ -79,7 +79,7 @@ BUGS = (
         "Unavailable only if nothing was ever sent (DESIGN 2.4)",
         certainly_not_applied,
         ("depose", "stall", "slow"),
-        1,
+        4,
         workload="counters",
         rate=100,
     ),
