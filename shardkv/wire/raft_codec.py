@@ -137,9 +137,9 @@ def decode(payload: bytes) -> list[GroupMessage]:
 def _message(item: object) -> GroupMessage:
     if type(item) is not list or len(item) != 16:
         raise codec.malformed("a Raft message must be an array of 16 fields")
-    range_id, to, from_, kind, term, log_term, index, commit, reject, hint, vote, context, *stamps, entries = item
-    stamp, promise, follower_stamp = stamps
-    for number in (range_id, to, from_, kind, term, log_term, index, commit, hint, vote, *stamps):
+    (range_id, to, from_, kind, term, log_term, index, commit, reject, hint, vote, context,
+     stamp, promise, follower, entries) = item  # fmt: skip
+    for number in (range_id, to, from_, kind, term, log_term, index, commit, hint, vote, stamp, promise, follower):
         if type(number) is not int or number < 0:
             raise codec.malformed("a Raft message's ids, terms and indexes must be unsigned integers")
     if type(context) is not bytes or type(reject) is not bool or type(entries) is not list:
@@ -169,7 +169,7 @@ def _message(item: object) -> GroupMessage:
             (),
             stamp,
             promise,
-            follower_stamp,
+            follower,
         ),
     )
 
