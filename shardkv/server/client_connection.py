@@ -212,8 +212,8 @@ class ClientConnection:
             while await self._take(frames):
                 # What has been served must not stay in memory while the next bytes are waited for.
                 frames.clear()
-                if self._answers:
-                    self._dirty.pop(self, None)
+                if self in self._dirty:
+                    del self._dirty[self]
                     self.flush()
                 await self._receive(decoder, frames)
                 if self._ended:

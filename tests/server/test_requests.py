@@ -300,3 +300,16 @@ async def test_a_request_for_a_task_that_comes_while_the_node_ends_does_no_harm(
             await cluster.nodes["n1"].shut_down()
         assert asked, "nobody was connected when the node ended"
         assert cluster.nodes["n1"].error is None
+
+
+async def test_a_large_answer_leaves_at_once(autojump_clock: MockClock) -> None:
+    """On a node with nothing else to do: it must not lie about until something else is sent."""
+    async with world(1) as cluster, cluster.client() as kv:
+        for size in (1_000, 50_000, 100_000, 200_000):
+            await kv.put(b"k", bytes(size))
+            await trio.sleep(1.01)
+            asked = trio.current_time()
+            entry = await kv.get(b"k")
+            assert entry is not None
+            assert len(entry.value) == size
+            assert trio.current_time() - asked < 0.005, f"{size} bytes"

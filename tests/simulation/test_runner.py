@@ -72,7 +72,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     # The rule that must be broken ("" is any: it depends on which crash is the first), and what shows it soonest.
     "a lease that is not looked at": (
         "linearizability",
-        {"workload": "registers", "rate": 100.0, "faults": ("partition", "depose", "heal", "transfer")},
+        {"workload": "registers", "rate": 100.0, "faults": ("depose",)},
     ),
     "a log that is not synced": ("", {}),
 }
