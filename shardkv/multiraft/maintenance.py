@@ -75,7 +75,8 @@ class Maintenance:
                     await self.flush_and_compact()
                 except OutOfSpace as error:
                     # What was not flushed is still in the log. Until it is flushed nothing is compacted either.
-                    self._log.error("no room to flush the engine", reason=str(error))
+                    if not self._flush_again_ns:
+                        self._log.error("no room to flush the engine: it is tried until there is", reason=str(error))
                     self._flush_again_ns = clock.monotonic_ns() + int(FULL_DISK_FLUSH_SECONDS * 1e9)
             self._collect()
 

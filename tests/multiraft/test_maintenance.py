@@ -3,11 +3,14 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import structlog
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from shardkv.multiraft.maintenance import IDLE_MEASURES, INTERVAL_SECONDS, Maintenance
+from shardkv.errors import OutOfSpace
+from shardkv.multiraft.maintenance import FULL_DISK_FLUSH_SECONDS, IDLE_MEASURES, INTERVAL_SECONDS, Maintenance
 from shardkv.multiraft.space import Space
 from tests.multiraft.world import RANGE, world
 
@@ -52,3 +55,37 @@ async def test_room_is_measured_at_every_look_while_the_node_writes_or_lacks_roo
             assert driver.space.low
             assert await during(20) >= 19, "it lacks room"
             nursery.cancel_scope.cancel()
+
+
+async def test_a_flush_that_finds_no_room_is_tried_again_and_said_once(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk may stay full for days: the log must not fill what is left of it, nor hide what else was said."""
+    tries = 0
+
+    def flush() -> None:
+        nonlocal tries
+        tries += 1
+        if full:
+            raise OutOfSpace("no room")
+
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        await hosts.write(b"k", b"v")
+        monkeypatch.setattr(host.driver.engine, "flush", flush)
+        monkeypatch.setattr("shardkv.multiraft.maintenance.IDLE_FLUSH_SECONDS", 1.0)
+        structlog.reset_defaults()
+        with capture_logs() as lines:
+            maintenance = Maintenance(host.driver, host.environment, structlog.get_logger())
+            async with trio.open_nursery() as nursery:
+                await nursery.start(maintenance.run)
+                for _ in range(2):
+                    full, before = True, tries
+                    await trio.sleep(10 * FULL_DISK_FLUSH_SECONDS)
+                    assert tries - before >= 9
+                    full = False
+                    await trio.sleep(2 * FULL_DISK_FLUSH_SECONDS)
+                nursery.cancel_scope.cancel()
+        full_said = "no room to flush the engine: it is tried until there is"
+        assert [line["event"] for line in lines].count(full_said) == 2
