@@ -157,17 +157,17 @@ class Maintenance:
             needed = _needed(replica)
             if needed < index:
                 index = max(needed, _lag_bound(replica, index, lag_entries_max))
-            index = min(index, self._needed_after_snapshots(replica))
+            index = min(index, self._needed_after_snapshots(replica, applied))
         if index <= replica.log.compact_index:
             return None
         return LogUpdate(range_id, compact=CompactLog(index, replica.log.term(index)))
 
-    def _needed_after_snapshots(self, replica: Replica) -> int:
+    def _needed_after_snapshots(self, replica: Replica, applied: int) -> int:
         """The highest index below which no receiver of a snapshot will ask for an entry (trap 11)."""
         needed = replica.raft.last_index
         if self._driver.wal.statistics().segments <= KEEPING_SEGMENTS_MAX:
             for replica_id, peer in replica.raft.status().progress.items():
-                begins = self._driver.snapshots.log_needed(replica.range_id, replica_id)
+                begins = self._driver.snapshots.log_needed(replica.range_id, replica_id, peer.match, applied)
                 if begins is not None:
                     needed = min(needed, max(begins, peer.match))
         return needed

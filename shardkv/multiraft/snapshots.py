@@ -198,13 +198,16 @@ class Snapshots:
             self._send, replica, message.to, node_id, self._engine.snapshot(), metadata, descriptor
         )
 
-    def log_needed(self, range_id: RangeId, replica_id: int) -> int | None:
-        """After which index a replica that is being sent a snapshot, or was a moment ago, will need the log."""
+    def log_needed(self, range_id: RangeId, replica_id: int, held: int, applied: int) -> int | None:
+        """After which index a replica that is being sent a snapshot, or was a moment ago, will need the log.
+
+        Once it has held what the leader had applied, it is a follower like any other.
+        """
         key = (range_id, replica_id)
         index = self._sending.get(key)
         if index is None and key in self._sent:
             index, until_ns = self._sent[key]
-            if until_ns < self._environment.clock.monotonic_ns():
+            if held >= applied or until_ns < self._environment.clock.monotonic_ns():
                 del self._sent[key]
                 return None
         return index

@@ -453,6 +453,28 @@ async def test_trap_11_the_log_is_kept_for_a_receiver_only_within_bounds(
         late.workers.release()
 
 
+async def test_a_receiver_that_has_caught_up_is_a_follower_like_any_other(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever dies soon after its snapshot does not keep the log for longer than anybody else that dies."""
+    monkeypatch.setattr(maintenance, "ENTRIES_KEPT", 10)
+    monkeypatch.setattr(maintenance, "LAG_ENTRIES_MAX", 20)
+    async with world(3) as hosts:
+        leader, _ = await far_behind(hosts)
+        hosts.heal()
+        await hosts.agreed()
+        await leader.put(b"last", b"3").wait()
+        await hosts.agreed()
+        await leader.maintenance.flush_and_compact()
+        hosts.isolate(3)
+        hosts.opens = lambda source, target: False
+        held = leader.machine().applied_index
+        for number in range(100):
+            await leader.put(b"after%d" % (number % 9), b"3").wait()
+        await leader.maintenance.flush_and_compact()
+        assert leader.wal.groups[RANGE].compact_index > held
+
+
 def test_an_outgoing_snapshot_keeps_a_bounded_number_of_places_to_go_on_from() -> None:
     """And of each only its last key: nothing grows with the range."""
     engine = MemoryEngine()
