@@ -71,7 +71,7 @@ class SnapshotService(Protocol):
 
     def install(self, replica: Replica, message: Message) -> None: ...
 
-    def log_needed(self, range_id: RangeId, replica_id: int) -> int | None:
+    def log_needed(self, range_id: RangeId, replica_id: int, held: int, applied: int) -> int | None:
         """After which index a replica that is being sent a snapshot, or was a moment ago, will need the log."""
         ...
 
@@ -172,6 +172,8 @@ class Driver:
                         await self._awake.wait()
                     if waiting.cancelled_caught:
                         self._gather_until_ns = None
+                        if not self._proposing:
+                            continue  # none of those just answered has come back
                 self._awake = trio.Event()
                 if self._failure is None:
                     self._turn()
@@ -502,7 +504,11 @@ class Driver:
                     self._ready[replica.range_id] = replica
             self.log_writer.tick()
             if self.applier.tick() or self.applier.held or wanted or self._ready or self._proposing:
-                self._awake.set()  # most ticks of a node at rest find nothing to do
+                # Here and now, as another task's turn would cost a wake more. Most ticks at rest find nothing to do.
+                if self._failure is None:
+                    self._turn()
+                if self._failure is not None:
+                    self._awake.set()
 
     def _ask_for_snapshot(self, replica: Replica) -> None:
         leader = replica.raft.leader
