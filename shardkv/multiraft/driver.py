@@ -174,6 +174,8 @@ class Driver:
                         self._gather_until_ns = None
                         if not self._proposing:
                             continue  # none of those just answered has come back
+                # Once round the loop: what has arrived meanwhile on other connections shares the turn and its sync.
+                await trio.lowlevel.cancel_shielded_checkpoint()
                 self._awake = trio.Event()
                 if self._failure is None:
                     self._turn()
@@ -291,6 +293,7 @@ class Driver:
         if at_once and log.must_sync:
             self.peers.flush()  # what may leave before the sync does, so that others sync at the same time
             log.write(at_once=True)
+            self.peers.flush()  # whoever waits for the record need not wait for what is applied
         for replica, message in turn.snapshots:
             self.snapshots.send(replica, message)
         for replica, message in turn.installs:
