@@ -181,6 +181,7 @@ def _row(systems: list[System], workload: str, inflight: int, options: Options, 
     results: dict[str, list[Result]] = {system.name: [] for system in systems}
     for number in range(options.rounds):
         for system in systems if number % 2 == 0 else reversed(systems):
+            system.prepare()  # leaders may have moved since the last round
             task = task_for(system, options, workload, inflight)
             results[system.name].append(runner.run(task, options.processes, system.cpu_seconds))
     row = Row(workload, inflight, results["shardkv"], results["etcd"])

@@ -32,7 +32,7 @@ class System(Protocol):
     def start(self) -> None: ...
 
     def prepare(self) -> None:
-        """Bring leaders where the comparison wants them, after the start or a node's return."""
+        """Bring leaders where the comparison wants them, if they are not there."""
         ...
 
     @property

@@ -88,6 +88,9 @@ class Host:
         core = self.core
         while True:
             await bell.wait()
+            if core.links.several_owe:
+                # Once round the loop: what was answered by another node meanwhile makes the next frames fuller.
+                await anyio.lowlevel.checkpoint()
             core.flush(self.monotonic())
             self._perform()
 

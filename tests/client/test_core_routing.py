@@ -47,6 +47,22 @@ def test_calls_of_one_moment_share_a_request_and_a_frame():
     assert sorted(each.method for each in asked) == [Method.WRITE, Method.GET]
 
 
+def test_it_is_known_whether_more_than_one_node_owes_answers():
+    """Only then does a flush wait once round the loop for what others answer."""
+    world = World()
+    world.cluster.split(b"m", leader=2)
+    world.run(world.put(b"a", b"v"), world.put(b"z", b"v"))
+    assert not world.core.links.several_owe
+    one = [world.get(b"a"), world.get(b"b")]
+    world.core.flush(world.now)
+    assert not world.core.links.several_owe
+    other = world.get(b"z")
+    world.core.flush(world.now)
+    assert world.core.links.several_owe
+    world.run(*one, other)
+    assert not world.core.links.several_owe
+
+
 def test_a_hint_is_followed_at_once():
     """NotLeader names the leader: the next attempt goes there, without backoff."""
     world = World()

@@ -128,6 +128,15 @@ class Links:
         self.drops: list[Link] = []
         self.outputs: list[Link] = []
 
+    @property
+    def several_owe(self) -> bool:
+        """Whether more than one node owes answers."""
+        owing = 0
+        for peer in self.peers.values():
+            if peer.link is not None and peer.link.inflight:
+                owing += 1
+        return owing > 1
+
     # --- who is where -------------------------------------------------------------------------------------------
 
     def peer_of(self, node_id: int) -> Peer | None:
