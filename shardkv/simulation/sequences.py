@@ -15,7 +15,7 @@ from shardkv.errors import ShardKVError
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.cluster import SimulatedNode
-from shardkv.simulation.disk import LoseAll, SimulatedDisk
+from shardkv.simulation.disk import CAPACITY_BYTES, LoseAll, SimulatedDisk
 from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.record import HEADER_BYTES, Header, unpack_header
 from shardkv.storage.segment import segment_id_of
@@ -400,6 +400,7 @@ async def _refused(faults: "Faults", node: SimulatedNode, disk: SimulatedDisk, e
         raise Violation("serves-on-a-wrong-disk", f"{node.name} serves, with {why}")
     node.environment.kill()
     node.restore(good.copy(), good_engine)
+    node.environment.disk.capacity_bytes = CAPACITY_BYTES  # who had filled the other disk does not find this one
     node.start_soon()
 
 

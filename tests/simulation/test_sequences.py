@@ -43,6 +43,22 @@ def test_a_node_on_a_wrong_disk_refuses_and_goes_on_with_its_own(name: str) -> N
     assert any("n3 refused" in line for line in noted), noted
 
 
+def test_a_disk_that_was_full_is_put_back_with_room() -> None:
+    """Whoever fills a disk makes room on that one only: full for ever, the node would never start again."""
+
+    async def main() -> None:
+        async with simulated_cluster(3, seed=1) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            faults = Faults(cluster, 1, ["reborn"], lambda: b"k")
+            node = cluster.nodes["n3"]
+            node.environment.disk.leave(0)
+            await SEQUENCES["reborn"](faults, node, node)
+            await cluster.sleep(5)
+            assert node.ready.is_set()
+
+    run_deterministically(main, seed=1)
+
+
 def test_a_violation_while_a_disk_stalls_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is left who would end the stall, and a log that is being closed waits for its disk."""
 
