@@ -1,5 +1,7 @@
 """The driver and its turns on real logs, in virtual time."""
 
+from typing import Any
+
 import pytest
 import trio
 from trio.testing import MockClock
@@ -141,3 +143,39 @@ async def test_a_follower_applies_a_change_of_the_members_at_once(autojump_clock
         driver.applier.apply([(replica, other)])
         assert applied == [[(replica, plain), (replica, other)]], "in their order"
         hosts.tolerant = True
+
+
+async def test_a_follower_acknowledges_before_it_applies_what_was_committed_before(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a quick disk both are done in one turn; the leader, and all its clients, wait for the first only."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = hosts.leader()
+        driver = next(host for host in hosts.values() if host is not leader).driver
+        done: list[str] = []
+
+        def noted(owner: object, name: str) -> None:
+            original = getattr(owner, name)
+
+            def call(*args: Any, **options: Any) -> Any:
+                done.append(name)
+                return original(*args, **options)
+
+            monkeypatch.setattr(owner, name, call)
+
+        for owner, name in (
+            (driver, "_turn"),
+            (driver.peers, "send"),
+            (driver.peers, "flush"),
+            (driver.applier, "apply"),
+        ):
+            noted(owner, name)
+        monkeypatch.setattr(driver.environment.workers, "at_once", lambda: True)
+        for number in range(5):
+            await leader.put(b"k", b"%d" % number).wait()
+        turns = " ".join(done).split("_turn")
+        both = [turn.split() for turn in turns if "send" in turn and "apply" in turn]
+        assert both
+        for turn in both:
+            assert "flush" in turn[turn.index("send") : turn.index("apply")], turn
