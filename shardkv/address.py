@@ -3,7 +3,7 @@
 Pure text; nothing is resolved here. An IPv6 host stands in brackets, as in a URL.
 """
 
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from shardkv.errors import ConfigError
 
@@ -56,8 +56,10 @@ def parse_addresses(text: str) -> tuple[Address, ...]:
     """Take a list such as ``h1:7001,h2:7001`` apart; repeated ones count once.
 
     Raises:
-        ConfigError: the list is empty or one of its parts is no address.
+        ConfigError: it is no string, it is empty, or one of its parts is no address.
     """
+    if not isinstance(cast(object, text), str):  # ``connect`` hands on what its caller gave
+        raise ConfigError(f"addresses are one string, not {type(text).__name__}; {_EXAMPLE}, several with commas")
     parts = [part for part in text.split(",") if part.strip()]
     if not parts:
         raise ConfigError(f"no address given; {_EXAMPLE}, several with commas between them")

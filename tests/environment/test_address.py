@@ -1,5 +1,7 @@
 """``host:port`` in, the parts or an example out."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,3 +54,9 @@ def test_no_text_raises_anything_but_a_config_error(text: str) -> None:
     except ConfigError:
         return
     assert parse_address(str(address)) == address
+
+
+@pytest.mark.parametrize("given", [["a:1", "b:2"], ("a", 1), b"a:1", None])
+def test_addresses_that_are_no_string_are_refused_with_an_example(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"one string, not .*127\.0\.0\.1:7001"):
+        parse_addresses(given)
