@@ -2,13 +2,14 @@
 
 import sys
 import threading
-import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import trio
 
 from shardkv.environment import SerialWorker
+from shardkv.environment.real import workers
 from shardkv.environment.real.workers import (
     RUN_NOW_NS_MAX,
     RUN_NOW_PENALTY,
@@ -197,18 +198,37 @@ async def test_a_job_runs_in_the_loop_only_when_none_before_it_waits_for_its_cal
     nursery.cancel_scope.cancel()
 
 
-async def test_after_a_slow_job_the_next_ones_go_to_the_thread(nursery: trio.Nursery) -> None:
+async def test_after_slow_jobs_the_next_ones_go_to_the_thread(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loop serves everybody: a disk that is slow must not hold it up more than now and then."""
     worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
     assert isinstance(worker, RealSerialWorker)
     await idle(worker)
-    slow = threading.Event()
-    assert worker.run_now(lambda: slow.wait(2 * RUN_NOW_NS_MAX / 1e9), lambda result, error: None)
-    wait_ns = worker._run_now_from_ns - time.monotonic_ns()
-    assert wait_ns > RUN_NOW_PENALTY * RUN_NOW_NS_MAX
-    assert not worker.at_once
-    worker._run_now_from_ns = 0
-    assert worker.at_once
+    now_ns = 0
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic_ns=lambda: now_ns))
+
+    def run(took_ns: int) -> bool:
+        def job() -> None:
+            nonlocal now_ns
+            now_ns += took_ns
+
+        return worker.run_now(job, lambda result, error: None)
+
+    quick, slow = RUN_NOW_NS_MAX // 5, 2 * RUN_NOW_NS_MAX
+    for took in [*[quick] * 20, slow] * 5:
+        assert run(took), "one that was slow among quick ones waited for a processor, say"
+    held_up, began = 0, now_ns
+    for _ in range(1_000):
+        if run(slow):
+            held_up += slow
+        else:
+            now_ns += quick
+    assert held_up < (now_ns - began) // RUN_NOW_PENALTY + 5 * slow
+    for _ in range(200):
+        now_ns += RUN_NOW_PENALTY * slow
+        assert run(quick)
+    assert run(quick), "quick again"
     nursery.cancel_scope.cancel()
 
 

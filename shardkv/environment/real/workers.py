@@ -26,7 +26,10 @@ YIELD_SECONDS_MAX: Final = 0.0005
 """The loop gives the interpreter away for no longer, should the system not run the other thread in this time."""
 
 RUN_NOW_NS_MAX: Final = 1_000_000
-"""A job that took longer in the loop was too long for it: the next ones go to the thread."""
+"""When jobs in the loop take longer, the next ones go to the thread. One that was slow among quick ones does not count:
+on a busy machine it may only have waited for a processor, and the thread would have to wait for two."""
+RUN_NOW_WEIGHT: Final = 4
+"""The newest job in the loop counts one in so many in what jobs take."""
 RUN_NOW_PENALTY: Final = 20
 """For so many times as long: so a disk that is always slow holds up the loop for less than a twentieth of the time."""
 RUN_NOW_PENALTY_NS_MAX: Final = 60_000_000_000
@@ -79,6 +82,7 @@ class RealSerialWorker:
         "_name",
         "_on_hand_over",
         "_run_now_from_ns",
+        "_run_now_ns",
         "_signalled",
         "_waker",
     )
@@ -97,8 +101,10 @@ class RealSerialWorker:
         self._signalled = False
         """The loop has been woken and has not looked yet, so that a burst of completions costs one system call."""
         self._closed = False
+        self._run_now_ns = 0
+        """About how long a job in the loop takes."""
         self._run_now_from_ns = 0
-        """From when jobs may run in the loop again, after one that was slow."""
+        """From when jobs may run in the loop again, after slow ones."""
         self._waker = _Waker()
 
     def submit(self, job: Callable[[], object], done: _Done) -> None:
@@ -129,7 +135,8 @@ class RealSerialWorker:
             failure = error
         ended_ns = time.monotonic_ns()
         took_ns = ended_ns - began_ns
-        if took_ns > RUN_NOW_NS_MAX:
+        self._run_now_ns += (took_ns - self._run_now_ns) // RUN_NOW_WEIGHT
+        if self._run_now_ns > RUN_NOW_NS_MAX:
             self._run_now_from_ns = ended_ns + min(RUN_NOW_PENALTY * took_ns, RUN_NOW_PENALTY_NS_MAX)
         done(result, failure)
         return True
