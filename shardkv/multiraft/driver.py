@@ -193,15 +193,17 @@ class Driver:
     def propose_later(self, replica: Replica) -> None:
         """A group has writes or reads waiting. A turn that could only leave them waiting is not worth its cost."""
         self._proposing[replica.range_id] = replica
-        if replica.open_reads or self._writes_may_go(replica):
+        if self._worth_a_turn(replica):
             self._awake.set()
 
-    def _writes_may_go(self, replica: Replica) -> bool:
-        """Whether a turn now would propose a group's writes, or has to set the time for it.
+    def _worth_a_turn(self, replica: Replica) -> bool:
+        """Whether a turn now would step a group's reads or writes, or has to set the time for the writes.
 
-        Else they are looked at when the sync under way ends, the entry under way is applied, more have come, the time
-        set for gathering is over, or at the next tick.
+        Else the writes are looked at when the sync under way ends, the entry under way is applied, more have come, the
+        time set for gathering is over, or at the next tick.
         """
+        if replica.open_reads:
+            return True
         if self.log_writer.syncing:
             return False
         if replica.may_propose(self.environment.clock.monotonic_ns()):
@@ -372,7 +374,7 @@ class Driver:
         if self._turning:
             return  # in the middle of a turn, which goes on with what this has made ready
         self.log_writer.write()
-        if self._ready or self._proposing:
+        if self._ready or any(map(self._worth_a_turn, self._proposing.values())):
             self._awake.set()
         else:
             self.peers.flush()

@@ -322,6 +322,29 @@ async def test_writes_that_can_only_wait_cost_no_turn(autojump_clock: MockClock)
             await answer.wait()
 
 
+async def test_the_end_of_a_sync_costs_no_turn_for_writes_that_must_still_wait(autojump_clock: MockClock) -> None:
+    """The entry under way is on this disk, and not yet on another."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = hosts.leader()
+        await trio.sleep(5 * GATHER_NS / 1e9)
+        hosts.passes = lambda source, target, range_id, message: leader.node_id not in (source, target)
+        leader.workers.hold_log()
+        answers = [leader.put(b"k", b"0")]
+        await trio.sleep(0.001)
+        answers += [leader.put(b"k", b"%d" % number) for number in range(1, 5)]
+        await trio.sleep(0.001)
+        assert leader.driver.log_writer.syncing
+        turns = leader.driver.statistics().turns
+        leader.workers.release()
+        await trio.sleep(0.001)
+        assert not leader.driver.log_writer.syncing
+        assert leader.driver.statistics().turns == turns
+        hosts.passes = lambda source, target, range_id, message: True
+        for answer in answers:
+            await answer.wait()
+
+
 async def test_those_just_answered_wake_the_loop_when_they_are_all_here(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
