@@ -24,7 +24,7 @@ PIPELINE_NS: Final = 20_000_000
 PIPELINE_BYTES: Final = 256 * 1024
 """An entry is proposed behind one that is under way only after so long, or with so much in it. It costs every node the
 same whatever it holds: behind a busy follower many small ones would only make it busier."""
-GATHER_NS: Final = 1_000_000
+GATHER_NS: Final = 3_000_000
 """Who has just been answered is about to write again. An entry with nothing under way before it waits so long for most
 of them, for several clients are never heard at the same moment."""
 WAITING_READS_MAX: Final = 4_096
