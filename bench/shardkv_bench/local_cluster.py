@@ -231,6 +231,8 @@ class LocalCluster:
     def start_node(self, name: str) -> Process:
         """Start one node that does not run, and return at once."""
         assert name not in self.running, f"{name} runs already"
+        if name in self.processes:
+            self.processes[name].wait(0.0)  # one that ended by itself still holds its pipes
         data = self.directory / name
         data.mkdir(parents=True, exist_ok=True)
         first = name == self.names[0]

@@ -70,7 +70,8 @@ class Catalog:
         self._environment = environment
         self._timing = timing
         self._make_extension = make_extension
-        self._reluctant = reluctant
+        self.reluctant = reluctant
+        """Whether this node's disk is so slow that its replicas had better not lead."""
         self._extensions: dict[RangeId, Extension | None] = {}
         self._refuse_until_ns = 0
         """Until then no replica of this node votes: before its start it may have promised not to (trap 7)."""
@@ -307,7 +308,7 @@ class Catalog:
             step_down_on_removal=True,
             lease=LeaseSettings(promise_ns=timing.promise_ns),
             vote_refusal_ns=max(self._refuse_until_ns - now, promised_ns - now, 0),
-            reluctant=self._reluctant,
+            reluctant=self.reluctant,
             commit_broadcast=False,
             uncommitted_bytes_max=UNCOMMITTED_BYTES_MAX,
             inflight_bytes_max=INFLIGHT_BYTES_MAX,

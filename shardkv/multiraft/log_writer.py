@@ -75,7 +75,7 @@ class LogWriter:
     @property
     def at_once(self) -> bool:
         """Whether a record would be synced in the loop now, since the disk is quick."""
-        return self._worker.at_once
+        return self._worker.at_once and not self._catalog.reluctant()
 
     def add(self, turn: Turn) -> None:
         """Take a turn's appends; they are written by the next :meth:`write` that may."""

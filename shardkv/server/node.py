@@ -151,20 +151,31 @@ class _Node:
                 )
             self._wal = await workers.run(self._open_log)
             self._engine: Engine = await workers.run(self._open_engine, self._config, directory.engine_path)
-            cancelled = True
+            # To be cancelled is to die: nothing is tidied up, for a crash must find what a crash leaves.
             try:
                 await self._listen_and_run()
-                cancelled = False
             except Exception:
-                cancelled = False
+                await self._close_storage()
                 raise
-            finally:
-                # To be cancelled is to die: nothing is tidied up, for a crash must find what a crash leaves.
-                if not cancelled:
-                    await workers.run(self._wal.close)
-                    await workers.run(self._engine.close)
+            failure = await self._close_storage()
+            if failure is not None:
+                raise failure
         finally:
             directory.close()
+
+    async def _close_storage(self) -> Exception | None:
+        """Close the log and the engine, each whatever became of the other; what failed first, if anything did.
+
+        A node that ends because of its disk is likely to fail here, too, and ends with what came first all the same.
+        """
+        first: Exception | None = None
+        for what, close in (("log", self._wal.close), ("engine", self._engine.close)):
+            try:
+                await self._environment.workers.run(close)
+            except Exception as error:  # noqa: BLE001 - logged, and the first is the caller's
+                self._log.error("closing failed", what=what, reason=str(error))
+                first = first or error
+        return first
 
     def _open_log(self) -> Wal:
         storage = self._config.storage

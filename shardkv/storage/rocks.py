@@ -100,7 +100,8 @@ def _translated(error: Exception, what: str) -> StorageError:
         return Corruption(f"engine: {what}: {text}; stop the node and rebuild its replicas from the others")
     if "No space left" in text or "NoSpace" in text:
         return OutOfSpace(f"engine: {what}: {text}; free some space on the node's disk")
-    return StorageError(f"engine: {what}: {text}")
+    advice = "check the system's log and replace the disk if it reports errors; then restart the node"
+    return StorageError(f"engine: {what}: {text}; {advice}")
 
 
 class RocksEngine:

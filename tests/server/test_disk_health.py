@@ -206,6 +206,28 @@ def test_trap_14_a_leader_whose_disk_stalls_gives_its_leaderships_away_and_write
     run_deterministically(main, seed=14)
 
 
+def test_trap_14_a_node_whose_disk_is_slow_holds_up_its_loop_with_no_sync() -> None:
+    """The worker would try one in the loop now and then, to see whether the disk has become quick."""
+
+    async def main() -> None:
+        async with world(3, seed=14) as cluster, cluster.client() as kv:
+            sick = await spread(cluster, kv)
+            workers, health = sick.environment.workers, sick.inside.disk_health
+            writer = sick.inside.driver.log_writer
+            with stalled(sick):
+                for key in KEYS:
+                    await kv.put(key, b"meanwhile", timeout=5)
+                await until(lambda: health.slow, 1)
+            workers.at_once = lambda: True
+            await trio.sleep(1)
+            assert health.slow
+            assert not writer.at_once
+            await until(lambda: not health.slow, 30)
+            await until(lambda: writer.at_once, 1)
+
+    run_deterministically(main, seed=14)
+
+
 def test_trap_14_a_stall_that_shows_nothing_of_the_others_ends_in_an_offer_all_the_same() -> None:
     """It began with another leader's entries, and while it lasts nothing is proposed: nobody can show to be quicker."""
 

@@ -22,6 +22,7 @@ from shardkv.simulation import run_deterministically
 from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.simulation.disk import Call
 from shardkv.simulation.network import SimulatedNetwork
+from shardkv.storage.wal import Wal
 
 STORAGE = StorageConfig(engine="memory", segment_bytes=64 * 1024)
 PUTS = 340
@@ -203,3 +204,51 @@ def test_an_io_error_ends_the_node_with_advice_and_costs_nothing_acknowledged(ki
     chosen = {numbers[0], numbers[-1], *(numbers[len(numbers) * part // 4] for part in (1, 2, 3) if len(numbers) > 20)}
     for position, number in enumerate(sorted(chosen)):
         life_with_a_failing_call(number, power=position % 2 == 0)
+
+
+@pytest.mark.parametrize("by", ["the engine", "the log", "both"])
+def test_what_ended_the_node_is_said_though_closing_fails_too(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dying disk fails the engine's last flush as well, and that says nothing of what happened."""
+
+    def refuse(*_: object) -> None:
+        raise StorageError("closing: fails too")
+
+    async def main(cluster: Cluster, node: SimulatedNode) -> None:
+        cluster.tolerant = True
+        if by != "the log":
+            monkeypatch.setattr(node.engine, "close", refuse)
+        if by != "the engine":
+            monkeypatch.setattr(Wal, "close", refuse)
+        assert await started(node)
+
+        def fail(call: Call) -> None:
+            if call.operation == "sync":
+                raise storage_error(OSError(errno.EIO, "Input/output error"), call.operation, call.path)
+
+        node.environment.disk.on_call = fail
+        await Life().write(cluster, node, 1)
+        assert not node.alive
+        assert "cannot sync " in str(node.error)
+        assert ADVICE in str(node.error)
+        node.environment.disk.on_call = None
+
+    in_a_cluster(main)
+
+
+def test_a_clean_stop_says_so_when_closing_fails_and_closes_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    def refuse(*_: object) -> None:
+        closed.append("log")
+        raise StorageError("closing: fails")
+
+    async def main(cluster: Cluster, node: SimulatedNode) -> None:
+        cluster.tolerant = True
+        monkeypatch.setattr(Wal, "close", refuse)
+        monkeypatch.setattr(node.engine, "close", lambda: closed.append("engine"))
+        assert await started(node)
+        await node.shut_down()
+        assert str(node.error) == "closing: fails"
+        assert closed == ["log", "engine"]
+
+    in_a_cluster(main)

@@ -220,6 +220,7 @@ def test_a_full_disk_and_other_errors_keep_their_kind() -> None:
     assert type(_translated(Exception("IO error: No space left on device: while appending"), "writing")) is OutOfSpace
     assert type(_translated(Exception("Corruption: block checksum mismatch"), "reading")) is Corruption
     assert type(_translated(Exception("IO error: whatever"), "reading")) is StorageError
+    assert "replace the disk" in str(_translated(Exception("IO error: Input/output error"), "flushing"))
 
 
 @pytest.mark.parametrize("stopped, delayed", [(0, 0), (1, 0), (0, 1000)])
