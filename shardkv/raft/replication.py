@@ -279,11 +279,24 @@ def leader_read_index(raft: Raft, message: Message) -> None:
         # Also in a group of one, where etcd answers at once: a restart may have forgotten how far was committed.
         if reads.has_room(raft):
             reads.postpone(raft, message)
-    elif message.from_ not in (NONE, raft.id) and lease.valid(raft, raft.now):
-        # The clock was read after the follower's question came in. This replica's own host asks for the lease itself.
+        return
+    if message.from_ in (NONE, raft.id):
+        _confirm_read(raft, message)  # this replica's own host asks for the lease itself
+        return
+    _tell_commit(raft, message.from_)
+    if lease.valid(raft, raft.now):
+        # The clock was read after the follower's question came in.
         reads.answer(raft, message, raft.log.committed)
     else:
         _confirm_read(raft, message)
+
+
+def _tell_commit(raft: Raft, to: int) -> None:
+    """A follower is about to wait for what is committed now, and may not have been told of it."""
+    peer = raft.progress.get(to)
+    if peer is not None and peer.sent_commit < raft.log.committed:
+        # An append, for it covers also what is in flight. What gets lost is told again by the next heartbeat.
+        send_append(raft, to, peer)
 
 
 def _confirm_read(raft: Raft, message: Message) -> None:

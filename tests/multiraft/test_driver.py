@@ -23,6 +23,21 @@ async def test_a_confirmed_read_of_an_idle_range_is_served_at_once(autojump_cloc
             assert await host.read(b"k").wait() == b"v"
 
 
+async def test_a_read_at_a_follower_right_after_a_write_waits_for_no_heartbeat(autojump_clock: MockClock) -> None:
+    """The leader tells the one that asks how far is committed, with the answer."""
+    async with world(3) as hosts:
+        await hosts.agreed()
+        follower = next(host for host in hosts.values() if not host.replica().leads)
+        took = []
+        for number in range(20):
+            await hosts.write(b"k", b"%d" % number)
+            began = trio.current_time()
+            assert await follower.read(b"k").wait() == b"%d" % number
+            took.append(trio.current_time() - began)
+            await trio.sleep(number * TICK_SECONDS / 20)
+        assert max(took) < TICK_SECONDS / 2, took
+
+
 async def test_a_split_makes_two_ranges_that_both_take_writes(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         await hosts.write(b"a", b"1")

@@ -110,6 +110,31 @@ def test_a_follower_reads_at_the_leaders_index() -> None:
     assert cluster.hosts[3].read_states == [ReadState(2, b"r")]
 
 
+def test_a_follower_that_is_about_to_wait_for_a_commit_is_told_of_it_once() -> None:
+    """Where commits are not told to all at once. An append tells it, which covers also what is in flight."""
+    cluster = led(commit_broadcast=False)
+    cluster.tick(1)
+    cluster.isolate(3)
+    cluster[1].propose(b"x")
+    cluster.settle()
+    cluster.heal()
+    assert (cluster[1].raft.log.committed, cluster[2].raft.log.committed) == (2, 1)
+    for name in (b"r", b"s"):
+        cluster[1].step(Message(M.READ_INDEX, 1, 2, context=name))
+    appends = sent(cluster[1].ready(), M.APP)
+    assert [(append.to, append.index, append.commit) for append in appends] == [(2, 2, 2)]
+    cluster[2].step(appends[0])
+    assert cluster[2].raft.log.committed == 2
+
+
+def test_a_follower_that_is_told_of_every_commit_is_told_nothing_more_by_its_read() -> None:
+    cluster = led()
+    cluster[1].propose(b"x")
+    cluster.settle()
+    cluster[1].step(Message(M.READ_INDEX, 1, 2, context=b"r"))
+    assert not sent(cluster[1].ready(), M.APP)
+
+
 def test_one_round_confirms_every_read_that_came_before_it() -> None:
     """Thesis 6.4: many reads share one confirmation."""
     cluster = led()
