@@ -3,7 +3,9 @@
 import sys
 import threading
 from functools import partial
+from queue import SimpleQueue
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -195,6 +197,48 @@ async def test_a_job_runs_in_the_loop_only_when_none_before_it_waits_for_its_cal
     assert not worker.run_now(lambda: order.append("too early"), no_callback)
     await finished.wait()
     assert order == ["first"]
+    nursery.cancel_scope.cancel()
+
+
+async def test_no_job_runs_in_the_loop_beside_one_that_the_thread_has_just_taken(nursery: trio.Nursery) -> None:
+    """The thread may lose the interpreter between taking a job and saying so. Two jobs of the log at once would each
+    take records off the queue that the other has written, and lose some."""
+
+    class Slow(SimpleQueue[Any]):
+        """Where the thread stands still with the second job in its hands."""
+
+        def __init__(self) -> None:
+            self.taken = 0
+            self.second = threading.Event()
+            self.resume = threading.Event()
+
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            item = super().get(block, timeout)
+            self.taken += 1
+            if self.taken == 2:
+                self.second.set()
+                self.resume.wait()
+            return item
+
+    worker = RealSerialWorker("log", lambda worker: None)
+    worker._jobs = queue = Slow()
+    await nursery.start(worker.run)
+    gate = threading.Event()
+    called_back = trio.Event()
+    finished = trio.Event()
+    order: list[str] = []
+    worker.submit(gate.wait, lambda result, error: called_back.set())
+    worker.submit(lambda: order.append("second"), lambda result, error: finished.set())
+    gate.set()
+    await called_back.wait()
+    await trio.to_thread.run_sync(queue.second.wait)
+    try:
+        assert not worker.run_now(lambda: order.append("beside it"), lambda result, error: None)
+    finally:
+        queue.resume.set()
+    await finished.wait()
+    assert order == ["second"]
+    assert worker.run_now(lambda: order.append("after it"), lambda result, error: None)
     nursery.cancel_scope.cancel()
 
 

@@ -81,6 +81,7 @@ class RealSerialWorker:
         "_jobs",
         "_name",
         "_on_hand_over",
+        "_outstanding",
         "_run_now_from_ns",
         "_run_now_ns",
         "_signalled",
@@ -91,7 +92,10 @@ class RealSerialWorker:
         self._name = name
         self._on_hand_over = on_hand_over
         self._idle = False
-        """The thread waits for a job, so the next one is begun as soon as it gets the interpreter."""
+        """The thread waits for a job, so the next one is begun as soon as it gets the interpreter. Only a hint: it may
+        also have taken a job a moment ago and not said so yet."""
+        self._outstanding = 0
+        """Jobs that were submitted and whose callback has not run yet. The loop's alone."""
         self._begun = threading.Lock()
         """Taken by the loop, released by the thread when it begins a job."""
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -111,6 +115,7 @@ class RealSerialWorker:
         """As in the protocol. Raises trio.ClosedResourceError once the service has been cancelled."""
         if self._closed:
             raise trio.ClosedResourceError(f"the worker {self._name} is stopping")
+        self._outstanding += 1
         if self._idle:
             self._idle = False
             self._begun.acquire(blocking=False)
@@ -120,7 +125,7 @@ class RealSerialWorker:
     @property
     def at_once(self) -> bool:
         """As in the protocol."""
-        return self._idle and not self._completed and not self._closed and time.monotonic_ns() >= self._run_now_from_ns
+        return not self._outstanding and not self._closed and time.monotonic_ns() >= self._run_now_from_ns
 
     def run_now(self, job: Callable[[], object], done: _Done) -> bool:
         """As in the protocol."""
@@ -175,6 +180,7 @@ class RealSerialWorker:
             if item is None:
                 return True
             done, result, error = item
+            self._outstanding -= 1
             done(result, error)
         return False
 
