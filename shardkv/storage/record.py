@@ -193,6 +193,8 @@ def seed_of(token: bytes) -> int:
 
 
 def pack_header(seed: int, meta: bytes, data_bytes: int, segment_id: int, sequence: int, synced_sequence: int) -> bytes:
+    assert len(meta) <= META_BYTES_MAX, f"a record with a meta section of {len(meta)} bytes"
+    assert data_bytes <= DATA_BYTES_MAX, f"a record with {data_bytes} bytes of data"
     summed = _HEADER_SUMMED.pack(len(meta), data_bytes, segment_id, sequence, synced_sequence)
     return _HEADER_START.pack(MAGIC, crc32(meta, crc32(summed, seed))) + summed
 

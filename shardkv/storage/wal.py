@@ -51,6 +51,9 @@ __all__ = [
 
 SEGMENT_BYTES_MAX: Final = 1 << 30
 """Offsets in a segment have 32 bits, and a single record may make it larger than set."""
+RECORD_DATA_BYTES_MAX: Final = 64 * 1024 * 1024
+"""A turn with more entry data than this becomes several records; the entries of one group stay together. Recovery takes
+nothing of a size that cannot be for a record, and while a sync lasts long very many groups may collect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +200,8 @@ class Wal:
     def append(self, updates: Sequence[LogUpdate]) -> Callable[[], None]:
         """Encode one record for the whole turn and take it into memory; the job that makes it durable.
 
-        Without updates there is no record, and the job makes durable what was appended before.
+        A turn of very much data becomes several records, and a crash may leave only the first of them. Without updates
+        there is no record, and the job makes durable what was appended before.
 
         Hand the job to the writer thread; when it has returned, this record and all before it are on disk. Jobs may
         be merged: each writes all that is queued when it starts, with one sync, and one that finds its record synced
@@ -209,6 +213,10 @@ class Wal:
         if not updates:
             return partial(self._write_through, self._sequence)
         meta, pieces, crcs, data_bytes = encode_turn(updates)
+        if data_bytes > RECORD_DATA_BYTES_MAX and len(updates) > 1:
+            half = len(updates) // 2
+            self.append(updates[:half])
+            return self.append(updates[half:])
         segment, base = self._queue_record(meta, pieces, data_bytes)
         self._moves_paid += (HEADER_BYTES + len(meta) + data_bytes) * self._settings.moved_per_new_byte
         try:
@@ -228,8 +236,9 @@ class Wal:
         segment = self._segment
         if segment.end + record_bytes > segment.size:
             segment = self._rotate(record_bytes)
-        self._sequence = sequence = self._sequence + 1
+        sequence = self._sequence + 1
         header = pack_header(self._seed, meta, data_bytes, segment.id, sequence, self._synced_sequence)
+        self._sequence = sequence
         offset = segment.end
         self._queue.append(_Write(segment, offset, b"".join((header, meta, *pieces)), sequence))
         segment.end = offset + record_bytes

@@ -7,6 +7,8 @@ import pytest
 from shardkv.errors import Corruption, OutOfSpace, StorageError
 from shardkv.raft.errors import SnapshotTemporarilyUnavailable
 from shardkv.raft.messages import ConfState, Entry, EntryType, HardState, Snapshot, SnapshotMetadata
+from shardkv.storage import record
+from shardkv.storage import wal as wal_module
 from shardkv.storage.record import CompactLog, CreateGroup, LogUpdate, ResetLog, Tombstone
 from shardkv.storage.recovery import FIRST_SEGMENT_BYTES
 from shardkv.storage.wal import Wal, WalSettings
@@ -157,6 +159,35 @@ def test_a_record_larger_than_a_segment_gets_a_segment_of_its_size() -> None:
     wal.check()
     again = opened(disk.lost())
     assert [found.data for found in again.groups[R1].entries(1, 4, 1 << 30)] == [data, data, b"x"]
+
+
+def test_a_turn_too_large_for_one_record_is_read_back_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a sync lasts, hundreds of groups may collect megabytes each; a record that recovery takes for damaged,
+    because none can be that large, would lose what was acknowledged."""
+    monkeypatch.setattr(record, "DATA_BYTES_MAX", 20_000)
+    monkeypatch.setattr(wal_module, "RECORD_DATA_BYTES_MAX", 10_000, raising=False)
+    disk = MemoryDisk()
+    wal = opened(disk)
+    groups = [RangeId(number) for number in range(1, 8)]
+    wal.append([create(group) for group in groups])()
+    data = Random(0).randbytes(6_000)
+    wal.append([LogUpdate(group, HardState(1), (entry(1, data), entry(2, b"x"))) for group in groups])()
+    wal.check()
+    again = opened(disk.lost())
+    assert again.statistics().cut_bytes == 0
+    for group in groups:
+        assert [found.data for found in again.groups[group].entries(1, 3, 1 << 30)] == [data, b"x"]
+
+
+def test_a_record_that_could_not_be_read_back_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One group's entries are bounded far below it; if they were not, the node would rather end."""
+    monkeypatch.setattr(record, "DATA_BYTES_MAX", 20_000)
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    with pytest.raises(AssertionError, match="20001 bytes of data"):
+        wal.append([LogUpdate(R1, HardState(1), (entry(1, bytes(20_001)),))])
+    assert opened(disk.copy()).groups[R1].last_index() == 0
 
 
 def test_segments_go_when_all_groups_have_compacted_past_them() -> None:
