@@ -238,9 +238,23 @@ class VersionUnsupported(ProtocolError):
 
 
 class WrongCluster(ShardKVError):
-    """The two sides belong to different clusters, or a node is not the one it was taken for."""
+    """The two sides belong to different clusters, or a node is not the one it was taken for.
+
+    ``old_copy``: its data are an older copy of what it had, so it has forgotten votes and must never run on them again.
+    """
 
     code = 55
+
+    def __init__(self, message: str, *, old_copy: bool = False) -> None:
+        super().__init__(message)
+        self.old_copy = old_copy
+
+    def details(self) -> list[object]:
+        return [True] if self.old_copy else []
+
+    @classmethod
+    def from_details(cls, message: str, details: list[object]) -> "WrongCluster":
+        return cls(message, old_copy=details[:1] == [True])
 
 
 class ConfigError(ShardKVError):

@@ -300,7 +300,8 @@ class PlacementState:
         if command.boot < node.boot or (command.boot == node.boot and command.start_token != node.start_token):
             raise WrongCluster(
                 f"node {node.node_id} ({node.name!r}) has been started {node.boot} times, this directory says "
-                f"{command.boot}: it is an old copy; decommission the node and start on an empty directory"
+                f"{command.boot}: it is an old copy; decommission the node and start on an empty directory",
+                old_copy=True,
             )
         started = replace(
             node,

@@ -96,7 +96,8 @@ class Statistics:
             raise WrongCluster(
                 f"node {record.node_id} ({record.name!r}) has been started {record.boot} times, this heartbeat comes "
                 f"from start {heartbeat.boot}: it runs on an old copy of its data; decommission the node and start it "
-                "on an empty directory"
+                "on an empty directory",
+                old_copy=True,
             )
         if heard is None or heartbeat.boot > heard.boot:
             self._forget(record.node_id)

@@ -14,7 +14,7 @@ import trio
 
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment, Stream
-from shardkv.errors import ConfigError, OutOfSpace, ShardKVError, WrongCluster
+from shardkv.errors import ConfigError, OutOfSpace, ShardKVError, StorageError, WrongCluster
 from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.catalog import Catalog, GroupTiming
 from shardkv.multiraft.driver import Driver, DriverHooks
@@ -423,7 +423,16 @@ class _Node:
                 await self._drain()
             nursery.cancel_scope.cancel()
         if self._placement.fatal is not None:
+            await self._condemn_old_copy(self._placement.fatal)
             raise self._placement.fatal
+
+    async def _condemn_old_copy(self, fatal: ShardKVError) -> None:
+        """Whoever starts this node again and again shall not make its boot counter pass for the newest (trap 24)."""
+        if isinstance(fatal, WrongCluster) and fatal.old_copy:
+            try:
+                await self._environment.workers.run(self._directory.condemn, str(fatal))
+            except StorageError as error:
+                self._log.error("the data directory could not be marked as an old copy", reason=str(error))
 
     async def _ready_when_serving(self) -> None:
         """A new node is ready when the placement group has heard of it, so it is in what the cluster says of itself;

@@ -2,8 +2,9 @@
 
 Layout: ``DATA/identity`` (this module's file), ``DATA/LOCK`` (held while a node runs), ``DATA/wal/`` (the shared Raft
 log), ``DATA/engine/`` (the ordered store), ``DATA/ingest/`` (files on their way into it; what a start finds there is
-left over). Does not live here: what those hold. The rule: a directory that is not certainly ours, of a format that we
-know and free for us to use, is refused before anything in it is changed.
+left over), ``DATA/refused`` (why the cluster will not have this directory, if so). Does not live here: what those hold.
+The rule: a directory that is not certainly ours, of a format that we know and free for us to use, is refused before
+anything in it is changed.
 """
 
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ LOCK_NAME: Final = "LOCK"
 WAL_NAME: Final = "wal"
 ENGINE_NAME: Final = "engine"
 INGEST_NAME: Final = "ingest"
+REFUSED_NAME: Final = "refused"
 
 TOKEN_BYTES: Final = 16
 CLUSTER_ID_BYTES: Final = 16
@@ -147,6 +149,13 @@ class DataDirectory:
         self._disk.write_atomically(f"{self.path}/{IDENTITY_NAME}", encode_identity(identity))
         self.identity = identity
 
+    def condemn(self, reason: str) -> None:
+        """Let no start use the directory any more. Blocks.
+
+        For an old copy: every start raises the boot counter, and after enough of them it would pass for the newest.
+        """
+        self._disk.write_atomically(f"{self.path}/{REFUSED_NAME}", reason.encode())
+
     def close(self) -> None:
         self._lock.release()
 
@@ -154,8 +163,8 @@ class DataDirectory:
 def open_directory(disk: Disk, ids: Ids, path: str) -> DataDirectory:
     """Lock the data directory at ``path``, making it if there is none, and count this start. Blocks.
 
-    Raises DataDirectoryError (not a directory, foreign, of a newer format, in use), Corruption (damaged identity),
-    StorageError, OutOfSpace; each message says what to do.
+    Raises DataDirectoryError (not a directory, foreign, of a newer format, in use, condemned), Corruption (damaged
+    identity), StorageError, OutOfSpace; each message says what to do.
     """
     path = path.rstrip("/") or "/"
     identity_path = f"{path}/{IDENTITY_NAME}"
@@ -163,6 +172,7 @@ def open_directory(disk: Disk, ids: Ids, path: str) -> DataDirectory:
     _refuse_foreign(disk, path)
     lock = disk.lock(f"{path}/{LOCK_NAME}")
     try:
+        _refuse_condemned(disk, path)
         try:
             identity = decode_identity(disk.read(identity_path), identity_path)
         except FileNotFoundError:
@@ -186,6 +196,18 @@ def _make(disk: Disk, path: str) -> None:
         raise DataDirectoryError(
             f"the data directory {path} cannot be made: {error}; check the path and its permissions"
         ) from error
+
+
+def _refuse_condemned(disk: Disk, path: str) -> None:
+    """Raise DataDirectoryError if :meth:`DataDirectory.condemn` was called. Changes nothing."""
+    try:
+        reason = disk.read(f"{path}/{REFUSED_NAME}")
+    except FileNotFoundError:
+        return
+    raise DataDirectoryError(
+        f"the cluster has refused {path}: {reason.decode(errors='replace')}; only if the right data have been put in "
+        f"its place since, remove {path}/{REFUSED_NAME}"
+    )
 
 
 def _refuse_foreign(disk: Disk, path: str) -> None:

@@ -11,6 +11,7 @@ from shardkv import codec
 from shardkv.environment import Stream
 from shardkv.errors import (
     ClientClosed,
+    DataDirectoryError,
     EpochMismatch,
     MalformedRequest,
     NotFound,
@@ -18,6 +19,7 @@ from shardkv.errors import (
     RequestError,
     ShardKVError,
     ValueTooLarge,
+    WrongCluster,
 )
 from shardkv.raft.messages import MessageType
 from shardkv.server.listener import Listener
@@ -249,6 +251,30 @@ async def test_trap_24_a_node_on_an_old_copy_of_its_disk_is_refused(autojump_clo
         node.restore(old, old_engine)
         with pytest.raises(ShardKVError):
             await node.run_to_its_end()
+
+
+async def test_trap_24_an_old_copy_does_not_become_the_newest_by_being_started_again_and_again(
+    autojump_clock: MockClock,
+) -> None:
+    """Each start raises the boot counter, and a supervisor starts what has ended: the one after the next has a counter
+    that nobody has seen, and a log that has forgotten what it had acknowledged."""
+    async with world(3) as cluster, cluster.client("n1", "n2") as kv:
+        await kv.put(b"k", b"v")
+        node = cluster.nodes["n3"]
+        await node.kill()
+        old = node.environment.disk.copy()
+        old_engine = node.copied_engine()
+        await node.start()
+        await trio.sleep(1)
+        await kv.put(b"k", b"w")
+        await node.kill()
+        node.restore(old, old_engine)
+        with pytest.raises(WrongCluster, match="old copy"):
+            await node.run_to_its_end()
+        for _ in range(3):
+            with pytest.raises(DataDirectoryError, match="old copy"):
+                await node.run_to_its_end()
+        await kv.put(b"k", b"x")
 
 
 async def test_trap_24_an_assigned_directory_without_its_log_is_not_begun_anew(autojump_clock: MockClock) -> None:

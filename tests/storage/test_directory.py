@@ -99,6 +99,20 @@ def test_a_directory_in_use_is_refused_and_not_counted() -> None:
     assert start(disk).identity.boot == 2
 
 
+def test_a_condemned_directory_is_refused_for_good_and_not_counted() -> None:
+    """Trap 24: counted, an old copy would pass for the newest after enough starts."""
+    disk = MemoryDisk()
+    first = start(disk)
+    first.condemn("started 7 times elsewhere")
+    first.close()
+    before = disk.read(f"{PATH}/identity")
+    for _ in range(2):
+        with pytest.raises(DataDirectoryError, match="started 7 times elsewhere"):
+            start(disk)
+    assert disk.read(f"{PATH}/identity") == before
+    assert not disk.locks
+
+
 @pytest.mark.parametrize("name, match", [("photo.jpg", "not empty"), ("wal", "lost"), ("engine", "lost")])
 def test_a_foreign_directory_is_refused_and_left_as_it_is(name: str, match: str) -> None:
     disk = MemoryDisk()

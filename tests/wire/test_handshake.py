@@ -56,6 +56,10 @@ def test_a_refusal_carries_its_error() -> None:
     refused = decode_refused(payload(encode_refused(WrongCluster("you are of cluster 12")), FrameKind.REFUSED))
     assert type(refused.error) is WrongCluster
     assert str(refused.error) == "you are of cluster 12"
+    assert not refused.error.old_copy
+    old = decode_refused(payload(encode_refused(WrongCluster("an old copy", old_copy=True)), FrameKind.REFUSED)).error
+    assert isinstance(old, WrongCluster)
+    assert old.old_copy
     hint = decode_refused(payload(encode_refused(NotLeader("elsewhere", hint=3)), FrameKind.REFUSED)).error
     assert isinstance(hint, NotLeader)
     assert hint.hint == 3
