@@ -81,7 +81,7 @@ Observe = Callable[[Inside], None]
 def open_engine(config: NodeConfig, path: str) -> Engine:
     """The engine that the configuration asks for. Blocks."""
     if config.storage.engine == "memory":
-        return MemoryEngine()
+        return MemoryEngine(in_loop=trio.from_thread.run_sync)
     return RocksEngine(path, RocksSettings(block_cache_bytes=config.storage.cache_bytes))
 
 

@@ -6,6 +6,7 @@ every batch since the last flush, and never an ingested file.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -30,12 +31,16 @@ class MemoryEngine:
     """See :class:`shardkv.storage.engine.Engine`.
 
     With ``crashable`` it remembers what has been written since the last flush, so that :meth:`crash` can take part of
-    it back. Without, a flush costs nothing and nothing is remembered.
+    it back. Without, a flush costs nothing and nothing is remembered. ``in_loop`` is how a worker thread has something
+    done in the loop: whoever lets :meth:`ingest` run in a real thread says so.
     """
 
-    def __init__(self, *, crashable: bool = False) -> None:
+    def __init__(
+        self, *, crashable: bool = False, in_loop: Callable[[Callable[[], None]], None] = lambda change: change()
+    ) -> None:
         self._data: SortedDict[bytes, bytes] = SortedDict()
         self._crashable = crashable
+        self._in_loop = in_loop
         self._operations: list[_Operation] = []
         self._snapshots: list[MemorySnapshot] = []
         self._built: dict[str, dict[bytes, bytes]] = {}
@@ -133,7 +138,8 @@ class MemoryEngine:
             raise StorageError(f"there is no finished file to ingest at {path}; build it again")
         batch = WriteBatch()
         batch.changes.update(pairs)
-        self._apply(batch, ingested=True)
+        # The map is not made for two threads: the loop reads and writes it meanwhile.
+        self._in_loop(partial(self._apply, batch, ingested=True))
 
     # Ends
 
