@@ -163,7 +163,10 @@ class Spares:
 
         If it raises OutOfSpace, nothing has changed and it may be called again.
         """
-        ready, self._ready = self._ready, None
+        ready = self._ready
+        if ready is not None:
+            # Else it is not touched: this moment the other thread may have one ready.
+            self._ready = None
         path, file = ready if ready is not None else self._make(f"now-{segment.id}")
         try:
             if segment.size > self._segment_bytes:

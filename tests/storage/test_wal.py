@@ -1,6 +1,8 @@
 """The shared log at work: one record a turn, one sync for many, rotation, collection, cache, tombstones."""
 
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from shardkv.storage import record
 from shardkv.storage import wal as wal_module
 from shardkv.storage.record import CompactLog, CreateGroup, LogUpdate, ResetLog, Tombstone
 from shardkv.storage.recovery import FIRST_SEGMENT_BYTES
+from shardkv.storage.segment import Segment, Spares, segment_path
 from shardkv.storage.wal import Wal, WalSettings
 from shardkv.types import RangeId, ReplicaId
 
@@ -124,6 +127,37 @@ def test_a_spare_in_the_making_and_a_segment_made_on_the_spot_are_two_files() ->
     wal.check()
     assert len({id(segment.file) for segment in wal._state.segments.values()}) == wal.statistics().segments
     assert state_of(opened(disk.lost())) == state_of(wal)
+
+
+def test_a_spare_that_gets_ready_while_a_segment_is_made_on_the_spot_is_not_lost() -> None:
+    """It would keep its room on the disk, and its descriptor, for as long as the node runs."""
+
+    class Late(Spares):
+        """Where the preparing thread is done right after the writer has looked."""
+
+        late: Callable[[], None] | None = None
+
+        @property
+        def _ready(self) -> Any:
+            found = self.__dict__["found"]
+            late, self.late = self.late, None
+            if late is not None:
+                late()
+            return found
+
+        @_ready.setter
+        def _ready(self, spare: Any) -> None:
+            self.__dict__["found"] = spare
+
+    disk = MemoryDisk()
+    disk.make_directory(DIRECTORY)
+    spares = Late(disk, DIRECTORY, 4096)
+    segment = Segment(2, segment_path(DIRECTORY, 2), 4096)
+    spares.late = spares.prepare()
+    spares.install(segment)
+    assert segment.file is not None
+    assert spares.ready
+    assert disk.list(DIRECTORY) == ["0000000000000002.wal", "spare-ahead-1"]
 
 
 def test_a_full_disk_while_preparing_is_no_failure_yet() -> None:
