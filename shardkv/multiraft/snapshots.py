@@ -315,9 +315,12 @@ class Snapshots:
         return False
 
     async def _say(self, stream: SnapshotStream, message: list[Any]) -> None:
-        """Send a part. Raises StreamBroken when the other side takes nothing for too long."""
-        with self._environment.clock.deadline(SILENCE_SECONDS_MAX) as scope:
-            await stream.send(message)
+        """Send a part. Raises StreamBroken when the connection is lost, or takes nothing for too long."""
+        try:
+            with self._environment.clock.deadline(SILENCE_SECONDS_MAX) as scope:
+                await stream.send(message)
+        except _BREAKS as error:
+            raise StreamBroken(str(error)) from error
         if scope.cancelled_caught:
             raise StreamBroken("the receiver of a snapshot takes nothing any more")
 
@@ -439,10 +442,7 @@ class Snapshots:
                     incoming.absorb(number, rows, checksum)
                     self._chunks_received += 1
                     await self._receive_pace.spend(len(rows))
-                    try:
-                        await self._say(stream, ["have", number])
-                    except _BREAKS as error:
-                        raise StreamBroken(str(error)) from error
+                    await self._say(stream, ["have", number])
                 case ["end", int(chunks), int(rows), int(checksum), int(term)]:
                     incoming.require_whole(chunks, rows, checksum)
                     return term

@@ -176,6 +176,26 @@ async def test_an_unfinished_file_goes_after_a_while_and_holds_no_span(autojump_
         assert late.snapshots.statistics().waiting == 0
 
 
+async def test_a_connection_that_breaks_at_once_costs_nothing_of_what_had_arrived(autojump_clock: MockClock) -> None:
+    """The receiver may be the first to find out: when it says how much it has."""
+
+    class Deaf(Stream):
+        async def send(self, message: list[Any]) -> None:
+            raise trio.BrokenResourceError("cut")
+
+    async with world(3) as hosts:
+        leader, late, _ = await broken(hosts)
+        begin = spelled(leader, 3)[0]
+        with pytest.raises(StreamBroken):
+            await late.snapshots.receive(Deaf(begin), leader.node_id)
+        assert late.snapshots._waiting[RANGE].chunks == 3
+        stream = Stream(begin)
+        stream.more.set()
+        with pytest.raises(StreamBroken):
+            await late.snapshots.receive(stream, leader.node_id)
+        assert stream.progress[0][:2] == ["from", 3]
+
+
 async def test_another_stream_of_the_range_takes_the_place_of_an_unfinished_one(autojump_clock: MockClock) -> None:
     """Its leader has changed, or has begun anew: rows of two states must not come together."""
     async with world(3) as hosts:
