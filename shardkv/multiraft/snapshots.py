@@ -51,6 +51,8 @@ from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, RangeId
 
 FULL_DISK_RETRY_SECONDS: Final = 1.0
 """How long a step of an install that found no room waits until it is taken again."""
+STALL_RETRY_SECONDS: Final = 0.05
+"""How long an install waits until it looks again whether the engine takes writes."""
 SILENCE_SECONDS_MAX: Final = 10.0
 """A stream on which nothing moves for this long is given up."""
 FINISH_SECONDS_MAX: Final = 3 * SILENCE_SECONDS_MAX
@@ -509,6 +511,9 @@ class Snapshots:
         self._catalog.installed(replica)
 
     async def _write(self, batch: WriteBatch) -> None:
+        # A write now would hold up the loop, and every range with it. Without room it does not wait.
+        while self._engine.stalled() and not self._engine.full:
+            await self._environment.clock.sleep(STALL_RETRY_SECONDS)
         self._engine.write(batch)
 
     async def _when_room(self, step: Callable[..., Awaitable[object]], *arguments: Any) -> None:

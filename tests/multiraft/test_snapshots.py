@@ -113,6 +113,29 @@ async def test_a_follower_that_fell_behind_the_log_gets_a_snapshot_and_goes_on(a
         await hosts.agreed()
 
 
+async def test_an_install_writes_nothing_while_the_engine_is_stalled(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RocksDB would hold up the loop in that write, and every other range of the node with it (DESIGN 4.2)."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        write = late.engine.write
+
+        def checked(batch: WriteBatch) -> None:
+            assert not late.engine.stall, "written to while it was stalled"
+            write(batch)
+
+        monkeypatch.setattr(late.engine, "write", checked)
+        late.engine.stall = True
+        hosts.heal()
+        await hosts.until(lambda: late.replica().installing, "the snapshot")
+        await trio.sleep(2)
+        assert late.replica().installing
+        late.engine.stall = False
+        await hosts.agreed()
+        assert late.value(b"new4") == b"2"
+
+
 async def test_trap_01_a_follower_that_has_not_split_is_not_given_the_right_half(autojump_clock: MockClock) -> None:
     """It would write into a span that the unsplit range still owns; the log brings the split, then the data."""
     async with world(3) as hosts:
@@ -337,7 +360,7 @@ async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot
         await hosts.write(b"k", b"v")
         leader = await led_by_another(hosts, 3)
         late = hosts[3]
-        late.engine.stall = True
+        late.engine.stall = late.engine.full = True  # the install does not wait for that
         for number in range(3):
             await hosts.write(b"k%d" % number, b"v")
         await hosts.until(lambda: late.driver.applier.held, "entries held back")
@@ -350,7 +373,7 @@ async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot
         index = leader.machine().applied_index
         await hosts.until(lambda: late.replica().machine and late.machine().applied_index == index, "the install")
         assert late.driver.applier.held
-        late.engine.stall = False
+        late.engine.stall = late.engine.full = False
         await hosts.until(lambda: not late.driver.applier.held)
         assert late.replica().raft.raft.log.applying_bytes == 0
         hosts.heal()
@@ -362,7 +385,7 @@ async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_g
         await hosts.write(b"k", b"v")
         leader = await led_by_another(hosts, 3)
         late = hosts[3]
-        late.engine.stall = True
+        late.engine.stall = late.engine.full = True  # the install does not wait for that
         for number in range(3):
             await hosts.write(b"k%d" % number, b"v")
         await hosts.until(lambda: late.driver.applier.held, "entries held back")
@@ -372,7 +395,7 @@ async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_g
         await late.snapshots.receive(stream, leader.node_id)
         late.workers.hold_others()
         await hosts.until(lambda: late.replica().machine is None, "the install")
-        late.engine.stall = False
+        late.engine.stall = late.engine.full = False
         await hosts.until(lambda: not late.driver.applier.held)
         late.workers.release()
         await hosts.until(lambda: late.replica().machine and not late.replica().installing, "the install's end")
