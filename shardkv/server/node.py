@@ -240,9 +240,10 @@ class _Node:
                 self._log,
                 self._stop,
             )
-            await workers.run(self._directory.assign, cluster_id, NodeId(node_id), self._config.name)
+            # The addresses first: once the directory is a node's, a start may be told no other.
             self._address_book.joined(nodes)
             await self._store_peers()
+            await workers.run(self._directory.assign, cluster_id, NodeId(node_id), self._config.name)
 
     async def _load_peers(self) -> None:
         path = f"{self._directory.path}/{PEERS_NAME}"

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import structlog
@@ -9,8 +10,9 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.config import RaftConfig
-from shardkv.errors import Busy
+from shardkv.errors import Busy, ConfigError
 from shardkv.simulation.cluster import Cluster
+from shardkv.simulation.disk import Call
 from shardkv.simulation.network import SimulatedNetwork
 from shardkv.wire.requests import Method, Request
 from shardkv_placement import commands
@@ -167,3 +169,46 @@ async def test_nodes_that_come_back_are_ready_before_there_is_a_placement_group(
         started = cluster.now
         await cluster.nodes["n2"].start()
         assert cluster.now - started < 1.0
+
+
+async def _joins_and_crashes(at_call: int | None, moments: list[int]) -> None:
+    """A node that joins dies at a call, and is started again without being told whom to join, if it has joined."""
+    async with empty("n1", "n2") as cluster:
+        first, node = cluster.nodes.values()
+        await first.start()
+        calls = node.environment.calls
+        if at_call is None:
+
+            def note(call: Call) -> None:
+                if call.path.startswith(("/n2/identity", "/n2/peers")):
+                    moments.append(calls.count)
+
+            node.environment.disk.on_call = note
+            await node.start()
+            return
+        node.crash_at_call(at_call)
+        node.start_soon()
+        await node.ended.wait()
+        await node.buried()
+        joined = node.config
+        node.config = replace(joined, join=())
+        cluster.tolerates = lambda node, error: isinstance(error, ConfigError)
+        node.start_soon()
+        await cluster.sleep(5)
+        if not node.alive:
+            node.config = joined
+            node.start_soon()
+            await cluster.sleep(5)
+        assert node.composed, "it does not start"
+        assert node.inside.placement.introduced(None), f"the cluster has not heard of it, after a crash at {at_call}"
+
+
+async def test_a_crash_at_any_moment_of_joining_leaves_a_node_that_finds_its_cluster(
+    autojump_clock: MockClock,
+) -> None:
+    """DESIGN 2.2: a second start carries on without --join. So who has joined must know where the others are."""
+    moments: list[int] = []
+    await _joins_and_crashes(None, moments)
+    assert len(moments) > 8, "not every call of a join was seen"
+    for at_call in range(moments[0], moments[-1] + 2):
+        await _joins_and_crashes(at_call, [])
