@@ -130,12 +130,16 @@ class Client:
         Under trio ``async with`` must still be left where it was entered; under asyncio this is all that is needed.
         """
         host = self._host
-        if host is not None:
+        if host is None:
+            return
+        if self._task is None:
             await host.aclose()
-        task, self._task = self._task, None
-        if task is not None:
-            with anyio.CancelScope(shield=True):  # else a cancellation here would replace the body's own exception
-                await asyncio.wait([task])
+            return
+        # The task itself is waited for: a loop that shuts down also cancels tasks that have not begun, and such a task
+        # never says that it has ended.
+        host.close()
+        with anyio.CancelScope(shield=True):  # else a cancellation here would replace the body's own exception
+            await asyncio.wait([self._task])
 
     def forked(self) -> None:
         """This process is a child of the one that opened the client, whose session and connections it must not use."""

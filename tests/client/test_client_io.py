@@ -471,6 +471,22 @@ def test_under_asyncio_a_client_may_be_closed_in_another_task(server):
     asyncio.run(main())
 
 
+def test_under_asyncio_a_client_whose_task_never_began_can_be_closed(server):
+    """DESIGN §2.3: nothing hangs. A loop that shuts down cancels the client's task even before its first step."""
+
+    async def main() -> None:
+        kv = connect(server.addresses)
+        await kv.__aenter__()
+        (own,) = asyncio.all_tasks() - {asyncio.current_task()}
+        own.cancel()
+        await asyncio.wait_for(kv.aclose(), 10)
+        await kv.aclose()
+        with pytest.raises(errors.ClientClosed):
+            await kv.get(b"k")
+
+    asyncio.run(main())
+
+
 def test_an_async_generator_may_hold_the_client_open_on_asyncio(server):
     """As test fixtures and web frameworks do, which close it from another task."""
 
