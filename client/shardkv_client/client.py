@@ -118,8 +118,8 @@ class Client:
         await self.aclose()
         nursery, self._nursery = self._nursery, None
         if nursery is not None:
-            # The body is over. Shielded and cancelled, the nursery lets out nothing, not even the cancellation that
-            # ended its task together with the body: what leaves is the body's own exception.
+            # The body is over. Shielded and cancelled, the nursery lets out nothing, not even a cancellation that ended
+            # the body: what leaves is the body's own exception.
             nursery.cancel_scope.shield = True
             nursery.cancel_scope.cancel()
             await self._nursery_manager.__aexit__(None, None, None)

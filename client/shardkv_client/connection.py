@@ -44,7 +44,9 @@ class Host:
     ) -> None:
         self._environment = environment
         self._flush_bell: Doorbell = waiter.doorbell()
-        self._scope = anyio.CancelScope()
+        # Shielded: under trio a cancellation of the task that opened the client would end the connections at once,
+        # under the calls with which that task tidies up.
+        self._scope = anyio.CancelScope(shield=True)
         self._ended = anyio.Event()
         self._timer_scope: anyio.CancelScope | None = None
         self._group: anyio.abc.TaskGroup | None = None
@@ -60,7 +62,7 @@ class Host:
         )
 
     async def run(self) -> None:
-        """Until closed or cancelled. Lets out nothing but a cancellation."""
+        """Until closed, or until its own task is cancelled by asyncio. Lets out nothing but that."""
         try:
             with self._scope:
                 async with anyio.create_task_group() as self._group:

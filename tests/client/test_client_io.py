@@ -641,7 +641,7 @@ async def test_trio_sees_no_abandoned_generators(server):
 
 
 def test_what_a_cancelled_body_raises_leaves_as_itself(backend, server):
-    """The cancellation that ended the client's tasks as well must not take its place."""
+    """The cancellation must not take its place."""
 
     async def main() -> None:
         left: list[type[BaseException]] = []
@@ -654,12 +654,33 @@ def test_what_a_cancelled_body_raises_leaves_as_itself(backend, server):
                         await kv.put(b"k", b"v")
                     finally:
                         with anyio.CancelScope(shield=True):
-                            for _ in range(100):  # the client's own tasks are cancelled first
+                            for _ in range(100):
                                 await anyio.lowlevel.checkpoint()
                         1 / 0  # noqa: B018
             except BaseException as error:
                 left.append(type(error))
         assert left == [ZeroDivisionError]
+
+    run(backend, main)
+
+
+def test_a_cancelled_body_may_tidy_up_with_the_client(backend, server):
+    """DESIGN §2.3: the same on both. What is shielded is not cancelled, and neither are the connections under it."""
+
+    async def main() -> None:
+        with anyio.CancelScope() as scope:
+            async with connect(server.addresses) as kv:
+                await kv.put(b"lock", b"mine")
+                scope.cancel()
+                try:
+                    await kv.get(b"lock")
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        for _ in range(100):
+                            await anyio.lowlevel.checkpoint()
+                        assert await kv.delete(b"lock")
+        assert scope.cancelled_caught
+        assert not server.cluster.data
 
     run(backend, main)
 
