@@ -37,6 +37,7 @@ from shardkv_client.limits import (
     check_key_size,
     check_key_type,
     check_limit,
+    check_request,
     check_timeout,
     check_value_size,
     check_value_type,
@@ -387,6 +388,7 @@ class Client:
         """
         if sum(target is not None for target in (key, range_id, node_id)) > 1:
             raise InvalidRange("a call goes by key, by range_id or by node_id; pass one of them")
+        check_request(method, arguments, key=key, range_id=range_id, node_id=node_id)
         check_timeout(timeout)
         deadline = self._now() + timeout
         if range_id is not None:

@@ -3,13 +3,13 @@
 A wrong type is a TypeError, everything else one of shardkv's RequestErrors; each says what is allowed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import Final
 
 from shardkv.errors import InvalidRange, KeyTooLarge, RequestError, ValueTooLarge
 from shardkv.types import KEY_BYTES_MAX, TIMESTAMP_MAX, VALUE_BYTES_MAX
-from shardkv.wire.requests import Consistency
+from shardkv.wire.requests import FRAME_BYTES_MAX, Consistency, decode_requests, encode_request, join
 
 _CONSISTENCY: Final = {
     "linearizable": int(Consistency.LINEARIZABLE),
@@ -55,6 +55,24 @@ def distinct(keys: Iterable[bytes]) -> list[bytes]:
     for key in wanted:
         check_key_size(key)
     return wanted
+
+
+def check_request(
+    method: int, arguments: Sequence[object], *, key: bytes | None, range_id: int | None, node_id: int | None
+) -> None:
+    """Check a request of any kind, which others will share a frame with: what nobody can encode or read stays here."""
+    if key is not None:
+        check_key_type(key)
+    for name, number in (("method", method), ("range_id", range_id), ("node_id", node_id)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise TypeError(f"{name} must be an int, not {type(number).__name__}")
+    try:
+        encoded = encode_request(0, method, 0, 0, 0, *arguments)
+    except Exception as error:
+        raise TypeError(f"the arguments of a call must be plain values: {error}") from error
+    if len(encoded) > FRAME_BYTES_MAX // 2:
+        raise RequestError(f"a call may have {FRAME_BYTES_MAX // 2} bytes; this one has {len(encoded)}")
+    decode_requests(join([encoded]))
 
 
 def check_version(version: int) -> None:

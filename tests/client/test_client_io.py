@@ -353,6 +353,14 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
         (errors.InvalidRange, lambda kv: kv.delete_range(b"b", b"a")),
         (errors.InvalidRange, lambda kv: kv.delete_range(b"b", prefix=b"a")),
         (errors.InvalidRange, lambda kv: kv.call(1, key=b"k", node_id=1)),
+        (TypeError, lambda kv: kv.call(Method.STATUS, key="k")),
+        (TypeError, lambda kv: kv.call(Method.STATUS, node_id=[])),
+        (TypeError, lambda kv: kv.call("status")),
+        (TypeError, lambda kv: kv.call(Method.STATUS, object())),
+        (TypeError, lambda kv: kv.call(Method.STATUS, "\ud800")),
+        (errors.RequestError, lambda kv: kv.call(Method.STATUS, 1 << 64)),
+        (errors.RequestError, lambda kv: kv.call(Method.STATUS, {1, 2})),
+        (errors.RequestError, lambda kv: kv.call(Method.STATUS, b"v" * (16 << 20))),
     ]
     scans: list[tuple[type[Exception], Callable[[Client], Any]]] = [
         (TypeError, lambda kv: kv.scan("a")),
