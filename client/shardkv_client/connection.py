@@ -13,6 +13,7 @@ from typing import Final
 import anyio
 import anyio.abc
 import anyio.lowlevel
+from trio.lowlevel import enable_ki_protection
 
 from shardkv_client.core import Core, Link, Settings
 from shardkv_client.core.links import describe
@@ -37,7 +38,10 @@ class _Pipe:
 
 
 class Host:
-    """Runs a core. :meth:`run` must be running in a task while the client is open."""
+    """Runs a core. :meth:`run` must be running in a task while the client is open.
+
+    Under trio its tasks are protected from KeyboardInterrupt, which the body gets in their place.
+    """
 
     def __init__(
         self, seeds: list[str], settings: Settings, environment: Environment, waiter: TrioWaiter | AsyncioWaiter
@@ -61,6 +65,7 @@ class Host:
             wake_timer=self._wake_timer,
         )
 
+    @enable_ki_protection
     async def run(self) -> None:
         """Until closed, or until its own task is cancelled by asyncio. Lets out nothing but that."""
         try:
@@ -100,6 +105,7 @@ class Host:
         if self._timer_scope is not None:
             self._timer_scope.cancel()
 
+    @enable_ki_protection
     async def _keep_time(self) -> None:
         core = self.core
         while True:
@@ -158,6 +164,7 @@ class Host:
             assert self._group is not None, "output before the tasks run"
             self._group.start_soon(self._drain, link, pipe)
 
+    @enable_ki_protection
     async def _drain(self, link: Link, pipe: _Pipe) -> None:
         """Write what the socket had no room for, until it has."""
         try:
@@ -172,6 +179,7 @@ class Host:
         finally:
             pipe.writing = False
 
+    @enable_ki_protection
     async def _serve(self, link: Link, pipe: _Pipe) -> None:
         """One connection, from the dial to its end."""
         core = self.core

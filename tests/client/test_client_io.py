@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -14,7 +16,7 @@ import trio
 from shardkv import errors
 from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, Entry
 from shardkv.wire.requests import Method
-from shardkv_client import Client, Settings, connect
+from shardkv_client import Client, RealEnvironment, Settings, connect
 from tests.client.fake_cluster import FakeCluster
 from tests.client.fake_server import FakeServer
 
@@ -691,6 +693,30 @@ def test_a_cancelled_body_may_tidy_up_with_the_client(backend, server):
         assert not server.cluster.data
 
     run(backend, main)
+
+
+def test_an_interrupt_is_raised_in_the_body_and_not_in_the_clients_own_tasks(server):
+    """DESIGN §2.3: connect() never wraps. Most moments of a busy program lie in the client's tasks."""
+
+    async def main(task_name: str) -> None:
+        class Interrupting(RealEnvironment):
+            def monotonic(self) -> float:  # type: ignore[override]
+                task = trio.lowlevel.current_task()
+                if task.name.endswith(task_name) and not interrupted:
+                    interrupted.append(task.name)
+                    signal.raise_signal(signal.SIGINT)
+                return time.monotonic()
+
+        interrupted: list[str] = []
+        async with connect(server.addresses, environment=Interrupting()) as kv:
+            with pytest.raises(KeyboardInterrupt):
+                for _ in range(100):
+                    await kv.put(b"k", b"v")
+            assert interrupted
+            await kv.put(b"k", b"after")
+
+    for task_name in ("shardkv client", "_serve", "_keep_time"):
+        trio.run(main, task_name)
 
 
 def test_a_list_is_checked_to_its_end_before_anything_is_sent(backend, server):
