@@ -354,6 +354,22 @@ def test_an_answer_of_another_shape_costs_the_connection_not_the_call(result):
     assert len(world.dials) == 2
 
 
+def test_calls_that_waited_for_room_at_a_node_that_says_goodbye_and_dies_go_elsewhere():
+    world = World(settings=Settings(keys_per_get_max=1))
+    world.inflight_max = 1
+    world.run(world.put(b"k", b"v"))
+    (link,) = (link for link, node in world.open.items() if node.id == 1)
+    world.mute.add(1)
+    calls = [world.get(b"k") for _ in range(3)]
+    world.settle()
+    assert len(link.peer.waiting) == 2
+    world.core.link_bytes(link, encode_frame(FrameKind.GOODBYE, b""), world.now)
+    world.crash(1)
+    world.cluster.range_of(b"k").leader = 2
+    world.run(*calls)
+    assert [call.error for call in calls] == [None] * 3
+
+
 def test_unanswered_requests_to_a_node_are_bounded_as_it_asked():
     """Welcome.inflight_max: beyond it the node stops reading, so the rest waits here."""
     world = World(nodes=1, settings=Settings(keys_per_get_max=1))

@@ -325,6 +325,8 @@ class Links:
             peer.link = None
             peer.failures += 1
             peer.dial_after = now + self._backoff(peer.failures)
+        if peer.link is None:
+            # Also what waited for room on a link that drained: perhaps nobody dials this node again.
             waiting, peer.waiting = peer.waiting, []
         requests = list(link.inflight.values())
         link.inflight.clear()
