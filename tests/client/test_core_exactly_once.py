@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from shardkv import errors
 from shardkv.types import SESSION_WINDOW_MAX, timestamp_at
 from shardkv.wire.commands import Op
-from shardkv.wire.requests import Method
+from shardkv.wire.requests import Method, Request
 from shardkv_client.core import Settings
 from shardkv_client.core.session import Session
 from tests.client.fake_cluster import BASE_MS
@@ -217,6 +217,42 @@ def test_the_window_is_never_exceeded():
     world.run(*calls)
     assert all(call.error is None for call in calls)
     assert max(sequence - below for sequence, below in world.cluster.windows) == SESSION_WINDOW_MAX
+
+
+def test_the_command_that_the_window_waits_for_does_not_wait_for_the_window():
+    """It is sent again when there is room, also where new commands stand before it."""
+    world = World(nodes=2, settings=Settings(calls_in_flight_max=5_000, bytes_per_write_max=1))
+    world.cluster.split(b"m", leader=2)
+    world.run(world.put(b"a", b"v"), world.put(b"z", b"v"))
+
+    def refuse_once_and_fall_silent(request: Request) -> errors.ShardKVError | None:
+        if request.method != Method.WRITE or 2 in world.mute:
+            return None
+        world.mute.add(2)
+        return errors.Busy("not now")
+
+    world.cluster.nodes[2].faults.append(refuse_once_and_fall_silent)
+    retried = []
+    for i in range(3):
+        retried.append(world.put(b"z%d" % i, b"v"))
+        world.core.flush(world.now)
+        world._perform()
+    lowest, *later = retried
+    world.pass_time(0.1)
+    assert [call.attempts for call in retried] == [2, 1, 1]  # the lowest went out last
+    filling = [world.put(b"a%d" % i, b"v") for i in range(SESSION_WINDOW_MAX)]
+    world.run(filling[0], *filling[: SESSION_WINDOW_MAX - len(later)])
+    assert not world.core.session.open
+    new = world.put(b"z9", b"v")
+    for link, node in list(world.open.items()):
+        if node.id == 1:
+            link.inflight_max = 2
+        else:
+            world.cut(link)
+    world.mute.clear()
+    world.cluster.nodes[2].faults.clear()
+    world.run(lowest, *later, new, *filling)
+    assert [call.error for call in (*retried, new)] == [None] * 4
 
 
 def test_calls_beyond_the_in_flight_bound_wait_their_turn():

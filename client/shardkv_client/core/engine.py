@@ -229,11 +229,9 @@ class Core:
         if link.state is not LinkState.READY or not packer.room(link):
             peer.waiting.extend(calls)
         elif kind is Kind.WRITE:
-            rest, for_window = packer.writes(link, route, calls, now)
-            if rest and not for_window:
-                peer.waiting.extend(rest)
-            elif rest:
-                self.ledger.held.extend(rest)
+            held, rest = packer.writes(link, route, calls, now)
+            self.ledger.held.extend(held)
+            peer.waiting.extend(rest)
         elif kind is Kind.READ:
             peer.waiting.extend(packer.reads(link, route, calls, consistency, now))
         else:

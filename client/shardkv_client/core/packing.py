@@ -73,11 +73,14 @@ class Packer:
 
     # --- the kinds of calls -------------------------------------------------------------------------------------
 
-    def writes(self, link: Link, route: Route, calls: list[WriteCall], now: float) -> tuple[list[WriteCall], bool]:
+    def writes(
+        self, link: Link, route: Route, calls: list[WriteCall], now: float
+    ) -> tuple[list[WriteCall], list[WriteCall]]:
         """Send commands, sealing those that are new.
 
         Returns:
-            The calls that were not sent, and whether that is for the session's window (else for want of room).
+            The calls that were not sent: those that the session's window has no place for, and those there was no
+            room for. Apart, for the one that the window waits for may be among the latter.
         """
         session = self.session
         settings = self._settings
@@ -87,7 +90,7 @@ class Packer:
         held: list[WriteCall] = []
         while position < len(calls):
             if not self.room(link):
-                return held + calls[position:], bool(held)
+                return held, calls[position:]
             blobs: list[bytes] = []
             batch: list[WriteCall] = []
             size = 0
@@ -110,7 +113,7 @@ class Packer:
             if blobs:
                 sent = Sent(next(self._ids), Kind.WRITE, batch, route, LINEARIZABLE)
                 self._put(link, sent, Method.WRITE, route, now, session.id, commands.join(blobs))
-        return held, True
+        return held, []
 
     def reads(self, link: Link, route: Route, calls: list[ReadCall], consistency: int, now: float) -> list[ReadCall]:
         """Send gets of one consistency and bound. The calls there was no room for."""
