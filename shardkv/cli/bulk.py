@@ -216,6 +216,7 @@ def export(
         if saved is None:
             header = records.write_header(file_format)
             file.write(header)
+            _sync(file, checkpoint)
             checkpoint.save(offset=len(header), last_key_hex=None, count=0)
         elif saved["last_key_hex"] is not None:
             span["start"] = bytes.fromhex(saved["last_key_hex"]) + b"\x00"
@@ -241,15 +242,21 @@ def _exporter(
                 file.write(records.write_record(file_format, entry.key, entry.value, entry.version))
                 count += 1
                 if count % BATCH_KEYS_MAX == 0:
-                    file.flush()
+                    _sync(file, checkpoint)
                     if checkpoint.path is not None:
-                        os.fsync(file.fileno())
                         checkpoint.save(offset=file.tell(), last_key_hex=entry.key.hex(), count=count)
                     progress.update(count)
         file.flush()
         return count
 
     return body
+
+
+def _sync(file: BinaryIO, checkpoint: Checkpoint) -> None:
+    """Before a checkpoint: what it speaks of must be in the file whatever happens next."""
+    file.flush()
+    if checkpoint.path is not None:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -262,6 +269,8 @@ def _open_output(file_name: str, saved: Mapping[str, Any] | None, resume: bool, 
     path = Path(file_name)
     if saved is not None:
         with path.open("r+b") as file:
+            if file.seek(0, os.SEEK_END) < saved["offset"]:
+                raise click.UsageError(f"{file_name} is shorter than it was; export it anew with --overwrite")
             file.truncate(saved["offset"])
             file.seek(saved["offset"])
             yield file

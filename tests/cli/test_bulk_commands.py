@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -99,6 +100,32 @@ def test_an_interrupted_export_carries_on_where_it_stopped(world: World, tmp_pat
     world.client.fail = None
     assert world.run("export", str(path), "--resume").exit_code == 0
     assert path.read_bytes() == whole.read_bytes()
+
+
+def test_what_a_checkpoint_speaks_of_is_in_the_file(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed flushes nothing; filling the file up with zeros would not bring it back."""
+    for number in range(10):
+        world.client.set(b"k%d" % number, b"v")
+    path = tmp_path / "out.csv"
+    sizes: list[tuple[int, int]] = []
+    save = bulk.Checkpoint.save
+
+    def measure(checkpoint: bulk.Checkpoint, **state: Any) -> None:
+        sizes.append((path.stat().st_size, state["offset"]))
+        save(checkpoint, **state)
+
+    monkeypatch.setattr(bulk.Checkpoint, "save", measure)
+    world.client.fail, world.client.fail_after = errors.Unavailable("no leader"), 7
+    assert world.run("export", str(path)).exit_code == 3
+    assert len(sizes) == 3
+    assert all(size == offset for size, offset in sizes), sizes
+    path.write_bytes(b"")
+    refused = world.run("export", str(path), "--resume")
+    assert refused.exit_code == 2
+    assert "shorter" in refused.stderr
+    assert path.read_bytes() == b""
 
 
 def test_an_export_that_failed_before_its_first_batch_starts_anew_on_resume(world: World, tmp_path: Path) -> None:
