@@ -22,6 +22,7 @@ from shardkv.cli.progress import Progress
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, base64_option, connected
 from shardkv.json_rules import to_json
+from shardkv.types import KEY_BYTES_MAX
 
 BATCH_KEYS_MAX: Final = 5_000
 BATCH_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -219,7 +220,8 @@ def export(
             _sync(file, checkpoint)
             checkpoint.save(offset=len(header), last_key_hex=None, count=0)
         elif saved["last_key_hex"] is not None:
-            span["start"] = bytes.fromhex(saved["last_key_hex"]) + b"\x00"
+            start_after = _least_above(bytes.fromhex(saved["last_key_hex"]))
+            span |= {"limit": 0} if start_after is None else {"start": start_after}
         with Progress("export") as progress:
             count = session.run(_exporter(session, file, file_format, span, saved, checkpoint, progress))
     checkpoint.remove()
@@ -250,6 +252,11 @@ def _exporter(
         return count
 
     return body
+
+
+def _least_above(key: bytes) -> bytes | None:
+    """The least key above ``key``, None if there is none: no key has a byte more than the longest ones."""
+    return key + b"\x00" if len(key) < KEY_BYTES_MAX else after_prefix(key)
 
 
 def _sync(file: BinaryIO, checkpoint: Checkpoint) -> None:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from shardkv import errors
 from shardkv.cli import bulk, records
-from tests.cli.fakes import World, world
+from shardkv.types import KEY_BYTES_MAX
+from shardkv_client.limits import check_span
+from tests.cli.fakes import FakeScan, World, world
 
 __all__ = ["world"]
 
@@ -100,6 +102,33 @@ def test_an_interrupted_export_carries_on_where_it_stopped(world: World, tmp_pat
     world.client.fail = None
     assert world.run("export", str(path), "--resume").exit_code == 0
     assert path.read_bytes() == whole.read_bytes()
+
+
+def test_an_export_that_was_interrupted_at_a_longest_key_carries_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client takes no bound longer than a key may be."""
+    scan = world.client.scan
+
+    def checking(start: bytes = b"", end: bytes | None = None, **options: Any) -> FakeScan:
+        check_span(start, end)
+        return scan(start, end, **options)
+
+    monkeypatch.setattr(world.client, "scan", checking)
+    for key in (b"a", b"aa", b"b" * KEY_BYTES_MAX, b"c"):
+        world.client.set(key, b"v")
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert world.run("export", str(whole)).exit_code == 0
+    world.client.fail, world.client.fail_after = errors.Unavailable("no leader"), 3
+    assert world.run("export", str(path)).exit_code == 3
+    world.client.fail = None
+    progress = path.with_name(path.name + ".progress")
+    saved = progress.read_text()
+    assert world.run("export", str(path), "--resume").exit_code == 0
+    assert path.read_bytes() == whole.read_bytes()
+    progress.write_text(saved.replace("62" * KEY_BYTES_MAX, "ff" * KEY_BYTES_MAX))
+    assert world.run("export", str(path), "--resume").exit_code == 0  # there is nothing behind that key
+    assert len(path.read_bytes().splitlines()) == 3
 
 
 def test_what_a_checkpoint_speaks_of_is_in_the_file(
