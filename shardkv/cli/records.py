@@ -13,6 +13,7 @@ from typing import BinaryIO, Final, NamedTuple
 
 from shardkv.cli import text
 from shardkv.json_rules import BASE64_SUFFIX, json_field
+from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX
 
 FORMATS: Final = ("jsonl", "csv")
 CSV_COLUMNS: Final = ("key", "key_base64", "value", "value_base64", "version")
@@ -144,4 +145,7 @@ def _record(fields: object, lines: _Lines) -> Record:
         raise BadRecord(f"line {lines.line}: {problem}") from None
     if not key or value is None:
         raise BadRecord(f"line {lines.line}: a record needs a key of at least one byte and a value")
+    for name, part, bytes_max in (("key", key, KEY_BYTES_MAX), ("value", value, VALUE_BYTES_MAX)):
+        if len(part) > bytes_max:
+            raise BadRecord(f"line {lines.line}: a {name} may have {bytes_max} bytes; this one has {len(part)}")
     return Record(key, value, lines.offset, lines.line)

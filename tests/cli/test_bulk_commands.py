@@ -223,10 +223,17 @@ def test_an_import_reads_stdin(world: World) -> None:
         ("a.jsonl", b'{"key":"a","value":"1"}\n{"key":"b","value":3}\n', "line 2: value must be text"),
         ("a.jsonl", b'{"key":"a","value":"1"}\n{"key":"","value":""}\n', "line 2: a record needs a key"),
         ("a.jsonl", b'{"key":"a","value":"1"}\n\xff\n', "line 2: not UTF-8"),
+        (
+            "a.jsonl",
+            b'{"key":"a","value":"1"}\n{"key":"%s","value":""}\n' % (b"k" * 4097),
+            "line 2: a key may have 4096",
+        ),
+        ("a.csv", b"key,value\na,1\nb,%s\n" % (b"v" * (1048576 + 1)), "line 3: a value may have 1048576"),
         ("a.csv", b"key,value\na,1\nb\n", "line 3: 1 fields under a header of 2"),
         ("a.csv", b'key,value\na,1\n"b,2\n', "line 3: not CSV"),
         ("a.csv", b"key_base64,value\nYQ==,1\n?,2\n", "line 3:"),
     ],
+    ids=range(11),
 )
 def test_a_bad_record_is_named_by_its_line_after_those_before_it_are_imported(
     world: World, tmp_path: Path, name: str, content: bytes, words: str
