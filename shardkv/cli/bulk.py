@@ -38,10 +38,10 @@ resume_option = click.option("--resume", is_flag=True, help="Carry on where an e
 
 
 class Checkpoint:
-    """The ``FILE.progress`` file of one command. Nothing is kept for stdin and stdout."""
+    """The ``FILE.progress`` file of one command. Nothing is kept for streams."""
 
     def __init__(self, file_name: str, identity: Mapping[str, object]) -> None:
-        self.path = None if file_name == "-" else Path(file_name + ".progress")
+        self.path = None if _is_stream(file_name) else Path(file_name + ".progress")
         self._identity = dict(identity)
 
     def load(self) -> dict[str, Any] | None:
@@ -66,6 +66,11 @@ class Checkpoint:
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def _is_stream(file_name: str) -> bool:
+    """Whether it is read or written once and has no place to go back to: stdin, stdout, a pipe, a device."""
+    return file_name == "-" or (Path(file_name).exists() and not Path(file_name).is_file())
 
 
 def _file_name(ctx: click.Context, parameter: click.Parameter, typed: str) -> str:
@@ -98,10 +103,10 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
             file_name, {"command": "import", "format": file_format, "fingerprint": _fingerprint(file, file_name)}
         )
         saved = checkpoint.load() if resume else None
-        if resume and file_name == "-":
-            raise click.UsageError("stdin cannot be resumed; import from a file")
+        if resume and _is_stream(file_name):
+            raise click.UsageError("a stream cannot be resumed; import from a file")
         start = saved or {"offset": 0, "line": 0, "count": 0}
-        total = None if file_name == "-" else os.fstat(file.fileno()).st_size
+        total = None if _is_stream(file_name) else os.fstat(file.fileno()).st_size
         with Progress("import", unit="bytes", total=total) as progress:
             count = session.run(_importer(session, file, file_format, start, checkpoint, progress))
     checkpoint.remove()
@@ -173,7 +178,7 @@ def _open_input(file_name: str) -> Iterator[BinaryIO]:
 
 def _fingerprint(file: BinaryIO, file_name: str) -> str:
     """Tells whether a file is still the one that was begun: its first bytes."""
-    if file_name == "-":
+    if _is_stream(file_name):
         return ""
     start = file.read(FINGERPRINT_BYTES_MAX)
     file.seek(0)

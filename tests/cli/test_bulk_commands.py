@@ -1,6 +1,7 @@
 """import and export: formats, resuming, and what is refused. Against a fake client and real files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,21 @@ def test_an_import_reads_stdin(world: World) -> None:
     assert world.run("import", "-", input='{"key":"a","value":"1"}\n\n').exit_code == 0
     assert world.run("import", "-", "--format", "csv", input="\ufeffkey,value\r\nb,2\r\n").exit_code == 0
     assert {key: entry.value for key, entry in world.client.data.items()} == {b"a": b"1", b"b": b"2"}
+
+
+@pytest.mark.parametrize("file_format", records.FORMATS)
+def test_an_import_reads_a_pipe(world: World, file_format: str) -> None:
+    """As a shell hands it over for `<(zcat all.jsonl.gz)`."""
+    reader, writer = os.pipe()
+    try:
+        with open(writer, "wb") as file:
+            file.write(records.write_header(file_format) + records.write_record(file_format, b"a", b"1", 7))
+        name = f"/dev/fd/{reader}"
+        assert world.run("import", name, "--resume", "--format", file_format).exit_code == 2
+        assert world.run("import", name, "--format", file_format).exit_code == 0
+    finally:
+        os.close(reader)
+    assert world.client.data[b"a"].value == b"1"
 
 
 @pytest.mark.parametrize(
