@@ -183,10 +183,13 @@ def _options_of(name: str) -> list[str]:
 
 
 def read_lines(shell: Shell) -> int:
-    """Lines from stdin without a terminal: the first failure ends it."""
-    for line in sys.stdin:
+    """Lines from stdin without a terminal: the first failure ends it.
+
+    Read as bytes, so that a command that reads stdin itself (``put KEY -``) gets what stands behind its line.
+    """
+    while line := sys.stdin.buffer.readline():
         try:
-            code = shell.run_line(line)
+            code = shell.run_line(line.decode("utf-8", "surrogateescape"))
         except _Exit:
             return exits.DONE
         if code:
@@ -245,7 +248,9 @@ async def _serve(addresses: str, commands: str | None, banner: str) -> int:
     async with session.connect(addresses) as client, trio.open_nursery() as nursery:
         shell = Shell(client, trio.lowlevel.current_trio_token())
 
-        def work() -> int:
+        def work(_held: object = sys.stdin) -> int:
+            # An interrupt leaves this thread waiting for stdin, which the end of the process must not close under it:
+            # that aborts it. The frame holds on to it.
             if commands is not None:
                 try:
                     return shell.run_line(commands)

@@ -51,6 +51,19 @@ def test_without_a_terminal_lines_come_from_stdin(world: World) -> None:
     assert b"z" not in world.client.data
 
 
+def test_a_command_that_reads_stdin_gets_what_stands_behind_its_line(world: World) -> None:
+    """It got nothing, and wrote that: the lines behind it had been read ahead."""
+    assert world.run("shell", input=b"put b 1\nput a -\nhello\nget a\n\xff").exit_code == 0
+    assert {key: entry.value for key, entry in world.client.data.items()} == {b"a": b"hello\nget a\n\xff", b"b": b"1"}
+    assert world.run("shell", input=b'put b 2\nimport -\n{"key":"c","value":"3"}\n').exit_code == 0
+    assert world.client.data[b"c"].value == b"3"
+
+
+def test_a_line_of_stdin_that_is_not_utf8_means_its_bytes(world: World) -> None:
+    assert world.run("shell", input=b"put \xff \xfe\r\n").exit_code == 0
+    assert world.client.data[b"\xff"].value == b"\xfe"
+
+
 def test_the_shell_takes_operations_without_admin(world: World) -> None:
     assert (
         world.run("shell", "-c", "split m; transfer 3 n2; snapshot 3; nodes; ranges; status; leader a").exit_code == 0
@@ -169,6 +182,17 @@ def test_an_interrupt_while_waiting_for_a_line_is_exit_code_130() -> None:
         assert child.stdin is not None
         assert child.stdout is not None
         child.stdin.write(b"put a 1\n")
+        child.stdin.flush()
+        assert child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
+
+
+def test_an_interrupt_while_a_command_reads_stdin_is_exit_code_130() -> None:
+    with start([], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b"put a 1\nput b -\n")
         child.stdin.flush()
         assert child.stdout.readline()
         child.send_signal(signal.SIGINT)
