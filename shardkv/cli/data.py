@@ -87,6 +87,7 @@ def get(
         _absent(wanted, base64_text)
     elif raw:
         sys.stdout.buffer.write(entry.value)
+        sys.stdout.buffer.flush()
     elif as_json:
         click.echo(to_json({"key": entry.key, "value": entry.value, "version": entry.version}))
     else:

@@ -5,6 +5,7 @@ be reached in time, 4 outcome unknown, 130 interrupted. Commands raise; only thi
 """
 
 import importlib
+import os
 import sys
 from typing import Any, Final
 
@@ -85,7 +86,12 @@ class Root(ExampleGroup):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            # What is still buffered may fail to be written, and that is this command's failure. In the shell it also
+            # has to come before what the next command writes, be it below the text layer.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except BaseException as error:
@@ -112,3 +118,14 @@ def main() -> None:
         shardkv(prog_name="shardkv")
     except KeyboardInterrupt:
         sys.exit(exits.INTERRUPTED)
+    finally:
+        _let_go_of_stdout()
+
+
+def _let_go_of_stdout() -> None:
+    """What could not be written was told; the interpreter would try once more and end with an exit code of its own."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -164,8 +164,35 @@ main()
 def start(arguments: list[str], **streams: object) -> "subprocess.Popen[bytes]":
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "SHARDKV_CONNECT": "h:1", "TERM": "dumb"}
-    environment |= {"XDG_STATE_HOME": str(streams.pop("state", "/nonexistent"))}
+    environment |= {"XDG_STATE_HOME": str(streams.pop("state", "/nonexistent")), "PYTHONUNBUFFERED": ""}
     return subprocess.Popen([sys.executable, "-c", SCRIPT, "shell", *arguments], env=environment, **streams)  # type: ignore[call-overload, no-any-return]
+
+
+def test_bytes_and_tables_come_out_in_the_order_of_their_commands() -> None:
+    with start(["-c", "put a v; scan --keys-only; get --raw a; scan --keys-only"], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        version, head, row, again, _ = child.stdout.read().splitlines()
+        assert row == b"a    " + version
+        assert again == b"v" + head
+        assert child.wait(30) == 0
+
+
+@pytest.mark.parametrize("command", ["nodes", "put a 1", "nodes; put a 1; get --raw a"])
+def test_what_cannot_be_written_is_told_once_and_is_exit_code_1(command: str) -> None:
+    """DESIGN 2.2. What was still buffered failed as the process ended, with an exit code that nobody knows."""
+    with open("/dev/full", "wb") as full, start(["-c", command], stdout=full, stderr=subprocess.PIPE) as child:
+        _, told = child.communicate(timeout=30)
+    assert child.returncode == 1
+    assert told == b"Error: [Errno 28] No space left on device (OSError)\n"
+
+
+def test_a_reader_that_has_gone_ends_the_command_silently() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with start(["-c", "nodes"], stdout=writer, stderr=subprocess.PIPE) as child:
+        os.close(writer)
+        _, told = child.communicate(timeout=30)
+    assert (child.returncode, told) == (1, b"")
 
 
 def test_an_interrupt_of_the_commands_given_is_exit_code_130() -> None:
