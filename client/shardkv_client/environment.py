@@ -9,6 +9,7 @@ import random
 import socket
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Final, Protocol
 from weakref import WeakSet
 
@@ -17,6 +18,8 @@ import anyio
 from shardkv.wire.address import parse_address
 
 RECEIVE_BUFFER_BYTES: Final = 64 * 1024
+ADDRESS_SECONDS: Final = 0.5
+"""How long one address of a name may keep the next from being tried; a dial has about 2 s for all of them."""
 
 
 class Stream(Protocol):
@@ -109,11 +112,14 @@ class RealEnvironment:
     async def dial(self, address: str) -> Stream:
         host, port = parse_address(address)
         problem: OSError | None = None
-        for family, kind, protocol, _, target in await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            try:
-                return SocketStream(await _connect(socket.socket(family, kind, protocol), target))
-            except OSError as error:
-                problem = error
+        infos = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for position, (family, kind, protocol, _, target) in enumerate(infos, 1):
+            # Often the first address is of a family that some firewall on the way drops without a word.
+            with anyio.CancelScope(deadline=inf if position == len(infos) else anyio.current_time() + ADDRESS_SECONDS):
+                try:
+                    return SocketStream(await _connect(socket.socket(family, kind, protocol), target))
+                except OSError as error:
+                    problem = error
         raise problem or OSError(f"{host} has no address")
 
 

@@ -1,7 +1,9 @@
 """The client takes time, chance and connections from whoever hands them in (DESIGN §3)."""
 
+import socket
 from typing import Any
 
+import anyio
 import pytest
 import trio
 import trio.testing
@@ -11,7 +13,7 @@ from shardkv.types import NodeId
 from shardkv.wire import requests
 from shardkv.wire.frames import FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Welcome, encode_welcome
-from shardkv_client import connect
+from shardkv_client import RealEnvironment, Settings, connect, environment
 from tests.client.fake_cluster import FakeCluster, FakeNode
 
 
@@ -118,3 +120,25 @@ async def test_an_exception_of_a_stream_is_a_broken_connection_whatever_its_clas
         await kv.put(b"k", b"w")
     assert "no stream raises this" in caplog.text
     assert len(environment.streams) == 2
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2])
+async def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypatch, autojump_clock, silent):
+    """A name with an IPv6 address that is dropped on the way and an IPv4 address that works."""
+    targets = [("address", 7001 + number) for number in range(3)]
+    ours, theirs = socket.socketpair()
+
+    async def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[Any, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", target) for target in targets]
+
+    async def connect_to(sock: socket.socket, target: tuple[str, int]) -> socket.socket:
+        sock.close()
+        if targets.index(target) < silent:
+            await trio.sleep_forever()
+        return ours
+
+    monkeypatch.setattr(anyio, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(environment, "_connect", connect_to)
+    with trio.fail_after(Settings().dial_seconds), theirs:
+        stream = await RealEnvironment().dial("name:7001")
+        await stream.aclose()
