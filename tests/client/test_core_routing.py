@@ -130,6 +130,21 @@ def test_a_mute_leader_is_given_up_after_its_silence():
     assert 1.4 < world.now - started < 2.0
 
 
+def test_a_program_that_stood_still_asks_a_node_before_it_gives_it_up():
+    """Its timers come due before it has read the answers that lie in the socket."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    call = world.put(b"k", b"w")
+    world.core.flush(world.now)
+    world._perform()
+    world.now += 5.0
+    world.core.tick(world.now)
+    world._perform()
+    world.run(call)
+    assert call.attempts == 1
+    assert len(world.dials) == 1
+
+
 def test_a_slow_node_that_answers_pings_is_kept():
     """Silence means no bytes at all, not a late answer."""
     world = World(nodes=1)

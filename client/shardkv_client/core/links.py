@@ -292,17 +292,18 @@ class Links:
             return
         settings = self._settings
         heard_at = max(link.received_at, link.owed_since)
-        ping_at = heard_at + settings.ping_after_seconds
-        lost_at = heard_at + settings.silence_seconds_max
+        if link.pinged_at <= heard_at:  # the node has spoken since, or was never asked
+            ping_at = heard_at + settings.ping_after_seconds
+            if now < ping_at:
+                self._timers.at(ping_at, lambda at: self._look_after(link, at))
+                return
+            link.pinged_at = now
+            self.write(link, _PING)
+        # Counted from the question: where this program stood still, what the node said meanwhile was not read yet.
+        lost_at = link.pinged_at + settings.silence_seconds_max - settings.ping_after_seconds
         if now >= lost_at:
             self.drop(link, f"silent for {now - heard_at:.1f} s while it owed an answer", now)
             return
-        if now < ping_at:
-            self._timers.at(ping_at, lambda at: self._look_after(link, at))
-            return
-        if link.pinged_at <= heard_at:  # the node has spoken since, or was never asked
-            link.pinged_at = now
-            self.write(link, _PING)
         self._timers.at(lost_at, lambda at: self._look_after(link, at))
 
     def drop(self, link: Link, problem: str, now: float) -> None:
