@@ -5,7 +5,7 @@ number of tasks of one event loop.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -392,7 +392,7 @@ class Client:
         check_timeout(timeout)
         deadline = self._now() + timeout
         if range_id is not None:
-            await self._know_range(range_id, timeout)
+            await self._know_range(range_id, deadline)
         call = AdminCall(
             method,
             arguments,
@@ -404,11 +404,11 @@ class Client:
         )
         return await self._perform(call)
 
-    async def _know_range(self, range_id: int, timeout: float) -> None:
+    async def _know_range(self, range_id: int, deadline: float) -> None:
         """Have the range in the cache, if it exists."""
         cache = self._open_host().core.router.cache
         if range_id != PLACEMENT_RANGE and cache.find_id(range_id) is None:
-            await self.ranges(timeout=timeout)
+            await self._list_ranges(lambda: max(0.0, deadline - self._now()))
             if cache.find_id(range_id) is None:
                 raise NotFound(f"there is no range {range_id}; list the ranges")
 
@@ -426,11 +426,14 @@ class Client:
 
         ``timeout`` covers one page of the list.
         """
+        return await self._list_ranges(lambda: timeout)
+
+    async def _list_ranges(self, page_seconds: Callable[[], float]) -> list[tuple[RangeDescriptor, int | None]]:
         router = self._open_host().core.router
         found: list[tuple[RangeDescriptor, int | None]] = []
         start = b""
         while True:
-            page = parse_routes(await self.call(Method.ROUTES, start, ROUTES_PER_PAGE, timeout=timeout))
+            page = parse_routes(await self.call(Method.ROUTES, start, ROUTES_PER_PAGE, timeout=page_seconds()))
             for descriptor, leader in page:
                 router.learn(descriptor, leader)
                 if not found or descriptor.span.start >= start:

@@ -302,6 +302,27 @@ def test_the_cluster_can_be_listed(backend, server):
     with_client(backend, server, body)
 
 
+def test_a_call_by_range_id_has_one_timeout_for_the_list_of_ranges_and_itself(backend, server):
+    """DESIGN §2.3: timeout covers one call, and a cluster may have many pages of ranges."""
+    for number in range(300):
+        server.cluster.split(b"%04d" % number, leader=1)
+
+    async def body(kv: Client) -> None:
+        timeouts: list[float] = []
+        call = kv.call
+
+        async def counted(*arguments: Any, timeout: float, **options: Any) -> Any:
+            timeouts.append(timeout)
+            return await call(*arguments, timeout=timeout, **options)
+
+        kv.call = counted  # type: ignore[method-assign]
+        assert (await call(Method.SPLIT, b"x", range_id=300, timeout=20.0))["node"] == 1
+        assert len(timeouts) == 2
+        assert timeouts[1] < timeouts[0] <= 20.0
+
+    with_client(backend, server, body)
+
+
 async def check_ages(kv: Client) -> None:
     """DESIGN 2.3: the answer of a stale read says how stale it is at most, also of keys that are absent."""
     ages: list[float] = []
