@@ -43,6 +43,32 @@ def test_a_node_prints_its_ready_line_and_a_first_sigterm_stops_it_cleanly(
     assert process.lines == ["ready n1 127.0.0.1:7001", "draining"]
 
 
+LOGGING = """
+import structlog
+from shardkv.cli.node import _log_to_stderr
+_log_to_stderr("info")
+log = structlog.get_logger().bind(node="n1")
+for _ in range(1_000):
+    log.warning("the disk is nearly full")
+print("on it goes")
+"""
+
+
+@pytest.mark.parametrize("log", ["full", "closed"])
+def test_a_node_whose_log_cannot_be_written_goes_on(log: str) -> None:
+    """Of all moments when the disk is full, on which the log lies, too; or when its reader has ended."""
+    if log == "full":
+        writer = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-c", LOGGING], stdout=subprocess.PIPE, stderr=writer, timeout=SECONDS)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stdout) == (0, b"on it goes\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_node_that_does_not_stop(
     tmp_path: Path, processes: list[Process], number: signal.Signals
