@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Protocol, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from shardkv.cli import text
 from shardkv.cli.exits import leaf
@@ -78,6 +79,8 @@ def connected(function: Function) -> Function:
     def wrapper(ctx: click.Context, addresses: str | None, timeout: float | None, **arguments: Any) -> Any:
         shell = ctx.find_object(ShellSession)
         if shell is not None:
+            if ctx.get_parameter_source("addresses") is ParameterSource.COMMANDLINE:
+                raise click.UsageError("the shell is connected already; leave --connect out, or open another shell")
             session: Session = shell.with_timeout(timeout)
         else:
             session = OneShot(required(ctx, addresses), timeout or TIMEOUT_SECONDS)

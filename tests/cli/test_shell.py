@@ -76,6 +76,14 @@ def test_a_missing_address_is_wrong_usage(world: World) -> None:
     assert world.run("shell", "-c", "get a", connect=False).exit_code == 2
 
 
+def test_a_command_in_the_shell_cannot_go_to_another_cluster(world: World) -> None:
+    """It went to the shell's, whatever was typed."""
+    result = world.run("shell", "-c", "put --connect 10.0.0.9:7001 a 1")
+    assert result.exit_code == 2
+    assert "connected already" in result.stderr
+    assert not world.client.data
+
+
 def test_every_command_of_the_shell_is_a_command() -> None:
     context = click.Context(shell_module.root)
     for name in COMMANDS:
