@@ -7,6 +7,7 @@ event loops do not survive a fork, so a child process gets an error instead of a
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -88,6 +89,25 @@ class BlockingClient:
         except (trio.RunFinishedError, trio.Cancelled) as error:
             raise ClientClosed(_CLOSED) from error
 
+    def _perform_all(self, function: Callable[..., Awaitable[T]], *arguments: Any, **options: Any) -> T:
+        """As :meth:`_perform`, for calls that no timeout bounds as a whole: an interrupt of this thread ends them."""
+        scope = trio.CancelScope()
+
+        async def perform() -> T:
+            with scope:
+                return await function(*arguments, **options)
+            raise ClientClosed("interrupted")  # nobody hears it: whoever called has gone
+
+        try:
+            return self._perform(perform)
+        except Exception:
+            raise
+        except BaseException:
+            assert self._token is not None, "an open client has a running loop"
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(scope.cancel)
+            raise
+
     def close(self) -> None:
         """End pending calls as their deadlines would, and the thread. May be called again, and after a fork."""
         if self._closing or os.getpid() != self._process:
@@ -147,7 +167,7 @@ class BlockingClient:
 
     def put_many(self, pairs: Pairs, *, timeout: float = TIMEOUT_SECONDS, progress: Progress | None = None) -> int:
         """As :meth:`Client.put_many`. An iterable is read, and ``progress`` called, in the client's thread."""
-        return self._perform(self._client.put_many, pairs, timeout=timeout, progress=progress)
+        return self._perform_all(self._client.put_many, pairs, timeout=timeout, progress=progress)
 
     def delete_range(
         self,
@@ -157,7 +177,7 @@ class BlockingClient:
         prefix: bytes | None = None,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
-        self._perform(self._client.delete_range, start, end, prefix=prefix, timeout=timeout)
+        self._perform_all(self._client.delete_range, start, end, prefix=prefix, timeout=timeout)
 
     def scan(
         self,

@@ -1,6 +1,7 @@
 """The blocking face (DESIGN §2.3): the same methods from any thread, and an error after a fork."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -84,6 +85,30 @@ def test_the_exception_of_the_block_leaves_as_itself(server):
     with pytest.raises(ZeroDivisionError), connect_blocking(server.addresses) as kv:
         kv.put(b"k", b"v")
         1 / 0  # noqa: B018
+
+
+def test_an_interrupt_ends_a_put_many_and_not_only_the_wait_for_it(server):
+    """It went on in the client's thread, reading the caller's iterable, for as long as that had pairs."""
+    taken: list[int] = []
+    interrupted = threading.Event()
+
+    def pairs():
+        for i in range(50_000):
+            if i == 300:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                interrupted.wait(30)
+            taken.append(i)
+            yield b"%05d" % i, b"v"
+
+    with connect_blocking(server.addresses) as kv:
+        with pytest.raises(KeyboardInterrupt):
+            kv.put_many(pairs())
+        interrupted.set()
+        kv.put(b"k", b"v")  # by now the interrupted call has met its cancellation
+        before = len(taken)
+        for _ in range(20):
+            kv.put(b"k", b"v")
+        assert len(taken) == before
 
 
 def test_a_bad_address_is_refused_in_the_callers_thread():
