@@ -107,6 +107,20 @@ def test_a_second_lock_is_refused_and_names_the_holder(disk: RealDisk, tmp_path:
     disk.lock(path).release()
 
 
+def test_a_lock_needs_no_room_on_the_disk(disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is only for who finds the lock taken. A lock that failed and was held nevertheless would let
+    nobody have it until the process ends."""
+    path = str(tmp_path / "lock")
+
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    disk.lock(path).release()
+    monkeypatch.undo()
+    disk.lock(path).release()
+
+
 def test_the_lock_of_a_killed_process_is_free(disk: RealDisk, tmp_path: Path) -> None:
     path = str(tmp_path / "lock")
     program = (

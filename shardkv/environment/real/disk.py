@@ -220,8 +220,8 @@ class RealDisk:
             raise DataDirectoryError(
                 f"{os.path.dirname(path)} is in use by {who}; stop that node first, or give this one another --data"
             ) from error
-        # For the message above only; the lock itself is the system's.
-        with _translated("write the lock file", path):
+        # For the message above only; the lock itself is the system's, and held whether or not there is room for this.
+        with suppress(OSError):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
         return RealLock(descriptor)
