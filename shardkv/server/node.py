@@ -150,7 +150,11 @@ class _Node:
                     "--join HOST:PORT to join one"
                 )
             self._wal = await workers.run(self._open_log)
-            self._engine: Engine = await workers.run(self._open_engine, self._config, directory.engine_path)
+            try:
+                self._engine: Engine = await workers.run(self._open_engine, self._config, directory.engine_path)
+            except Exception:
+                await workers.run(self._wal.close)
+                raise
             # To be cancelled is to die: nothing is tidied up, for a crash must find what a crash leaves.
             try:
                 await self._listen_and_run()

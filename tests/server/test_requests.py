@@ -11,6 +11,7 @@ from shardkv import codec
 from shardkv.environment import Stream
 from shardkv.errors import (
     ClientClosed,
+    Corruption,
     DataDirectoryError,
     EpochMismatch,
     MalformedRequest,
@@ -26,6 +27,8 @@ from shardkv.server.listener import Listener
 from shardkv.server.operations import _membership_changes
 from shardkv.server.peers import receive_messages
 from shardkv.server.requests import GET_BYTES_MAX, GET_SLICE_KEYS
+from shardkv.storage.engine import Engine
+from shardkv.storage.wal import Wal
 from shardkv.types import VALUE_BYTES_MAX, NodeId, timestamp_at
 from shardkv.wire import raft_codec
 from shardkv.wire.frames import Frame, FrameKind
@@ -286,6 +289,30 @@ async def test_trap_24_an_assigned_directory_without_its_log_is_not_begun_anew(a
             disk.unlink(f"/n3/wal/{name}")
         with pytest.raises(ShardKVError, match="log"):
             await node.run_to_its_end()
+
+
+async def test_a_start_whose_engine_does_not_open_closes_the_log(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files would stay open for as long as whoever has called lives, which need not be a process of the node's."""
+    closed = []
+    close = Wal.close
+
+    def noted(wal: Wal) -> None:
+        closed.append(wal)
+        close(wal)
+
+    def damaged(config: object, path: str) -> Engine:
+        raise Corruption("engine: a file is missing")
+
+    async with world(3) as cluster:
+        node = cluster.nodes["n3"]
+        await node.kill()
+        monkeypatch.setattr(Wal, "close", noted)
+        monkeypatch.setattr(node, "_open_engine", damaged)
+        with pytest.raises(Corruption, match="a file is missing"):
+            await node.run_to_its_end()
+        assert len(closed) == 1
 
 
 async def test_files_of_interrupted_snapshots_are_removed_at_a_start(autojump_clock: MockClock) -> None:
