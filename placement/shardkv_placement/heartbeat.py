@@ -38,7 +38,7 @@ class Progress(NamedTuple):
     lag: int
     """Entries that the leader has and the replica is not known to have."""
     active: bool
-    """Whether the replica has answered lately."""
+    """Whether the replica has answered lately, and has acknowledged something: a new one has nothing of the range."""
 
 
 class RangeReport(NamedTuple):

@@ -226,8 +226,13 @@ class PlacementService:
         progress: tuple[Progress, ...] = ()
         if replica.leads:
             last = raft.last_index
+            # Of one that has acknowledged nothing, the lag is the log's whole length, which may be small.
             progress = tuple(
-                Progress(ReplicaId(replica_id), last - peer.match, peer.recent_active or replica_id == raft.replica_id)
+                Progress(
+                    ReplicaId(replica_id),
+                    last - peer.match,
+                    replica_id == raft.replica_id or (peer.recent_active and peer.match > 0),
+                )
                 for replica_id, peer in raft.status().progress.items()
             )
         epoch = machine.descriptor.epoch

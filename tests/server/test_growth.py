@@ -1,0 +1,55 @@
+"""Growing while nodes die, in virtual time: replicas that were begun must not keep a range from having enough."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+import trio
+from trio.testing import MockClock
+
+from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.network import SimulatedNetwork
+from shardkv.types import FIRST_RANGE, ReplicaRole
+
+GROWING_SECONDS = 120.0
+"""An operator that failed is made up for after half a minute."""
+
+
+@asynccontextmanager
+async def one_node() -> AsyncIterator[Cluster]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    try:
+        async with trio.open_nursery() as nursery:
+            cluster = Cluster(nursery, SimulatedNetwork(1), 1)
+            await cluster.add("n1").start()
+            yield cluster
+            nursery.cancel_scope.cancel()
+    finally:
+        structlog.reset_defaults()
+
+
+def members(node: SimulatedNode, role: ReplicaRole) -> list[int]:
+    """The nodes that hold a voter, or a learner, of the first range, as its leader has it."""
+    machine = node.inside.catalog.replicas[FIRST_RANGE].machine
+    assert machine is not None
+    return [int(replica.node_id) for replica in machine.descriptor.replicas if replica.role is role]
+
+
+async def dead_learner(cluster: Cluster) -> None:
+    """Nodes 2 and 3 join, and node 3 dies as soon as the first range has a learner there, which has nothing yet."""
+    await cluster.add("n2").start()
+    dying = cluster.add("n3")
+    dying.start_soon()
+    while 3 not in members(cluster.nodes["n1"], ReplicaRole.LEARNER):
+        await cluster.sleep(0.001)
+    await dying.kill()
+
+
+async def test_a_replica_that_has_nothing_of_its_range_yet_gets_no_vote(autojump_clock: MockClock) -> None:
+    """A young log is short, so whoever has none of it lags by few entries. With its vote and the other new one's the
+    range would commit nothing until a snapshot has come through."""
+    async with one_node() as cluster:
+        await dead_learner(cluster)
+        await cluster.sleep(5.0)
+        assert members(cluster.nodes["n1"], ReplicaRole.VOTER) == [1]
+        assert members(cluster.nodes["n1"], ReplicaRole.LEARNER) == [2, 3]
