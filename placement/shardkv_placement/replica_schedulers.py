@@ -182,13 +182,11 @@ def _grow(view: ClusterView, range_view: RangeView, members: _Members, target: i
             f"it has {len(members.kept)} of {target} voters, but not enough other live nodes take a replica now, and "
             f"an even number of voters is no gain"
         )
-    removed = (
-        members.lost + members.useless + [replica for replica in members.learners if _place(replica) not in adopted]
-    )
+    # Learners that nobody needs are shed later: they have no vote, and their removal must not hold up the others'.
     steps: list[Step] = [AddLearners(fresh)] if fresh else []
-    steps.append(PromoteLearners(promoted, _places(removed)))
+    steps.append(PromoteLearners(promoted, _places(members.lost)))
     reason = f"it has {len(members.kept)} of {target} voters; {_nodes(promoted)} join" + (
-        f", {_replicas(removed)} go" if removed else ""
+        f", {_replicas(members.lost)} go" if members.lost else ""
     )
     return Operator(OperatorKind.GROW, range_view.range_id, tuple(steps), reason)
 

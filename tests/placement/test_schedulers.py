@@ -98,6 +98,15 @@ def test_a_learner_that_is_there_is_used_before_another_is_made() -> None:
     assert operator.steps == (PromoteLearners(places),)
 
 
+def test_growing_does_not_depend_on_the_removal_of_learners() -> None:
+    """They have no vote, so it costs nothing to shed them later; what cannot be removed would stop the growth."""
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+ 3+"}, down=[3]))
+    new = Place(NodeId(4), UNALLOCATED)
+    assert operator.steps == (AddLearners((new,)), PromoteLearners((Place(NodeId(2), ReplicaId(102)), new)))
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+ 3+ 4+"}))
+    assert operator.steps == (PromoteLearners((Place(NodeId(2), ReplicaId(102)), Place(NodeId(3), ReplicaId(103)))),)
+
+
 def test_a_voter_on_a_decommissioned_node_is_replaced_in_the_same_joint_change() -> None:
     (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2 3"}, decommissioned=[3]))
     assert joiners(operator) == [4]

@@ -53,3 +53,15 @@ async def test_a_replica_that_has_nothing_of_its_range_yet_gets_no_vote(autojump
         await cluster.sleep(5.0)
         assert members(cluster.nodes["n1"], ReplicaRole.VOTER) == [1]
         assert members(cluster.nodes["n1"], ReplicaRole.LEARNER) == [2, 3]
+
+
+async def test_a_node_that_dies_while_a_range_grows_to_it_is_made_up_for_by_another(autojump_clock: MockClock) -> None:
+    """It leaves a learner that never follows. The growth must not wait for that one's removal, which no node can carry
+    out yet: a learner has no vote."""
+    async with one_node() as cluster:
+        await dead_learner(cluster)
+        await cluster.add("n4").start()
+        with trio.move_on_after(GROWING_SECONDS):
+            while len(members(cluster.nodes["n1"], ReplicaRole.VOTER)) < 3:
+                await cluster.sleep(1.0)
+        assert members(cluster.nodes["n1"], ReplicaRole.VOTER) == [1, 2, 4]
