@@ -10,7 +10,7 @@ from shardkv.environment import Environment
 from shardkv.errors import RoutingError, ShardKVError, Unavailable
 from shardkv.server.placement_service import Call
 from shardkv.wire.requests import Method
-from shardkv_client import connect
+from shardkv_client import Settings, connect
 from shardkv_client.environment import Stream
 
 JOIN_SECONDS: Final = 60.0
@@ -42,10 +42,16 @@ class ClientEnvironment:
 
 
 @asynccontextmanager
-async def connect_cluster(environment: Environment, seeds: Sequence[str]) -> AsyncIterator[Call]:
-    """A way to ask other nodes, for as long as the context lasts."""
+async def connect_cluster(
+    environment: Environment, seeds: Sequence[str], cluster_id: bytes | None = None
+) -> AsyncIterator[Call]:
+    """A way to ask other nodes, for as long as the context lasts.
+
+    A node of ``cluster_id`` asks that one's nodes only: an address may have gone to another cluster meanwhile.
+    """
     addresses = ",".join(dict.fromkeys(seeds))
-    async with connect(addresses, environment=ClientEnvironment(environment)) as client:
+    settings = Settings(cluster_id=cluster_id)
+    async with connect(addresses, environment=ClientEnvironment(environment), settings=settings) as client:
         yield client.call
 
 

@@ -409,7 +409,7 @@ class _Node:
             await nursery.start(self._pool.run)
             self._serving.set()
             seeds = [self._address, *(known.address for _, known in self._address_book), *self._config.join]
-            async with connect_cluster(self._environment, seeds) as call:
+            async with connect_cluster(self._environment, seeds, self._identity.cluster_id) as call:
                 self._placement.call = call
                 self._placement.stop_with(self._stop.set)
                 nursery.start_soon(self._placement.run)

@@ -119,7 +119,7 @@ class Links:
         self.peers: dict[str, Peer] = {address: Peer(address) for address in seeds}
         self._by_node: dict[int, Peer] = {}
         self.nodes: dict[int, NodeInfo] = {}
-        self.cluster_id: bytes | None = None
+        self.cluster_id = settings.cluster_id
         self.problem: str | None = None
         """The last thing that went wrong with any node."""
         self._any_turn = 0

@@ -1,4 +1,4 @@
-"""The client's named bounds and delays, in one frozen value.
+"""The client's named bounds and delays, in one frozen value, and which cluster it is for.
 
 None of them can lose or corrupt anything: they trade memory, load on the cluster and the time until trouble is noticed.
 """
@@ -42,3 +42,5 @@ class Settings:
     lookups_at_once_max: int = 4
     lookup_seconds: float = 5.0
     ranges_cached_max: int = 100_000
+    cluster_id: bytes | None = None
+    """Only nodes of this cluster are spoken to; None: of that which the first node that answers belongs to."""
