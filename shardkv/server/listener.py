@@ -30,6 +30,9 @@ from shardkv.wire.requests import FRAME_BYTES_MAX
 
 PEER_FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
 """A turn's messages for one peer; peers are trusted further than clients."""
+OTHER_CONNECTIONS_MAX: Final = 2_048
+"""Beside those of clients: two of each other node, of which a cluster may have a thousand, and those still greeting.
+Only its greeting tells which a connection is, and clients, however many there are, must not keep other nodes out."""
 ANSWER_BUFFER_BYTES_MAX: Final = 32 * 1024 * 1024
 """Answers to one client that are not sent yet. Its requests stop being looked at long before this."""
 
@@ -93,8 +96,8 @@ class Listener:
         self._count += 1
         connection = Connection(stream, clock=self._environment.clock, buffer_bytes_max=ANSWER_BUFFER_BYTES_MAX)
         try:
-            if self._count > self._connections_max or self.draining:
-                reason = "is stopping" if self.draining else f"has {self._connections_max} connections already"
+            if self._count > self._connections_max + OTHER_CONNECTIONS_MAX or self.draining:
+                reason = "is stopping" if self.draining else f"has {self._count - 1} connections already"
                 connection.write(encode_refused(Busy(f"this node {reason}; try another")))
                 await connection.aclose()
                 return
@@ -125,6 +128,7 @@ class Listener:
             known_boots=self._known_boots,
             timestamp=self._hybrid_clock.now,
             inflight_max=self._inflight_max,
+            admit=self._admit,
         )
         if hello.role is Role.CLIENT:
             decoder.frame_bytes_max = FRAME_BYTES_MAX
@@ -143,6 +147,11 @@ class Listener:
             self._log.warning("peer refused", node=hello.node_id, remote=connection.remote, reason=str(error))
             connection.write(encode_refused(error))
             connection.flush()
+
+    def _admit(self, hello: Hello) -> None:
+        """Raises Busy when there are clients enough."""
+        if hello.role is Role.CLIENT and len(self._clients) >= self._connections_max:
+            raise Busy(f"this node has {self._connections_max} clients already; try another")
 
     async def _serve_client(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
         client = ClientConnection(

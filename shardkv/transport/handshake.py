@@ -78,8 +78,9 @@ async def accept(
     timestamp: Callable[[], int],
     inflight_max: int,
     seconds_max: float = GREETING_SECONDS_MAX,
+    admit: Callable[[Hello], None] = lambda hello: None,
 ) -> tuple[Hello, list[Frame]]:
-    """Greet whoever has connected.
+    """Greet whoever has connected. ``admit`` raises, as a ShardKVError, why the node does not take this one.
 
     Returns the greeting and the frames that came right behind it, to be handled before the next read.
 
@@ -90,6 +91,7 @@ async def accept(
     try:
         hello, frames = await _accept(connection, decoder, clock, identity, known_boots, seconds_max)
         version = negotiate(hello)
+        admit(hello)
     except ShardKVError as error:
         connection.write(encode_refused(error))
         await connection.aclose(str(error))

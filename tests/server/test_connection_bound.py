@@ -1,0 +1,49 @@
+"""How many connections a node takes, and from whom: its clients must not keep the other nodes out."""
+
+import trio
+from trio.testing import MockClock
+
+from shardkv.config import LimitsConfig
+from shardkv.errors import Busy
+from shardkv.simulation.cluster import SimulatedNode
+from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
+from shardkv.transport.connection import Connection
+from shardkv.transport.handshake import KnownBoots, greet
+from shardkv.types import NodeId
+from shardkv.wire.frames import FrameDecoder
+from shardkv.wire.handshake import Hello, Role
+from tests.server.world import world
+
+CONNECTIONS_MAX = 12
+
+
+async def crowd(node: SimulatedNode, environment: SimulatedEnvironment) -> tuple[list[Connection], str]:
+    """Connect clients that ask for nothing until the node takes no more; why it takes no more."""
+    taken: list[Connection] = []
+    while len(taken) <= CONNECTIONS_MAX:
+        connection = Connection(await environment.network.dial(node.address), clock=environment.clock)
+        try:
+            await greet(
+                connection, FrameDecoder(), Hello(Role.CLIENT), clock=environment.clock, known_boots=KnownBoots()
+            )
+        except Busy as error:
+            return taken, str(error)
+        taken.append(connection)
+    return taken, ""
+
+
+async def test_clients_that_fill_a_node_do_not_keep_other_nodes_out(autojump_clock: MockClock) -> None:
+    """One whose connections were lost, as at a restart, must get back in, or the range loses its quorum to idlers."""
+    async with world(3, limits=LimitsConfig(connections_max=CONNECTIONS_MAX)) as cluster:
+        crowded, away, _ = cluster.nodes.values()
+        await away.kill()
+        network = simulated_environment("idlers", seed=1, network=cluster.network)
+        idlers, why = await crowd(crowded, network)
+        assert idlers
+        assert "already; try another" in why
+        await away.start()
+        with trio.move_on_after(10):
+            while not away.inside.pool.connected(NodeId(1)):
+                await cluster.sleep(0.1)
+        assert away.inside.pool.connected(NodeId(1))
+        assert crowded.inside.listener.statistics().clients == CONNECTIONS_MAX
