@@ -119,7 +119,7 @@ class Listener:
             connection.close_now()
 
     async def _greet_and_serve(self, connection: Connection) -> None:
-        decoder = FrameDecoder(PEER_FRAME_BYTES_MAX)
+        decoder = FrameDecoder(FRAME_BYTES_MAX)
         hello, frames = await accept(
             connection,
             decoder,
@@ -131,9 +131,9 @@ class Listener:
             admit=self._admit,
         )
         if hello.role is Role.CLIENT:
-            decoder.frame_bytes_max = FRAME_BYTES_MAX
             await self._serve_client(connection, decoder, frames)
             return
+        decoder.frame_bytes_max = PEER_FRAME_BYTES_MAX
         assert hello.node_id is not None, "a peer's greeting names its node"
         try:
             if hello.role is Role.SNAPSHOT:

@@ -1,5 +1,7 @@
 """How many connections a node takes, and from whom: its clients must not keep the other nodes out."""
 
+import struct
+
 import trio
 from trio.testing import MockClock
 
@@ -10,8 +12,9 @@ from shardkv.simulation.environment import SimulatedEnvironment, simulated_envir
 from shardkv.transport.connection import Connection
 from shardkv.transport.handshake import KnownBoots, greet
 from shardkv.types import NodeId
-from shardkv.wire.frames import FrameDecoder
-from shardkv.wire.handshake import Hello, Role
+from shardkv.wire.frames import FrameDecoder, FrameKind
+from shardkv.wire.handshake import Hello, Role, encode_hello
+from shardkv.wire.requests import FRAME_BYTES_MAX
 from tests.server.world import world
 
 CONNECTIONS_MAX = 12
@@ -47,3 +50,17 @@ async def test_clients_that_fill_a_node_do_not_keep_other_nodes_out(autojump_clo
                 await cluster.sleep(0.1)
         assert away.inside.pool.connected(NodeId(1))
         assert crowded.inside.listener.statistics().clients == CONNECTIONS_MAX
+
+
+async def test_a_frame_that_begins_behind_the_greeting_has_the_bound_of_clients(autojump_clock: MockClock) -> None:
+    """In one packet, when it is not known yet who speaks: other nodes may send larger ones, but wait for the welcome."""
+    async with world(1) as cluster:
+        (node,) = cluster.nodes.values()
+        environment = simulated_environment("stranger", seed=1, network=cluster.network)
+        stream = await environment.network.dial(node.address)
+        stream.send_nowait(encode_hello(Hello(Role.CLIENT)) + struct.pack(">IBB", FRAME_BYTES_MAX + 3, 4, 0))
+        received = b""
+        with trio.move_on_after(1.0):
+            while data := await stream.receive(65536):
+                received += data
+        assert [frame.kind for frame in FrameDecoder().feed(received)] == [FrameKind.REFUSED]
