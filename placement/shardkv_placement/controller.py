@@ -50,6 +50,8 @@ class Controller:
         """When each request or proposal about (operator, step) was last made; entries expire."""
         self._pending: dict[RangeId, tuple[Operator, float]] = {}
         """Operators that were proposed and are not seen running yet."""
+        self._refused: dict[RangeId, tuple[Request, str]] = {}
+        """Requests that a range's leader will never carry out, and why."""
         self._seen: _Seen | None = None
 
     def tick(self, view: ClusterView) -> list[Action]:
@@ -62,6 +64,8 @@ class Controller:
             elif now - at >= PROPOSAL_SECONDS:
                 del self._pending[range_id]
                 self._seen = None  # It was lost, or refused: schedule anew, even if nothing else has changed.
+        if self._refused:
+            self._refused = {key: refused for key, refused in self._refused.items() if key in view.operators}
         actions: list[Action] = []
         for operator in view.operators.values():
             action = self._carry_on(view, operator)
@@ -76,6 +80,10 @@ class Controller:
             self._pending.pop(command.operator.range_id, None)
             self._seen = None
 
+    def refused(self, request: Request, reason: str) -> None:
+        """Optional: the leader says that the request is wrong; its operator ends now, not when its time is over."""
+        self._refused[request.range_id] = (request, reason)
+
     def _carry_on(self, view: ClusterView, operator: Operator) -> Action | None:
         range_view = view.ranges.get(operator.range_id)
         if range_view is None:
@@ -89,6 +97,9 @@ class Controller:
         if failure is not None:
             return self._propose(view, operator, FinishOperator(operator.operator_id, Outcome.FAILED, failure))
         request = operator.current.request(range_view)
+        refused, reason = self._refused.pop(operator.range_id, (None, ""))
+        if request is not None and request == refused:
+            return Propose(FinishOperator(operator.operator_id, Outcome.FAILED, reason))
         if request is None or not self._due(view, (operator.operator_id, operator.step, request.leader)):
             return None
         return request

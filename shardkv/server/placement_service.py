@@ -17,6 +17,7 @@ from shardkv.environment import Environment
 from shardkv.errors import (
     Busy,
     MalformedRequest,
+    NotFound,
     NotLeader,
     RangeNotFound,
     RequestError,
@@ -301,6 +302,10 @@ class PlacementService:
                 )
         except ShardKVError as error:
             self._log.debug("placement action failed", action=str(action)[:200], reason=str(error))
+            # A node that is not found may just not be known yet.
+            if isinstance(error, RequestError) and not isinstance(error, NotFound) and not isinstance(action, Propose):
+                characters_max = commands.MESSAGE_BYTES_MAX // 4
+                controller.refused(action, str(error)[:characters_max])
         finally:
             self._requests -= 1
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId
+from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId, ReplicaId
 from shardkv_placement import commands
 from shardkv_placement.controller import Controller, Propose
 from shardkv_placement.operators import (
@@ -259,6 +259,19 @@ def test_trap_15_no_operator_is_failed_by_a_half_filled_view() -> None:
     """A fresh leader does not know yet who is alive; it goes on asking and judges later."""
     assert decide("1* 2 3", running(TransferLeader(NodeId(3)), seconds_ago=11), complete=False) == [
         Transfer(RangeId(1), NodeId(1), NodeId(3))
+    ]
+
+
+def test_an_operator_whose_request_is_refused_as_wrong_is_ended_unless_it_would_ask_for_something_else() -> None:
+    controller = Controller()
+    shedding = running(RemoveReplicas((Place(NodeId(3), ReplicaId(103)),)))
+    (request,) = controller.tick(a_view(nodes=3, ranges={1: "1* 2 3"}, running=[shedding]))
+    assert isinstance(request, ChangeReplicas)
+    controller.refused(request, "no")
+    assert controller.tick(a_view(nodes=3, ranges={1: "1 2* 3"}, running=[shedding])) == [request._replace(leader=2)]
+    controller.refused(request, "no")
+    assert controller.tick(a_view(nodes=3, ranges={1: "1* 2 3"}, running=[shedding])) == [
+        Propose(commands.FinishOperator(7, Outcome.FAILED, "no"))
     ]
 
 

@@ -53,7 +53,7 @@ async def test_clients_that_fill_a_node_do_not_keep_other_nodes_out(autojump_clo
 
 
 async def test_a_frame_that_begins_behind_the_greeting_has_the_bound_of_clients(autojump_clock: MockClock) -> None:
-    """In one packet, when it is not known yet who speaks: other nodes may send larger ones, but wait for the welcome."""
+    """In one packet, when it is not known yet who speaks. Other nodes may send larger ones, but await the welcome."""
     async with world(1) as cluster:
         (node,) = cluster.nodes.values()
         environment = simulated_environment("stranger", seed=1, network=cluster.network)
