@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shardkv import errors
 from shardkv.types import KEY_BYTES_MAX, Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
+from shardkv.wire import requests
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.requests import Method
 from shardkv_client.core import ScanCall, Settings
@@ -295,6 +296,31 @@ def test_all_seeds_are_tried_until_one_answers():
     world.down = {1, 2}
     world.cluster.range_of(b"").leader = 3
     world.run(world.put(b"k", b"v"))
+
+
+@pytest.mark.parametrize("refusal", [errors.RangeNotFound("ask another"), errors.Unavailable("nobody answers")])
+def test_a_lookup_that_the_connected_nodes_cannot_answer_goes_to_others(refusal: errors.ShardKVError):
+    """A node that is cut off from the placement group knows who else there is; that it is connected is not enough."""
+    world = World(nodes=4, seeds=[1])
+    for node in (1, 2, 3):
+        faults = world.cluster.nodes[node].faults
+        faults.append(lambda request: refusal if request.method == Method.ROUTES else None)
+    world.run(world.put(b"k", b"v", timeout=2.0))
+    assert world.requests_to(4, Method.ROUTES)
+
+
+def test_a_lookup_that_a_connected_node_leaves_unanswered_goes_to_others():
+    """It passes lookups on to a node that is away, say, and waits as long as the client does."""
+    world = World(nodes=2, seeds=[1], settings=Settings(lookup_seconds=1.0))
+    node = world.cluster.nodes[1]
+    serve = node.serve
+
+    def serve_others(payload: bytes) -> list[bytes]:
+        answered = zip(requests.decode_requests(payload), serve(payload), strict=True)
+        return [answer for request, answer in answered if request.method != Method.ROUTES]
+
+    node.serve = serve_others  # type: ignore[method-assign]
+    world.run(world.put(b"k", b"v", timeout=3.0))
 
 
 def test_a_node_that_says_goodbye_gets_nothing_new_but_may_answer():

@@ -466,6 +466,8 @@ class Core:
         """A node refused a call that was for it, or for any node, for the moment."""
         self.links.problem = f"{link.address}: {error}"
         self.links.another_next()
+        if call.node_id is None:
+            self.links.dial_any(now)  # none of those that are connected may be able to answer
         call.failures += 1
         self.timers.at(now + self._backoff(call.failures), lambda _: self.ledger.requeue([call]))
 

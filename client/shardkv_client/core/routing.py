@@ -199,6 +199,7 @@ class Router:
         else:
             self._lookups_fruitless += 1
             self._links.another_next()
+            self._links.dial_any(now)
             self._lookup_blocked_until = now + self._backoff(self._lookups_fruitless)
             self._timers.at(self._lookup_blocked_until, self._retry_homeless)
             return
