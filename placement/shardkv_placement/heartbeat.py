@@ -3,6 +3,7 @@
     heartbeat  [1, node_id, boot, sequence, since, address, full, draining, nodes_version,
                 [report, ...], [range_id, ...], [disk_total_bytes, disk_free_bytes, used_bytes],
                 slow_disk (left out when it is not)]
+               very many reports travel as the bytes of their array
     report     [range_id, membership, span, is_leader, term, bytes, [[replica_id, lag, active], ...]]
     reply      [1, full_wanted, nodes_version, [node, ...] | None, [[name, value], ...], [range_id, ...]]
     node       [node_id, name, address, boot, decommissioned]
@@ -16,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from shardkv import codec
 from shardkv.codec import malformed
 from shardkv.types import NodeId, RangeId, ReplicaId
 from shardkv_placement import fields
@@ -24,7 +26,12 @@ from shardkv_placement.state import NODES_MAX
 
 FORMAT: Final = 1
 REPORTS_MAX: Final = 200_000
-"""Ranges in one heartbeat: twenty times what a node is made for, and far below what a frame holds."""
+"""Ranges in one heartbeat: far above what a node is made for, and far below what a frame holds."""
+PLAIN_ITEMS_MAX: Final = codec.ITEMS_MAX * 3 // 4
+"""CBOR items of reports that are sent as they are: more go as the bytes of their array, for a request has a bound."""
+REPORT_ITEMS_MAX: Final = 1 << 20
+"""CBOR items in those bytes: 37,000 ranges of five replicas that one node leads, or three times as many that it does
+not."""
 DESCRIPTORS_WANTED_MAX: Final = 1_024
 """Ranges whose descriptors one reply asks for; the next one asks for more."""
 BYTES_CHANGE_MIN: Final = 1024 * 1024
@@ -113,6 +120,7 @@ class HeartbeatReply:
 
 
 def encode(heartbeat: Heartbeat) -> list[Any]:
+    reports = [[*report[:6], [list(progress) for progress in report.progress]] for report in heartbeat.ranges]
     return [
         FORMAT,
         heartbeat.node_id,
@@ -123,7 +131,7 @@ def encode(heartbeat: Heartbeat) -> list[Any]:
         heartbeat.full,
         heartbeat.draining,
         heartbeat.nodes_version,
-        [[*report[:6], [list(progress) for progress in report.progress]] for report in heartbeat.ranges],
+        reports if _items_of(heartbeat.ranges) <= PLAIN_ITEMS_MAX else codec.dumps(reports),
         list(heartbeat.removed),
         list(heartbeat.capacity),
         *([True] if heartbeat.slow_disk else ()),
@@ -162,12 +170,24 @@ def decode(value: Any) -> Heartbeat:
                 fields.flag(full, "full"),
                 fields.flag(draining, "draining"),
                 fields.integer(version, "a version"),
-                tuple(_report(each) for each in fields.array(reports, "reports", REPORTS_MAX)),
+                _reports(reports),
                 _range_ids(removed, REPORTS_MAX),
                 Capacity(*numbers),
                 bool(slow) and fields.flag(slow[0], "slow disk"),
             )
     raise malformed(f"not a heartbeat: {value!r:.200}")
+
+
+def _items_of(reports: tuple[RangeReport, ...]) -> int:
+    return sum([8 + 4 * len(report.progress) for report in reports])
+
+
+def _reports(value: Any) -> tuple[RangeReport, ...]:
+    if type(value) is bytes:
+        if codec.count_items(value, REPORT_ITEMS_MAX) > REPORT_ITEMS_MAX:
+            raise malformed(f"reports of more than {REPORT_ITEMS_MAX} items")
+        value = codec.loads(value)
+    return tuple(_report(each) for each in fields.array(value, "reports", REPORTS_MAX))
 
 
 def _report(value: Any) -> RangeReport:

@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 
+from shardkv import codec
 from shardkv.errors import MalformedRequest, NotFound, WrongCluster
 from shardkv.types import NodeId, RangeId, ReplicaId
+from shardkv.wire import requests
+from shardkv.wire.requests import Method
 from shardkv_placement import commands, heartbeat
 from shardkv_placement.heartbeat import Capacity, Heartbeat, HeartbeatReply, Progress, RangeReport, Reporter
 from shardkv_placement.statistics import NodeState, Statistics
@@ -249,6 +252,24 @@ def test_heartbeats_and_replies_are_what_they_were_after_the_wire() -> None:
     assert heartbeat.encode(heartbeat.decode(FIELDS)) == FIELDS
     reply = HeartbeatReply(True, 3, None, {"split_bytes": 5}, (RangeId(1),))
     assert heartbeat.decode_reply(heartbeat.encode_reply(reply)) == reply
+
+
+def test_a_node_that_leads_very_many_ranges_can_say_so_in_one_request() -> None:
+    """All of them at once, as when every other node was restarted: a request has a bound on its items."""
+    progress = tuple(Progress(ReplicaId(number), 0, True) for number in range(100_000, 100_005))
+    ranges = tuple(RangeReport(RangeId(number), 9, 9, True, 5, 1 << 26, progress) for number in range(20_000))
+    sent = Heartbeat(NODE, 1, 2, 1, "h:1", True, False, 3, ranges)
+    (request,) = requests.decode_requests(
+        requests.join([requests.encode_request(1, Method.HEARTBEAT, 0, 0, 0, heartbeat.encode(sent))])
+    )
+    assert heartbeat.decode(request.arguments[0]) == sent
+
+
+def test_reports_in_bytes_have_a_bound_on_their_items() -> None:
+    items = heartbeat.REPORT_ITEMS_MAX + 1
+    for reports in (codec.array_head(items) + bytes(items), b"\xff", b""):
+        with pytest.raises(MalformedRequest):
+            heartbeat.decode([*FIELDS[:9], reports, *FIELDS[10:]])
 
 
 @pytest.mark.parametrize("position", range(len(FIELDS)))
