@@ -168,13 +168,12 @@ class Statistics:
                 self._remove(node_id, heard, range_id)
 
     def _reply(self, state: PlacementState, heartbeat: Heartbeat, heard: _Heard) -> HeartbeatReply:
-        wanted: list[RangeId] = []
-        for report in heartbeat.ranges:
-            if report.is_leader and len(wanted) < DESCRIPTORS_WANTED_MAX and _newer_than_map(state, report):
-                wanted.append(report.range_id)
+        newer = [each.range_id for each in heartbeat.ranges if each.is_leader and _newer_than_map(state, each)]
+        wanted = newer[:DESCRIPTORS_WANTED_MAX]
+        full_wanted = not heard.full or len(newer) > len(wanted)  # the rest must be named again to be asked for
         version = state.counters.nodes_version
         nodes = None if heartbeat.nodes_version == version else node_table(state)
-        return HeartbeatReply(not heard.full, version, nodes, state.settings.for_nodes(), tuple(wanted))
+        return HeartbeatReply(full_wanted, version, nodes, state.settings.for_nodes(), tuple(wanted))
 
     # --- Judging --------------------------------------------------------------------------------------------------
 

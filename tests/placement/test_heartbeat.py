@@ -148,6 +148,27 @@ def test_a_leader_whose_descriptor_is_newer_than_the_map_is_asked_to_report_it()
     assert line.statistics.receive(line.group.state, line.reporter.heartbeat(), 1.0).descriptors_wanted == ()
 
 
+def test_more_descriptors_than_one_reply_asks_for_are_asked_for_next() -> None:
+    """A leader tells of a range once: what was left out would be asked for only after its next change."""
+    line = Line()
+    count = 2 * heartbeat.DESCRIPTORS_WANTED_MAX + 7
+    for range_id in range(10, 10 + count):
+        line.reporter.report(report(range_id))
+    wanted: set[int] = set()
+    for _ in range(3):
+        sent = line.reporter.heartbeat()
+        reply = line.statistics.receive(line.group.state, sent, 1.0)
+        assert len(reply.descriptors_wanted) <= heartbeat.DESCRIPTORS_WANTED_MAX
+        line.reporter.acknowledged(sent, reply)
+        wanted.update(reply.descriptors_wanted)
+        for number in reply.descriptors_wanted:
+            line.group.apply(
+                commands.ReportRanges((descriptor(number, b"%06d" % number, b"%06d" % (number + 1), (2, 2)),))
+            )
+    assert len(wanted) == count
+    assert not line.reporter.urgent
+
+
 def test_the_node_table_goes_only_to_those_who_have_an_old_one() -> None:
     line = Line()
     reply = line.statistics.receive(line.group.state, line.reporter.heartbeat(), 1.0)
