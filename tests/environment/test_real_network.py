@@ -70,6 +70,18 @@ async def test_an_address_that_is_not_ours_is_a_config_error(network: RealNetwor
         await network.listen(address, echo)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's")
+async def test_a_dialled_connection_does_not_outlast_a_partition(network: RealNetwork, nursery: trio.Nursery) -> None:
+    """Keepalive asks only where nothing is on its way. What is, the system sends again after ever longer pauses: after
+    a partition of a minute, two nodes would not hear each other for most of another one (seen: 28 s cut, 26 s more)."""
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", echo)
+    stream = await network.dial(listener.address)
+    given_up_ms = stream._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert 0 < given_up_ms <= 10_000
+    stream.close_now()
+    nursery.cancel_scope.cancel()
+
+
 async def test_dialling_where_nobody_listens_is_an_os_error(network: RealNetwork) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

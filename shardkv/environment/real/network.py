@@ -27,6 +27,10 @@ _CLOSE_DISCARD_BYTES_MAX: Final = 1024 * 1024
 
 # A peer whose machine vanished is noticed after about 25 s even where nothing is being sent.
 _KEEPALIVE: Final = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+UNACKNOWLEDGED_MS: Final = 10_000
+"""A dialled connection whose data nobody acknowledges for so long is broken by the system, and can be dialled again.
+Keepalive does not ask while data are on their way; they are sent again after pauses that double up to two minutes, so
+a connection would stay deaf for as long again as a partition had lasted."""
 
 
 class RealStream:
@@ -202,6 +206,8 @@ class RealNetwork:
         for family, kind, protocol, _, target in found:
             dialling = trio.socket.socket(family, kind, protocol)
             try:
+                if hasattr(socket, "TCP_USER_TIMEOUT"):
+                    dialling.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
                 await dialling.connect(target)
                 return RealStream(socket.socket(fileno=dialling.detach()))
             except OSError as error:
