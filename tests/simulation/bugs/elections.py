@@ -295,7 +295,7 @@ BUGS = (
         "a new leader confirms no read before an entry of its term is committed (trap 8)",
         read_index_of_an_old_term,
         ("depose", "slow", "transfer", "heal"),
-        7,
+        52,
         workload="registers",
         rate=100,
     ),
