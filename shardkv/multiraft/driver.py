@@ -441,6 +441,7 @@ class Driver:
             outgoing: list[tuple[Replica, Message]] = []
             self._deliver(replica, message.responses, self.environment.clock.monotonic_ns(), outgoing)
             self._send(outgoing)
+            replica.serve_confirmed()  # what the snapshot brought is never applied
             self._awake.set()
 
         self.log_writer.append([update], logged)

@@ -136,6 +136,23 @@ async def test_an_install_writes_nothing_while_the_engine_is_stalled(
         assert late.value(b"new4") == b"2"
 
 
+async def test_a_read_that_waits_for_what_a_snapshot_brings_is_served_when_it_is_in_place(
+    autojump_clock: MockClock,
+) -> None:
+    """On an idle range nothing is applied after it, and nothing else would ever serve the read."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        hosts.opens = lambda source, target: False
+        hosts.heal()
+        await hosts.until(lambda: late.replica().raft.leader, "a leader that is known")
+        read = late.read(b"new4")
+        await hosts.until(lambda: late.replica().confirmed, "a confirmed read")
+        hosts.opens = lambda source, target: True
+        await hosts.until(lambda: late.replica().log.compact_index > 11 and not late.replica().installing)
+        assert read.arrived, "nothing is left to be applied"
+        assert await read.wait() == b"2"
+
+
 async def test_trap_01_a_follower_that_has_not_split_is_not_given_the_right_half(autojump_clock: MockClock) -> None:
     """It would write into a span that the unsplit range still owns; the log brings the split, then the data."""
     async with world(3) as hosts:
