@@ -494,15 +494,15 @@ class Driver:
             expired = now - self._read_expiry_ns
             wanted = False
             for replica in self.catalog.replicas.values():
+                if replica.reads or replica.confirmed:
+                    replica.expire_reads(expired)
+                    wanted = True
                 if replica.installing:
                     continue
                 raft = replica.raft
                 raft.tick(now)
                 if replica.range_id in self._eager:
                     self._campaign(replica, now)
-                if replica.reads:
-                    replica.expire_reads(expired)
-                    wanted = True
                 if replica.needs_snapshot and raft.leader != NONE:
                     self._ask_for_snapshot(replica)
                     wanted = True

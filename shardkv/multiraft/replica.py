@@ -122,8 +122,8 @@ class Replica:
         """Reads for which no ReadIndex request has been made yet."""
         self.reads: dict[bytes, tuple[int, list[WaitingRead]]] | None = None
         """By the context of the ReadIndex request that will confirm them: when it was made, and the reads."""
-        self.confirmed: list[tuple[int, list[WaitingRead]]] | None = None
-        """Confirmed reads that wait until their index is applied."""
+        self.confirmed: list[tuple[int, list[WaitingRead], int]] | None = None
+        """Confirmed reads that wait until their index is applied, and when their confirmation was asked for."""
         self.read_number = 0
         self.led = False
         """Whether the last turn saw this replica lead."""
@@ -286,12 +286,20 @@ class Replica:
         return context
 
     def expire_reads(self, before_ns: int) -> None:
-        """Refuse the reads whose confirmation was asked for before a moment: it, or its answer, was lost."""
-        if not self.reads:
-            return
-        for context in [context for context, (asked_ns, _) in self.reads.items() if asked_ns < before_ns]:
-            for read in self.reads.pop(context)[1]:
-                read.requester.refuse(read.request_id, Busy("no quorum confirmed the read in time"))
+        """Refuse the reads whose confirmation was asked for before a moment.
+
+        It, or its answer, was lost; or what it says must be applied first does not come: this replica may be cut off.
+        """
+        if self.reads:
+            for context in [context for context, (asked_ns, _) in self.reads.items() if asked_ns < before_ns]:
+                for read in self.reads.pop(context)[1]:
+                    read.requester.refuse(read.request_id, Busy("no quorum confirmed the read in time"))
+        if self.confirmed:
+            late = [batch for _, batch, asked_ns in self.confirmed if asked_ns < before_ns]
+            self.confirmed = [waiting for waiting in self.confirmed if waiting[2] >= before_ns] or None
+            for batch in late:
+                for read in batch:
+                    read.requester.refuse(read.request_id, Busy("what the read waits for did not come in time"))
 
     def confirm_reads(self, context: bytes, index: int) -> None:
         """A quorum has confirmed that this context's reads may be served at ``index`` or later."""
@@ -300,17 +308,17 @@ class Replica:
             return
         if self.confirmed is None:
             self.confirmed = []
-        self.confirmed.append((index, asked[1]))
+        self.confirmed.append((index, asked[1], asked[0]))
 
     def serve_confirmed(self) -> None:
         """Serve the confirmed reads whose index is applied."""
         if not self.confirmed or self.machine is None:
             return
         applied = self.machine.applied_index
-        ready = [batch for index, batch in self.confirmed if index <= applied]
+        ready = [batch for index, batch, _ in self.confirmed if index <= applied]
         if not ready:
             return
-        self.confirmed = [(index, batch) for index, batch in self.confirmed if index > applied] or None
+        self.confirmed = [waiting for waiting in self.confirmed if waiting[0] > applied] or None
         for batch in ready:
             for read in batch:
                 try:
@@ -323,7 +331,7 @@ class Replica:
     def abandon_reads(self, error: ShardKVError) -> None:
         """Refuse every read that waits; a change of leader or of the span makes their confirmations worthless."""
         batches = [batch for _, batch in self.reads.values()] if self.reads else []
-        batches += [batch for _, batch in self.confirmed or ()]
+        batches += [batch for _, batch, _ in self.confirmed or ()]
         batches.append(self.open_reads or [])
         self.reads = self.confirmed = self.open_reads = None
         for batch in batches:

@@ -185,7 +185,7 @@ class Observing:
             saw("waiting write bytes", replica.waiting_bytes, name)
             saw("proposals under way", len(replica.proposals), name)
             reads = len(replica.open_reads or ()) + sum(len(each) for _, each in (replica.reads or {}).values())
-            saw("waiting reads", reads + sum(len(each) for _, each in replica.confirmed or ()), name)
+            saw("waiting reads", reads + sum(len(each) for _, each, _ in replica.confirmed or ()), name)
             saw("log entries of a range", replica.log.last_index() - replica.log.compact_index, name)
         log = inside.wal.statistics()
         saw("log bytes on disk", log.segment_bytes, name)

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from shardkv.errors import EpochMismatch
+from shardkv.errors import Busy, EpochMismatch
 from shardkv.multiraft.applier import APPLIES_LATER_MAX
 from shardkv.multiraft.turn import Turn
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
@@ -134,12 +134,33 @@ async def test_a_read_that_waits_at_a_follower_has_what_it_waits_for_applied_at_
         driver.applier._apply = applied.append  # type: ignore[method-assign, assignment]
         driver.applier.apply([one])
         assert not applied
-        replica.confirmed = [(entry.index, [])]
+        replica.confirmed = [(entry.index, [], 0)]
         driver._perform(Turn(confirmed=[replica]))
         assert applied == [[one]], "the read came behind the entry"
         driver.applier.apply([one])
         assert applied == [[one], [one]], "the entry came behind the read"
         hosts.tolerant = True
+
+
+async def test_a_confirmed_read_does_not_wait_for_ever_at_a_replica_that_is_cut_off(
+    autojump_clock: MockClock,
+) -> None:
+    """The leader said at which index it may be served, and then what stands there did not come."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        await hosts.agreed()
+        follower = next(host for host in hosts.values() if not host.replica().leads)
+        kept = (MessageType.READ_INDEX, MessageType.READ_INDEX_RESP)
+        hosts.passes = lambda source, target, range_id, message: (
+            follower.node_id not in (source, target) or message.type in kept
+        )
+        await hosts.write(b"k", b"w")
+        read = follower.read(b"k")
+        await hosts.until(lambda: follower.replica().confirmed, "a confirmed read")
+        hosts.isolate(follower.node_id)
+        with pytest.raises(Busy):
+            await read.wait()
+        assert not follower.replica().confirmed
 
 
 async def test_a_follower_applies_a_change_of_the_members_at_once(autojump_clock: MockClock) -> None:

@@ -89,7 +89,7 @@ def test_waiting_reads_share_a_confirmation_and_a_later_one_never_joins_it() -> 
     assert context is not None
     replica.await_read(reading(late))
     replica.confirm_reads(context, 3)
-    assert [len(batch) for _, batch in replica.confirmed or []] == [2]
+    assert [len(batch) for _, batch, _ in replica.confirmed or []] == [2]
     assert replica.open_reads is not None
     assert [each.requester for each in replica.open_reads] == [late]
     assert replica.take_open_reads(6) != context

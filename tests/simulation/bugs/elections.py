@@ -203,7 +203,7 @@ def read_before_apply() -> Patches:
 
     def serve_confirmed(replica: Replica) -> None:
         if replica.confirmed:
-            replica.confirmed = [(0, batch) for _, batch in replica.confirmed]
+            replica.confirmed = [(0, batch, asked_ns) for _, batch, asked_ns in replica.confirmed]
         original(replica)
 
     return [patch.object(Replica, "serve_confirmed", serve_confirmed)]
