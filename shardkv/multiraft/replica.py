@@ -125,6 +125,8 @@ class Replica:
         self.confirmed: list[tuple[int, list[WaitingRead], int]] | None = None
         """Confirmed reads that wait until their index is applied, and when their confirmation was asked for."""
         self.read_number = 0
+        """The next context is no lower, and no lower than the clock: none from before a restart comes again, for its
+        answer, which may still be on its way, knows nothing of what was written since."""
         self.led = False
         """Whether the last turn saw this replica lead."""
         self.installing = False
@@ -279,8 +281,9 @@ class Replica:
             self.reads = {}
         if len(self.reads) >= CONFIRMATIONS_MAX:
             return None
-        context = self.read_number.to_bytes(8, "big")
-        self.read_number += 1
+        number = max(self.read_number, now_ns)
+        context = number.to_bytes(8, "big")
+        self.read_number = number + 1
         self.reads[context] = (now_ns, self.open_reads)
         self.open_reads = None
         return context

@@ -163,6 +163,38 @@ async def test_a_confirmed_read_does_not_wait_for_ever_at_a_replica_that_is_cut_
         assert not follower.replica().confirmed
 
 
+async def test_an_answer_to_a_read_from_before_a_restart_confirms_none_from_after_it(
+    autojump_clock: MockClock,
+) -> None:
+    """A leader may hold it back until a quorum answers, and that may be the very replica that has restarted."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"old")
+        await hosts.agreed()
+        follower = next(host for host in hosts.values() if not host.replica().leads)
+        leader = hosts.leader()
+        held: list[Message] = []
+
+        def passes(source: int, target: int, range_id: int, message: Message) -> bool:
+            if target != follower.node_id:
+                return True
+            if message.type is MessageType.READ_INDEX_RESP:
+                held.append(message)
+            return message.type is MessageType.HEARTBEAT and message.commit <= committed
+
+        committed = leader.replica().raft.committed
+        hosts.passes = passes
+        follower.read(b"k")
+        await hosts.until(lambda: held, "the leader's answer")
+        await follower.restart()
+        await hosts.write(b"k", b"new")
+        await hosts.until(lambda: follower.replica().raft.leader, "a leader that is known")
+        read = follower.read(b"k")
+        await hosts.until(lambda: follower.replica().reads, "a read that was asked for")
+        follower.driver.step(follower.replica(), held[0])
+        with pytest.raises(Busy):
+            await read.wait()
+
+
 async def test_a_follower_applies_a_change_of_the_members_at_once(autojump_clock: MockClock) -> None:
     """Raft lets no replica campaign that has such a change committed and not applied."""
     async with world(3) as hosts:
