@@ -215,6 +215,8 @@ class Driver:
         """Hand a peer's message to its group."""
         if self.space.full and replica.range_id != PLACEMENT_RANGE and not self.space.takes(message):
             return  # as if it were lost: the leader tries again, and goes on with those that have room
+        if replica.installing:
+            return  # nothing leaves its group until it is done, so what this made ready would only pile up
         replica.raft.step(message, self.environment.clock.monotonic_ns())
         if replica.raft.has_ready():
             self.touch(replica)

@@ -16,6 +16,7 @@ from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, c
 from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, unpack_applied
 from shardkv.machine.snapshot import installing, replace_rows, snapshot_rows
 from shardkv.multiraft import maintenance, snapshots
+from shardkv.multiraft.replica import Replica
 from shardkv.raft import ProgressState, Role
 from shardkv.raft.messages import Message, MessageType
 from shardkv.storage.engine import WriteBatch
@@ -151,6 +152,26 @@ async def test_a_read_that_waits_for_what_a_snapshot_brings_is_served_when_it_is
         await hosts.until(lambda: late.replica().log.compact_index > 11 and not late.replica().installing)
         assert read.arrived, "nothing is left to be applied"
         assert await read.wait() == b"2"
+
+
+async def test_what_a_leader_says_during_an_install_is_not_piled_up(autojump_clock: MockClock) -> None:
+    """Nothing leaves a group that rests, and on a full disk it may rest for days."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        install = late.snapshots.install
+
+        def held(replica: Replica, message: Message) -> None:
+            late.workers.hold_others()
+            install(replica, message)
+
+        late.snapshots.install = held  # type: ignore[method-assign]
+        hosts.heal()
+        await hosts.until(lambda: late.replica().installing, "an install that goes on")
+        await trio.sleep(60)
+        raft = late.replica().raft.raft
+        assert len(raft.messages) + len(raft.messages_after_append) < 5
+        late.workers.release()
+        await hosts.agreed()
 
 
 async def test_trap_01_a_follower_that_has_not_split_is_not_given_the_right_half(autojump_clock: MockClock) -> None:
