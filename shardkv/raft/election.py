@@ -3,7 +3,7 @@
 from enum import Enum
 from typing import Final
 
-from shardkv.raft import lease, replication
+from shardkv.raft import lease, reconfiguration, replication
 from shardkv.raft.membership import all_voters
 from shardkv.raft.messages import NONE, EntryType, Message, MessageType
 from shardkv.raft.proposals import forward
@@ -199,6 +199,8 @@ def tick_leader(raft: Raft) -> None:
         # A transfer that takes longer than an election has failed; go on leading.
         if raft.role == Role.LEADER:
             raft.transferee = NONE
+    if raft.configuration.auto_leave:
+        reconfiguration.leave_joint(raft)
     if raft.role == Role.LEADER and raft.heartbeat_elapsed >= raft.settings.heartbeat_ticks:
         raft.heartbeat_elapsed = 0
         replication.broadcast_heartbeat(raft)

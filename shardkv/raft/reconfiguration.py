@@ -51,9 +51,14 @@ def switch_to(raft: Raft, changer: Changer) -> ConfState:
 def applied_to(raft: Raft, index: int, size: int) -> None:
     """Entries up to ``index`` are applied, ``size`` bytes of them; leave a joint configuration if it is time."""
     raft.log.applied_to(max(index, raft.log.applied), size)
+    leave_joint(raft)
+
+
+def leave_joint(raft: Raft) -> None:
+    """Propose to leave a joint configuration that is applied and leaves by itself."""
     if raft.configuration.auto_leave and raft.role == Role.LEADER and raft.log.applied >= raft.pending_conf_index:
-        # An empty change is never refused for its size. During a transfer it is, and then the next entry that is
-        # applied tries again here, or the next leader does.
+        # An empty change is never refused for its size. During a transfer it is, and then each tick tries again, or
+        # the next leader does.
         leave = Message(MessageType.PROP, from_=raft.id, entries=(Entry(0, 0, EntryType.CONF_CHANGE_V2),))
         try:
             leader_propose(raft, leave)

@@ -202,6 +202,22 @@ def test_a_change_of_many_members_leaves_by_itself_when_it_is_applied() -> None:
     assert cluster[4].configuration == ConfState((1, 2, 4))
 
 
+def test_a_joint_configuration_is_left_after_a_transfer_that_failed() -> None:
+    """Meanwhile the change that leaves was refused, and a group at rest applies nothing that tries again."""
+    cluster = led()
+    cluster.add(4)
+    cluster.isolate(2)
+    cluster[1].propose_conf_change(change("v4 r3"))
+    cluster[1].transfer_leader(2)
+    cluster.settle()
+    assert cluster[1].configuration.auto_leave
+    cluster.heal()
+    cluster.dropped = lambda message: message.type is M.TIMEOUT_NOW
+    cluster.tick(1, count=2 * cluster[1].raft.settings.election_ticks)
+    assert (cluster[1].role, cluster[1].transferee) == (Role.LEADER, 0)
+    assert cluster[1].configuration == cluster[4].configuration == ConfState((1, 2, 4))
+
+
 def test_a_change_with_explicit_transition_leaves_when_it_is_told_to() -> None:
     """etcd-io/raft: the host may want to do something while both configurations stand."""
     cluster = led()
