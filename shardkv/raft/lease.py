@@ -26,11 +26,19 @@ def refuses(raft: "Raft") -> bool:
     return raft.now < raft.refuse_until
 
 
-def accept_promise(raft: "Raft", heartbeat: Message) -> None:
-    """Promise the sender of a heartbeat of this term what it asks for. A promise is never shortened."""
-    until = raft.now + heartbeat.lease_promise
+def accept_promise(raft: "Raft", heartbeat: Message) -> int:
+    """Promise the sender of a heartbeat of this term what it asks for; how much that is. A promise is never shortened.
+
+    Never more than this replica's own leases ask for: for so long, and no longer, it refuses votes after a restart. A
+    leader whose settings differ, for they are being changed node by node, has no lease on less than it asked for.
+    """
+    promise, settings = heartbeat.lease_promise, raft.settings.lease
+    if settings is not None and promise > settings.promise_ns:
+        promise = settings.promise_ns
+    until = raft.now + promise
     if until > raft.refuse_until:
         raft.refuse_until = until
+    return promise
 
 
 def renew(raft: "Raft", peer: Progress, answer: Message) -> None:

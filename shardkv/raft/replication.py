@@ -158,9 +158,9 @@ def candidate_heartbeat(raft: Raft, message: Message) -> None:
 
 def handle_heartbeat(raft: Raft, message: Message) -> None:
     raft.log.commit_to(message.commit)
-    follower_stamp = 0
+    follower_stamp = promise = 0
     if message.lease_promise:
-        lease.accept_promise(raft, message)
+        promise = lease.accept_promise(raft, message)
         follower_stamp = raft.now
         if message.follower_stamp:
             freshness.learn(raft, message)
@@ -172,7 +172,7 @@ def handle_heartbeat(raft: Raft, message: Message) -> None:
             raft.term,
             context=message.context,
             lease_stamp=message.lease_stamp,
-            lease_promise=message.lease_promise,
+            lease_promise=promise,
             follower_stamp=follower_stamp,
         )
     )

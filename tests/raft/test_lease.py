@@ -352,6 +352,22 @@ def test_trap_07_a_restarted_voter_refuses_votes_of_its_own_term_too(kind: Messa
     assert after_write(voter.ready()), "and none when nothing is promised any more"
 
 
+def test_trap_07_nobody_promises_longer_than_it_refuses_votes_after_a_restart() -> None:
+    """Where settings differ, as while they are changed node by node, a leader may ask for more than that."""
+    short = LeaseSettings(promise_ns=PROMISE * TICK_NS // 2, drift=DRIFT)
+    own = {"lease": short, "vote_refusal_ns": short.promise_ns}
+    cluster = Cluster(own_settings={2: own, 3: own}, lease=LEASE, pre_vote=True, check_quorum=True)
+    cluster.tick(count=PROMISE)  # until the restarts that made these replicas are over
+    cluster.elect(1)
+    cluster.tick(1)
+    assert not valid(cluster), "a lease would outlive a refusal after a restart"
+    assert cluster[2].raft.refuse_until - cluster.now <= short.promise_ns
+    cluster[1].transfer_leader(2)
+    cluster.settle()
+    cluster.tick(2)
+    assert valid(cluster, 2), "who asks for no more than others give has one"
+
+
 def test_trap_07_without_the_refusal_two_leaders_would_overlap() -> None:
     """The same run with the guard off: what it protects from does happen, so the test above can fail."""
     cluster = led(check_quorum=False)
