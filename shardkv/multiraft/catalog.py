@@ -7,11 +7,12 @@ a record in the log before anything follows from it; and what a replayed split f
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from shardkv.environment import Environment
-from shardkv.errors import Corruption, ProtocolError, StorageError
+from shardkv.errors import Corruption, OutOfSpace, ProtocolError, StorageError
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, Extension, RangeMachine, SplitResult
 from shardkv.machine.snapshot import installing
@@ -30,6 +31,9 @@ UNCOMMITTED_BYTES_MAX: Final = 4 * 1024 * 1024
 """Payload in a leader's log that is not applied yet: what clients that send faster than disks write can fill."""
 INFLIGHT_BYTES_MAX: Final = 2 * 1024 * 1024
 """Appends on their way to one follower: a few of the largest entries."""
+
+
+_PROMISE_KEY: Final = keys.local_key(keys.PROMISE, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class Catalog:
         self._extensions: dict[RangeId, Extension | None] = {}
         self._refuse_until_ns = 0
         """Until then no replica of this node votes: before its start it may have promised not to (trap 7)."""
+        self._promise_ns = 0
+        """The longest promise that the engine says may have been given: a restart may come with a shorter one."""
 
     def extension(self, range_id: RangeId) -> Extension | None:
         """The extension of a range's machine, made once; reloading a machine reloads it."""
@@ -118,8 +124,14 @@ class Catalog:
         """
         # What was promised before the start is forgotten; refuse for as long as it may last. That binds groups that
         # come to be within that time too: a crash may have lost the split that made them, or the record of it (trap 7).
+        promise_ns = self._timing.promise_ns
+        self._promise_ns = self._recorded_promise_ns()
         if used_before:
-            self._refuse_until_ns = self._environment.clock.monotonic_ns() + self._timing.promise_ns
+            self._refuse_until_ns = self._environment.clock.monotonic_ns() + max(promise_ns, self._promise_ns)
+        if promise_ns > self._promise_ns:
+            self._record_promise(promise_ns)
+            with suppress(OutOfSpace):  # the next flush brings it
+                self._engine.flush()
         updates = self._unrecorded_groups()
         if updates:
             self._wal.append(updates)()
@@ -146,6 +158,28 @@ class Catalog:
                 if range_id != PLACEMENT_RANGE:
                     self.spans.claim(range_id, mark.descriptor.span)
         self.check()
+
+    def _recorded_promise_ns(self) -> int:
+        """For how long replicas may have promised their votes before the start; 0 if no start has said."""
+        row = self._engine.get(_PROMISE_KEY)
+        return 0 if row is None else int.from_bytes(row, "big")
+
+    def _record_promise(self, promise_ns: int) -> None:
+        batch = WriteBatch()
+        batch.put(_PROMISE_KEY, promise_ns.to_bytes(8, "big"))
+        self._engine.write(batch)
+        self._promise_ns = promise_ns
+
+    def forget_promises(self) -> None:
+        """Where promises have become shorter: the longer ones of before the start count no more once they have ended.
+
+        To be called now and then.
+        """
+        promise_ns = self._timing.promise_ns
+        if promise_ns >= self._promise_ns or self._engine.stalled():
+            return
+        if self._environment.clock.monotonic_ns() >= self._refuse_until_ns:
+            self._record_promise(promise_ns)
 
     def _unrecorded_groups(self) -> list[LogUpdate]:
         """The creation of every range that the engine holds and the log does not know.

@@ -127,6 +127,7 @@ class Maintenance:
             for range_id, replica in self._driver.catalog.replicas.items()
             if replica.machine is not None and not replica.installing
         }
+        self._driver.catalog.forget_promises()
         log = self._driver.wal.statistics()
         self._flushed_segment = log.oldest_segment_id + log.segments
         # Compaction goes only as far as the log knows entries to be committed.

@@ -12,6 +12,7 @@ from shardkv.raft.node import Role
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.wal import CreateGroup, LogUpdate, ResetLog, Tombstone
 from shardkv.types import KeyRange, NodeId, RangeId, ReplicaId
+from tests.multiraft import world as world_module
 from tests.multiraft.world import PROMISE_NS, RANGE, Host, Hosts, descriptor_on, world
 
 RIGHT = RangeId(2)
@@ -346,3 +347,32 @@ async def test_a_replica_without_state_keeps_its_configuration_in_the_log(autoju
         host.catalog.recover()
         assert host.replica(5).raft.configuration == ConfState()
         assert host.wal.groups[RangeId(5)].conf_state == conf_state
+
+
+async def test_trap_07_a_lowered_promise_refuses_votes_for_the_longest_that_may_still_last(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was promised before the restart was promised for as long as the setting said then, and so was what was
+    promised before the restart before that, if both came quickly."""
+
+    def refuses_ns(host: Host) -> int:
+        return host.replica().raft.raft.refuse_until - host.clock.monotonic_ns()
+
+    async with world(3) as hosts:
+        host = hosts[3]
+        hosts.isolate(3)
+        monkeypatch.setattr(world_module, "PROMISE_NS", PROMISE_NS // 4)
+        for _ in range(2):
+            await host.restart()
+            assert refuses_ns(host) == PROMISE_NS
+            await host.maintenance.flush_and_compact()
+        await trio.sleep(PROMISE_NS / 1e9)
+        await host.maintenance.flush_and_compact()
+        await host.restart()
+        assert refuses_ns(host) == PROMISE_NS // 4
+        monkeypatch.setattr(world_module, "PROMISE_NS", PROMISE_NS)
+        await host.restart()
+        assert refuses_ns(host) == PROMISE_NS
+        monkeypatch.setattr(world_module, "PROMISE_NS", PROMISE_NS // 4)
+        await host.restart(power=True)
+        assert refuses_ns(host) == PROMISE_NS
