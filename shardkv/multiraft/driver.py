@@ -26,7 +26,7 @@ from shardkv.multiraft.log_writer import LogWriter
 from shardkv.multiraft.replica import GATHER_NS, Proposal, Replica, Requester
 from shardkv.multiraft.space import Space
 from shardkv.multiraft.turn import Turn, gather
-from shardkv.raft import ProposalDropped
+from shardkv.raft import ProposalDropped, Role
 from shardkv.raft.messages import NONE, ConfChange, Entry, Message, MessageType
 from shardkv.storage.engine import Engine
 from shardkv.storage.wal import LogUpdate, Wal
@@ -541,6 +541,8 @@ class Driver:
 
         After a split it is the left half's leader that is eager for the right half: the data are here, and it is awake.
         """
+        if replica.raft.role is Role.CANDIDATE:
+            return  # it waits for votes, its own too, to be on disk: another campaign would give this one up
         left = self._eager[replica.range_id] - 1
         if replica.raft.leader != NONE or not left:
             del self._eager[replica.range_id]

@@ -7,6 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.errors import Busy, EpochMismatch
+from shardkv.machine.machine import INITIAL_TERM
 from shardkv.multiraft.applier import APPLIES_LATER_MAX
 from shardkv.multiraft.turn import Turn
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
@@ -193,6 +194,22 @@ async def test_an_answer_to_a_read_from_before_a_restart_confirms_none_from_afte
         follower.driver.step(follower.replica(), held[0])
         with pytest.raises(Busy):
             await read.wait()
+
+
+@pytest.mark.parametrize("sync_ticks", [0.1, 1.2, 3])
+async def test_a_first_leader_is_elected_in_its_first_term_however_slow_the_logs_are(
+    autojump_clock: MockClock, sync_ticks: float
+) -> None:
+    """Whoever campaigns at each tick must not give up an election that waits for votes to be on disk."""
+    async with world(3, started=False) as hosts:
+        for host in hosts.values():
+            host.workers.latency_seconds = lambda: sync_ticks * TICK_SECONDS
+            await host.start()
+        leader = await hosts.led()
+        assert leader.replica().raft.term == INITIAL_TERM + 1
+        await leader.split(b"m", 2).wait()
+        leader = await hosts.led(2)
+        assert leader.replica(2).raft.term == INITIAL_TERM + 1
 
 
 async def test_a_follower_applies_a_change_of_the_members_at_once(autojump_clock: MockClock) -> None:
