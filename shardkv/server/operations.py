@@ -35,6 +35,7 @@ from shardkv.server.requests import Asker
 from shardkv.types import KEY_BYTES_MAX, NodeId, RangeDescriptor, RangeId, ReplicaId, ReplicaRole
 from shardkv.wire.requests import Method, Request
 from shardkv_placement import commands as placement_commands
+from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
 
 TASKS_MAX: Final = 256
 """Requests of this kind under way at once; more are told Busy."""
@@ -217,11 +218,13 @@ def _membership_changes(
     ids = {int(member.replica_id): member for member in descriptor.replicas}
     for item in items:
         match item:
-            case ["add_learner", int(node_id), int(replica_id)] if 0 < node_id < 1 << 63 and 0 < replica_id < 1 << 63:
+            case ["add_learner", int(node_id), int(replica_id)] if 0 < node_id <= ID_MAX and 0 < replica_id <= ID_MAX:
                 if node_id in nodes:
                     raise RequestError(f"node {node_id} holds a replica of range {descriptor.range_id} already")
                 if replica_id in ids or any(replica_id == other for _, other in added):
                     raise RequestError(f"the replica id {replica_id} is in use; ids are never used twice")
+                if len(nodes) == REPLICAS_MAX:
+                    raise RequestError(f"a range has at most {REPLICAS_MAX} replicas")
                 nodes.add(node_id)
                 added.append((node_id, replica_id))
                 changes.append(ConfChangeSingle(ConfChangeType.ADD_LEARNER_NODE, replica_id))

@@ -33,6 +33,7 @@ from shardkv.types import VALUE_BYTES_MAX, NodeId, timestamp_at
 from shardkv.wire import raft_codec
 from shardkv.wire.frames import Frame, FrameKind
 from shardkv.wire.requests import Method, Request
+from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
 from tests.multiraft.world import descriptor_on
 from tests.server.world import Cluster, Recorder, SimulatedNode, world
 
@@ -124,7 +125,8 @@ async def test_no_request_whatever_its_arguments_stops_a_node(autojump_clock: Mo
 async def test_trap_09_a_membership_change_that_does_not_fit_is_refused_before_it_is_logged(
     autojump_clock: MockClock,
 ) -> None:
-    """Once it is in the log every replica carries it out, and stops at what nobody can."""
+    """Once it is in the log every replica carries it out, and stops at what nobody can. And what the placement group
+    does not take it refuses with everything else that the leader's node has to report."""
     descriptor = descriptor_on(3, learners=1)
     good, added = _membership_changes(descriptor, [["promote", 3, 3], ["add_learner", 4, 9]])
     assert (len(good), added) == (2, [(4, 9)])
@@ -136,6 +138,8 @@ async def test_trap_09_a_membership_change_that_does_not_fit_is_refused_before_i
         [["add_learner", 4, 0]],
         [["add_learner", 4, -1]],
         [["add_learner", 4, (1 << 64) - 1]],
+        [["add_learner", 4, ID_MAX + 1]],
+        [["add_learner", 4 + number, 9 + number] for number in range(REPLICAS_MAX - 2)],
         [["promote", 4, 9]],
         [["promote", 1, 1]],
         [["promote", 2, 3]],
