@@ -18,7 +18,7 @@ from typing import Any, Final, TextIO
 import click
 import trio
 
-from shardkv.cli.root import Example
+from shardkv.cli.root import Example, let_go_of_stdout
 from shardkv.config import SETTINGS, Kind, NodeConfig, Setting, load_node_config
 from shardkv.errors import ConfigError
 
@@ -99,8 +99,11 @@ async def _run(config: NodeConfig) -> None:
 
 
 def _print_ready(name: str, address: str) -> None:
-    sys.stdout.write(f"ready {name} {address}\n")
-    sys.stdout.flush()
+    """Say so on stdout. Where nobody can hear it, the node serves all the same."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError):
+            sys.stdout.write(f"ready {name} {address}\n")
+    let_go_of_stdout()
 
 
 @contextlib.contextmanager
@@ -162,6 +165,9 @@ def _log_to_stderr(level: str) -> None:
 
     import structlog
 
+    if sys.stderr is None:
+        # Closed by whoever started this process. A file of the node's data that got its number would be written to.
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     numeric = logging.getLevelName(level.upper())
     logging.basicConfig(
         stream=sys.stderr, level=max(numeric, logging.WARNING), format="%(levelname)s %(name)s %(message)s"

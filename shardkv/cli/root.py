@@ -119,11 +119,14 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(exits.INTERRUPTED)
     finally:
-        _let_go_of_stdout()
+        let_go_of_stdout()
 
 
-def _let_go_of_stdout() -> None:
-    """What could not be written was told; the interpreter would try once more and end with an exit code of its own."""
+def let_go_of_stdout() -> None:
+    """Write what is buffered, and where that fails let it and whatever comes go nowhere.
+
+    The interpreter would try once more at its end, and end with an exit code of its own.
+    """
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

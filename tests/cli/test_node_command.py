@@ -43,30 +43,40 @@ def test_a_node_prints_its_ready_line_and_a_first_sigterm_stops_it_cleanly(
     assert process.lines == ["ready n1 127.0.0.1:7001", "draining"]
 
 
-LOGGING = """
-import structlog
-from shardkv.cli.node import _log_to_stderr
+SPEAKING = """
+import structlog, sys
+from shardkv.cli.node import _log_to_stderr, _print_ready
+heard = sys.stderr if sys.argv[1] == "stdout" else sys.stdout
 _log_to_stderr("info")
 log = structlog.get_logger().bind(node="n1")
+_print_ready("n1", "127.0.0.1:7001")
 for _ in range(1_000):
     log.warning("the disk is nearly full")
-print("on it goes")
+if sys.stdout is not None:
+    sys.stdout.flush()
+print("on it goes", file=heard)
 """
 
 
-@pytest.mark.parametrize("log", ["full", "closed"])
-def test_a_node_whose_log_cannot_be_written_goes_on(log: str) -> None:
-    """Of all moments when the disk is full, on which the log lies, too; or when its reader has ended."""
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("log", ["full", "closed", "missing"])
+def test_a_node_whose_log_or_ready_line_cannot_be_written_goes_on(stream: str, log: str) -> None:
+    """Of all moments when the disk is full, on which the log lies, too; or when its reader has ended. Both often go to
+    the same file, and a node that is started again on a full disk has to serve what it has."""
     if log == "full":
         writer = os.open("/dev/full", os.O_WRONLY)
     else:
         reader, writer = os.pipe()
         os.close(reader)
+    without = {"stdout": "1>&-", "stderr": "2>&-"}[stream] if log == "missing" else ""
+    command = ["sh", "-c", f'exec "$@" {without}', "sh", sys.executable, "-c", SPEAKING, stream]
+    streams: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
     try:
-        done = subprocess.run([sys.executable, "-c", LOGGING], stdout=subprocess.PIPE, stderr=writer, timeout=SECONDS)
+        done = subprocess.run(command, timeout=SECONDS, **streams)  # type: ignore[call-overload]
     finally:
         os.close(writer)
-    assert (done.returncode, done.stdout) == (0, b"on it goes\n")
+    heard = done.stderr if stream == "stdout" else done.stdout
+    assert (done.returncode, heard.splitlines()[-1:]) == (0, [b"on it goes"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
