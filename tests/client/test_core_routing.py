@@ -146,6 +146,22 @@ def test_a_program_that_stood_still_asks_a_node_before_it_gives_it_up():
     assert len(world.dials) == 1
 
 
+def test_a_program_that_stood_still_after_the_question_reads_before_it_gives_a_node_up():
+    """One that computes in long pieces meets its timer and the answer to its ping at the same moment, every time."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    call = world.put(b"k", b"w")
+    world.core.flush(world.now)
+    world._perform()
+    for pause in (0.6, 5.0):
+        world.now += pause
+        world.core.tick(world.now)
+        world._perform()
+    world.run(call)
+    assert call.attempts == 1
+    assert len(world.dials) == 1
+
+
 def test_a_slow_node_that_answers_pings_is_kept():
     """Silence means no bytes at all, not a late answer."""
     world = World(nodes=1)

@@ -17,6 +17,8 @@ from shardkv_client.core.calls import Call, Sent
 from shardkv_client.core.settings import Settings
 from shardkv_client.core.timers import Timers
 
+LAST_LOOK_SECONDS: Final = 0.01
+"""Between the end of the time that a silent node has and the end of its connection: more than one round of the loop."""
 _PING: Final = encode_frame(FrameKind.PING, b"")
 
 
@@ -59,6 +61,7 @@ class Link:
         "inflight_max",
         "opened_at",
         "output",
+        "overdue",
         "owed_since",
         "parts",
         "parts_bytes",
@@ -86,6 +89,8 @@ class Link:
         self.owed_since = now
         """Since when the node has owed at least one answer."""
         self.pinged_at = -inf
+        self.overdue = False
+        """The time for an answer to the ping is over; one last look is to come."""
         self.watched = False
         """A timer looks after its silence; one at a time."""
         self.draining = False
@@ -298,13 +303,18 @@ class Links:
                 self._timers.at(ping_at, lambda at: self._look_after(link, at))
                 return
             link.pinged_at = now
+            link.overdue = False
             self.write(link, _PING)
         # Counted from the question: where this program stood still, what the node said meanwhile was not read yet.
         lost_at = link.pinged_at + settings.silence_seconds_max - settings.ping_after_seconds
-        if now >= lost_at:
+        if now < lost_at:
+            self._timers.at(lost_at, lambda at: self._look_after(link, at))
+        elif not link.overdue:
+            # Where it stood still after the question, the answer may lie in the socket: its reader has a turn first.
+            link.overdue = True
+            self._timers.at(now + LAST_LOOK_SECONDS, lambda at: self._look_after(link, at))
+        else:
             self.drop(link, f"silent for {now - heard_at:.1f} s while it owed an answer", now)
-            return
-        self._timers.at(lost_at, lambda at: self._look_after(link, at))
 
     def drop(self, link: Link, problem: str, now: float) -> None:
         """Give a link up; whoever does the I/O closes it."""
