@@ -5,7 +5,7 @@ address, join or bootstrap if the directory is new, run. The order of a stop: ha
 elsewhere, stop the services, flush.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -150,30 +150,28 @@ class _Node:
                     "--join HOST:PORT to join one"
                 )
             self._wal = await workers.run(self._open_log)
-            try:
-                self._engine: Engine = await workers.run(self._open_engine, self._config, directory.engine_path)
-            except Exception:
-                await workers.run(self._wal.close)
-                raise
+            opened: list[tuple[str, Callable[[], None]]] = [("log", self._wal.close)]
             # To be cancelled is to die: nothing is tidied up, for a crash must find what a crash leaves.
             try:
+                self._engine: Engine = await workers.run(self._open_engine, self._config, directory.engine_path)
+                opened.append(("engine", self._engine.close))
                 await self._listen_and_run()
             except Exception:
-                await self._close_storage()
+                await self._close(opened)
                 raise
-            failure = await self._close_storage()
+            failure = await self._close(opened)
             if failure is not None:
                 raise failure
         finally:
             directory.close()
 
-    async def _close_storage(self) -> Exception | None:
+    async def _close(self, opened: Iterable[tuple[str, Callable[[], None]]]) -> Exception | None:
         """Close the log and the engine, each whatever became of the other; what failed first, if anything did.
 
         A node that ends because of its disk is likely to fail here, too, and ends with what came first all the same.
         """
         first: Exception | None = None
-        for what, close in (("log", self._wal.close), ("engine", self._engine.close)):
+        for what, close in opened:
             try:
                 await self._environment.workers.run(close)
             except Exception as error:  # noqa: BLE001 - logged, and the first is the caller's

@@ -19,6 +19,7 @@ from shardkv.errors import (
     ProtocolError,
     RequestError,
     ShardKVError,
+    StorageError,
     ValueTooLarge,
     WrongCluster,
 )
@@ -295,16 +296,22 @@ async def test_trap_24_an_assigned_directory_without_its_log_is_not_begun_anew(a
             await node.run_to_its_end()
 
 
-async def test_a_start_whose_engine_does_not_open_closes_the_log(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_start_whose_engine_does_not_open_closes_the_log_and_says_why(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """Its files would stay open for as long as whoever has called lives, which need not be a process of the node's."""
+    """Its files would stay open for as long as whoever has called lives, which need not be a process of the node's.
+
+    On a disk that fails, closing may fail, too, and that says nothing of what happened.
+    """
     closed = []
     close = Wal.close
 
     def noted(wal: Wal) -> None:
         closed.append(wal)
         close(wal)
+        if fails:
+            raise StorageError("closing: fails too")
 
     def damaged(config: object, path: str) -> Engine:
         raise Corruption("engine: a file is missing")
