@@ -48,6 +48,8 @@ RETRY_SECONDS: Final = 0.25
 POLL_SECONDS: Final = 0.02
 HEARTBEAT_SECONDS_MIN: Final = 0.1
 """Changes are reported at once, but not more often than this."""
+REPORTS_AT_ONCE_MAX: Final = 512
+"""Descriptors in one report: 4 MiB with the largest keys, where a call may have 8, and no more items than it may."""
 REQUESTS_AT_ONCE_MAX: Final = 64
 """Operators' requests to other nodes under way."""
 
@@ -151,7 +153,7 @@ class PlacementService:
             await self._report_wanted.wait()
             self._report_wanted = trio.Event()
             while self._unreported:
-                reports = dict(islice(self._unreported.items(), commands.REPORTS_MAX))
+                reports = dict(islice(self._unreported.items(), REPORTS_AT_ONCE_MAX))
                 for range_id in reports:
                     del self._unreported[range_id]
                 wanted = {range_id: it for range_id, it in reports.items() if self._worth_reporting(range_id)}

@@ -14,15 +14,28 @@ from shardkv.server import placement_service
 from shardkv.server.placement_service import (
     HEARTBEAT_SECONDS_MIN,
     LEADER_TICK_SECONDS,
+    REPORTS_AT_ONCE_MAX,
     REQUESTS_AT_ONCE_MAX,
     RETRY_SECONDS,
     PlacementService,
 )
 from shardkv.simulation.clock import SimulationClock
-from shardkv.types import PLACEMENT_RANGE, Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
+from shardkv.types import (
+    KEY_BYTES_MAX,
+    PLACEMENT_RANGE,
+    Epoch,
+    KeyRange,
+    NodeId,
+    RangeDescriptor,
+    RangeId,
+    Replica,
+    ReplicaId,
+)
 from shardkv.wire.requests import Method
+from shardkv_client.limits import check_request
 from shardkv_placement import heartbeat
 from shardkv_placement.commands import REPORTS_MAX, ReportRanges, encode, validate
+from shardkv_placement.fields import REPLICAS_MAX
 from shardkv_placement.heartbeat import HeartbeatReply, Reporter
 from shardkv_placement.operators import Transfer
 from tests.placement.worlds import Group
@@ -80,19 +93,30 @@ class World:
         return None
 
     async def _propose(self, command: Any) -> None:
-        assert validate(encode(command)) is None, "the group would refuse this"
+        encoded = encode(command)
+        assert validate(encoded) is None, "the group would refuse this"
+        check_request(Method.PLACEMENT, (encoded,), key=None, range_id=PLACEMENT_RANGE, node_id=None)
         await self.report_gate.wait()
         if self.report_error is not None:
             raise self.report_error
         self.reports.append(command)
 
-    def add(self, range_id: int, *, leads: bool = True, leader: int = 1, generation: int = 2) -> Any:
+    def add(
+        self,
+        range_id: int,
+        *,
+        leads: bool = True,
+        leader: int = 1,
+        generation: int = 2,
+        key_bytes: int = 7,
+        replicas: int = 1,
+    ) -> Any:
         key = b"%06d" % range_id
         descriptor = RangeDescriptor(
             RangeId(range_id),
-            KeyRange(key, key + b"\x00"),
+            KeyRange(key.ljust(key_bytes, b"\x00"), key.ljust(key_bytes, b"\x01")),
             Epoch(generation, generation),
-            (Replica(NodeId(1), ReplicaId(range_id + 1000)),),
+            tuple(Replica(NodeId(node), ReplicaId(range_id + 1000 * node)) for node in range(1, replicas + 1)),
         )
         self.replicas[range_id] = SimpleNamespace(
             range_id=range_id,
@@ -145,6 +169,16 @@ async def test_more_changes_than_a_report_holds_go_in_several(autojump_clock: Mo
         await trio.sleep(0.1)
         assert sorted(world.reported) == list(range(10, 10 + count))
         assert max(len(each.descriptors) for each in world.reports) <= REPORTS_MAX
+
+
+async def test_a_report_is_no_larger_than_a_call_whatever_the_keys_and_replicas(autojump_clock: MockClock) -> None:
+    """It would be refused, and tried again, for ever: nothing of that node's ranges would be in the map any more."""
+    async with running() as world:
+        count = 2 * REPORTS_AT_ONCE_MAX + 7
+        for range_id in range(10, 10 + count):
+            world.service.descriptor_changed(world.add(range_id, key_bytes=KEY_BYTES_MAX, replicas=REPLICAS_MAX))
+        await trio.sleep(0.1)
+        assert sorted(world.reported) == list(range(10, 10 + count))
 
 
 async def test_a_report_that_failed_is_tried_again_with_what_has_changed_since(autojump_clock: MockClock) -> None:
