@@ -6,11 +6,13 @@ import socket
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from shardkv.environment import Listener, Stream
 from shardkv.environment.real import real_environment
 from shardkv.environment.real.network import RealNetwork
 from shardkv.errors import ConfigError, ProtocolError
+from shardkv.transport.pool import PoolSettings
 
 ENVIRONMENT = real_environment()
 
@@ -80,6 +82,39 @@ async def test_a_dialled_connection_does_not_outlast_a_partition(network: RealNe
     assert 0 < given_up_ms <= 10_000
     stream.close_now()
     nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2])
+async def test_an_address_that_does_not_answer_leaves_time_for_the_next(
+    network: RealNetwork, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock, silent: int
+) -> None:
+    """A name with an IPv6 address that is dropped on the way and an IPv4 address that works: nodes find each other."""
+    targets = [("127.0.0.1", 7001 + number) for number in range(3)]
+    tried: list[tuple[str, int]] = []
+
+    async def getaddrinfo(*_: object, **__: object) -> list[tuple[object, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", target) for target in targets]
+
+    class Dialling:
+        def setsockopt(self, *_: object) -> None: ...
+
+        async def connect(self, target: tuple[str, int]) -> None:
+            tried.append(target)
+            if targets.index(target) < silent:
+                await trio.sleep_forever()
+
+        def detach(self) -> int:
+            return ours.detach()
+
+        def close(self) -> None: ...
+
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(trio.socket, "socket", lambda *_: Dialling())
+    with theirs, ours, trio.fail_after(PoolSettings().dial_seconds_max):
+        stream = await network.dial("name:7001")
+        stream.close_now()
+    assert tried == targets[: silent + 1]
 
 
 async def test_dialling_where_nobody_listens_is_an_os_error(network: RealNetwork) -> None:

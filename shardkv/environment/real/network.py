@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from math import inf
 from typing import Final
 
 import trio
@@ -18,6 +19,8 @@ from shardkv.errors import ConfigError, ShardKVError
 
 BACKLOG: Final = 1024
 """Connections that the system keeps until they are accepted: all clients of a node that was away come at once."""
+ADDRESS_SECONDS: Final = 0.5
+"""How long one address of a name may keep the next from being tried: who dials gives up after about 2 s."""
 ACCEPT_RETRY_SECONDS: Final = 0.1
 """The pause after an accept failed for want of a resource, as trio.serve_listeners has it."""
 ACCEPTS_BEFORE_CHECKPOINT: Final = 32
@@ -203,13 +206,15 @@ class RealNetwork:
         host, port = parse_address(address)
         found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         problem: OSError | None = None
-        for family, kind, protocol, _, target in found:
+        for position, (family, kind, protocol, _, target) in enumerate(found, 1):
             dialling = trio.socket.socket(family, kind, protocol)
             try:
                 if hasattr(socket, "TCP_USER_TIMEOUT"):
                     dialling.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
-                await dialling.connect(target)
-                return RealStream(socket.socket(fileno=dialling.detach()))
+                # Often the first address is of a family that some firewall on the way drops without a word.
+                with trio.move_on_after(inf if position == len(found) else ADDRESS_SECONDS):
+                    await dialling.connect(target)
+                    return RealStream(socket.socket(fileno=dialling.detach()))
             except OSError as error:
                 problem = error
             finally:
