@@ -316,7 +316,7 @@ class _General:
         if op == _INCREMENT:
             return self._increment(_USER + command[5], command[6])
         if op == _DELETE_RANGE:
-            end = run.descriptor.span.end if command[6] is None else command[6]
+            end = command[6]
             batch.delete_range(_USER + command[5], keys.USER_END if end is None else _USER + end)
             return BOOLEAN, 1
         raise Corruption(f"a log entry holds a command with the unknown operation {op!r}; upgrade this node")
@@ -351,4 +351,5 @@ def _inside(descriptor: RangeDescriptor, command: list[Any]) -> bool:
     if command[0] != _DELETE_RANGE:
         return span.contains(command[5])
     start, end = command[5], command[6]
-    return start >= span.start and (span.end is None or (start < span.end and (end is None or end <= span.end)))
+    # One without an end is for the last range: whoever sent it to a range that has been split since must hear of it.
+    return start >= span.start and (span.end is None or (start < span.end and end is not None and end <= span.end))

@@ -9,7 +9,7 @@ A command is ``[op, sequence, issued_at_ms, acknowledged_below, digest, ...]``, 
     PUT           key, value, if_version (None: any; 0: the key must be absent)
     DELETE        key, if_version
     INCREMENT     key, delta
-    DELETE_RANGE  start, end (None: to the end of the range)
+    DELETE_RANGE  start, end (None: to the last key of all; only a range that has no end carries it out)
 
 Its outcome is: PUT, the new version; DELETE, whether the key was there; INCREMENT, the new number; DELETE_RANGE, True.
 A command that failed has the outcome ``[code, message, details]`` of :func:`shardkv.errors.to_wire`.

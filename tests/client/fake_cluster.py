@@ -144,8 +144,8 @@ class FakeCluster:
             return outcome
         span = target.descriptor.span
         inside = span.contains(command[5])
-        if op == Op.DELETE_RANGE and command[6] is not None and span.end is not None:
-            inside = inside and command[6] <= span.end
+        if op == Op.DELETE_RANGE and span.end is not None:
+            inside = inside and command[6] is not None and command[6] <= span.end
         if not inside or generation != target.descriptor.epoch.span:
             return errors.to_wire(self.epoch_mismatch())
         outcome = self._execute(target, command)
@@ -160,8 +160,7 @@ class FakeCluster:
         op, key = command[0], command[5]
         current = self.data.get(key)
         if op == Op.DELETE_RANGE:
-            end = command[6] if command[6] is not None else target.descriptor.span.end
-            for found in list(self.data.irange(key, end, inclusive=(True, False))):
+            for found in list(self.data.irange(key, command[6], inclusive=(True, False))):
                 del self.data[found]
             return True
         condition = command[7] if op == Op.PUT else command[6] if op == Op.DELETE else None

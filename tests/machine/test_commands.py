@@ -129,15 +129,17 @@ def test_a_delete_range_removes_its_span_and_nothing_else() -> None:
     assert [range_.get(key) is not None for key in (b"a", b"b", b"c", b"d")] == [True, False, False, True]
 
 
-def test_an_unbounded_delete_range_ends_with_the_range() -> None:
+def test_an_unbounded_delete_range_is_carried_out_by_a_range_without_an_end_only() -> None:
+    """Its client would take the answer of a range that ends for the deletion of everything behind it, too."""
     left, client = World(world.descriptor(KeyRange(b"", b"m"))), Client()
     left.do(client, client.put(b"a", b""))
-    beyond = WriteBatch()
-    beyond.put(b"\x10z", b"another range's")
-    left.engine.write(beyond)
-    assert left.do(client, client.delete_range(b"", None)) is True
-    assert left.get(b"a") is None
-    assert left.engine.get(b"\x10z") == b"another range's"
+    outcome = left.do(client, client.delete_range(b"", None))
+    assert code(outcome) == errors.EpochMismatch.code
+    assert left.value(b"a") == b""
+    last = World(world.descriptor(KeyRange(b"m", None)))
+    last.do(client, client.put(b"n", b""))
+    assert last.do(client, client.delete_range(b"m", None)) is True
+    assert last.get(b"n") is None
 
 
 def test_later_commands_of_an_entry_see_the_earlier_ones() -> None:

@@ -65,6 +65,17 @@ async def test_trap_23_a_request_from_the_future_is_refused_and_leaves_no_trace(
         assert clock.last >= near
 
 
+async def test_a_delete_range_without_an_end_goes_on_behind_a_split_that_its_client_has_not_heard_of(
+    autojump_clock: MockClock,
+) -> None:
+    """The left half must not delete what it holds and let the client believe that this was all."""
+    async with world(3) as cluster, cluster.client() as kv, cluster.client() as other:
+        await kv.put_many({b"a": b"1", b"n": b"2", b"z": b"3"})
+        await cluster.ask(other, Method.SPLIT, b"m", key=b"m")
+        await kv.delete_range(b"a")
+        assert await other.get_many([b"a", b"n", b"z"]) == {}
+
+
 async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it(autojump_clock: MockClock) -> None:
     """A new leader whose clock is behind serves versions that the old one gave; the client carries the stamp on."""
     async with world(3) as cluster, cluster.client() as kv:
