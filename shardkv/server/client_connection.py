@@ -230,6 +230,8 @@ class ClientConnection:
             if position & SLICE_MASK == SLICE_MASK and clock.monotonic_ns() >= self._slice_end_ns:
                 await self._pause()
             if frame.kind is FrameKind.REQUEST:
+                # The answers' stamps tell the client the time, by which it stamps its commands: reads tell it, too.
+                self._hybrid_clock.now()
                 frame_bytes = len(frame.payload)
                 batch = requests.decode_requests(frame.payload)
                 if frame_bytes > SMALL_FRAME_BYTES:

@@ -65,6 +65,22 @@ async def test_trap_23_a_request_from_the_future_is_refused_and_leaves_no_trace(
         assert clock.last >= near
 
 
+async def test_a_write_after_minutes_of_reads_is_not_taken_for_an_old_one(autojump_clock: MockClock) -> None:
+    """A client stamps its commands with the time that the last answer told, so a read must tell it, too: else the
+    first write after a change of leader is refused as too old by the second node that it is sent to, and nobody knows
+    then whether the first one has applied it."""
+    async with world(3) as cluster, cluster.client() as kv, cluster.client() as other:
+        await kv.put(b"k", b"v")
+        await cluster.formed(other)
+        old = await cluster.leader_of(other, b"k")
+        for _ in range(20):
+            await trio.sleep(5)
+            assert await kv.get(b"k") is not None
+        to = next(node for node in cluster.nodes.values() if node is not old)
+        await cluster.ask(other, Method.TRANSFER, 1, to.inside.catalog.node_id, range_id=1)
+        await kv.put(b"k", b"w")
+
+
 async def test_a_delete_range_without_an_end_goes_on_behind_a_split_that_its_client_has_not_heard_of(
     autojump_clock: MockClock,
 ) -> None:

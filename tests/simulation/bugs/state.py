@@ -336,9 +336,9 @@ BUGS = (
         "a version is above all the range has seen (DESIGN 4.4)",
         versions_as_proposed,
         ("step", "transfer"),
-        41,
+        5,
         workload="ledger",
-        rate=250,
+        rate=60,
     ),
     Bug(
         "read-of-a-moved-span",
