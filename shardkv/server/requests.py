@@ -17,8 +17,8 @@ from shardkv.errors import (
     MalformedRequest,
     NotLeader,
     RangeNotFound,
-    RequestError,
     ShardKVError,
+    Unavailable,
     UnknownMethod,
     ValueTooLarge,
 )
@@ -111,7 +111,8 @@ class Requests:
         """Answer a request, now or later. Raises NoRoom for a read that must be handed on again."""
         try:
             if not self._hybrid_clock.observe(request.timestamp):
-                raise RequestError(
+                # Not the caller's mistake: some node's clock is wrong, and this one's gets there in time.
+                raise Unavailable(
                     f"the request's timestamp {request.timestamp} lies further ahead of this node's clock than it "
                     "accepts; check the clocks"
                 )
