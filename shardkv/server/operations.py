@@ -17,6 +17,7 @@ from shardkv.errors import (
     InvalidRange,
     MalformedRequest,
     NotFound,
+    OutcomeUnknown,
     RangeNotFound,
     RequestError,
     ShardKVError,
@@ -145,7 +146,11 @@ class Operations:
         if key == machine.descriptor.span.start:
             raise InvalidRange("there is a range that starts at this key already")
         nodes = [member.node_id for member in machine.descriptor.replicas]
-        first_range, first_replica = await self._placement.propose(placement_commands.Allocate(1, len(nodes)))
+        try:
+            first_range, first_replica = await self._placement.propose(placement_commands.Allocate(1, len(nodes)))
+        except OutcomeUnknown as error:
+            # Ids that nobody uses do no harm, and the range is as it was.
+            raise Unavailable(f"no ids for the new range: {error}") from error
         replica, machine = self._leader_of(range_id)
         ids = {node_id: ReplicaId(first_replica + position) for position, node_id in enumerate(nodes)}
         command = plan_split(machine.descriptor, key, RangeId(first_range), ids, joint=machine.joint)

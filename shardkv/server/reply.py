@@ -5,7 +5,7 @@ from typing import Any
 import trio
 
 from shardkv.environment import Clock
-from shardkv.errors import OutcomeUnknown, ShardKVError
+from shardkv.errors import NotLeader, OutcomeUnknown, ShardKVError
 
 
 class Reply:
@@ -27,9 +27,17 @@ class Reply:
         self._arrived.set()
 
     async def wait(self, clock: Clock, seconds: float) -> Any:
-        """The result. Raises the error it was refused with, or OutcomeUnknown when neither comes in time."""
+        """The result. Raises the error it was refused with, or OutcomeUnknown when neither comes in time.
+
+        OutcomeUnknown also when the group's leader changed meanwhile: the next one may have what was proposed in its
+        log, and asking again, as clients do on NotLeader, is no retry for what has no session.
+        """
         with clock.deadline(seconds):
             await self._arrived.wait()
+        if isinstance(self._error, NotLeader):
+            raise OutcomeUnknown(
+                "the leader changed before the outcome was known; look at the cluster's status before trying again"
+            ) from self._error
         if self._error is not None:
             raise self._error
         if not self._arrived.is_set():

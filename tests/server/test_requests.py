@@ -16,6 +16,7 @@ from shardkv.errors import (
     EpochMismatch,
     MalformedRequest,
     NotFound,
+    OutcomeUnknown,
     ProtocolError,
     RequestError,
     ShardKVError,
@@ -24,6 +25,7 @@ from shardkv.errors import (
     ValueTooLarge,
     WrongCluster,
 )
+from shardkv.multiraft.replica import Replica
 from shardkv.raft.messages import MessageType
 from shardkv.server.listener import Listener
 from shardkv.server.operations import _membership_changes
@@ -76,6 +78,41 @@ async def test_a_request_is_not_the_callers_mistake_when_the_nodes_clocks_differ
         await kv.put(b"k", b"v")
         await leader.kill()
         assert await kv.increment(b"n") == 1
+
+
+async def test_a_split_whose_leader_changes_under_way_is_of_unknown_outcome(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next leader may carry it out; asked again, it would say that there is such a range already."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await cluster.formed(kv)
+        driver = (await cluster.leader_of(kv, b"m")).inside.driver
+        propose = driver.propose_split
+
+        def lose_leadership(replica: Replica, *arguments: Any) -> None:
+            propose(replica, *arguments)
+            replica.abandon(replica.not_leader())
+
+        monkeypatch.setattr(driver, "propose_split", lose_leadership)
+        with pytest.raises(OutcomeUnknown):
+            await kv.call(Method.SPLIT, b"m", key=b"m")
+        await cluster.until(kv, lambda _, ranges: len(ranges) == 2)
+
+
+async def test_a_split_that_got_no_ids_is_tried_again(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever became of the ids, the range is as it was."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await cluster.formed(kv)
+        placement = (await cluster.leader_of(kv, b"m")).inside.placement
+
+        async def lose_the_answer(command: object) -> None:
+            monkeypatch.undo()
+            raise OutcomeUnknown("the placement group changed its leader")
+
+        monkeypatch.setattr(placement, "propose", lose_the_answer)
+        assert len(await kv.call(Method.SPLIT, b"m", key=b"m")) == 2
 
 
 async def test_a_write_after_minutes_of_reads_is_not_taken_for_an_old_one(autojump_clock: MockClock) -> None:
