@@ -71,6 +71,7 @@ def node(config: str | None, parent_pipe: int | None, **flags: Any) -> None:
         _end_with_parent(parent_pipe)
     loaded = _load(flags, config or os.environ.get("SHARDKV_CONFIG"))
     _log_to_stderr(loaded.log_level)
+    _allow_open_files()
     trio.run(_run, loaded)
 
 
@@ -142,6 +143,19 @@ def _end_with_parent(pipe: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _allow_open_files() -> None:
+    """Take all open files that the system lets this process have.
+
+    The usual soft limit, 1,024, is for programs that call select(). A quarter of the clients that a node takes use
+    it up; then no other node gets in, and the log cannot begin its next file, which ends the node.
+    """
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems name a limit that they do not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Unfailing:

@@ -1,6 +1,7 @@
 """``shardkv node`` and the process manager, with a stand-in for the server: signals, exits, the parent's pipe."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -41,6 +42,19 @@ def test_a_node_prints_its_ready_line_and_a_first_sigterm_stops_it_cleanly(
     assert process.wait_for_line("ready ", SECONDS) == "ready n1 127.0.0.1:7001"
     assert process.terminate(SECONDS) == 0
     assert process.lines == ["ready n1 127.0.0.1:7001", "draining"]
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux's")
+def test_a_node_takes_all_open_files_that_it_may_have(tmp_path: Path, processes: list[Process]) -> None:
+    """With the usual 1,024, idle clients would keep other nodes out and the log from its next file."""
+    low = ["sh", "-c", 'ulimit -S -n 256 && exec "$@"', "sh"]
+    arguments = ["--name", "n1", "--data", str(tmp_path), "--listen", "127.0.0.1:7001", "--bootstrap"]
+    process = Process([*low, *STANDIN, *arguments], tmp_path / "n1.log", os.environ)
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS)
+    soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard
+    assert process.terminate(SECONDS) == 0
 
 
 SPEAKING = """
