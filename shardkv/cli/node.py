@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 import click
 import trio
@@ -70,9 +70,9 @@ def node(config: str | None, parent_pipe: int | None, **flags: Any) -> None:
     if parent_pipe is not None:
         _end_with_parent(parent_pipe)
     loaded = _load(flags, config or os.environ.get("SHARDKV_CONFIG"))
-    _log_to_stderr(loaded.log_level)
-    _allow_open_files()
-    trio.run(_run, loaded)
+    with _log_to_stderr(loaded.log_level):
+        _allow_open_files()
+        trio.run(_run, loaded)
 
 
 def _load(flags: dict[str, object], config_file: str | None) -> NodeConfig:
@@ -158,34 +158,22 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-class _Unfailing:
-    """A text file for the log: what cannot be written is lost. A node does not end because its log's disk is full, or
-    because whoever reads its log has ended."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._file.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.flush()
-
-
-def _log_to_stderr(level: str) -> None:
+@contextlib.contextmanager
+def _log_to_stderr(level: str) -> Iterator[None]:
+    """All logs go to stderr, without waiting for it; what was logged in the context is written when it ends."""
     import logging
 
     import structlog
+
+    from shardkv.cli.log_writer import LogWriter
 
     if sys.stderr is None:
         # Closed by whoever started this process. A file of the node's data that got its number would be written to.
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     numeric = logging.getLevelName(level.upper())
-    logging.basicConfig(
-        stream=sys.stderr, level=max(numeric, logging.WARNING), format="%(levelname)s %(name)s %(message)s"
-    )
+    writer = LogWriter(sys.stderr.fileno(), sys.stderr.encoding)
+    file: Any = writer  # of a text file it has what the loggers use
+    logging.basicConfig(stream=file, level=max(numeric, logging.WARNING), format="%(levelname)s %(name)s %(message)s")
     terminal = sys.stderr.isatty()
     structlog.configure(
         processors=[
@@ -198,6 +186,10 @@ def _log_to_stderr(level: str) -> None:
             else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(numeric),
-        logger_factory=structlog.PrintLoggerFactory(file=_Unfailing(sys.stderr)),  # type: ignore[arg-type]
+        logger_factory=structlog.WriteLoggerFactory(file=file),
         cache_logger_on_first_use=True,
     )
+    try:
+        yield
+    finally:
+        writer.close()

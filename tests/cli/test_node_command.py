@@ -2,6 +2,7 @@
 
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -61,11 +62,11 @@ SPEAKING = """
 import structlog, sys
 from shardkv.cli.node import _log_to_stderr, _print_ready
 heard = sys.stderr if sys.argv[1] == "stdout" else sys.stdout
-_log_to_stderr("info")
-log = structlog.get_logger().bind(node="n1")
-_print_ready("n1", "127.0.0.1:7001")
-for _ in range(1_000):
-    log.warning("the disk is nearly full")
+with _log_to_stderr("info"):
+    log = structlog.get_logger().bind(node="n1")
+    _print_ready("n1", "127.0.0.1:7001")
+    for _ in range(1_000):
+        log.warning("the disk is nearly full")
 if sys.stdout is not None:
     sys.stdout.flush()
 print("on it goes", file=heard)
@@ -91,6 +92,49 @@ def test_a_node_whose_log_or_ready_line_cannot_be_written_goes_on(stream: str, l
         os.close(writer)
     heard = done.stderr if stream == "stdout" else done.stdout
     assert (done.returncode, heard.splitlines()[-1:]) == (0, [b"on it goes"])
+
+
+LOGGING = """
+import structlog
+from shardkv.cli.node import _log_to_stderr
+with _log_to_stderr("info"):
+    log = structlog.get_logger().bind(node="n1")
+    for number in range(20_000):
+        log.warning("the disk is nearly full", number=number)
+    log.error("the disk is full")
+    print("on it goes", flush=True)
+"""
+
+
+def logging_to_a_pipe(close_seconds: float) -> "subprocess.Popen[bytes]":
+    script = f"import shardkv.cli.log_writer as w; w.LogWriter.close.__defaults__ = ({close_seconds},)\n{LOGGING}"
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def assert_goes_on(child: "subprocess.Popen[bytes]") -> None:
+    assert child.stdout is not None
+    assert select.select([child.stdout], [], [], SECONDS)[0], "it waits for the reader of its log"
+    assert child.stdout.readline() == b"on it goes\n"
+
+
+def test_a_node_whose_log_is_held_up_goes_on_and_ends() -> None:
+    """Ctrl-S in its terminal, or a pipe to a program that is stuck: to wait for that would lose its leaderships."""
+    with logging_to_a_pipe(0.01) as child:
+        assert_goes_on(child)
+        assert child.wait(SECONDS) == 0
+
+
+def test_a_log_that_was_held_up_ends_with_the_newest_lines_and_says_how_many_are_lost() -> None:
+    """Why a node ended is the last thing that it said, and must be there."""
+    with logging_to_a_pipe(SECONDS) as child:
+        assert_goes_on(child)
+        assert child.stderr is not None
+        lines = child.stderr.read().decode().splitlines()
+        assert child.wait(SECONDS) == 0
+    assert lines[-1].endswith('level=error event="the disk is full" node=n1')
+    told = [int(line.rpartition("lines_lost=")[2]) for line in lines if "lines_lost=" in line]
+    assert told
+    assert len(lines) - len(told) + sum(told) == 20_001
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -138,8 +182,6 @@ sys.stdin.read()
 
 
 def assert_ends(descriptor: int) -> None:
-    import select
-
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     assert poll.poll(SECONDS * 1_000), "the node outlived its parent"
