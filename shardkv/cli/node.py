@@ -67,6 +67,7 @@ def node(config: str | None, parent_pipe: int | None, **flags: Any) -> None:
     or --join. Every option can also be given as SHARDKV_<OPTION> in the environment or in the TOML file; an option
     wins over the environment, the environment over the file.
     """
+    _open_standard_files()
     if parent_pipe is not None:
         _end_with_parent(parent_pipe)
     loaded = _load(flags, config or os.environ.get("SHARDKV_CONFIG"))
@@ -129,6 +130,19 @@ def _signals(stop: trio.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _open_standard_files() -> None:
+    """Where this process was given no stdin, stdout or stderr, give it one that goes nowhere.
+
+    Else the node's own files would take their numbers, and what a library tells on stderr would be in the log.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
 def _end_with_parent(pipe: int) -> None:
     """End this process at once when the other end of ``pipe`` closes, which a parent's death does, however it dies.
 
@@ -167,9 +181,6 @@ def _log_to_stderr(level: str) -> Iterator[None]:
 
     from shardkv.cli.log_writer import LogWriter
 
-    if sys.stderr is None:
-        # Closed by whoever started this process. A file of the node's data that got its number would be written to.
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     numeric = logging.getLevelName(level.upper())
     writer = LogWriter(sys.stderr.fileno(), sys.stderr.encoding)
     file: Any = writer  # of a text file it has what the loggers use

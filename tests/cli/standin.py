@@ -1,11 +1,12 @@
 """``shardkv node`` with a stand-in for the server, for tests of what is around it: signals, the ready line, the pipe.
 
 The stand-in serves nothing. It is ready at once and stops when told to, unless its name says otherwise: ``stubborn``
-never stops, ``broken`` fails to start.
+never stops, ``broken`` fails to start, ``brief`` stops at once and leaves the number of the first file it opened.
 """
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import trio
 
@@ -21,6 +22,10 @@ async def run_node(
     if config.name == "broken":
         raise DataDirectoryError(f"{config.data} belongs to another cluster")
     ready(config.name, config.listen)
+    if config.name == "brief":
+        with (Path(config.data) / "descriptor").open("w") as file:
+            file.write(str(file.fileno()))
+        return
     await stop.wait()
     print("draining", flush=True)
     if config.name == "stubborn":

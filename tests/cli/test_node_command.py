@@ -60,7 +60,8 @@ def test_a_node_takes_all_open_files_that_it_may_have(tmp_path: Path, processes:
 
 SPEAKING = """
 import structlog, sys
-from shardkv.cli.node import _log_to_stderr, _print_ready
+from shardkv.cli.node import _log_to_stderr, _open_standard_files, _print_ready
+_open_standard_files()
 heard = sys.stderr if sys.argv[1] == "stdout" else sys.stdout
 with _log_to_stderr("info"):
     log = structlog.get_logger().bind(node="n1")
@@ -135,6 +136,16 @@ def test_a_log_that_was_held_up_ends_with_the_newest_lines_and_says_how_many_are
     told = [int(line.rpartition("lines_lost=")[2]) for line in lines if "lines_lost=" in line]
     assert told
     assert len(lines) - len(told) + sum(told) == 20_001
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_node_without_standard_files_serves_and_opens_none_of_its_own_in_their_place(
+    tmp_path: Path, closed: str
+) -> None:
+    """What a library tells on stderr must not be written into the log of Raft, if that is what got its number."""
+    arguments = ["--name", "brief", "--data", str(tmp_path), "--listen", "127.0.0.1:7001", "--bootstrap"]
+    subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *STANDIN, *arguments], timeout=SECONDS, check=True)
+    assert int((tmp_path / "descriptor").read_text()) > 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
