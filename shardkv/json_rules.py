@@ -39,8 +39,8 @@ def json_value(value: object) -> Any:
     return value
 
 
-def to_json(value: object, *, compact: bool = False) -> str:
-    """One JSON document."""
+def to_json(value: object, *, compact: bool = False, ascii_only: bool = False) -> str:
+    """One JSON document. With ``ascii_only`` other characters are JSON's own escapes."""
     if compact:
-        return json.dumps(json_value(value), ensure_ascii=False, separators=(",", ":"))
-    return json.dumps(json_value(value), ensure_ascii=False, indent=2)
+        return json.dumps(json_value(value), ensure_ascii=ascii_only, separators=(",", ":"))
+    return json.dumps(json_value(value), ensure_ascii=ascii_only, indent=2)

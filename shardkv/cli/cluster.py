@@ -9,9 +9,8 @@ import click
 
 from shardkv.cli import text
 from shardkv.cli.root import Example
-from shardkv.cli.session import Client, Session, base64_option, connected, json_option, read_key
+from shardkv.cli.session import Client, Session, all_shown, base64_option, connected, json_option, read_key, shown_json
 from shardkv.cli.table import render
-from shardkv.json_rules import to_json
 from shardkv.wire.requests import Method
 
 NODE_COLUMNS: Final = ("id", "name", "address", "state", "replicas", "leaders")
@@ -21,7 +20,7 @@ LEADER_ASK_SECONDS: Final = 0.1
 """While leadership passes from one node to another nobody is known to lead; an election takes about a second."""
 LEADER_COLUMNS: Final = ("range", "leader", "name", "address")
 UNBOUNDED: Final = "∞"
-"""Shown for an unbounded end; in JSON it is null."""
+"""Shown for an unbounded end where it can be; in JSON it is null."""
 
 
 async def fetch_status(client: Client, timeout: float) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def print_rows(
 ) -> None:
     """A table, or a JSON array of objects with the same fields."""
     if as_json:
-        click.echo(to_json([{column: row.get(column) for column in columns} for row in rows]))
+        click.echo(shown_json([{column: row.get(column) for column in columns} for row in rows]))
         return
     shown = [[cell(column, row.get(column)) for column in columns] for row in rows]
     sys.stdout.write(render(columns, shown, numeric))
@@ -55,7 +54,7 @@ def print_rows(
 def cell(column: str, value: object) -> str:
     """A table cell."""
     if value is None:
-        return UNBOUNDED if column == "end" else "-"
+        return UNBOUNDED if column == "end" and all_shown() else "-"
     if isinstance(value, bytes):
         return text.escape(value) or '""'
     if column == "bytes" and isinstance(value, int):
@@ -89,7 +88,7 @@ def status(session: Session, as_json: bool) -> None:
     if isinstance(answer.get("cluster_id"), bytes):
         answer["cluster_id"] = answer["cluster_id"].hex()
     if as_json:
-        click.echo(to_json(answer))
+        click.echo(shown_json(answer))
         return
     plain = {name: value for name, value in answer.items() if not isinstance(value, list | dict)}
     widest = max(map(len, plain), default=0)

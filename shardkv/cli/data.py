@@ -7,9 +7,17 @@ import click
 
 from shardkv.cli import text
 from shardkv.cli.root import Example
-from shardkv.cli.session import Client, Session, base64_option, connected, json_option, read_bytes, read_key
+from shardkv.cli.session import (
+    Client,
+    Session,
+    base64_option,
+    connected,
+    json_option,
+    read_bytes,
+    read_key,
+    shown_json,
+)
 from shardkv.cli.table import TableWriter
-from shardkv.json_rules import to_json
 
 consistency_option = click.option(
     "--consistency",
@@ -89,9 +97,9 @@ def get(
         sys.stdout.buffer.write(entry.value)
         sys.stdout.buffer.flush()
     elif as_json:
-        click.echo(to_json({"key": entry.key, "value": entry.value, "version": entry.version}))
+        click.echo(shown_json({"key": entry.key, "value": entry.value, "version": entry.version}))
     else:
-        click.echo(text.show(entry.value, base64_text))
+        print(text.show(entry.value, base64_text))  # click would have its own way with an encoding that lacks something
 
 
 def _value(typed: str, base64_text: bool) -> bytes:
@@ -101,7 +109,7 @@ def _value(typed: str, base64_text: bool) -> bytes:
 
 
 def _print_version(version: int, as_json: bool) -> None:
-    click.echo(to_json({"version": version}) if as_json else str(version))
+    click.echo(shown_json({"version": version}) if as_json else str(version))
 
 
 @click.command(
@@ -162,7 +170,7 @@ def incr(session: Session, key: str, delta: int, as_json: bool, base64_text: boo
         return await client.increment(wanted, delta, timeout=session.timeout)
 
     number = session.run(body)
-    click.echo(to_json({"value": str(number)}) if as_json else str(number))
+    click.echo(shown_json({"value": str(number)}) if as_json else str(number))
 
 
 @click.command("del", cls=Example, example="shardkv del --connect 127.0.0.1:7001 greeting")
@@ -180,7 +188,7 @@ def delete(session: Session, key: str, if_version: int | None, as_json: bool, ba
 
     deleted = session.run(body)
     if as_json:
-        click.echo(to_json({"deleted": deleted}))
+        click.echo(shown_json({"deleted": deleted}))
     if not deleted:
         _absent(wanted, base64_text)
     elif not as_json:
@@ -246,7 +254,7 @@ def scan(
                 fields = {"key": entry.key, "value": entry.value, "version": entry.version}
                 if keys_only:
                     del fields["value"]
-                click.echo(separator + to_json(fields, compact=True), nl=False)
+                click.echo(separator + shown_json(fields, compact=True), nl=False)
                 separator = ",\n "
         click.echo("[]" if separator == "[" else "]")
 

@@ -152,6 +152,6 @@ def _cluster(directory: Path, nodes: int, base_port: int | None, with_tour: bool
 
 
 if __name__ == "__main__":
-    from shardkv.cli.root import shardkv
+    from shardkv.cli.root import main
 
-    shardkv(["demo", "--tour", *sys.argv[1:]], prog_name="shardkv")
+    main(["demo", "--tour", *sys.argv[1:]])

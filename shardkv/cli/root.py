@@ -5,13 +5,14 @@ be reached in time, 4 outcome unknown, 130 interrupted. Commands raise; only thi
 """
 
 import importlib
+import io
 import os
 import sys
 from typing import Any, Final
 
 import click
 
-from shardkv.cli import exits
+from shardkv.cli import exits, text
 
 COMMANDS: Final[dict[str, str]] = {
     "node": "shardkv.cli.node:node",
@@ -112,10 +113,12 @@ def shardkv() -> None:
     """shardkv: a range-sharded, strictly serializable key-value database."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The console script. Ends the process."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors=text.ESCAPES)
     try:
-        shardkv(prog_name="shardkv")
+        shardkv(arguments, prog_name="shardkv")
     except KeyboardInterrupt:
         sys.exit(exits.INTERRUPTED)
     finally:

@@ -4,7 +4,9 @@ Commands are plain functions. Each hands an async body to a session, which runs 
 one place that opens a client; tests put a fake there.
 """
 
+import codecs
 import functools
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Protocol, TypeVar
@@ -14,6 +16,7 @@ from click.core import ParameterSource
 
 from shardkv.cli import text
 from shardkv.cli.exits import leaf
+from shardkv.json_rules import to_json
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -127,6 +130,16 @@ class ShellSession:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 base64_option = click.option("--base64", "base64_text", is_flag=True, help="Keys and values are base64, in and out.")
+
+
+def all_shown() -> bool:
+    """Whether stdout can hold every character."""
+    return sys.stdout is None or codecs.lookup(sys.stdout.encoding).name == "utf-8"
+
+
+def shown_json(value: object, *, compact: bool = False) -> str:
+    """One JSON document for stdout. What that cannot hold is escaped as JSON has it: another escape would break it."""
+    return to_json(value, compact=compact, ascii_only=not all_shown())
 
 
 def read_bytes(typed: str, base64_text: bool, what: str) -> bytes:

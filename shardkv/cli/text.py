@@ -8,12 +8,15 @@ What JSON looks like is said in ``shardkv.json_rules``; here is only how a field
 
 import base64
 import binascii
+import codecs
 import re
 from collections.abc import Mapping
 from typing import Final
 
 from shardkv.json_rules import BASE64_SUFFIX
 
+ESCAPES: Final = "shardkv-escapes"
+"""The name of an error handler for text files: what their encoding lacks is written as escapes."""
 _ESCAPE: Final = re.compile(rb"\\(\\|x[0-9A-Fa-f]{2}|.?)", re.DOTALL)
 
 
@@ -30,7 +33,20 @@ def _shown(character: str) -> str:
         return "\\\\"
     if character.isprintable():
         return character
-    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
+    return _escapes(character)
+
+
+def _escapes(characters: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in characters.encode("utf-8", "surrogateescape"))
+
+
+def _escape_what_is_lacking(problem: UnicodeError) -> tuple[str, int]:
+    if not isinstance(problem, UnicodeEncodeError):
+        raise problem
+    return _escapes(problem.object[problem.start : problem.end]), problem.end
+
+
+codecs.register_error(ESCAPES, _escape_what_is_lacking)
 
 
 def unescape(text: str) -> bytes:

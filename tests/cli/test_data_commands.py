@@ -1,10 +1,14 @@
 """The data commands against a fake client: output, the JSON rules and the exit codes of DESIGN 2.2."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from shardkv import errors
+from shardkv.cli import text
 from tests.cli.fakes import FIRST_VERSION, World, world
 
 __all__ = ["world"]
@@ -204,3 +208,42 @@ def test_an_age_without_a_stale_read_is_wrong_usage(world: World, command: str) 
     result = world.run(*command.split(), "--max-age", "1")
     assert result.exit_code == 2
     assert "--consistency stale" in result.stderr
+
+
+ENCODED = """
+import sys
+from contextlib import asynccontextmanager
+from shardkv.cli import session
+from tests.cli.fakes import FakeClient
+client = FakeClient()
+client.set("käse".encode(), "ä → 😀".encode())
+@asynccontextmanager
+async def connect(addresses):
+    yield client
+session.connect = connect
+from shardkv.cli.root import main
+main()
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "command", [["get", "käse"], ["get", "käse", "--json"], ["scan"], ["scan", "--json"], ["ranges"]], ids=" ".join
+)
+def test_what_the_encoding_of_stdout_lacks_is_escaped(command: list[str], encoding: str) -> None:
+    """DESIGN 2.2: keys and values are UTF-8 with escapes; they can be typed back in. JSON has escapes of its own."""
+    variables = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1", "SHARDKV_CONNECT": "n1:7001"}
+    done = subprocess.run(
+        [sys.executable, "-c", ENCODED, *command], env=variables, stdout=subprocess.PIPE, timeout=30, check=True
+    )
+    shown = done.stdout.decode(encoding)
+    if "--json" in command:
+        found = json.loads(done.stdout.decode("utf-8"))
+        assert (found if command[0] == "get" else found[0])["value"] == "ä → 😀"
+    elif command[0] == "get":
+        assert text.unescape(shown.rstrip("\n")).decode() == "ä → 😀"
+    elif command[0] == "scan":
+        key, *value, _ = shown.splitlines()[1].split()
+        assert text.unescape(" ".join([key, *value])).decode() == "käse ä → 😀"
+    else:
+        assert ("∞" in shown) == (encoding == "utf-8")
