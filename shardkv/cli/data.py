@@ -9,6 +9,7 @@ from shardkv.cli import text
 from shardkv.cli.root import Example
 from shardkv.cli.session import (
     Client,
+    Seconds,
     Session,
     base64_option,
     connected,
@@ -26,7 +27,7 @@ consistency_option = click.option(
 )
 max_age_option = click.option(
     "--max-age",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     metavar="SECONDS",
     help="With --consistency stale: how old the answer may be.  [default: any age]",
 )

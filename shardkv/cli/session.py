@@ -6,6 +6,7 @@ one place that opens a client; tests put a fake there.
 
 import codecs
 import functools
+import math
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -63,6 +64,16 @@ class OneShot:
             raise leaf(group) from group
 
 
+class Seconds(click.FloatRange):
+    """A length of time, which has an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no finite number of seconds.", param, ctx)
+        return found
+
+
 connect_option: Final = click.option(
     "--connect",
     "addresses",
@@ -72,7 +83,7 @@ connect_option: Final = click.option(
     help="Any node's address.",
 )
 timeout_option: Final = click.option(
-    "--timeout", type=click.FloatRange(min=0.001), metavar="SECONDS", help="For each request.  [default: 10]"
+    "--timeout", type=Seconds(min=0.001), metavar="SECONDS", help="For each request.  [default: 10]"
 )
 
 
