@@ -8,7 +8,8 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -94,14 +95,10 @@ def report_fields(task: Task, result: Result) -> dict[str, object]:
 
 def combine(results: list[Result]) -> Result:
     """Several runs of the same load, one after another, as one."""
-    kinds: dict[str, int] = {}
-    for result in results:
-        for kind, count in result.error_kinds.items():
-            kinds[kind] = kinds.get(kind, 0) + count
     return Result(
         ops=sum(result.ops for result in results),
         errors=sum(result.errors for result in results),
-        error_kinds=kinds,
+        error_kinds=_summed(result.error_kinds for result in results),
         seconds=sum(result.seconds for result in results),
         client_cpu_s=sum(result.client_cpu_s for result in results),
         server_cpu_s=sum(result.server_cpu_s for result in results),
@@ -132,13 +129,20 @@ def run(task: Task, processes: int = 1, server_cpu: Callable[[], float] = lambda
     return Result(
         ops=sum(answer["ops"] for answer in answers),
         errors=sum(answer["errors"] for answer in answers),
-        error_kinds={kind: count for answer in answers for kind, count in answer["error_kinds"].items()},
+        error_kinds=_summed(answer["error_kinds"] for answer in answers),
         seconds=max(answer["seconds"] for answer in answers),
         client_cpu_s=sum(answer["client_cpu_s"] for answer in answers),
         server_cpu_s=used,
         processes=processes,
         histogram=merged(Histogram.from_json(answer["histogram"]) for answer in answers),
     )
+
+
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total)
 
 
 def shares(task: Task, processes: int) -> list[Task]:

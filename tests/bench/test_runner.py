@@ -48,6 +48,12 @@ def test_operations_that_are_refused_are_errors() -> None:
             runner.run(runner.loading(task(server.address)))
 
 
+def test_the_failures_of_all_client_processes_are_counted_by_kind() -> None:
+    with serving(None) as server:
+        result = runner.run(task(server.address), processes=2)
+    assert result.error_kinds == {"refused": result.errors}
+
+
 def test_a_client_process_that_cannot_connect_fails_the_run_with_its_exit_code() -> None:
     with serving() as server:
         address = server.address
