@@ -1,8 +1,8 @@
 """``shardkv import`` and ``shardkv export``: streams of JSON lines or CSV that carry on where they were interrupted.
 
-What was done stands in ``FILE.progress`` beside the file, written after every batch: for an import the offset up to
-which every record is acknowledged, for an export the offset that is on disk and the last key before it. It is removed
-at the end. An import repeats at most one batch, which is harmless: puts of the same values.
+What was done stands in ``FILE.progress`` beside the file, written at the start and after every batch: for an import
+the offset up to which every record is acknowledged, for an export the offset that is on disk and the last key before
+it. It is removed at the end. An import repeats at most one batch, which is harmless: puts of the same values.
 """
 
 import contextlib
@@ -106,6 +106,13 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
         if resume and _is_stream(file_name):
             raise click.UsageError("a stream cannot be resumed; import from a file")
         start = saved or {"offset": 0, "line": 0, "count": 0}
+        try:
+            checkpoint.save(**start)
+        except OSError as problem:
+            raise click.UsageError(
+                f"the progress cannot be noted in {checkpoint.path}: {problem.strerror};"
+                " import from stdin (-) to do without"
+            ) from None
         total = None if _is_stream(file_name) else os.fstat(file.fileno()).st_size
         with Progress("import", unit="bytes", total=total) as progress:
             count = session.run(_importer(session, file, file_format, start, checkpoint, progress))

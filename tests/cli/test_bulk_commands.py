@@ -168,6 +168,16 @@ def test_an_export_that_failed_before_its_first_batch_starts_anew_on_resume(worl
     assert len(path.read_text().splitlines()) == 1
 
 
+def test_an_import_that_cannot_note_its_progress_says_so_before_it_writes_a_key(world: World, tmp_path: Path) -> None:
+    """In a directory that is read-only, say; here the name of the progress file is too long."""
+    path = tmp_path / f"{'words':w<245}.jsonl"
+    path.write_text('{"key":"a","value":"1"}\n')
+    result = world.run("import", str(path))
+    assert result.exit_code == 2
+    assert "import from stdin" in result.stderr
+    assert world.client.data == {}
+
+
 def test_a_batch_error_has_the_exit_code_of_its_cause(world: World, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"key":"a","value":"1"}\n')
