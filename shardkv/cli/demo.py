@@ -11,9 +11,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn, TypeVar
 
 import click
 
@@ -22,6 +23,7 @@ from shardkv.cli.local_cluster import LocalCluster, NodeFailed
 from shardkv.cli.root import Example
 from shardkv.cli.table import render
 
+T = TypeVar("T")
 WATCH_SECONDS = 0.5
 
 
@@ -78,25 +80,53 @@ def run_demo(nodes: int, data: str | None, base_port: int | None, with_shell: bo
 def _use(cluster: LocalCluster, with_shell: bool, with_tour: bool) -> int:
     code = exits.DONE
     if with_tour:
-        import trio
-
         from shardkv.cli.tour import run_tour
 
-        try:
-            complete = trio.run(run_tour, cluster)
-        except BaseExceptionGroup as group:
-            raise exits.leaf(group) from group
-        code = exits.DONE if complete else exits.FAILED
+        code = exits.DONE if _run_until_terminated(run_tour, cluster) else exits.FAILED
         if not sys.stdin.isatty():
             return code
     if with_shell:
-        from shardkv.cli.shell import run_shell
+        from shardkv.cli.shell import serve
 
         click.echo("\nThe shell: help lists the commands, Ctrl-D leaves and stops the nodes")
-        return run_shell(cluster.connect, banner="") or code
+        return _run_until_terminated(serve, cluster.connect, None, "") or code
     click.echo("running until interrupted", err=True)
     _watch(cluster)
     return code
+
+
+def _run_until_terminated(body: Callable[..., Awaitable[T]], *arguments: object) -> T:
+    """Run ``body`` in a trio loop. SIGTERM cancels it: the exception would come out amid the loop's own work.
+
+    Raises Terminated once the loop has ended.
+    """
+    import trio
+
+    terminated = False
+
+    async def cancel(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        nonlocal terminated
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            task_status.started()
+            async for _ in signals:
+                terminated = True
+                scope.cancel()
+
+    async def run() -> list[T]:
+        results = []
+        async with trio.open_nursery() as nursery:
+            await nursery.start(cancel, nursery.cancel_scope)
+            results.append(await body(*arguments))
+            nursery.cancel_scope.cancel()
+        return results
+
+    try:
+        results = trio.run(run)
+    except BaseExceptionGroup as group:
+        raise exits.leaf(group) from group
+    if terminated:
+        _terminate(signal.SIGTERM, None)
+    return results[0]
 
 
 def _watch(cluster: LocalCluster) -> None:
@@ -110,7 +140,7 @@ def _watch(cluster: LocalCluster) -> None:
             click.echo(f"node {name} ended with {process.exit_code}; its log is {process.log}", err=True)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
 

@@ -237,12 +237,13 @@ def history_path() -> Path:
 def run_shell(addresses: str, commands: str | None = None, banner: str = "") -> int:
     """Open a client and run the shell on it until its end; the exit code."""
     try:
-        return trio.run(_serve, addresses, commands, banner)
+        return trio.run(serve, addresses, commands, banner)
     except BaseExceptionGroup as group:
         raise exits.leaf(group) from group
 
 
-async def _serve(addresses: str, commands: str | None, banner: str) -> int:
+async def serve(addresses: str, commands: str | None, banner: str) -> int:
+    """The shell, for a trio loop in the main thread; its exit code."""
     interactive = commands is None and sys.stdin.isatty() and sys.stdout.isatty()
     code = exits.INTERRUPTED
     async with session.connect(addresses) as client, trio.open_nursery() as nursery:
@@ -259,9 +260,22 @@ async def _serve(addresses: str, commands: str | None, banner: str) -> int:
             return read_prompt(shell, banner) if interactive else read_lines(shell)
 
         await nursery.start(_interrupts, shell, None if interactive else nursery.cancel_scope.cancel)
-        code = await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+        with _terminal_as_it_was() if interactive else contextlib.nullcontext():
+            code = await trio.to_thread.run_sync(work, abandon_on_cancel=True)
         nursery.cancel_scope.cancel()
     return code
+
+
+@contextlib.contextmanager
+def _terminal_as_it_was() -> Iterator[None]:
+    """The prompt sees to this itself, except where its thread is left behind."""
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 async def _interrupts(

@@ -1,11 +1,14 @@
 """The demo around its nodes (stand-ins here): endpoints, ends, what stays; and the tour's arithmetic."""
 
+import contextlib
 import json
 import os
+import pty
 import select
 import signal
 import subprocess
 import sys
+import termios
 from itertools import islice
 from pathlib import Path
 
@@ -59,6 +62,29 @@ def test_the_nodes_end_with_the_demo_however_it_ends(tmp_path: Path, number: sig
         poll.register(descriptor, select.POLLIN)
         assert poll.poll(30_000), "a node outlived the demo"
         os.close(descriptor)
+
+
+def test_a_demo_whose_shell_is_open_ends_cleanly_when_it_is_told_to(tmp_path: Path) -> None:
+    """Without a complaint of the loop, and with the terminal as it was, so that what is typed next can be seen."""
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    command = [sys.executable, "-u", "-c", SCRIPT, "demo", "--nodes", "1"]
+    variables = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=variables) as child:
+        os.close(theirs)
+        seen = b""
+        while b"shardkv>" not in seen:
+            seen += os.read(ours, 4096)
+        assert termios.tcgetattr(ours) != before
+        child.terminate()
+        with contextlib.suppress(OSError):  # a terminal that nobody reads would hold up the end
+            while found := os.read(ours, 4096):
+                seen += found
+        assert child.wait(30) == 0
+    assert b"Warning" not in seen
+    assert b"Traceback" not in seen
+    assert termios.tcgetattr(ours) == before
+    os.close(ours)
 
 
 def test_a_second_demo_on_the_same_data_takes_the_same_ports(tmp_path: Path) -> None:
