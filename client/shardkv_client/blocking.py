@@ -109,16 +109,18 @@ class BlockingClient:
             raise
 
     def close(self) -> None:
-        """End pending calls as their deadlines would, and the thread. May be called again, and after a fork."""
+        """End pending calls as their deadlines would, and the thread. May be called again, and after a fork.
+
+        Called in the client's thread, by ``progress``, say, it returns at once, and the client ends when that has.
+        """
         if self._closing or os.getpid() != self._process:
             return
         self._closing = True
         assert self._token is not None, "an open client has a running loop"
-        try:
-            trio.from_thread.run_sync(self._stop.set, trio_token=self._token)
-        except trio.RunFinishedError:
-            pass
-        self._thread.join()
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._stop.set)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self

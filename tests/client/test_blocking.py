@@ -81,6 +81,17 @@ def test_after_closing_calls_raise_client_closed_and_pending_ones_end(server):
     assert not [thread for thread in threading.enumerate() if thread.name == "shardkv client"]
 
 
+def test_a_client_that_is_closed_by_its_own_progress_callback_ends(server):
+    kv = connect_blocking(server.addresses)
+    with pytest.raises(errors.ShardKVError):
+        kv.put_many(((b"%04d" % i, b"v") for i in range(5_000)), progress=lambda done: kv.close())
+    kv._thread.join(30)
+    assert not kv._thread.is_alive()
+    with pytest.raises(errors.ClientClosed):
+        kv.get(b"k")
+    kv.close()
+
+
 def test_the_exception_of_the_block_leaves_as_itself(server):
     with pytest.raises(ZeroDivisionError), connect_blocking(server.addresses) as kv:
         kv.put(b"k", b"v")
