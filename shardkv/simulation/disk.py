@@ -2,8 +2,9 @@
 
 The model is as hostile as POSIX allows. Each unsynced write survives a crash whole, torn or not at all, independently
 of the others; a new, renamed or removed name survives only if its directory was synced, or by chance as part of a
-prefix of that directory's changes; syncing a file says nothing about its name. The rule: nothing survives that the
-chooser did not choose or a sync did not promise.
+prefix of that directory's changes; syncing a file says nothing about its name. A process that is killed loses nothing,
+but what it left unsynced is as unsynced to its successor. The rule: nothing survives that the chooser did not choose or
+a sync did not promise.
 """
 
 import posixpath
@@ -76,7 +77,7 @@ class LoseAll:
 
 
 class KeepAll:
-    """Everything survives, as when only the process died."""
+    """Everything survives."""
 
     def spans(self, change: Unsynced) -> list[tuple[int, int]]:
         return [(0, len(change.data) if change.data is not None else 1)]
@@ -144,6 +145,14 @@ class _Inode:
             _apply(self.durable, change.offset, change.data)
         self.unsynced.clear()
 
+    def copy(self) -> "_Inode":
+        """The same with what is not synced; that a sync failed only the process knew that saw it."""
+        copy = _Inode()
+        copy.present = bytearray(self.present)
+        copy.durable = bytearray(self.durable)
+        copy.unsynced = list(self.unsynced)
+        return copy
+
 
 def _apply(content: bytearray, offset: int, data: bytes | None) -> None:
     if data is None:
@@ -182,6 +191,17 @@ class _Directory:
         for entry in self.unsynced[:count]:
             _apply_entry(self.durable, entry)
         del self.unsynced[:count]
+
+    def copy(self, inodes: dict[int, _Inode]) -> "_Directory":
+        """The same with the copies of its files, by the ``id`` of what they are copies of."""
+        copy = _Directory()
+        copy.present = {name: inodes[id(inode)] for name, inode in self.present.items()}
+        copy.durable = {name: inodes[id(inode)] for name, inode in self.durable.items()}
+        copy.unsynced = [
+            entry._replace(inode=inodes[id(entry.inode)] if entry.inode is not None else None)
+            for entry in self.unsynced
+        ]
+        return copy
 
 
 def _apply_entry(names: dict[str, _Inode], entry: _Entry) -> None:
@@ -309,7 +329,8 @@ class SimulatedLock:
 class SimulatedDisk:
     """Implements :class:`shardkv.environment.Disk`, in memory.
 
-    A run ends with :meth:`crash`, which settles what survives, and goes on with the disk that :meth:`restart` returns.
+    A run ends with :meth:`crash`, which settles what survives, or with :meth:`kill`, and goes on with the disk that
+    :meth:`restart` returns.
     Handles from before the crash keep the old disk, whose calls change nothing any more.
 
     ``on_call``, if set, is called before each call is performed and may raise what the call shall fail with.
@@ -324,6 +345,7 @@ class SimulatedDisk:
         self._changes_nothing = False
         """Fenced: the node has crashed, and what its remains still call must leave no trace."""
         self._crashed = False
+        self._power_lost = False
         self._moving = trio.Event()
         self._moving.set()
         self.capacity_bytes = capacity_bytes
@@ -478,14 +500,10 @@ class SimulatedDisk:
         return self._changes_nothing
 
     def crash(self, chooser: CrashChooser | None = None) -> None:
-        """Lose what ``chooser`` does not keep (by default everything that was not synced), and fence the disk.
-
-        A process that was killed loses nothing that it wrote: that is ``crash(KeepAll())``.
-        """
-        assert not self._crashed, "this disk has crashed already; go on with restart()"
+        """Lose what ``chooser`` does not keep (by default everything that was not synced), and fence the disk."""
         chooser = chooser or LoseAll()
-        self.fence()
-        self._crashed = True
+        self.kill()
+        self._power_lost = True
         for inode in self._inodes():
             for change in inode.unsynced:
                 _survive(inode.durable, change, chooser.spans(change._replace(last=change is self._last)))
@@ -494,10 +512,25 @@ class SimulatedDisk:
             directory.settle(chooser.entries(path, len(directory.unsynced)) if directory.unsynced else 0)
             directory.unsynced.clear()
 
+    def kill(self) -> None:
+        """Fence the disk, and lose nothing: the process has died, and what it wrote is in the system's cache.
+
+        What was not synced is still not: the next crash may take it, unless whoever starts then syncs it.
+        """
+        assert not self._crashed, "this disk has crashed already; go on with restart()"
+        self.fence()
+        self._crashed = True
+
     def restart(self) -> "SimulatedDisk":
         """The disk that the node finds when it starts again."""
-        assert self._crashed, "restart() comes after crash()"
-        return self._copied(lambda inode: inode.durable, lambda directory: directory.durable)
+        assert self._crashed, "restart() comes after crash() or kill()"
+        if self._power_lost:
+            return self._copied(lambda inode: inode.durable, lambda directory: directory.durable)
+        disk = SimulatedDisk(capacity_bytes=self.capacity_bytes)
+        copies = {id(inode): inode.copy() for inode in self._inodes()}
+        for path, directory in self._directories.items():
+            disk._directories[path] = directory.copy(copies)
+        return disk
 
     def copy(self) -> "SimulatedDisk":
         """The disk as it stands, as a backup would have it; a node restored from it has forgotten what came later."""

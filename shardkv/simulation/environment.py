@@ -11,7 +11,7 @@ from shardkv.environment import Environment
 from shardkv.simulation import determinism
 from shardkv.simulation.calls import Calls
 from shardkv.simulation.clock import SimulatedIds, SimulatedRandom, SimulationClock
-from shardkv.simulation.disk import CrashChooser, KeepAll, SimulatedDisk
+from shardkv.simulation.disk import CrashChooser, SimulatedDisk
 from shardkv.simulation.network import NodeNetwork, SimulatedNetwork
 from shardkv.simulation.workers import SimulatedWorkers
 
@@ -44,7 +44,7 @@ class SimulatedEnvironment(Environment):
         """
         self.fence()
         self.network.network.kill(self.network)
-        self.disk.crash(KeepAll())
+        self.disk.kill()
 
     def power_off(self, chooser: CrashChooser | None = None) -> None:
         """The machine dies: what was not synced survives as ``chooser`` says (by default not), and no peer is told.

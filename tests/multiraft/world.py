@@ -322,11 +322,12 @@ class Host:
         chooser: CrashChooser | None = None,
     ) -> None:
         """``kill -9``, or with ``power`` the loss of what was not synced; the engine keeps some of what it held."""
-        from shardkv.simulation import KeepAll
-
         self.disk.fence()
         self.workers.fence()
-        self.disk.crash(chooser if power else KeepAll())
+        if power:
+            self.disk.crash(chooser)
+        else:
+            self.disk.kill()
         self.engine = self.engine.crash(kept_batches)
         self.scope.cancel()
         with trio.fail_after(WAIT_SECONDS):

@@ -67,6 +67,24 @@ def test_a_killed_process_loses_nothing() -> None:
     assert after_crash(disk, KeepAll()) == {"/data/g": b"new"}
 
 
+def test_what_a_killed_process_wrote_is_there_for_the_next_one_and_no_more_durable_than_before() -> None:
+    """It is in the system's cache: whoever builds on it syncs it first, else a power cut takes it from under them."""
+    for sync in (False, True):
+        disk = disk_with("/data/f", b"old")
+        disk.open("/data/f").pwrite(b"new", 0)
+        disk.open("/data/g", create=True)
+        disk.rename("/data/g", "/data/h")
+        disk.kill()
+        again = disk.restart()
+        again.check()
+        assert again.files() == {"/data/f": b"new", "/data/h": b""}
+        disk.open("/data/f").pwrite(b"of the dead", 0)
+        if sync:
+            again.open("/data/f").sync()
+            again.sync_directory("/data")
+        assert after_crash(again) == ({"/data/f": b"new", "/data/h": b""} if sync else {"/data/f": b"old"})
+
+
 def test_the_last_write_may_be_torn() -> None:
     disk = disk_with("/data/f", b"")
     file = disk.open("/data/f")
