@@ -170,8 +170,8 @@ class _Recovery:
         cut_bytes = self._cut(damage, later)
         for segment_id in leftovers:
             self._disk.unlink(segment_path(self._directory, segment_id))
-        if later or leftovers:
-            self._disk.sync_directory(self._directory)
+        # Also if no name went: who gave the newest segment its name may have been killed before that was durable.
+        self._disk.sync_directory(self._directory)
         return Recovered(self._state, self._sequence, cut_bytes)
 
     # Reading

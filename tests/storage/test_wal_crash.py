@@ -6,6 +6,7 @@ import pytest
 
 from shardkv.errors import Corruption, StorageError
 from shardkv.raft.messages import ConfState, Entry, EntryType, HardState
+from shardkv.simulation import LoseAll, PowerCut, SimulatedDisk
 from shardkv.storage import recovery
 from shardkv.storage.record import HEADER, HEADER_BYTES, CompactLog, CreateGroup, LogUpdate
 from shardkv.storage.wal import Wal, WalSettings
@@ -96,6 +97,37 @@ def test_a_log_goes_on_after_crash_upon_crash(seed: int) -> None:
         assert sequence >= driver.acknowledged
         assert state == driver.at(sequence)
         disk = disk.copy()
+
+
+def test_what_a_start_found_is_there_after_a_power_cut_wherever_the_life_before_it_was_killed() -> None:
+    """What a killed process left unsynced, names of files too, counts once a start has read it: DESIGN 4.3."""
+
+    def life(disk: SimulatedDisk) -> None:
+        wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+        wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(11), 0, 0, ConfState((11, 12)), b"p"))])()
+        for index in range(1, 30):
+            entry = Entry(1, index, EntryType.NORMAL, bytes(100))
+            wal.append([LogUpdate(R1, HardState(1, 11, index - 1), (entry,))])()
+        assert wal.statistics().segments > 2, "no segment is full"
+
+    number = 0
+    ended = False
+    while not ended:
+        number += 1
+        disk = SimulatedDisk()
+        disk.make_directory(DIRECTORY)
+        disk.cut_power_at(disk.calls + number)
+        try:
+            life(disk)
+            ended = True
+        except PowerCut:
+            pass
+        disk.kill()
+        again = disk.restart()
+        found = Wal.open(again, DIRECTORY, SMALL, token=TOKEN).statistics().sequence
+        again.crash(LoseAll())
+        wal = Wal.open(again.restart(), DIRECTORY, SMALL, token=TOKEN, create=False)
+        assert wal.statistics().sequence == found, f"killed at call {number}"
 
 
 def small_log(records: int = 6) -> tuple[MemoryDisk, Driver, str]:
