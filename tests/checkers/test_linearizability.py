@@ -54,6 +54,13 @@ def test_two_reads_that_see_a_write_come_and_go_are_found() -> None:
     assert not linearizable([*writes, get((b"b", 2), 4, 5), get((b"a", 1), 6, 7)])
 
 
+def test_a_conditional_write_on_a_version_that_nobody_told_is_held_to_what_was_told_before() -> None:
+    """A put whose answer was lost leaves a version above all earlier ones, and certainly no absent key."""
+    for version, possible in ((0, False), (5, False), (10, True), (12, True)):
+        conditional = Operation("put", b"c", version, called=5, returned=6, outcome=Outcome(20))
+        assert linearizable([put(b"a", 10, 0, 1), put(b"b", None, 2), conditional]) is possible
+
+
 def test_a_lost_write_is_found_and_one_of_unknown_outcome_may_be_lost_or_late() -> None:
     assert not linearizable([put(b"a", 1, 0, 1), get(None, 2, 3)])
     assert linearizable([put(b"a", None, 0), get(None, 2, 3)])

@@ -129,7 +129,7 @@ class VersionedRegister(Model[Register]):
         if operation.if_version is not None:
             if outcome is not None and outcome.mismatch is not None:
                 return _mismatch(state, operation.if_version, outcome.mismatch)
-            if state.version not in (None, operation.if_version):
+            if not _may_have(state, operation.if_version):
                 return None if outcome is not None else state
         return _write(state, operation, outcome)
 
@@ -179,6 +179,11 @@ def _read(state: Register, found: tuple[bytes, int] | None) -> Register | None:
     if state.version is None:
         return Register(value, version, version) if version > state.above else None
     return state if state.version == version else None
+
+
+def _may_have(state: Register, version: int) -> bool:
+    """Whether that can be the key's version: one that nobody knows is above all that were known before it."""
+    return state.version == version if state.version is not None else version > state.above
 
 
 def _mismatch(state: Register, wanted: int, found: int) -> Register | None:
