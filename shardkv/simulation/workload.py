@@ -3,8 +3,8 @@
 Keys come in generations, so that a run of any length has histories that a search can judge: each generation is written
 for a while, then only read. There are four families of keys: *registers* take every operation and are judged for
 linearizability; *counters* are only incremented, *ledgers* only put, and both are judged as each answer comes, stale
-reads of ledgers by the age that they state; *bulk* keys are put many at a time. The rule: what a client was told is
-what is judged; nothing is asked of a node.
+reads of ledgers by the age that they state; *bulk* keys are put many at a time, and judged as registers that are read
+by scans. The rule: what a client was told is what is judged; nothing is asked of a node.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -77,6 +77,8 @@ class Workload:
         self.staleness = NoOlderThanSaid()
         self.histories: dict[bytes, list[Operation]] = {}
         """Of the registers that are not judged yet."""
+        self.batches: dict[bytes, list[Operation]] = {}
+        """Of the bulk keys that are not judged yet: what was put, and what scans showed."""
         self.calls = self.answered = self.unknown = self.refused = self.judged = 0
         self.stopped = False
         self._seed = seed
@@ -198,14 +200,14 @@ class Workload:
         await self.register_call(kv, key, Operation("put", self._value(chance), version))
 
     def judge(self, *, everything: bool = False) -> None:
-        """Look for an order of every register's calls whose generation is over, and forget them."""
+        """Look for an order of the calls of every register and bulk key whose generation is over, and forget them."""
         now = self.generation
         settled = (self.cluster.now - self._began) % GENERATION_SECONDS > SETTLED_SECONDS
-        for key in list(self.histories):
+        for histories, key in [(each, key) for each in (self.histories, self.batches) for key in each]:
             generation = int(key.split(b"-")[1])
             if not everything and not (generation < now - 1 or (generation < now and settled)):
                 continue
-            history = self.histories.pop(key)
+            history = histories.pop(key)
             self.judged += len(history)
             result = check(history, REGISTER)
             if result.verdict is not Verdict.LINEARIZABLE:
@@ -308,14 +310,22 @@ class Workload:
         return True
 
     async def _bulk(self, kv: Client, chance: determinism.SeededRandom) -> None:
-        """Of a call that fails nothing is said of its keys; of one that passes, all are there."""
+        """Each pair is a put of its key, at a moment of the call; of one that fails it says which puts are in doubt."""
         pairs = {
             key: self._value(chance)
             for key in chance.sample(self.keys("b", BULK, self.generation), chance.randint(1, BULK))
         }
-        how, count = await self.call("bulk", len(pairs), kv.put_many(pairs, timeout=CALL_SECONDS))
-        if how == "ok" and count != len(pairs):
-            raise Violation("no-write-lost", f"put_many of {len(pairs)} pairs says that it wrote {count}")
+        called = self.cluster.now
+        how, result = await self.call("bulk", len(pairs), kv.put_many(pairs, timeout=CALL_SECONDS))
+        if how == "ok" and result != len(pairs):
+            raise Violation("no-write-lost", f"put_many of {len(pairs)} pairs says that it wrote {result}")
+        doubtful = {*result.failed} if how == "batch" else () if how == "ok" else pairs
+        consumed = result.consumed if how == "batch" else len(pairs)
+        for key in list(pairs)[:consumed]:
+            operation = Operation("put", pairs[key], key=key, called=called)
+            if key not in doubtful:
+                operation.outcome, operation.returned = Outcome(), self.cluster.now
+            self.batches.setdefault(key, []).append(operation)
 
     async def _many(self, kv: Client, chance: determinism.SeededRandom) -> None:
         generation = chance.randint(max(0, self.generation - 1), self.generation)
@@ -330,7 +340,9 @@ class Workload:
         await self.scan(kv, chance.choice([None, 7, 50]))
 
     async def scan(self, kv: Client, limit: int | None) -> bool:
-        """Strict order, nothing twice, and every ledger key that was acknowledged before it began."""
+        """Strict order, nothing twice, every ledger key that was acknowledged before it began, and bulk keys as they
+        can be at a moment of the scan."""
+        called = self.cluster.now
         floors = {key: self.ledger.floor(key) for key in self.ledger.keys}
 
         async def collect() -> list[Any]:
@@ -352,6 +364,11 @@ class Workload:
         for key, floor in floors.items():
             if reached is None or key <= reached:
                 self._seen(key, found.get(key), floor)
+        for key, history in self.batches.items():
+            if reached is None or key <= reached:
+                entry = found.get(key)
+                outcome = Outcome((entry.value, entry.version) if entry is not None else None)
+                history.append(Operation("get", called=called, returned=self.cluster.now, outcome=outcome, key=key))
         return True
 
     async def _errand(self, kv: Client, chance: determinism.SeededRandom) -> None:

@@ -63,6 +63,21 @@ def retries_are_new() -> Patches:
 # Applying
 
 
+def batch_loses_its_last_pair() -> Patches:
+    original = execution._run_plain_puts
+
+    def run_plain_puts(run: WriteRun, session_id: bytes, commands: list[Any]) -> list[Any] | None:
+        before = dict(run.batch.changes)
+        found = original(run, session_id, commands)
+        if found is not None:
+            last = keys.USER_PREFIX + commands[-1][5]
+            del run.batch.changes[last]
+            run.batch.changes.update((key, value) for key, value in before.items() if key == last)
+        return found
+
+    return [patch.object(execution, "_run_plain_puts", run_plain_puts)]
+
+
 def epoch_checked_only_when_proposed() -> Patches:
     original = WriteRun.run
 
@@ -307,6 +322,14 @@ BUGS = (
         1,
         workload="counters",
         rate=100,
+    ),
+    Bug(
+        "batch-loses-its-last-pair",
+        "a put_many that ends has written every pair (DESIGN 2.3)",
+        batch_loses_its_last_pair,
+        ("kill",),
+        1,
+        workload="bulk",
     ),
     Bug(
         "epoch-checked-at-propose-only",
