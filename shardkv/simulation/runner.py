@@ -195,7 +195,7 @@ class Run:
         for key in workload.keys("c", COUNTERS, generation):
             calls.append(partial(workload.increment, kv, key))
         for key in workload.keys("l", LEDGERS, generation):
-            calls.append(partial(workload.ledger_put, kv, key, value))
+            calls.append(partial(self._put_ledger, kv, key, value))
         for call in calls:
             while not await call():
                 self._progress(healed)
@@ -204,6 +204,10 @@ class Run:
     async def _put(self, kv: Client, key: bytes, value: bytes) -> bool:
         assert self.workload is not None, "written to before there is a workload"
         return await self.workload.register_call(kv, key, Operation("put", value))
+
+    async def _put_ledger(self, kv: Client, key: bytes, value: bytes) -> bool:
+        assert self.workload is not None, "written to before there is a workload"
+        return await self.workload.ledger_put(kv, key, b"%b %d" % (value, self.workload.calls))
 
     def _progress(self, healed: float) -> None:
         elapsed = determinism.now() - healed

@@ -249,6 +249,7 @@ class Workload:
 
     async def ledger_put(self, kv: Client, key: bytes, value: bytes) -> bool:
         floor = self.ledger.floor(key)
+        self.ledger.called(key, value)
         how, version = await self.call("ledger-put", key, kv.put(key, value, timeout=CALL_SECONDS))
         if how == "ok":
             self.ledger.acknowledged(key, version, value, floor)

@@ -145,6 +145,8 @@ def test_an_increment_that_was_lost_is_seen_by_the_next() -> None:
 
 def test_an_acknowledged_write_is_there_or_something_newer_is() -> None:
     ledger = NoWriteLost()
+    for value in (b"v", b"w", b"x", b"other"):
+        ledger.called(b"k", value)
     ledger.acknowledged(b"k", 7, b"v", ledger.floor(b"k"))
     floor = ledger.floor(b"k")
     ledger.read(b"k", 7, b"v", floor)
@@ -154,6 +156,20 @@ def test_an_acknowledged_write_is_there_or_something_newer_is() -> None:
     refused(lambda: ledger.read(b"k", 0, None, floor), "no-write-lost")
     refused(lambda: ledger.acknowledged(b"k", 8, b"x", ledger.floor(b"k")), "no-write-lost")
     refused(lambda: ledger.read(b"k", 9, b"other", ledger.floor(b"k")), "no-write-lost")
+
+
+def test_a_put_of_unknown_outcome_shows_what_was_put_and_shows_it_once() -> None:
+    """A value that nobody put, or that a duplicate put once more, is no newer state of the key (DESIGN 4.6)."""
+    ledger = NoWriteLost()
+    ledger.called(b"k", b"v")
+    ledger.called(b"k", b"w")
+    ledger.called(b"other", b"x")
+    ledger.acknowledged(b"k", 7, b"v", 0)
+    ledger.read(b"k", 9, b"w", 7)
+    refused(lambda: ledger.read(b"k", 11, b"v", 9), "no-write-lost")
+    refused(lambda: ledger.read(b"k", 11, b"w", 9), "no-write-lost")
+    refused(lambda: ledger.read(b"k", 11, b"x", 9), "no-write-lost")
+    refused(lambda: ledger.acknowledged(b"k", 11, b"v", 9), "no-write-lost")
 
 
 def test_a_session_stays_within_its_window_and_its_age() -> None:
