@@ -23,7 +23,7 @@ from shardkv.simulation.checkers.ranges import RangesTile, Span
 from shardkv.simulation.checkers.sessions import SessionsBounded
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.cluster import Cluster, SimulatedNode
-from shardkv.types import PLACEMENT_RANGE, RangeId, timestamp_ms
+from shardkv.types import PLACEMENT_RANGE, RangeId, ReplicaId, timestamp_ms
 
 SESSIONS_MAX: Final = 64
 """Clients, and nodes as clients, that write to one range within the life of a record."""
@@ -198,8 +198,11 @@ class Observing:
 
 
 def apart(cluster: Cluster) -> str | None:
-    """What keeps the replicas of a cluster from standing at the same index, with every node up; None if nothing."""
+    """What keeps a cluster from having all replicas that it should, at the same index, with every node up; None if
+    nothing does."""
     indexes: dict[RangeId, set[int]] = {}
+    members: dict[RangeId, tuple[set[ReplicaId], set[ReplicaId]]] = {}
+    """Those that a range should have, and those that there are."""
     for node in cluster.nodes.values():
         if not node.serving:
             return f"{node.name} does not serve"
@@ -207,7 +210,13 @@ def apart(cluster: Cluster) -> str | None:
             if replica.machine is None or replica.installing or replica.needs_snapshot:
                 return f"range {range_id} has no state on {node.name}"
             indexes.setdefault(range_id, set()).add(replica.machine.applied_index)
+            wanted, found = members.setdefault(range_id, (set(), set()))
+            wanted.update(each.replica_id for each in replica.machine.descriptor.replicas)
+            found.add(replica.replica_id)
     for range_id, held in indexes.items():
         if len(held) > 1:
             return f"the replicas of range {range_id} stand at {sorted(held)}"
+    for range_id, (wanted, found) in members.items():
+        if wanted != found:
+            return f"range {range_id} has the replicas {sorted(found)}, and should have {sorted(wanted)}"
     return None

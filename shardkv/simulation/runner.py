@@ -221,7 +221,7 @@ class Run:
         assert observing is not None, "judged before anybody observes"
         async with cluster.client() as kv:
             for key in list(workload.histories):
-                await workload.register_call(kv, key, Operation("get"))
+                await self._surely(workload.register_call(kv, key, Operation("get")), key)
             for generation in range(workload.generation + 1):
                 for key in workload.keys("c", COUNTERS, generation):
                     await self._surely(workload.count(kv, key), key)

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 
 from shardkv.multiraft.replica import Replica
+from shardkv.simulation import run_deterministically, simulated_cluster
 from shardkv.simulation import swarm as swarm_module
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.faults import KINDS, Faults
+from shardkv.simulation.observing import apart
 from shardkv.simulation.runner import RunSettings, run
 from shardkv.simulation.swarm import SwarmFileError, SwarmSettings, load, swarm
+from shardkv.simulation.workload import Workload
 from shardkv.storage.wal import Wal
+from shardkv.types import RangeId
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -68,13 +72,41 @@ def test_a_violation_is_the_runs_result(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.history[-1].split()[1] == "drop"
 
 
+def test_a_last_read_of_a_register_that_fails_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster is whole then: a key that nobody can read any more is lost, not unavailable."""
+    original = Workload.register_call
+
+    async def register_call(workload: Workload, *arguments: Any, **how: Any) -> bool:
+        return False if workload.stopped else await original(workload, *arguments, **how)
+
+    monkeypatch.setattr(Workload, "register_call", register_call)
+    result = run(RunSettings(1, minutes=0.05, workload="registers", faults=()))
+    assert result.violation is not None
+    assert "liveness: a read of" in result.violation
+
+
+def test_a_cluster_in_which_a_replica_is_missing_is_not_whole() -> None:
+    """Its range's other replicas agree, and hold everything; one more loss of a node and the range is gone."""
+
+    async def main() -> None:
+        async with simulated_cluster(3, seed=1) as cluster:
+            await cluster.sleep(2)
+            assert apart(cluster) is None
+            replicas = cluster.nodes["n2"].inside.catalog.replicas
+            lost = replicas.pop(RangeId(1))
+            assert "and should have" in (apart(cluster) or "")
+            replicas[RangeId(1)] = lost
+
+    run_deterministically(main, seed=1)
+
+
 BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     # The rule that must be broken ("" is any: it depends on which crash is the first), and what shows it soonest.
     "a lease that is not looked at": (
         "linearizability",
         {"workload": "registers", "rate": 100.0, "faults": ("depose",)},
     ),
-    "a log that is not synced": ("", {}),
+    "a log that is not synced": ("", {"faults": ("blackout", "sudden", "power")}),
 }
 
 
