@@ -116,7 +116,10 @@ def load(settings: SwarmSettings) -> dict[int, dict[str, Any]]:
 
 
 async def swarm(settings: SwarmSettings, show: Callable[[str], object]) -> list[dict[str, Any]]:
-    """Run every seed that the file does not have yet; all results, in order of their seeds."""
+    """Run every seed that the file does not have yet; all results, in order of their seeds.
+
+    Raises SwarmFileError if the file is of other code or other settings, or the code changes meanwhile.
+    """
     done = load(settings)
     seeds = range(settings.run.seed, settings.run.seed + settings.count)
     todo = [seed for seed in seeds if seed not in done]
@@ -130,6 +133,11 @@ async def swarm(settings: SwarmSettings, show: Callable[[str], object]) -> list[
     async with trio.open_nursery() as nursery:
         for _ in range(min(settings.jobs, len(todo))):
             nursery.start_soon(state.work)
+    if state.code_changed:
+        raise SwarmFileError(
+            f"the sources changed while the swarm ran; what {settings.path} has is of what they were before: go on "
+            "with those, or remove the file"
+        )
     return [done[seed] for seed in seeds if seed in done]
 
 
@@ -151,12 +159,19 @@ class _Swarm:
         self.done = done
         self.todo = todo[::-1]
         self.show = show
+        self.code = code_fingerprint()
+        self.code_changed = False
+        """While a seed ran: nobody knows of which code its result is, and it was not kept."""
 
     async def work(self) -> None:
         """One process after another, until there is nothing to do."""
         while self.todo:
             seed = self.todo.pop()
             found = await self._one(replace(self.settings.run, seed=seed))
+            if self.code_changed or code_fingerprint() != self.code:
+                self.code_changed = True
+                self.todo.clear()
+                return
             with self.settings.path.open("a") as file:
                 file.write(json.dumps(found) + "\n")
             self.done[seed] = found

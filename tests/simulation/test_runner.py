@@ -126,6 +126,10 @@ def test_a_guard_that_is_taken_out_is_missed(guard: str, monkeypatch: pytest.Mon
     raise AssertionError(f"no run misses {guard}: {found}")
 
 
+LINE = ("calls", "answered", "unknown", "faults", "heal_seconds", "virtual_seconds", "real_seconds")
+"""What is shown of a result."""
+
+
 def settings_of(path: Path, count: int, **changes: Any) -> SwarmSettings:
     return SwarmSettings(RunSettings(1, minutes=0.01, faults=(), **changes), count, jobs=1, path=path)
 
@@ -157,6 +161,30 @@ def test_results_of_other_code_or_other_settings_are_not_taken(tmp_path: Path, m
     monkeypatch.setattr(swarm_module, "code_fingerprint", lambda: "another")
     with pytest.raises(SwarmFileError, match="other code"):
         load(settings_of(path, 1))
+
+
+async def test_a_swarm_whose_code_changes_while_it_runs_keeps_no_result_of_the_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each seed's process reads the sources when it starts, hours after the swarm said which they are."""
+    code = "the first"
+    ran = []
+
+    async def one(self: object, run: RunSettings) -> dict[str, Any]:
+        nonlocal code
+        ran.append(run.seed)
+        if run.seed == 2:
+            code = "edited"
+        return {"seed": run.seed, "violation": None, **dict.fromkeys(LINE, 0), "digest": ""}
+
+    monkeypatch.setattr(swarm_module, "code_fingerprint", lambda: code)
+    monkeypatch.setattr(swarm_module._Swarm, "_one", one)
+    path = tmp_path / "swarm.jsonl"
+    with pytest.raises(SwarmFileError, match="changed while the swarm ran"):
+        await swarm(settings_of(path, 4), lambda text: None)
+    assert ran == [1, 2]
+    code = "the first"
+    assert load(settings_of(path, 4)).keys() == {1}
 
 
 def test_a_violation_ends_a_swarm_with_the_command_that_repeats_it(tmp_path: Path) -> None:
