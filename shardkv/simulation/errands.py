@@ -1,8 +1,9 @@
 """What clients do besides, in every corner of what they may ask: range deletes, large values, nonsense, hasty goodbyes.
 
-Lives here: calls of which only this is judged: they end in time, and with an answer or an error that the contract
-allows. Does not live here: calls whose answers are remembered (``workload``). The rule: an errand touches keys of its
-own family only, so that nothing it does shows in a history.
+Lives here: calls of which little is judged: they end in time, and with an answer or an error that the contract allows;
+and where an errand is alone with its keys, that they are what it made them. Does not live here: calls whose answers are
+remembered (``workload``). The rule: an errand touches keys of its own families only, so that nothing it does shows in a
+history.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,6 +23,10 @@ from shardkv_client import Client, Settings, connect
 
 SECONDS: Final = 2.5
 """For each call of an errand."""
+MANY: Final = 40
+"""Pairs at most that an errand puts at once."""
+SPLIT_EVERY: Final = 8
+"""Of so many numbers of pairs, one has its range split among them."""
 STRANGER_BYTES: Final = 300
 SMALL: Final = Settings(
     calls_in_flight_max=4,
@@ -48,16 +53,30 @@ async def run(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, ge
 
 
 async def _many(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
-    """Pairs that come one by one, and go again together."""
+    """Pairs that come one by one, under a prefix of this errand alone; all are there, and after a range delete none,
+    though a split comes between them now and then."""
+    prefix = b"%cm-%015d-" % (prefix[0], cluster.now * 1e9)
+    keys = [prefix + b"%02d" % number for number in range(MANY)]
+    written: dict[bytes, bytes] = {}
 
     async def pairs() -> AsyncIterator[tuple[bytes, bytes]]:
-        for number in range(chance.randint(1, 40)):
+        for number in range(chance.randint(1, MANY)):
             await determinism.sleep(0)
-            yield prefix + b"%02d" % number, bytes(chance.randrange(200))
+            value = bytes(chance.randrange(200))
+            written[keys[number]] = value
+            yield keys[number], value
 
     await kv.put_many(pairs(), timeout=SECONDS, progress=lambda count: None)
-    await kv.get_many([prefix + b"%02d" % number for number in range(40)] * 2, timeout=SECONDS)
+    found = await kv.get_many(keys * 2, timeout=SECONDS)
+    if {key: entry.value for key, entry in found.items()} != written:
+        raise Violation("errand-answered", f"put_many wrote {[*written]}, and get_many finds {[*found]}")
+    if len(written) % SPLIT_EVERY == 0:
+        middle = keys[len(written) // 2]
+        await _quietly(kv.call(Method.SPLIT, middle, key=middle, timeout=SECONDS / 2))
     await kv.delete_range(prefix=prefix, timeout=SECONDS)
+    found = await kv.get_many(keys, timeout=SECONDS)
+    if found:
+        raise Violation("errand-answered", f"{[*found]} are there after a range delete")
 
 
 async def _large(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:

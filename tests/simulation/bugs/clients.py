@@ -6,7 +6,7 @@ from shardkv.errors import Unavailable
 from shardkv.machine import reads
 from shardkv.multiraft.driver import Driver
 from shardkv.server import requests
-from shardkv_client.core import answers
+from shardkv_client.core import answers, engine
 from shardkv_client.core.calls import WriteCall
 from shardkv_client.core.ledger import Ledger
 from tests.simulation.bugs.table import Bug, Patches, patch
@@ -60,6 +60,10 @@ def scan_says_that_is_all() -> Patches:
     return [patch.object(reads, "scan_page", scan_page)]
 
 
+def range_delete_ends_with_the_range() -> Patches:
+    return [patch.object(engine, "next_start", lambda call: None)]
+
+
 def small_pages() -> Patches:
     return [patch.object(requests, "SCAN_PAGE_ENTRIES_MAX", 5)]
 
@@ -99,5 +103,14 @@ BUGS = (
         1,
         workload="ledger",
         tuning=small_pages,
+    ),
+    Bug(
+        "range-delete-ends-early",
+        "delete_range takes every range of its span (DESIGN 2.3)",
+        range_delete_ends_with_the_range,
+        ("transfer",),
+        1,
+        workload="errands",
+        rate=100,
     ),
 )
