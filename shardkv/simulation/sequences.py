@@ -34,6 +34,8 @@ NOTICING_SECONDS: Final = 0.005
 INSTALLING_SECONDS: Final = 0.01
 """An install is between its first step and its last for about a millisecond."""
 CATCHING_UP_SECONDS: Final = 1.5
+LATE_SECONDS_MAX: Final = 4.0
+"""Of what clients have sent; they give a connection up that is silent for 1.5 s."""
 USURPING_SECONDS: Final = 2.5
 TURNING_SECONDS: Final = 2.5
 
@@ -345,6 +347,23 @@ async def _lost_answers(faults: "Faults", one: SimulatedNode, two: SimulatedNode
     faults.soon(lose)
 
 
+async def _late_requests(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """What clients have sent to a node comes late: by then they have given those connections up, and asked again
+    through others, and gone on."""
+    name = (_leading(faults) or one).name
+    to_node = [each.incoming for each in faults.cluster.network.streams.values() if each.incoming.target == name]
+    held = [each for each in to_node if each.source.startswith("client") and faults.chance.random() < 0.7]
+    for pipe in held:
+        pipe.block()
+
+    async def release() -> None:
+        await determinism.sleep(faults.chance.uniform(1, LATE_SECONDS_MAX))
+        for pipe in held:
+            pipe.unblock()
+
+    faults.soon(release)
+
+
 async def _split_retry(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
     """A range is split while its clients lose their answers: what they ask again belongs to the other half."""
     from shardkv.simulation.faults import KINDS
@@ -460,6 +479,7 @@ SEQUENCES: Final[dict[str, Callable[["Faults", SimulatedNode, SimulatedNode], Aw
     "handover": _handover,
     "lag": _lag,
     "lost-answers": _lost_answers,
+    "late-requests": _late_requests,
     "split-retry": _split_retry,
     "slow-disk": _slow_disk,
     "rot": _rot,

@@ -60,6 +60,26 @@ def retries_are_new() -> Patches:
     ]
 
 
+def settled_commands_are_new() -> Patches:
+    """What a client has said that it is done with is forgotten, and not refused."""
+    original_init, original = execution._General.__init__, execution._General._recorded
+
+    def init(general: Any, run: WriteRun, session_id: bytes) -> None:
+        original_init(general, run, session_id)
+        general.below = 0
+
+    def recorded(general: Any, sequence: int) -> Any:
+        session = general.run_.table.sessions.get(general.session_id)
+        if session is not None and sequence < session.acknowledged_below:
+            return None
+        return original(general, sequence)
+
+    return [
+        patch.object(execution._General, "__init__", init),
+        patch.object(execution._General, "_recorded", recorded),
+    ]
+
+
 # Applying
 
 
@@ -319,6 +339,15 @@ BUGS = (
         "a command is applied once, however often it comes (DESIGN 4.6)",
         retries_are_new,
         ("lost-answers",),
+        1,
+        workload="counters",
+        rate=100,
+    ),
+    Bug(
+        "settled-applied-again",
+        "what lies below a session's lowest unsettled sequence is refused (trap 12)",
+        settled_commands_are_new,
+        ("late-requests",),
         1,
         workload="counters",
         rate=100,
