@@ -219,7 +219,7 @@ BUGS = (
         "hard state before the message (trap 10)",
         vote_before_sync,
         ("turncoat",),
-        43,
+        51,
         minutes=0.4,
         rate=10,
     ),
