@@ -26,7 +26,9 @@ SECONDS: Final = 2.5
 MANY: Final = 40
 """Pairs at most that an errand puts at once."""
 SPLIT_EVERY: Final = 8
-"""Of so many numbers of pairs, one has its range split among them."""
+"""Of so many numbers of pairs, one has its range split among them,"""
+SPLITS_END_SECONDS: Final = 60.0
+"""in the beginning of a run. Ranges are never merged, and each makes every later second dearer."""
 STRANGER_BYTES: Final = 300
 SMALL: Final = Settings(
     calls_in_flight_max=4,
@@ -70,7 +72,7 @@ async def _many(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, 
     found = await kv.get_many(keys * 2, timeout=SECONDS)
     if {key: entry.value for key, entry in found.items()} != written:
         raise Violation("errand-answered", f"put_many wrote {[*written]}, and get_many finds {[*found]}")
-    if len(written) % SPLIT_EVERY == 0:
+    if len(written) % SPLIT_EVERY == 0 and cluster.now < SPLITS_END_SECONDS:
         middle = keys[len(written) // 2]
         await _quietly(kv.call(Method.SPLIT, middle, key=middle, timeout=SECONDS / 2))
     await kv.delete_range(prefix=prefix, timeout=SECONDS)
