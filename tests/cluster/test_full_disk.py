@@ -22,7 +22,8 @@ pytestmark = pytest.mark.cluster
 
 DISK_MIB = 384
 VALUE = os.urandom(100_000)
-OPTIONS = ("--segment-bytes", "4MiB", "--free-bytes-min", "128MiB", "--cache-bytes", "4MiB")
+OPTIONS = ("--segment-bytes", "4MiB", "--free-bytes-min", "128MiB", "--cache-bytes", "4MiB", "--split-bytes", "4GiB")
+"""No splits: a follower that was full before it had applied one may need a snapshot, for which it has no room."""
 
 
 class SmallDisk:
@@ -140,7 +141,7 @@ async def test_a_disk_that_fills_up_stops_writes_and_nothing_else(world: LocalCl
         error = await write_until_refused(kv, acknowledged)
         assert "free space or enlarge the disk" in str(error)
         assert disk.free_bytes > 0
-        assert any("the disk is nearly full" in process.stderr_tail() for process in world.processes.values())
+        await eventually("a node says that its disk is nearly full", lambda: says_so(world))
         await all_there(kv, acknowledged)
         gone = acknowledged.pop()
         await eventually("a delete is taken", lambda: deleted(kv, gone))
@@ -157,6 +158,11 @@ async def test_a_disk_that_fills_up_stops_writes_and_nothing_else(world: LocalCl
         disk.enlarge()
         await eventually("writes are taken again", lambda: taken(kv))
         await all_there(kv, acknowledged)
+
+
+async def says_so(world: LocalCluster) -> bool:
+    logs = [process.log.read_text() for process in world.processes.values()]
+    return any("the disk is nearly full" in log for log in logs)
 
 
 async def deleted(kv: Client, key: bytes) -> bool:
