@@ -18,7 +18,7 @@ from typing import Any, Final
 import click
 import trio
 
-from shardkv.cli.root import Example, let_go_of_stdout
+from shardkv.cli.root import Example, let_go_of
 from shardkv.config import SETTINGS, Kind, NodeConfig, Setting, load_node_config
 from shardkv.errors import ConfigError
 
@@ -105,7 +105,7 @@ def _print_ready(name: str, address: str) -> None:
     if sys.stdout is not None:
         with contextlib.suppress(OSError):
             sys.stdout.write(f"ready {name} {address}\n")
-    let_go_of_stdout()
+    let_go_of(sys.stdout)
 
 
 @contextlib.contextmanager

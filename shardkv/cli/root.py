@@ -4,11 +4,12 @@ Exit codes: 0 done, 1 the cluster answered with an error or the key is absent, 2
 be reached in time, 4 outcome unknown, 130 interrupted. Commands raise; only this module turns errors into codes.
 """
 
+import contextlib
 import importlib
 import io
 import os
 import sys
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import click
 
@@ -99,7 +100,7 @@ class Root(ExampleGroup):
             code = exits.code_of(error)
             if code is None:
                 raise
-            click.echo(exits.message_of(error), err=True)
+            _tell(error)
             ctx.exit(code)
 
 
@@ -121,17 +122,29 @@ def main(arguments: list[str] | None = None) -> None:
         shardkv(arguments, prog_name="shardkv")
     except KeyboardInterrupt:
         sys.exit(exits.INTERRUPTED)
+    except OSError as error:  # before or after the command itself: the group's own help, the version, the completion
+        if not isinstance(error, BrokenPipeError):
+            _tell(error)
+        sys.exit(exits.FAILED)
     finally:
-        let_go_of_stdout()
+        let_go_of(sys.stdout)
+        let_go_of(sys.stderr)
 
 
-def let_go_of_stdout() -> None:
+def _tell(error: BaseException) -> None:
+    """Say on stderr what went wrong. Where that cannot be written either, the exit code says it alone."""
+    with contextlib.suppress(OSError):
+        click.echo(exits.message_of(error), err=True)
+
+
+def let_go_of(stream: IO[str] | None) -> None:
     """Write what is buffered, and where that fails let it and whatever comes go nowhere.
 
     The interpreter would try once more at its end, and end with an exit code of its own.
     """
+    if stream is None:
+        return
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

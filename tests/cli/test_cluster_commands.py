@@ -1,6 +1,7 @@
 """status, nodes, ranges, leader and admin against a fake client; help, completion and what starting costs."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -123,6 +124,36 @@ print(*sorted(heavy & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={})
     assert result.stdout == "\n"
+
+
+MAIN = [sys.executable, "-c", "from shardkv.cli import main; main()"]
+BEFORE_COMMANDS = [(["--help"], {}), (["--version"], {}), ([], {"_SHARDKV_COMPLETE": "zsh_source"})]
+"""What is written before any command begins."""
+
+
+@pytest.mark.parametrize("arguments, variables", [*BEFORE_COMMANDS, (["get", "--help"], {})])
+def test_a_full_disk_under_stdout_is_told_in_one_line(arguments: list[str], variables: dict[str, str]) -> None:
+    """DESIGN 2.2: exit codes. No traceback."""
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([*MAIN, *arguments], stdout=full, stderr=subprocess.PIPE, env=variables)
+    assert ended.stderr == b"Error: [Errno 28] No space left on device (OSError)\n"
+    assert ended.returncode == 1
+
+
+@pytest.mark.parametrize("arguments, variables", BEFORE_COMMANDS)
+def test_a_reader_of_the_help_that_has_gone_ends_it_silently(arguments: list[str], variables: dict[str, str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([*MAIN, *arguments], stdout=writer, stderr=subprocess.PIPE, env=variables)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def test_the_exit_code_holds_where_the_error_cannot_be_written() -> None:
+    """DESIGN 2.2: 3, the cluster could not be reached in time."""
+    with open("/dev/full", "wb") as full:
+        command = [*MAIN, "get", "--connect", "127.0.0.1:1", "--timeout", "0.001", "a"]
+        assert subprocess.run(command, stderr=full, env={}).returncode == 3
 
 
 def test_wide_and_combining_characters_keep_columns_aligned() -> None:
