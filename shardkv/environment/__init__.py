@@ -114,7 +114,10 @@ class Disk(Protocol):
     def sync_directory(self, path: str) -> None: ...
 
     def lock(self, path: str) -> DirectoryLock:
-        """Take the exclusive lock file ``path``. Raises DataDirectoryError when another process holds it."""
+        """Take the directory of ``path``, a file that says so and is made if absent, for this process alone.
+
+        Raises DataDirectoryError when another process has it, also if that file was deleted meanwhile.
+        """
         ...
 
     def free_bytes(self, path: str) -> int: ...

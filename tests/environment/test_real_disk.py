@@ -1,7 +1,9 @@
 """Files of the operating system: what the seam promises, and what its errors say."""
 
 import errno
+import fcntl
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +105,37 @@ def test_a_second_lock_is_refused_and_names_the_holder(disk: RealDisk, tmp_path:
     with pytest.raises(DataDirectoryError, match=f"in use by process {os.getpid()}; stop"):
         disk.lock(path)
     lock.release()
+    lock.release()
+    disk.lock(path).release()
+
+
+def test_a_lock_holds_when_its_file_is_deleted(disk: RealDisk, tmp_path: Path) -> None:
+    """DESIGN 4.3: two processes on one directory would destroy it. Whoever came next made, and locked, another file."""
+    path = str(tmp_path / "lock")
+    lock = disk.lock(path)
+    os.unlink(path)
+    with pytest.raises(DataDirectoryError, match="in use by another process; stop"):
+        disk.lock(path)
+    lock.release()
+    disk.lock(path).release()
+
+
+def test_where_directories_cannot_be_locked_the_file_is(
+    disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, which locks only what is open for writing."""
+    flock = fcntl.flock
+
+    def of_files(descriptor: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_files)
+    path = str(tmp_path / "lock")
+    lock = disk.lock(path)
+    with pytest.raises(DataDirectoryError, match=f"in use by process {os.getpid()}; stop"):
+        disk.lock(path)
     lock.release()
     disk.lock(path).release()
 

@@ -123,14 +123,14 @@ class RealFile:
 class RealLock:
     """Implements :class:`shardkv.environment.DirectoryLock`. The system frees it when the process dies."""
 
-    __slots__ = ("_descriptor",)
+    __slots__ = ("_descriptors",)
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptors: tuple[int, ...]) -> None:
+        self._descriptors = descriptors
 
     def release(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
+        descriptors, self._descriptors = self._descriptors, ()
+        for descriptor in descriptors:
             os.close(descriptor)
 
 
@@ -207,26 +207,52 @@ class RealDisk:
                 os.close(descriptor)
 
     def lock(self, path: str) -> RealLock:
-        with _translated("open the lock file", path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # The directory itself, for a lock file can be deleted and the next to come would lock another one in its place;
+        # and the file, which says who holds the lock, and is all there is where a directory cannot be locked (NFS).
+        directory = os.path.dirname(path)
+        with _translated("open the directory", directory):
+            whole = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-            os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise storage_error(error, "lock", path) from error
-            who = f"process {holder}" if holder else "another process"
-            raise DataDirectoryError(
-                f"{os.path.dirname(path)} is in use by {who}; stop that node first, or give this one another --data"
-            ) from error
-        # For the message above only; the lock itself is the system's, and held whether or not there is room for this.
-        with suppress(OSError):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
-        return RealLock(descriptor)
+            try:
+                fcntl.flock(whole, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno == errno.EWOULDBLOCK:
+                    raise _in_use(path) from error
+            descriptor = _lock_file(path)
+        except BaseException:
+            os.close(whole)
+            raise
+        return RealLock((descriptor, whole))
 
     def free_bytes(self, path: str) -> int:
         with _translated("inspect", path):
             statistics = os.statvfs(path)
         return statistics.f_bavail * statistics.f_frsize
+
+
+def _lock_file(path: str) -> int:
+    """Lock the file at ``path`` and write into it who did; its descriptor."""
+    with _translated("open the lock file", path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise storage_error(error, "lock", path) from error
+        raise _in_use(path) from error
+    # For the message below only; the lock itself is the system's, and held whether or not there is room for this.
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+    return descriptor
+
+
+def _in_use(path: str) -> DataDirectoryError:
+    holder = ""
+    with suppress(OSError), open(path, "rb") as file:
+        holder = file.read(32).decode("ascii", "replace").strip()
+    who = f"process {holder}" if holder else "another process"
+    return DataDirectoryError(
+        f"{os.path.dirname(path)} is in use by {who}; stop that node first, or give this one another --data"
+    )
