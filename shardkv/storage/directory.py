@@ -188,11 +188,15 @@ def open_directory(disk: Disk, ids: Ids, path: str) -> DataDirectory:
 
 
 def _make(disk: Disk, path: str) -> None:
-    if disk.exists(path):
+    # One without an identity is made once more: who made it may have been killed before it was durable.
+    if disk.exists(f"{path}/{IDENTITY_NAME}"):
         return
+    there = disk.exists(path)
     try:
         disk.make_directory(path)
     except (OSError, StorageError) as error:
+        if there and isinstance(error, FileExistsError):
+            return  # a file: refused as what it is
         raise DataDirectoryError(
             f"the data directory {path} cannot be made: {error}; check the path and its permissions"
         ) from error

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from shardkv.environment.real.disk import ALLOCATE_PIECE_BYTES, RealDisk, RealFile
+from shardkv.environment.real.time import RealIds
 from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
+from shardkv.storage.directory import open_directory
 
 
 @pytest.fixture
@@ -96,6 +98,44 @@ def test_names_are_listed_renamed_and_removed(disk: RealDisk, tmp_path: Path) ->
     disk.sync_directory(root)
     assert disk.list(root) == ["m"]
     assert disk.free_bytes(root) > 0
+
+
+def test_a_directory_that_a_killed_process_made_is_durable_before_anything_is_in_it(
+    disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the making and the sync of the parent: a power cut later on would take all that is in it."""
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    (tmp_path / "a").mkdir()
+    disk.make_directory(str(tmp_path / "a"))
+    assert synced == [tmp_path.stat().st_ino]
+    synced.clear()
+    disk.make_directory(str(tmp_path / "a" / "b" / "c"))
+    assert synced == [path.stat().st_ino for path in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")]
+    synced.clear()
+    (tmp_path / "data").mkdir()
+    open_directory(disk, RealIds(), str(tmp_path / "data")).close()
+    assert synced[0] == tmp_path.stat().st_ino
+    synced.clear()
+    open_directory(disk, RealIds(), str(tmp_path / "data")).close()
+    assert tmp_path.stat().st_ino not in synced, "what holds an identity was synced when it was made"
+
+
+@pytest.mark.parametrize("function, answer", [("access", False), ("path.ismount", True)])
+def test_a_directory_made_by_an_administrator_is_taken(
+    disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, answer: bool
+) -> None:
+    """In a parent that the node may not read, or on a file system of its own: there is nothing of a node's to sync."""
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(f"os.{function}", lambda *arguments: answer)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("something was synced"))
+    disk.make_directory(str(tmp_path / "a"))
 
 
 def test_a_second_lock_is_refused_and_names_the_holder(disk: RealDisk, tmp_path: Path) -> None:

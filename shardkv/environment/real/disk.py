@@ -185,6 +185,11 @@ class RealDisk:
         while not os.path.isdir(path):
             missing.append(path)
             path = os.path.dirname(path)
+        # Whoever made the last that is there may have been killed before it was durable. Where another file system
+        # begins, or the parent may not be read, that was no node.
+        parent = os.path.dirname(path)
+        if not os.path.ismount(path) and os.access(parent, os.R_OK):
+            self.sync_directory(parent)
         for directory in reversed(missing):
             with _translated("make the directory", directory):
                 os.mkdir(directory, 0o700)
