@@ -26,6 +26,8 @@ RETRY_SECONDS: Final = 30.0
 """After an operator on a range's replicas failed."""
 OPERATORS_PER_ROUND_MAX: Final = 64
 """Operators that one scheduler makes from one view; the next view brings more."""
+CAN_REMOVE: Final[bool] = False
+"""Whether nodes can carry out the removal of a replica. They cannot yet, so nothing is begun that only could fail."""
 
 
 def target_voters(view: ClusterView, range_id: RangeId) -> int:
@@ -164,6 +166,8 @@ def _shed(range_view: RangeView, members: _Members, target: int) -> Operator | s
     if not superfluous:
         return f"it has {len(members.kept)} voters and needs {target}"
     reason = f"it has its {target} voters without {_replicas(superfluous)}"
+    if not CAN_REMOVE:
+        return f"{reason}; to remove replicas is not possible yet"
     return Operator(OperatorKind.SHED, range_view.range_id, (RemoveReplicas(_places(superfluous)),), reason)
 
 
