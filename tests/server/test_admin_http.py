@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import structlog
 import trio
 from structlog.testing import capture_logs
+from trio.testing import wait_all_tasks_blocked
 
 from shardkv.config import NodeConfig, StorageConfig
 from shardkv.environment.real import real_environment
@@ -242,6 +243,43 @@ async def test_an_asker_who_takes_nothing_does_not_keep_the_node_from_stopping(m
                 await ended.wait()
         await ended.wait()
         assert not waiting.cancelled_caught, "the endpoint waited for the asker"
+
+
+async def test_connections_are_bounded_and_who_comes_then_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opened more and more of them took the open files that clients, peers and the log need."""
+    monkeypatch.setattr(serving, "CONNECTIONS_MAX", 2)
+    admin = serving.Admin(real_environment(), structlog.get_logger())
+    asked: list[str] = []
+    asking, freed = trio.Event(), trio.Event()
+
+    async def held(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            raise ValueError("no start or stop messages here")
+        asked.append(scope["path"])
+        if len(asked) >= 2:
+            (asking if len(asked) == 2 else freed).set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    admin._application = held  # type: ignore[assignment]
+
+    async def run(*, task_status: Any) -> None:
+        await admin.run("127.0.0.1:0", task_status=task_status)
+
+    with trio.fail_after(SECONDS):
+        async with trio.open_nursery() as nursery, AsyncExitStack() as opened:
+            host, port = (await nursery.start(run)).rsplit(":", 1)
+            streams = []
+            for number in range(3):
+                streams.append(await opened.enter_async_context(await trio.open_tcp_stream(host, int(port))))
+                await streams[-1].send_all(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number)
+            await asking.wait()
+            await wait_all_tasks_blocked(0.05)
+            assert asked == ["/0", "/1"]
+            await streams[0].aclose()
+            await freed.wait()
+            assert asked == ["/0", "/1", "/2"]
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.cluster

@@ -11,8 +11,10 @@ from typing import Any, Final, cast
 
 import trio
 from hypercorn.config import Config
-from hypercorn.trio import serve
-from hypercorn.typing import ASGIFramework
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework, LifespanState
+from hypercorn.utils import wrap_app
 
 from shardkv.config import parse_address
 from shardkv.environment import Environment
@@ -21,6 +23,9 @@ from shardkv.server.admin.app import Application, NodeParts
 
 RETRY_SECONDS: Final = 0.25
 """Before a web server that failed is started again."""
+CONNECTIONS_MAX: Final = 64
+"""At once. Whoever comes then waits in the system's queue until one ends: open files are for clients, nodes and data.
+"""
 BACKLOG: Final = 64
 IDLE_SECONDS: Final = 10
 """A connection on which no request is complete for so long is closed, one that trickles its request among them."""
@@ -29,7 +34,6 @@ UNTAKEN_MS: Final = 10_000
 cancelled, so one asker who does not read could otherwise keep the node from stopping."""
 REQUEST_BYTES_MAX: Final = 16 * 1024
 """Of the request line and headers together."""
-STOP_SECONDS: Final = 1.0
 
 
 class Admin:
@@ -47,28 +51,58 @@ class Admin:
     async def run(self, address: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Service: answer at ``address`` until cancelled; the status is the address as bound. Raises ConfigError."""
         listening, bound = await _bind(address)
-        # Two libraries' names for the same protocol, ASGI.
-        application = cast(ASGIFramework, self._application)
         with listening:
             task_status.started(bound)
             while True:
                 try:
-                    # A copy, for the web server closes what it is given: who connects while it is away just waits.
-                    await serve(application, _web_server(listening.dup().detach()))
+                    # A copy, for it is closed at the end: who connects while the web server is away just waits.
+                    await self._serve(trio.SocketListener(listening.dup()))
                 except Exception as error:  # noqa: BLE001  # whatever it was, the node must not end with it
                     self._log.error("the admin endpoint failed and is started again", reason=repr(error))
                 await self._environment.clock.sleep(RETRY_SECONDS)
 
+    async def _serve(self, listener: trio.SocketListener) -> None:
+        """The web server on a bounded number of connections: its own ``serve`` takes as many as come."""
+        config = _web_server()
+        # Two libraries' names for the same protocol, ASGI.
+        application = wrap_app(cast(ASGIFramework, self._application), config.wsgi_max_body_size, "asgi")
+        context = WorkerContext(None)
+        bounded = _BoundedListener(listener)
 
-def _web_server(listening: int) -> Config:
-    """The web server's settings for a bound socket, which it takes over."""
+        async def serve(stream: trio.SocketStream) -> None:
+            try:
+                await TCPServer(application, config, context, LifespanState({}), stream)  # type: ignore[arg-type]
+            finally:
+                bounded.free.release()
+
+        await trio.serve_listeners(serve, [bounded])
+
+
+class _BoundedListener(trio.abc.Listener[trio.SocketStream]):
+    """Accepts a connection when there is room for it. Whoever ends one gives ``free`` its place back."""
+
+    def __init__(self, listener: trio.SocketListener) -> None:
+        self._listener = listener
+        self.free = trio.Semaphore(CONNECTIONS_MAX)
+
+    async def accept(self) -> trio.SocketStream:
+        await self.free.acquire()
+        try:
+            return await self._listener.accept()
+        except BaseException:
+            self.free.release()
+            raise
+
+    async def aclose(self) -> None:
+        await self._listener.aclose()
+
+
+def _web_server() -> Config:
+    """The web server's settings."""
     config = Config()
-    config.bind = [f"fd://{listening}"]
-    config.backlog = BACKLOG
     config.keep_alive_timeout = IDLE_SECONDS
     config.read_timeout = IDLE_SECONDS
     config.h11_max_incomplete_size = REQUEST_BYTES_MAX
-    config.graceful_timeout = STOP_SECONDS
     config.include_server_header = False
     config.errorlog = logging.getLogger("hypercorn.error")
     return config
