@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from shardkv.simulation.faults import KINDS, Faults
 from shardkv.simulation.observing import apart
 from shardkv.simulation.runner import RunSettings, run
 from shardkv.simulation.swarm import SwarmFileError, SwarmSettings, load, swarm
-from shardkv.simulation.workload import Workload
+from shardkv.simulation.workload import WORKLOADS, Workload
 from shardkv.storage.wal import Wal
 from shardkv.types import RangeId
 
@@ -30,6 +32,14 @@ def test_everything_holds_under_all_faults(seed: int) -> None:
     assert result.violation is None, f"{result.violation}\nto repeat it: {settings.command()}"
     assert result.answered > 50
     assert result.faults > 5
+
+
+@pytest.mark.parametrize("option, names", [("--workload", WORKLOADS), ("--faults", ("all", "none", *KINDS))])
+def test_the_guide_names_everything_to_choose_from(option: str, names: Iterable[str]) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "simulation.md").read_text()
+    listed = re.search(rf"`{option}`[\s(]*\(([^)]*)\)", guide)
+    assert listed is not None
+    assert set(re.findall(r"[a-z-]+", listed[1].replace("or names", ""))) == set(names)
 
 
 def test_everything_holds_with_five_nodes_and_another_workload() -> None:
