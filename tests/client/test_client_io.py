@@ -528,8 +528,12 @@ def test_an_async_generator_may_hold_the_client_open_on_asyncio(server):
     async def main() -> None:
         source = opened()
         kv = await asyncio.create_task(anext(source))
-        await kv.put(b"k", b"v")
+        version = await kv.put(b"k", b"v")
+        assert await kv.get(b"k") == Entry(b"k", b"v", version)
         await asyncio.create_task(source.aclose())
+        with pytest.raises(errors.ClientClosed):
+            await kv.get(b"k")
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())
 
@@ -563,7 +567,8 @@ def test_cancelling_callers_at_any_moment_leaves_the_client_whole(backend, serve
                     await anyio.lowlevel.checkpoint()
                 group.cancel_scope.cancel()
             kv._open_host().core.check()
-            await kv.put(b"last", b"v")
+            version = await kv.put(b"last", b"v")
+            assert await kv.get(b"last") == Entry(b"last", b"v", version)
         while kv._open_host().core.session.unsettled:
             await kv.get(b"last")
 
@@ -645,16 +650,28 @@ def test_a_connection_that_broke_while_idle_is_made_anew(backend, server):
     with_client(backend, server, body)
 
 
+def open_sockets() -> set[socket.socket]:
+    return {each for each in gc.get_objects() if type(each) is socket.socket and each.fileno() != -1}
+
+
 def test_no_socket_and_no_task_is_left_behind(backend, server):
-    """ResourceWarnings are errors here."""
+    """A socket that only the garbage collector closes is a ResourceWarning, and these are errors here."""
+
+    def tasks() -> int:
+        return trio.lowlevel.current_statistics().tasks_living if backend == "trio" else len(asyncio.all_tasks())
 
     async def main() -> None:
+        before = tasks()
         for _ in range(3):
             async with connect(server.addresses) as kv:
                 await kv.put(b"k", b"v")
+                assert tasks() > before
+            assert tasks() == before
 
+    before = open_sockets()
     run(backend, main)
     gc.collect()
+    assert open_sockets() - before <= set(server._sockets)
 
 
 async def test_trio_sees_no_abandoned_generators(server):

@@ -311,7 +311,9 @@ def test_all_seeds_are_tried_until_one_answers():
     world = World(seeds=[1, 2, 3])
     world.down = {1, 2}
     world.cluster.range_of(b"").leader = 3
-    world.run(world.put(b"k", b"v"))
+    version = world.run(world.put(b"k", b"v"))
+    assert world.cluster.data[b"k"] == (b"v", version)
+    assert {world.cluster.nodes[node].address for node in (1, 2, 3)} == set(world.dials)
 
 
 @pytest.mark.parametrize("refusal", [errors.RangeNotFound("ask another"), errors.Unavailable("nobody answers")])
@@ -336,7 +338,10 @@ def test_a_lookup_that_a_connected_node_leaves_unanswered_goes_to_others():
         return [answer for request, answer in answered if request.method != Method.ROUTES]
 
     node.serve = serve_others  # type: ignore[method-assign]
-    world.run(world.put(b"k", b"v", timeout=3.0))
+    version = world.run(world.put(b"k", b"v", timeout=3.0))
+    assert world.cluster.data[b"k"] == (b"v", version)
+    assert world.requests_to(1, Method.ROUTES)
+    assert world.requests_to(2, Method.ROUTES)
 
 
 def test_a_node_that_says_goodbye_gets_nothing_new_but_may_answer():

@@ -141,4 +141,6 @@ async def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypa
     monkeypatch.setattr(environment, "_connect", connect_to)
     with trio.fail_after(Settings().dial_seconds), theirs:
         stream = await RealEnvironment().dial("name:7001")
+        assert stream.send_nowait(b"hello") == 5
+        assert theirs.recv(5) == b"hello"
         await stream.aclose()

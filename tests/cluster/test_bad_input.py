@@ -56,7 +56,7 @@ async def find_target(world: LocalCluster, kv: Client) -> Target:
 
 
 @asynccontextmanager
-async def undisturbed(world: LocalCluster) -> AsyncIterator[Target]:
+async def check_undisturbed(world: LocalCluster) -> AsyncIterator[Target]:
     """The target of an attack. A client counts up meanwhile without an error; afterwards all is there."""
     async with client(world) as kv:
         target = await find_target(world, kv)
@@ -119,7 +119,7 @@ async def test_a_write_past_the_clients_checks_is_refused_by_the_server(
     world: LocalCluster, command: bytes, said: str
 ) -> None:
     """DESIGN 2.3: limits are checked before anything is sent and again by the server; the connection goes on."""
-    async with undisturbed(world) as target, connect_raw(target.address) as raw:
+    async with check_undisturbed(world) as target, connect_raw(target.address) as raw:
         await raw.greet()
         answer = await raw.write(target.range_id, target.generation, command)
         assert isinstance(answer.error, MalformedRequest)
@@ -131,7 +131,7 @@ async def test_a_write_past_the_clients_checks_is_refused_by_the_server(
 
 async def test_a_bad_command_in_a_batch_keeps_the_good_ones_from_being_applied(world: LocalCluster) -> None:
     """A request is taken or refused whole."""
-    async with undisturbed(world) as target, connect_raw(target.address) as raw:
+    async with check_undisturbed(world) as target, connect_raw(target.address) as raw:
         await raw.greet()
         good, bad = put(b"batch/good", b"v", 100), put(b"", b"v", 101)
         answer = await raw.write(target.range_id, target.generation, good, bad)
@@ -183,7 +183,7 @@ async def test_arguments_out_of_shape_are_answered_with_an_error(
     world: LocalCluster, method: int, arguments: list[object]
 ) -> None:
     """Each request is answered, by its number; the error is a request's, or a routing one of the wrong place."""
-    async with undisturbed(world) as target, connect_raw(target.address) as raw:
+    async with check_undisturbed(world) as target, connect_raw(target.address) as raw:
         await raw.greet()
         answer = await raw.request(7, method, target.range_id, target.generation, 0, *arguments)
         assert answer.id == 7
@@ -206,7 +206,7 @@ async def test_trap_23_an_envelope_with_numbers_that_cannot_be_poisons_nothing(
     world: LocalCluster, fields: tuple[object, ...]
 ) -> None:
     """Trap 23: a timestamp beyond the offset bound is refused, never absorbed; the others are merely wrong."""
-    async with undisturbed(world) as target, connect_raw(target.address) as raw:
+    async with check_undisturbed(world) as target, connect_raw(target.address) as raw:
         await raw.greet()
         answer = await raw.request(*fields)
         assert answer.id == 1
@@ -247,7 +247,7 @@ def _frames() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("what", list(_frames()))
 async def test_a_client_that_sends_no_sound_frame_is_told_why_and_cut_off(world: LocalCluster, what: str) -> None:
-    async with undisturbed(world) as target, connect_raw(target.address) as raw:
+    async with check_undisturbed(world) as target, connect_raw(target.address) as raw:
         await raw.greet()
         await raw.send(_frames()[what])
         refusal = await raw.refusal()
@@ -257,7 +257,7 @@ async def test_a_client_that_sends_no_sound_frame_is_told_why_and_cut_off(world:
 async def test_garbage_after_a_greeting_and_instead_of_one_is_cut_off(world: LocalCluster) -> None:
     """Random bytes from a seed; most look like a frame that is far too long."""
     chance = random.Random(4)
-    async with undisturbed(world) as target:
+    async with check_undisturbed(world) as target:
         for number in range(40):
             async with connect_raw(target.address) as raw:
                 if number % 2:
@@ -273,7 +273,7 @@ async def test_garbage_after_a_greeting_and_instead_of_one_is_cut_off(world: Loc
 async def test_damaged_requests_get_an_answer_or_an_end_and_never_take_a_node_down(world: LocalCluster) -> None:
     """Sound requests with a few bytes changed, by a seed: the decoder's every corner, off the real network."""
     chance = random.Random(7)
-    async with undisturbed(world) as target:
+    async with check_undisturbed(world) as target:
         sound = [
             encode_request(1, Method.GET, target.range_id, target.generation, 0, 0, [b"k", b"l"]),
             encode_request(2, Method.SCAN, target.range_id, target.generation, 0, 0, b"zz", None, 5, 99, False, True),
@@ -299,7 +299,7 @@ async def test_damaged_requests_get_an_answer_or_an_end_and_never_take_a_node_do
 async def test_a_frame_that_never_ends_costs_its_own_connection_alone(world: LocalCluster, length: int) -> None:
     """A truncated frame and silence; then the client goes away."""
     frame = encode_frame(FrameKind.REQUEST, join([encode_request(1, Method.GET, 1, 1, 0, 0, [b"k"])]))
-    async with undisturbed(world) as target, connect_raw(target.address) as raw:
+    async with check_undisturbed(world) as target, connect_raw(target.address) as raw:
         await raw.greet()
         await raw.send(frame[:length])
         await raw.stream.send_eof()
@@ -317,14 +317,14 @@ async def test_a_frame_that_never_ends_costs_its_own_connection_alone(world: Loc
 )
 async def test_a_stranger_is_told_why_it_is_refused(world: LocalCluster, hello: Hello, said: str) -> None:
     """DESIGN 4.3: every connection names its cluster; a version that nobody speaks says which to upgrade."""
-    async with undisturbed(world) as target, connect_raw(target.address) as raw:
+    async with check_undisturbed(world) as target, connect_raw(target.address) as raw:
         await raw.send(encode_hello(hello))
         assert said in await raw.refusal()
 
 
 async def test_a_peer_for_another_node_or_with_a_lower_boot_is_refused(world: LocalCluster) -> None:
     """Trap 24: every connection names source, destination and boot counter."""
-    async with undisturbed(world) as target:
+    async with check_undisturbed(world) as target:
         for hello in (
             Hello(Role.PEER, target.cluster_id, NodeId(2), NodeId(77), 1),
             Hello(Role.PEER, target.cluster_id, NodeId(77), NodeId(77), 1),
@@ -335,7 +335,7 @@ async def test_a_peer_for_another_node_or_with_a_lower_boot_is_refused(world: Lo
 
 
 async def test_a_greeting_that_is_none_is_refused(world: LocalCluster) -> None:
-    async with undisturbed(world) as target:
+    async with check_undisturbed(world) as target:
         for payload in (b"", MAGIC, MAGIC + b"\x80", MAGIC + b"\xff", b"POST / HTTP/1.1", bytes(100_000)):
             async with connect_raw(target.address) as raw:
                 await raw.send(encode_frame(FrameKind.HELLO, payload))
@@ -345,7 +345,7 @@ async def test_a_greeting_that_is_none_is_refused(world: LocalCluster) -> None:
 async def test_bad_messages_of_a_peer_are_refused_and_change_nothing(world: LocalCluster) -> None:
     """A peer is trusted further than a client, but what it sends is decoded with the same care."""
     chance = random.Random(9)
-    async with undisturbed(world) as target:
+    async with check_undisturbed(world) as target:
         destination = NodeId(world.names.index(next(n for n, a in world.addresses.items() if a == target.address)) + 1)
         for number in range(20):
             async with connect_raw(target.address) as raw:
@@ -359,7 +359,7 @@ async def test_bad_messages_of_a_peer_are_refused_and_change_nothing(world: Loca
 
 async def test_reads_whose_answer_would_be_enormous_are_answered_in_pieces(world: LocalCluster) -> None:
     """40 values of 1 MiB fit in no frame: the client asks for fewer at once."""
-    async with undisturbed(world), client(world) as kv:
+    async with check_undisturbed(world), client(world) as kv:
         big = {b"big/%02d" % number: bytes([number]) * VALUE_BYTES_MAX for number in range(40)}
         await kv.put_many(big, timeout=60)
         entries = await kv.get_many(list(big) * 2, timeout=60)
@@ -370,7 +370,7 @@ async def test_reads_whose_answer_would_be_enormous_are_answered_in_pieces(world
 
 async def test_one_key_asked_for_ten_thousand_times_in_one_request_fills_no_memory(world: LocalCluster) -> None:
     """10,000 times 1 MiB is what a hostile get may name in 30 KB."""
-    async with undisturbed(world) as target, client(world) as kv, connect_raw(target.address) as raw:
+    async with check_undisturbed(world) as target, client(world) as kv, connect_raw(target.address) as raw:
         await kv.put(b"big", bytes(VALUE_BYTES_MAX))
         await raw.greet()
         pid = next(world.processes[name].pid for name, address in world.addresses.items() if address == target.address)
@@ -382,7 +382,7 @@ async def test_one_key_asked_for_ten_thousand_times_in_one_request_fills_no_memo
 
 async def test_connections_that_say_nothing_are_given_up(world: LocalCluster) -> None:
     """A hundred that never greet hold nobody up."""
-    async with undisturbed(world) as target, trio.open_nursery() as nursery:
+    async with check_undisturbed(world) as target, trio.open_nursery() as nursery:
         silent = []
 
         async def dial() -> None:

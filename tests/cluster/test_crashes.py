@@ -62,7 +62,7 @@ class Writers:
 
         await eventually(f"more than {count} writes were acknowledged", enough)
 
-    async def all_there(self) -> None:
+    async def check_all_there(self) -> None:
         entries = await self._kv.get_many(self.acknowledged, timeout=ANSWERED_WITHIN)
         missing = {key for key, value in self.acknowledged.items() if key not in entries or entries[key].value != value}
         total = len(self.acknowledged)
@@ -86,7 +86,7 @@ async def test_every_acknowledged_write_survives_the_crash_of_one_node_and_write
             await restart(world, name)
             await writers.more_than(len(writers.acknowledged) + 200)
             writers.stop = True
-        await writers.all_there()
+        await writers.check_all_there()
 
 
 async def test_every_acknowledged_write_survives_the_crash_of_all_nodes_at_once(world: LocalCluster) -> None:
@@ -104,7 +104,7 @@ async def test_every_acknowledged_write_survives_the_crash_of_all_nodes_at_once(
         for name in world.names:
             await kill(world, name)
         await restart(world, *world.names)
-        await writers.all_there()
+        await writers.check_all_there()
         assert await kv.put(b"all/after", b"1") > 0
 
 

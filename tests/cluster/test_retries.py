@@ -146,7 +146,7 @@ async def test_a_write_is_applied_once_wherever_its_connection_is_cut(
         assert await writes(cut, direct, proxies) >= SAMPLES - 2
 
 
-async def lose_answer_then(world: LocalCluster, key: bytes, meanwhile: Callable[[Client], Awaitable[None]]) -> None:
+async def check_applied_once(world: LocalCluster, key: bytes, meanwhile: Callable[[Client], Awaitable[None]]) -> None:
     """Lose the answer to an increment, do something to the cluster, let the retry through: it was applied once."""
     async with both(world) as (cut, direct, proxies):
         await direct.delete(key)
@@ -179,7 +179,7 @@ async def test_a_retry_after_a_split_finds_its_outcome_on_the_other_side(world: 
     async def split(direct: Client) -> None:
         await direct.call(Method.SPLIT, b"moved/", key=b"moved/", timeout=TIMEOUT)
 
-    await lose_answer_then(world, b"moved/key", split)
+    await check_applied_once(world, b"moved/key", split)
 
 
 async def test_a_retry_after_a_transfer_finds_its_outcome_at_the_new_leader(world: LocalCluster) -> None:
@@ -191,7 +191,7 @@ async def test_a_retry_after_a_transfer_finds_its_outcome_at_the_new_leader(worl
         range_id = next(each.range_id for each, _ in await direct.ranges() if each.span.contains(b"transferred"))
         await direct.call(Method.TRANSFER, range_id, other, range_id=range_id, timeout=TIMEOUT)
 
-    await lose_answer_then(world, b"transferred", transfer)
+    await check_applied_once(world, b"transferred", transfer)
 
 
 async def test_a_retry_after_the_leaders_crash_finds_its_outcome_at_the_new_leader(world: LocalCluster) -> None:
@@ -203,7 +203,7 @@ async def test_a_retry_after_the_leaders_crash_finds_its_outcome_at_the_new_lead
         await kill(world, victims[0])
 
     try:
-        await lose_answer_then(world, b"orphaned", crash)
+        await check_applied_once(world, b"orphaned", crash)
     finally:
         await restart(world, *victims)
 

@@ -76,7 +76,7 @@ class Writers:
 
         await eventually(f"50 more writes are acknowledged {what}", so_many)
 
-    async def all_there(self) -> None:
+    async def check_all_there(self) -> None:
         for key in sorted(self.acknowledged):
             entry = await self.kv.get(key, timeout=20)
             assert entry is not None, key
@@ -154,7 +154,7 @@ async def test_trap_14_a_leader_whose_disk_really_stalls_gives_its_leaderships_a
         await eventually(f"{sick} is well again", is_well)
         await writers.more("after it")
         writers.stopped = True
-        await writers.all_there()
+        await writers.check_all_there()
     assert world.running == world.names
 
 
@@ -185,4 +185,4 @@ async def test_a_node_whose_sync_really_fails_ends_and_loses_nothing_acknowledge
         await writers.more("after it")
         writers.stopped = True
         await settled(kv, len(world.names))
-        await writers.all_there()
+        await writers.check_all_there()

@@ -189,7 +189,10 @@ def test_a_lock_needs_no_room_on_the_disk(disk: RealDisk, tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    disk.lock(path).release()
+    lock = disk.lock(path)
+    with pytest.raises(DataDirectoryError, match="in use"):
+        disk.lock(path)
+    lock.release()
     monkeypatch.undo()
     disk.lock(path).release()
 

@@ -149,8 +149,15 @@ async def test_sockets_wake_the_loop_where_there_is_no_eventfd(
     monkeypatch.delattr("os.eventfd")
     worker: SerialWorker = await nursery.start(RealWorkers().serial, "log")
     finished = trio.Event()
-    worker.submit(lambda: None, lambda result, error: finished.set())
+    delivered: list[object] = []
+
+    def done(result: int | None, error: BaseException | None) -> None:
+        delivered.append((result, error))
+        finished.set()
+
+    worker.submit(lambda: 7, done)
     await finished.wait()
+    assert delivered == [(7, None)]
     nursery.cancel_scope.cancel()
 
 

@@ -54,7 +54,7 @@ def seen(range_: World) -> Any:
     return user, sessions, table.rows, range_.machine.last_timestamp, len(range_.rows())
 
 
-def both(monkeypatch: pytest.MonkeyPatch, entries: list[list[bytes]], *, reload: bool = False) -> list[Any]:
+def check_both_paths(monkeypatch: pytest.MonkeyPatch, entries: list[list[bytes]], *, reload: bool = False) -> list[Any]:
     """The outcomes of these groups, one entry each, after checking that both paths agree on everything."""
     results = []
     for short in (True, False):
@@ -95,7 +95,7 @@ def test_an_odd_put_is_refused_alone_and_in_company(name: str, monkeypatch: pyte
     odd = put.sealed(world.NOW_MS)
     before, after = Put(15, key=b"e").sealed(world.NOW_MS), Put(1_000, key=b"f").sealed(world.NOW_MS)
     for group, position in (([odd], 0), ([before, odd], 1), ([odd, after], 0), ([before, odd, after], 1)):
-        [outcomes] = both(monkeypatch, [group])
+        [outcomes] = check_both_paths(monkeypatch, [group])
         assert outcomes[position][0] == error.code
         sound = [outcome for place, outcome in enumerate(outcomes) if place != position]
         assert all(type(outcome) is int for outcome in sound)
@@ -106,7 +106,7 @@ def test_a_group_whose_sequences_do_not_rise_applies_each_once(
     sequences: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = [Put(sequence).sealed(world.NOW_MS) for sequence in sequences]
-    first, again = both(monkeypatch, [group, group])
+    first, again = check_both_paths(monkeypatch, [group, group])
     assert first == again
     assert len(set(first)) == len(set(sequences))
 
@@ -153,4 +153,4 @@ PUTS = st.builds(
 @given(groups=st.lists(st.lists(PUTS, min_size=1, max_size=5), min_size=1, max_size=5), reload=st.booleans())
 def test_any_groups_of_puts_come_to_the_same_on_every_path(groups: list[list[Put]], reload: bool) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        both(monkeypatch, [[put.sealed(world.NOW_MS) for put in group] for group in groups], reload=reload)
+        check_both_paths(monkeypatch, [[put.sealed(world.NOW_MS) for put in group] for group in groups], reload=reload)

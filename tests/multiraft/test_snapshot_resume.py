@@ -317,7 +317,9 @@ async def test_a_sender_that_no_longer_leads_stops(autojump_clock: MockClock) ->
         leader.driver.touch(leader.replica())
         await hosts.until(lambda: other.replica().leads, "another leader")
         await hosts.until(lambda: not leader.snapshots._sending, "the end of the old stream", 1)
+        assert not arrived(late)(), "the old stream has come to its end"
         await hosts.until(arrived(late), "the snapshot", 60)
+        assert leader.snapshots.statistics().chunks_sent < other.snapshots.statistics().chunks_sent
         await hosts.agreed()
 
 

@@ -275,7 +275,7 @@ class Run:
         raise AssertionError(f"no leader: {[cluster[id_].status() for id_ in self.ids()]}")
 
 
-def run(seed: int, **settings: Any) -> Run:
+def check_run(seed: int, **settings: Any) -> Run:
     group = Run(seed, **settings)
     try:
         for _ in range(STEPS):
@@ -290,36 +290,36 @@ def run(seed: int, **settings: Any) -> Run:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_group_with_plain_settings_stays_safe_and_recovers(seed: int) -> None:
     """Paper figure 3, all five properties, with asynchronous log writes."""
-    run(seed)
+    check_run(seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_group_with_synchronous_writes_stays_safe_and_recovers(seed: int) -> None:
     """The same with every write done before anything else happens."""
-    run(seed, async_storage_writes=False)
+    check_run(seed, async_storage_writes=False)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_group_with_the_nodes_settings_stays_safe_and_recovers(seed: int) -> None:
     """Pre-vote, check-quorum and the lease, with drifting clocks: whoever has a lease is alone. Traps 6 and 7."""
-    run(seed, **NODES, commit_broadcast=False)
+    check_run(seed, **NODES, commit_broadcast=False)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_group_with_changing_members_stays_safe_and_recovers(seed: int) -> None:
     """Trap 9: learners, simple and joint changes, crashes in between, and the lease."""
-    run(seed, **MEMBERSHIP)
+    check_run(seed, **MEMBERSHIP)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_group_with_tight_bounds_stays_safe_and_recovers(seed: int) -> None:
     """One entry a message, two messages in flight, one entry handed out at a time."""
-    run(seed, **TIGHT)
+    check_run(seed, **TIGHT)
 
 
 def test_the_random_runs_do_what_they_are_for() -> None:
     """Checkers that never saw a lease, a read or a change of leaders would prove nothing."""
-    groups = [run(seed, **MEMBERSHIP) for seed in range(100, 104)]
+    groups = [check_run(seed, **MEMBERSHIP) for seed in range(100, 104)]
     assert sum(group.checkers.leases_seen for group in groups) > 100
     assert sum(group.checkers.ages_seen for group in groups) > 1_000
     assert sum(group.checkers.reads_seen for group in groups) > 10

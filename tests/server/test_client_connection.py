@@ -1,6 +1,6 @@
 """One client's connection by itself: what it may have in flight and unread, and that it never holds the loop."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -302,14 +302,14 @@ async def test_answers_of_one_read_travel_together_in_the_order_given(autojump_c
         assert [each.id for each in requests.decode_responses(frame.payload)] == [3, 1, 2]
 
 
-async def test_a_goodbye_and_the_end_of_the_stream_end_the_connection(autojump_clock: MockClock) -> None:
-    for end in (lambda stream: stream.send_all(encode_frame(FrameKind.GOODBYE, b"")), lambda stream: stream.aclose()):
-        await _ends(end)
-
-
-async def _ends(end: Callable[[Any], Awaitable[None]]) -> None:
+@pytest.mark.parametrize("goodbye", [True, False])
+async def test_a_goodbye_and_the_end_of_the_stream_end_the_connection(autojump_clock: MockClock, goodbye: bool) -> None:
     async with serving(prompt) as server:
-        await end(server.stream)
-        with trio.fail_after(1):
-            await server.ended.wait()
+        assert not server.ended.is_set()
+        if goodbye:
+            await server.stream.send_all(encode_frame(FrameKind.GOODBYE, b""))
+        else:
+            await server.stream.aclose()
+        await trio.sleep(1)
+        assert server.ended.is_set()
         await wait_all_tasks_blocked()

@@ -338,6 +338,10 @@ def test_trap_14_a_slow_leader_that_dies_is_replaced_though_all_are_slow() -> No
             await leader.kill()
             for key in KEYS:
                 await kv.put(key, b"after", timeout=30)
+                entry = await kv.get(key, timeout=10)
+                assert entry is not None
+                assert entry.value == b"after"
+                assert await cluster.leader_of(kv, key) is not leader
 
     run_deterministically(main, seed=18)
 

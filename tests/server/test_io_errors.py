@@ -53,7 +53,7 @@ class Life:
                 if not node.alive:
                     return
 
-    async def all_there(self, cluster: Cluster) -> None:
+    async def check_all_there(self, cluster: Cluster) -> None:
         async with cluster.client() as kv:
             for key, value in self.acknowledged.items():
                 entry = await kv.get(key, timeout=10)
@@ -165,7 +165,7 @@ def test_the_life_makes_every_kind_of_call() -> None:
     assert not set(KINDS) - set(calls_of_a_life())
 
 
-def life_with_a_failing_call(number: int, *, power: bool) -> None:
+def check_life_with_a_failing_call(number: int, *, power: bool) -> None:
     """One run: the call fails, the node ends and says why; started again it has everything that it acknowledged."""
     life = Life()
 
@@ -190,7 +190,7 @@ def life_with_a_failing_call(number: int, *, power: bool) -> None:
         assert ADVICE in str(node.error), what
         node.environment.disk.on_call = None
         await node.start()
-        await life.all_there(cluster)
+        await life.check_all_there(cluster)
         node.check()
 
     in_a_cluster(main)
@@ -203,7 +203,7 @@ def test_an_io_error_ends_the_node_with_advice_and_costs_nothing_acknowledged(ki
     numbers = calls_of_a_life()[kind]
     chosen = {numbers[0], numbers[-1], *(numbers[len(numbers) * part // 4] for part in (1, 2, 3) if len(numbers) > 20)}
     for position, number in enumerate(sorted(chosen)):
-        life_with_a_failing_call(number, power=position % 2 == 0)
+        check_life_with_a_failing_call(number, power=position % 2 == 0)
 
 
 @pytest.mark.parametrize("by", ["the engine", "the log", "both"])

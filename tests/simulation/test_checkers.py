@@ -17,7 +17,7 @@ from shardkv.simulation.checkers.violation import Violation
 from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX
 
 
-def refused(call: Callable[[], object], rule: str) -> None:
+def assert_refused(call: Callable[[], object], rule: str) -> None:
     with pytest.raises(Violation) as caught:
         call()
     assert caught.value.checker == rule
@@ -31,7 +31,7 @@ def test_a_term_has_one_leader() -> None:
     leaders.saw_leader(1, 6, 2)
     leaders.saw_leader(2, 5, 4)
     leaders.check()
-    refused(lambda: leaders.saw_leader(1, 5, 2), "one-leader-per-term")
+    assert_refused(lambda: leaders.saw_leader(1, 5, 2), "one-leader-per-term")
 
 
 def test_an_entry_of_one_index_and_term_is_the_same_everywhere() -> None:
@@ -40,15 +40,15 @@ def test_an_entry_of_one_index_and_term_is_the_same_everywhere() -> None:
     logs.saw_entry(1, 11, 5, Seen(10, 77, 5), "n1")
     logs.saw_entry(1, 11, 5, Seen(10, 77, None), "n2")
     logs.saw_entry(1, 11, 6, Seen(12, 78, 5), "n3")
-    refused(lambda: logs.saw_entry(1, 11, 5, Seen(10, 99, 5), "n2"), "log-matching")
-    refused(lambda: logs.saw_entry(1, 11, 5, Seen(11, 77, 5), "n2"), "log-matching")
+    assert_refused(lambda: logs.saw_entry(1, 11, 5, Seen(10, 99, 5), "n2"), "log-matching")
+    assert_refused(lambda: logs.saw_entry(1, 11, 5, Seen(11, 77, 5), "n2"), "log-matching")
 
 
 def test_what_stands_before_equal_entries_is_equal() -> None:
     logs = LogMatching()
     logs.saw_entry(1, 11, 5, Seen(10, 77, None), "n1")
     logs.saw_entry(1, 11, 5, Seen(10, 77, 4), "n2")
-    refused(lambda: logs.saw_entry(1, 11, 5, Seen(10, 77, 3), "n3"), "log-matching")
+    assert_refused(lambda: logs.saw_entry(1, 11, 5, Seen(10, 77, 3), "n3"), "log-matching")
 
 
 def test_a_committed_entry_is_never_another() -> None:
@@ -56,14 +56,14 @@ def test_a_committed_entry_is_never_another() -> None:
     logs = LogMatching()
     logs.saw_committed(1, 11, 5, "n1")
     logs.saw_committed(1, 11, 5, "n2")
-    refused(lambda: logs.saw_committed(1, 11, 6, "n3"), "log-matching")
+    assert_refused(lambda: logs.saw_committed(1, 11, 6, "n3"), "log-matching")
 
 
 def test_terms_never_fall_along_the_committed_log() -> None:
     logs = LogMatching()
     logs.saw_committed(1, 11, 6, "n1")
     logs.saw_committed(1, 12, 5, "n1")
-    refused(logs.check, "log-matching")
+    assert_refused(logs.check, "log-matching")
 
 
 def test_replicas_that_applied_the_same_hold_the_same() -> None:
@@ -72,7 +72,7 @@ def test_replicas_that_applied_the_same_hold_the_same() -> None:
     machines.saw_state(1, 21, "bb", "n1")
     machines.saw_state(1, 20, "aa", "n2")
     machines.check()
-    refused(lambda: machines.saw_state(1, 21, "cc", "n2"), "identical-machines")
+    assert_refused(lambda: machines.saw_state(1, 21, "cc", "n2"), "identical-machines")
 
 
 def test_ranges_cover_every_key_once() -> None:
@@ -87,18 +87,18 @@ def test_ranges_cover_every_key_once() -> None:
         [Span(1, b"", b"n", 4), Span(2, b"m", None, 2)],
         [],
     ):
-        refused(lambda wrong=wrong: RangesTile().saw_spans(wrong, complete=True), "ranges-tile")  # type: ignore[misc]
+        assert_refused(lambda wrong=wrong: RangesTile().saw_spans(wrong, complete=True), "ranges-tile")  # type: ignore[misc]
 
 
 def test_a_gap_is_no_gap_while_a_node_is_down_but_a_contradiction_is_one() -> None:
     ranges = RangesTile()
     ranges.saw_spans([Span(1, b"", b"m", 2)], complete=False)
     ranges.saw_spans([Span(1, b"", b"m", 2), Span(3, b"a", b"c", 5)], complete=False)
-    refused(lambda: ranges.saw_spans([Span(1, b"", b"k", 2)], complete=False), "ranges-tile")
-    refused(
+    assert_refused(lambda: ranges.saw_spans([Span(1, b"", b"k", 2)], complete=False), "ranges-tile")
+    assert_refused(
         lambda: RangesTile().saw_spans([Span(1, b"", b"m", 2), Span(2, b"k", b"z", 2)], complete=False), "ranges-tile"
     )
-    refused(lambda: RangesTile().saw_spans([Span(1, b"m", b"m", 2)], complete=False), "ranges-tile")
+    assert_refused(lambda: RangesTile().saw_spans([Span(1, b"m", b"m", 2)], complete=False), "ranges-tile")
 
 
 def test_an_increment_counts_once() -> None:
@@ -110,33 +110,33 @@ def test_an_increment_counts_once() -> None:
     counters.answered(b"n", tickets[2], 3)
     counters.saw_total(b"n", 3, counters.floor(b"n"))
     counters.check()
-    refused(lambda: counters.saw_total(b"n", 4), "exactly-once")
-    refused(lambda: counters.saw_total(b"n", 2, counters.floor(b"n")), "exactly-once")
+    assert_refused(lambda: counters.saw_total(b"n", 4), "exactly-once")
+    assert_refused(lambda: counters.saw_total(b"n", 2, counters.floor(b"n")), "exactly-once")
 
 
 def test_two_increments_are_never_answered_the_same() -> None:
     counters = ExactlyOnce()
     one, two = counters.called(b"n"), counters.called(b"n")
     counters.answered(b"n", one, 1)
-    refused(lambda: counters.answered(b"n", two, 1), "exactly-once")
+    assert_refused(lambda: counters.answered(b"n", two, 1), "exactly-once")
 
 
 def test_an_increment_that_is_counted_twice_is_seen_by_the_next() -> None:
     counters = ExactlyOnce()
     counters.answered(b"n", counters.called(b"n"), 1)
-    refused(lambda: counters.answered(b"n", counters.called(b"n"), 3), "exactly-once")
+    assert_refused(lambda: counters.answered(b"n", counters.called(b"n"), 3), "exactly-once")
 
 
 def test_an_increment_that_was_refused_counts_for_nothing() -> None:
     counters = ExactlyOnce()
     counters.refused(b"n", counters.called(b"n"))
-    refused(lambda: counters.saw_total(b"n", 1), "exactly-once")
+    assert_refused(lambda: counters.saw_total(b"n", 1), "exactly-once")
 
 
 def test_an_increment_that_was_lost_is_seen_by_the_next() -> None:
     counters = ExactlyOnce()
     counters.answered(b"n", counters.called(b"n"), 1)
-    refused(lambda: counters.answered(b"n", counters.called(b"n"), 1), "exactly-once")
+    assert_refused(lambda: counters.answered(b"n", counters.called(b"n"), 1), "exactly-once")
     later = counters.called(b"m")
     assert counters.floor(b"m") == 0
     counters.unknown(b"m", later)
@@ -152,10 +152,10 @@ def test_an_acknowledged_write_is_there_or_something_newer_is() -> None:
     ledger.read(b"k", 7, b"v", floor)
     ledger.read(b"k", 9, b"w", floor)
     ledger.read(b"k", 7, b"v", floor)  # called before 9 was seen, answered after
-    refused(lambda: ledger.read(b"k", 7, b"v", ledger.floor(b"k")), "no-write-lost")
-    refused(lambda: ledger.read(b"k", 0, None, floor), "no-write-lost")
-    refused(lambda: ledger.acknowledged(b"k", 8, b"x", ledger.floor(b"k")), "no-write-lost")
-    refused(lambda: ledger.read(b"k", 9, b"other", ledger.floor(b"k")), "no-write-lost")
+    assert_refused(lambda: ledger.read(b"k", 7, b"v", ledger.floor(b"k")), "no-write-lost")
+    assert_refused(lambda: ledger.read(b"k", 0, None, floor), "no-write-lost")
+    assert_refused(lambda: ledger.acknowledged(b"k", 8, b"x", ledger.floor(b"k")), "no-write-lost")
+    assert_refused(lambda: ledger.read(b"k", 9, b"other", ledger.floor(b"k")), "no-write-lost")
 
 
 def test_a_put_of_unknown_outcome_shows_what_was_put_and_shows_it_once() -> None:
@@ -166,10 +166,10 @@ def test_a_put_of_unknown_outcome_shows_what_was_put_and_shows_it_once() -> None
     ledger.called(b"other", b"x")
     ledger.acknowledged(b"k", 7, b"v", 0)
     ledger.read(b"k", 9, b"w", 7)
-    refused(lambda: ledger.read(b"k", 11, b"v", 9), "no-write-lost")
-    refused(lambda: ledger.read(b"k", 11, b"w", 9), "no-write-lost")
-    refused(lambda: ledger.read(b"k", 11, b"x", 9), "no-write-lost")
-    refused(lambda: ledger.acknowledged(b"k", 11, b"v", 9), "no-write-lost")
+    assert_refused(lambda: ledger.read(b"k", 11, b"v", 9), "no-write-lost")
+    assert_refused(lambda: ledger.read(b"k", 11, b"w", 9), "no-write-lost")
+    assert_refused(lambda: ledger.read(b"k", 11, b"x", 9), "no-write-lost")
+    assert_refused(lambda: ledger.acknowledged(b"k", 11, b"v", 9), "no-write-lost")
 
 
 def test_a_session_stays_within_its_window_and_its_age() -> None:
@@ -177,10 +177,10 @@ def test_a_session_stays_within_its_window_and_its_age() -> None:
     sessions.saw_session(1, 10, 10 + SESSION_WINDOW_MAX, SESSION_WINDOW_MAX, "n1")
     sessions.saw_table(1, 4, 1_000, 1_000 + SESSION_AGE_MS_MAX, "n1")
     sessions.saw_table(1, 0, None, 10**9, "n1")
-    refused(lambda: sessions.saw_session(1, 10, 11 + SESSION_WINDOW_MAX, 1, "n1"), "sessions-bounded")
-    refused(lambda: sessions.saw_session(1, 10, 11, 3 * SESSION_WINDOW_MAX, "n1"), "sessions-bounded")
-    refused(lambda: sessions.saw_table(1, 5, None, 0, "n1"), "sessions-bounded")
-    refused(lambda: sessions.saw_table(1, 1, 0, SESSION_AGE_MS_MAX + 10_000, "n1"), "sessions-bounded")
+    assert_refused(lambda: sessions.saw_session(1, 10, 11 + SESSION_WINDOW_MAX, 1, "n1"), "sessions-bounded")
+    assert_refused(lambda: sessions.saw_session(1, 10, 11, 3 * SESSION_WINDOW_MAX, "n1"), "sessions-bounded")
+    assert_refused(lambda: sessions.saw_table(1, 5, None, 0, "n1"), "sessions-bounded")
+    assert_refused(lambda: sessions.saw_table(1, 1, 0, SESSION_AGE_MS_MAX + 10_000, "n1"), "sessions-bounded")
 
 
 def test_what_grows_past_its_limit_is_seen_and_the_highest_is_kept() -> None:
@@ -188,7 +188,7 @@ def test_what_grows_past_its_limit_is_seen_and_the_highest_is_kept() -> None:
     growth.saw_size("queue", 10, "n1")
     growth.saw_size("queue", 3, "n2")
     assert growth.highest == {"queue": 10}
-    refused(lambda: growth.saw_size("queue", 11, "n1"), "nothing-grows")
+    assert_refused(lambda: growth.saw_size("queue", 11, "n1"), "nothing-grows")
     with pytest.raises(AssertionError, match="no limit"):
         growth.saw_size("something else", 1, "n1")
 
@@ -205,9 +205,9 @@ def test_an_answer_is_no_older_than_it_says() -> None:
     staleness.answered(b"k", 0, 13.0, 3.001, None, 13.1)
     assert staleness.judged == 2
     staleness.answered(b"k", 9, 13.0, 0.0, 0.0, 13.1)
-    refused(lambda: staleness.answered(b"k", 7, 13.0, 1.0, 2.0, 13.1), "no-older-than-said")
-    refused(lambda: staleness.answered(b"k", 0, 13.0, 3.0, None, 13.1), "no-older-than-said")
-    refused(lambda: staleness.answered(b"k", 9, 13.0, 2.5, 2.0, 13.1), "no-older-than-said")
+    assert_refused(lambda: staleness.answered(b"k", 7, 13.0, 1.0, 2.0, 13.1), "no-older-than-said")
+    assert_refused(lambda: staleness.answered(b"k", 0, 13.0, 3.0, None, 13.1), "no-older-than-said")
+    assert_refused(lambda: staleness.answered(b"k", 9, 13.0, 2.5, 2.0, 13.1), "no-older-than-said")
     staleness.check()
 
 
@@ -216,4 +216,4 @@ def test_what_a_stale_answer_has_shown_is_known_from_then_on() -> None:
     staleness = NoOlderThanSaid()
     staleness.answered(b"k", 7, 10.0, 5.0, None, 10.2)
     staleness.answered(b"k", 0, 10.1, 0.0, None, 10.3)
-    refused(lambda: staleness.answered(b"k", 0, 10.3, 0.05, None, 10.4), "no-older-than-said")
+    assert_refused(lambda: staleness.answered(b"k", 0, 10.3, 0.05, None, 10.4), "no-older-than-said")

@@ -173,12 +173,16 @@ async def test_a_fenced_node_that_still_runs_is_called_back_by_nothing(nursery: 
 @simulated
 async def test_a_crash_ends_a_node_whose_disk_stalls(nursery: trio.Nursery) -> None:
     e = world()
+    ran: list[str] = []
     async with trio.open_nursery() as node:
         e.disk.stall()
-        node.start_soon(e.workers.run, int)
+        node.start_soon(e.workers.run, ran.append, "job")
         await trio.sleep(1)
         e.kill()
         node.cancel_scope.cancel()
+    assert trio.current_time() == pytest.approx(1), "the job held the node up"
+    await trio.sleep(10)
+    assert ran == []
 
 
 @simulated

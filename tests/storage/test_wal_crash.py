@@ -275,7 +275,7 @@ def vouched(records: list[tuple[str, int, int, int, int]], sequence: int) -> boo
     return sequence == records[0][3] or max((each[4] for each in records if each[3] > sequence), default=0) >= sequence
 
 
-def judged(broken: MemoryDisk, driver: Driver, sequence: int, corrupt: bool, what: str) -> None:
+def check_damaged(broken: MemoryDisk, driver: Driver, sequence: int, corrupt: bool, what: str) -> None:
     """Open a log in which record ``sequence`` is damaged: Corruption that says where and what to do, or a cut there."""
     if corrupt:
         with pytest.raises(Corruption, match=r"/data/wal[^ ]*: .*do not delete anything"):
@@ -298,7 +298,7 @@ def test_every_flipped_bit_of_a_log_with_a_past_is_corruption_or_a_cut_above_the
             for bit in range(8):
                 broken = disk.copy()
                 broken.names[path].current[position] ^= 1 << bit
-                judged(broken, driver, sequence, known, f"bit {bit} of byte {position} of {path}")
+                check_damaged(broken, driver, sequence, known, f"bit {bit} of byte {position} of {path}")
                 cut, corrupt = cut + (not known), corrupt + known
     assert cut > 100
     assert corrupt > 100
@@ -314,7 +314,7 @@ def test_the_files_of_a_log_with_a_past_cut_at_any_byte_are_corruption_or_end_at
             broken = disk.copy()
             del broken.names[path].current[size:]
             sequence = next(record[3] for record in mine if record[2] > size)
-            judged(broken, driver, sequence, vouched(records, sequence), f"{path} cut at {size}")
+            check_damaged(broken, driver, sequence, vouched(records, sequence), f"{path} cut at {size}")
 
 
 @pytest.mark.parametrize("which", range(4))

@@ -248,12 +248,21 @@ def test_plain_values_survive_the_codec(value: object) -> None:
     assert codec.loads_own(data) == value
 
 
+def is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) in (str, bytes) and is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, bytes, str, cbor2.CBORSimpleValue, type(cbor2.undefined))
+
+
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_plain_value_or_malformed(data: bytes) -> None:
     try:
-        codec.loads(data)
+        value = codec.loads(data)
     except errors.MalformedRequest:
-        pass
+        return
+    assert is_plain(value)
 
 
 @pytest.mark.parametrize("tag", [0, 1, 2, 4, 25, 28, 29, 35, 36, 37, 256, 258, 1004, 43_000, 55_799, 70_000])
