@@ -212,22 +212,12 @@ def test_an_interrupt_of_the_commands_given_is_exit_code_130() -> None:
         assert child.wait(30) == 130
 
 
-def test_an_interrupt_while_waiting_for_a_line_is_exit_code_130() -> None:
+@pytest.mark.parametrize("typed", [b"put a 1\n", b"put a 1\nput b -\n"], ids=["by the shell", "by a command"])
+def test_an_interrupt_while_stdin_is_read_is_exit_code_130(typed: bytes) -> None:
     with start([], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdin.write(b"put a 1\n")
-        child.stdin.flush()
-        assert child.stdout.readline()
-        child.send_signal(signal.SIGINT)
-        assert child.wait(30) == 130
-
-
-def test_an_interrupt_while_a_command_reads_stdin_is_exit_code_130() -> None:
-    with start([], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        child.stdin.write(b"put a 1\nput b -\n")
+        child.stdin.write(typed)
         child.stdin.flush()
         assert child.stdout.readline()
         child.send_signal(signal.SIGINT)

@@ -131,29 +131,16 @@ def test_a_mute_leader_is_given_up_after_its_silence():
     assert 1.4 < world.now - started < 2.0
 
 
-def test_a_program_that_stood_still_asks_a_node_before_it_gives_it_up():
-    """Its timers come due before it has read the answers that lie in the socket."""
+@pytest.mark.parametrize("pauses", [(5.0,), (0.6, 5.0)], ids=["before the ping", "after the ping"])
+def test_a_program_that_stood_still_asks_a_node_and_reads_before_it_gives_it_up(pauses: tuple[float, ...]):
+    """Its timers come due before it has read the answers that lie in the socket; one that computes in long pieces
+    meets its timer and the answer to its ping at the same moment, every time."""
     world = World(nodes=1)
     world.run(world.put(b"k", b"v"))
     call = world.put(b"k", b"w")
     world.core.flush(world.now)
     world._perform()
-    world.now += 5.0
-    world.core.tick(world.now)
-    world._perform()
-    world.run(call)
-    assert call.attempts == 1
-    assert len(world.dials) == 1
-
-
-def test_a_program_that_stood_still_after_the_question_reads_before_it_gives_a_node_up():
-    """One that computes in long pieces meets its timer and the answer to its ping at the same moment, every time."""
-    world = World(nodes=1)
-    world.run(world.put(b"k", b"v"))
-    call = world.put(b"k", b"w")
-    world.core.flush(world.now)
-    world._perform()
-    for pause in (0.6, 5.0):
+    for pause in pauses:
         world.now += pause
         world.core.tick(world.now)
         world._perform()

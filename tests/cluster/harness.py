@@ -35,6 +35,7 @@ __all__ = [
     "settled",
     "show_logs",
     "started",
+    "started_and_settled",
     "terminate",
 ]
 
@@ -74,6 +75,19 @@ def started(directory: Path, *, nodes: int = 3, options: Iterable[str] = ()) -> 
     with LocalCluster(directory, nodes=nodes, options=options) as world:
         world.start()
         yield world
+
+
+@contextmanager
+def started_and_settled(directory: Path) -> Iterator[LocalCluster]:
+    """The same with three nodes, once every range has a voter on each."""
+
+    async def settle() -> None:
+        async with client(running) as kv:
+            await settled(kv)
+
+    with started(directory) as running:
+        trio.run(settle)
+        yield running
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -19,8 +20,6 @@ from tests.cluster.workload import Workload
 
 OPTIONS = ("--split-bytes", "32KiB", "--log-level", "info")
 CLIENTS = 3
-PROGRESS_SECONDS = 60.0
-"""How long the workload may stand still with every node up before the run fails."""
 
 
 @dataclass(slots=True)
@@ -48,23 +47,8 @@ async def run(world: LocalCluster, kills: Kills, *, show: bool = False) -> Workl
     async with client(world) as one, client(world) as two, client(world) as three:
         await settled(one)
         workload = Workload(kills.seed, (one, two, three))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(workload.run)
-            await workload.more_than(50, PROGRESS_SECONDS)
-            began = trio.current_time()
-            chance = random.Random(f"kills {kills.seed}")
-            while kills.done < kills.count:
-                before = workload.answered
-                await _kill_once(world, kills, workload, one, chance)
-                await workload.more_than(before, PROGRESS_SECONDS)
-                await trio.sleep(chance.uniform(0.0, 1.5))
-                if show:
-                    passed = trio.current_time() - began
-                    print(f"{passed:6.0f} s: {kills.describe()}; {workload.describe()}", flush=True)
-            await settled(one)
-            await workload.more_than(workload.answered + 50, PROGRESS_SECONDS)
-            workload.stopped = True
-        await workload.judge_all_again()
+        strike = partial(_kill_once, world, kills, workload, one)
+        await workload.run_under(kills, strike, one, show=show)
         kills.ranges = len(await ranges_of(one)) - 1
     return workload
 

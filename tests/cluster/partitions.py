@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from shardkv_client.client import Client
 from tests.cluster.harness import client, leader_of, settled, show_logs
-from tests.cluster.kills import OPTIONS, PROGRESS_SECONDS
+from tests.cluster.kills import OPTIONS
 from tests.cluster.namespaces import InPlace, NamespacedCluster, Net, net, obstacle
 from tests.cluster.workload import Workload
 
@@ -80,20 +81,8 @@ async def run(made: Net, world: NamespacedCluster, partitions: Partitions, *, sh
         kv = clients[0]
         await settled(kv)
         workload = Workload(partitions.seed, clients)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(workload.run)
-            await workload.more_than(50, PROGRESS_SECONDS)
-            chance = random.Random(f"partitions {partitions.seed}")
-            while partitions.done < partitions.count:
-                before = workload.answered
-                await _cut_once(made, world, partitions, workload, clients, chance)
-                await workload.more_than(before + 20, PROGRESS_SECONDS)
-                await trio.sleep(chance.uniform(0.0, 1.0))
-                if show:
-                    print(f"{partitions.describe()}; {workload.describe()}", flush=True)
-            await settled(kv)
-            workload.stopped = True
-        await workload.judge_all_again()
+        strike = partial(_cut_once, made, world, partitions, workload, clients)
+        await workload.run_under(partitions, strike, kv, show=show)
     return workload
 
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -18,7 +19,7 @@ import trio
 from shardkv_client.client import Client
 from shardkv_client.core.settings import Settings
 from tests.cluster.harness import LocalCluster, client, cluster, leader_of, settled
-from tests.cluster.kills import OPTIONS, PROGRESS_SECONDS
+from tests.cluster.kills import OPTIONS
 from tests.cluster.workload import Workload
 
 STOP_SECONDS = (0.05, 0.3, 0.5, 1.0, 2.0, 3.0)
@@ -53,20 +54,8 @@ async def run(world: LocalCluster, stops: Stops, *, show: bool = False) -> Workl
         workload = Workload(stops.seed, [*clients, kv])
         waiting = client(world, settings=Settings(silence_seconds_max=60, dial_seconds=60))
         patient = await stack.enter_async_context(waiting)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(workload.run)
-            await workload.more_than(50, PROGRESS_SECONDS)
-            chance = random.Random(f"stops {stops.seed}")
-            while stops.done < stops.count:
-                before = workload.answered
-                await _stop_once(world, stops, workload, kv, patient, chance)
-                await workload.more_than(before + 20, PROGRESS_SECONDS)
-                await trio.sleep(chance.uniform(0.0, 1.0))
-                if show:
-                    print(f"{stops.describe()}; {workload.describe()}", flush=True)
-            await settled(kv)
-            workload.stopped = True
-        await workload.judge_all_again()
+        strike = partial(_stop_once, world, stops, workload, kv, patient)
+        await workload.run_under(stops, strike, kv, show=show)
     return workload
 
 

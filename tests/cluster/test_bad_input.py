@@ -19,7 +19,7 @@ from shardkv.wire.handshake import MAGIC, Hello, Role, encode_hello
 from shardkv.wire.requests import FRAME_BYTES_MAX, Method, encode_request, join
 from shardkv_client import connect_blocking
 from shardkv_client.client import Client
-from tests.cluster.harness import LocalCluster, client, eventually, leader_of, resident_bytes, settled, started
+from tests.cluster.harness import LocalCluster, client, eventually, leader_of, resident_bytes, started_and_settled
 from tests.cluster.raw import connect_raw
 
 pytestmark = pytest.mark.cluster
@@ -29,12 +29,7 @@ OTHER_CLUSTER = b"another cluster!"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    async def settle(running: LocalCluster) -> None:
-        async with client(running) as kv:
-            await settled(kv)
-
-    with started(tmp_path_factory.mktemp("bad-input")) as running:
-        trio.run(settle, running)
+    with started_and_settled(tmp_path_factory.mktemp("bad-input")) as running:
         yield running
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
-from tests.cluster.harness import LocalCluster, client, settled, started
+from tests.cluster.harness import LocalCluster, started_and_settled
 
 pytestmark = pytest.mark.cluster
 
@@ -20,12 +19,7 @@ SECONDS_MAX = 90.0
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    async def settle(running: LocalCluster) -> None:
-        async with client(running) as kv:
-            await settled(kv)
-
-    with started(tmp_path_factory.mktemp("cli")) as running:
-        trio.run(settle, running)
+    with started_and_settled(tmp_path_factory.mktemp("cli")) as running:
         yield running
 
 

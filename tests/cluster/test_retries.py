@@ -62,6 +62,17 @@ async def lengths(proxies: Proxies, operation: Callable[[], Awaitable[object]]) 
     return {way: proxies.passed[way] - before[way] for way in Way}
 
 
+async def cut_everywhere(proxies: Proxies, operation: Callable[[], Awaitable[object]], samples: int) -> int:
+    """Perform the operation with a cut at each place of either way. How many cuts there were."""
+    cuts = proxies.cuts
+    for way, length in (await lengths(proxies, operation)).items():
+        for position in positions(length, samples):
+            proxies.cut_after(way, position)
+            await operation()
+            proxies.forget_cut()
+    return proxies.cuts - cuts
+
+
 async def cut_increments(cut: Client, direct: Client, proxies: Proxies, samples: int = SAMPLES) -> int:
     """Increments with a cut at each place. How many cuts there were."""
     expected = 0
@@ -72,16 +83,11 @@ async def cut_increments(cut: Client, direct: Client, proxies: Proxies, samples:
         assert await cut.increment(b"cut/counter", 1, timeout=TIMEOUT) == expected
 
     await direct.delete(b"cut/counter")
-    cuts = proxies.cuts
-    for way, length in (await lengths(proxies, increment)).items():
-        for position in positions(length, samples):
-            proxies.cut_after(way, position)
-            await increment()
-            proxies.forget_cut()
+    cuts = await cut_everywhere(proxies, increment, samples)
     entry = await direct.get(b"cut/counter")
     assert entry is not None
     assert entry.value == b"%d" % expected
-    return proxies.cuts - cuts
+    return cuts
 
 
 async def cut_conditional_puts(cut: Client, direct: Client, proxies: Proxies, samples: int = SAMPLES) -> int:
@@ -91,18 +97,12 @@ async def cut_conditional_puts(cut: Client, direct: Client, proxies: Proxies, sa
     async def put() -> None:
         nonlocal version
         version = await cut.put(b"cut/conditional", b"value", if_version=version, timeout=TIMEOUT)
+        entry = await direct.get(b"cut/conditional")
+        assert entry is not None
+        assert entry.version == version
 
     await direct.delete(b"cut/conditional")
-    cuts = proxies.cuts
-    for way, length in (await lengths(proxies, put)).items():
-        for position in positions(length, samples):
-            proxies.cut_after(way, position)
-            await put()
-            proxies.forget_cut()
-            entry = await direct.get(b"cut/conditional")
-            assert entry is not None
-            assert entry.version == version
-    return proxies.cuts - cuts
+    return await cut_everywhere(proxies, put, samples)
 
 
 async def cut_puts(cut: Client, direct: Client, proxies: Proxies, samples: int = SAMPLES) -> int:

@@ -1,6 +1,6 @@
 """A running workload on a few keys whose history is judged as it goes, for faults that come while it runs.
 
-Lives here: the client tasks, what they saw, and the checks. Does not live here: the faults. The rule: the keys change
+Lives here: the client tasks, what they saw, and the checks; when faults come, not which. The rule: the keys change
 every few hundred operations, so that each key's history is short enough for the checker; a round's keys are read once
 more when nothing of it is in flight, judged, and read again at the very end, so that a loss that comes later is seen.
 """
@@ -9,18 +9,21 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import trio
 
 from shardkv.errors import OutcomeUnknown, Unavailable, VersionMismatch
 from shardkv.simulation.checkers.linearizability import Operation, Outcome, linearizable
 from shardkv_client.client import Client
+from tests.cluster.harness import settled
 
 CALL_SECONDS: Final = 4.0
 """What one call may take; past it a write's outcome is unknown."""
 LATE_SECONDS: Final = 8.0
 """A call that has not returned by then, twice its timeout, hangs; the machine may be busy."""
+PROGRESS_SECONDS: Final = 60.0
+"""How long the workload may stand still with every node up before the run fails."""
 ROUND_OPERATIONS: Final = 240
 """Of all keys together; then the next round begins."""
 RECENT: Final = 12
@@ -29,6 +32,16 @@ VALUE_BYTES_MAX: Final = 700
 PREFIXES: Final = (b"a", b"f", b"k", b"p", b"u", b"z")
 """One key each in every round; the last of them counts, so that increments are seen, too."""
 NUMERIC: Final = frozenset({b"f", b"z"})
+
+
+class Faults(Protocol):
+    """What is done to the cluster meanwhile, and how much of it has been done."""
+
+    count: int
+    seed: int
+    done: int
+
+    def describe(self) -> str: ...
 
 
 @dataclass(slots=True)
@@ -93,6 +106,31 @@ class Workload:
             while self.answered <= count:  # noqa: ASYNC110  the workload sets no event for each of its calls
                 await trio.sleep(0.02)
         assert self.answered > count, f"only {self.answered} operations were answered after {seconds:g} s more"
+
+    async def run_under(
+        self, faults: Faults, strike: Callable[[random.Random], Awaitable[None]], kv: Client, *, show: bool = False
+    ) -> None:
+        """Run while ``strike`` does its harm so often, and goes on after each; then judge everything once more.
+
+        ``strike`` counts in ``faults.done`` what it has done, and leaves every node up.
+        """
+        chance = random.Random(f"{type(faults).__name__.lower()} {faults.seed}")
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.run)
+            await self.more_than(50, PROGRESS_SECONDS)
+            while faults.done < faults.count:
+                before = self.answered
+                await strike(chance)
+                await self.more_than(before + 20, PROGRESS_SECONDS)
+                await trio.sleep(chance.uniform(0.0, 1.0))
+                if show:
+                    passed = trio.current_time() - began
+                    print(f"{passed:6.0f} s: {faults.describe()}; {self.describe()}", flush=True)
+            await settled(kv)
+            await self.more_than(self.answered + 50, PROGRESS_SECONDS)
+            self.stopped = True
+        await self.judge_all_again()
 
     async def judge_all_again(self) -> None:
         """Nothing that a client was told may have been lost since: read every key of the run once more."""

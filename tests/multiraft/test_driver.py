@@ -28,7 +28,7 @@ async def test_a_read_at_a_follower_right_after_a_write_waits_for_no_heartbeat(a
     """The leader tells the one that asks how far is committed, with the answer."""
     async with world(3) as hosts:
         await hosts.agreed()
-        follower = next(host for host in hosts.values() if not host.replica().leads)
+        follower = hosts.follower()
         took = []
         for number in range(20):
             await hosts.write(b"k", b"%d" % number)
@@ -106,7 +106,7 @@ async def test_what_a_follower_applies_waits_for_company_until_the_next_tick(aut
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         await hosts.agreed()
-        follower = next(host for host in hosts.values() if not host.replica().leads)
+        follower = hosts.follower()
         written: list[int] = []
         write = follower.engine.write
         follower.engine.write = lambda batch: (written.append(len(batch.changes)), write(batch))[1]  # type: ignore
@@ -127,7 +127,7 @@ async def test_a_read_that_waits_at_a_follower_has_what_it_waits_for_applied_at_
 ) -> None:
     async with world(3) as hosts:
         await hosts.agreed()
-        follower = next(host for host in hosts.values() if not host.replica().leads)
+        follower = hosts.follower()
         driver, replica = follower.driver, follower.replica()
         entry = Entry(replica.raft.term, replica.raft.last_index + 1)
         one = (replica, Message(MessageType.STORAGE_APPLY, entries=(entry,)))
@@ -150,7 +150,7 @@ async def test_a_confirmed_read_does_not_wait_for_ever_at_a_replica_that_is_cut_
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         await hosts.agreed()
-        follower = next(host for host in hosts.values() if not host.replica().leads)
+        follower = hosts.follower()
         kept = (MessageType.READ_INDEX, MessageType.READ_INDEX_RESP)
         hosts.passes = lambda source, target, range_id, message: (
             follower.node_id not in (source, target) or message.type in kept
@@ -171,7 +171,7 @@ async def test_an_answer_to_a_read_from_before_a_restart_confirms_none_from_afte
     async with world(3) as hosts:
         await hosts.write(b"k", b"old")
         await hosts.agreed()
-        follower = next(host for host in hosts.values() if not host.replica().leads)
+        follower = hosts.follower()
         leader = hosts.leader()
         held: list[Message] = []
 
@@ -215,7 +215,7 @@ async def test_a_first_leader_is_elected_in_its_first_term_however_slow_the_logs
 async def test_a_follower_applies_a_change_of_the_members_at_once(autojump_clock: MockClock) -> None:
     """Raft lets no replica campaign that has such a change committed and not applied."""
     async with world(3) as hosts:
-        follower = next(host for host in hosts.values() if not host.replica().leads)
+        follower = hosts.follower()
         driver, replica = follower.driver, follower.replica()
         await hosts.agreed()
         change = Entry(replica.raft.term, replica.raft.last_index + 1, EntryType.CONF_CHANGE_V2)

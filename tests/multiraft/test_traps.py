@@ -291,15 +291,21 @@ async def test_trap_12_a_retry_is_answered_from_the_record_after_a_snapshot_and_
         assert late.value(b"n") == b"1"
 
 
+async def leader_that_applies_nothing(hosts: Hosts) -> Host:
+    """It has a lease, and commits on until its engine's ``stall`` is lifted."""
+    leader = hosts.leader()
+    await hosts.until(lambda: can_read(leader), "a lease")
+    leader.engine.stall = True
+    return leader
+
+
 async def test_trap_21_a_leader_that_committed_a_split_and_has_not_applied_it_serves_nothing_of_it(
     autojump_clock: MockClock,
 ) -> None:
     """The right half may lead a life of its own on other nodes already."""
     async with world(3) as hosts:
         await hosts.write(b"z", b"old")
-        leader = hosts.leader()
-        await hosts.until(lambda: can_read(leader), "a lease")
-        leader.engine.stall = True
+        leader = await leader_that_applies_nothing(hosts)
         split = leader.split(b"m", 2)
         await hosts.until(lambda: leader.replica().raft.committed > leader.machine().applied_index, "the commit")
         assert not can_read(leader)
@@ -317,9 +323,7 @@ async def test_trap_22_a_leader_that_is_behind_its_followers_does_not_serve_what
 ) -> None:
     async with world(3) as hosts:
         await hosts.write(b"k", b"old")
-        leader = hosts.leader()
-        await hosts.until(lambda: can_read(leader), "a lease")
-        leader.engine.stall = True
+        leader = await leader_that_applies_nothing(hosts)
         write = leader.put(b"k", b"new")
         follower = next(host for host in hosts.values() if host is not leader)
         await hosts.until(lambda: follower.value(b"k") == b"new", "the follower's apply")

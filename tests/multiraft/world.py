@@ -452,6 +452,10 @@ class Hosts(dict[int, Host]):
         assert led, f"range {range_id} has no leader"
         return self[max(led)[1]]
 
+    def follower(self) -> Host:
+        """The first node that does not lead the range."""
+        return next(host for host in self.values() if not host.replica().leads)
+
     async def until(self, wanted: Callable[[], Any], what: str = "it", seconds: float = WAIT_SECONDS) -> None:
         with trio.move_on_after(seconds):
             while not wanted():  # noqa: ASYNC110

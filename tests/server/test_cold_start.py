@@ -37,35 +37,29 @@ async def empty(*names: str) -> AsyncIterator[Cluster]:
         structlog.reset_defaults()
 
 
+async def seconds_to_join(first: str, *joiners: str) -> float:
+    """From the start of the first, for which the others wait already, until all serve."""
+    async with empty(first, *joiners) as cluster:
+        for name in joiners:
+            cluster.nodes[name].start_soon()
+        await cluster.sleep(0.3)
+        started = cluster.now
+        await cluster.nodes[first].start()
+        for name in joiners:
+            await cluster.nodes[name].ready.wait()
+        return cluster.now - started
+
+
 async def test_a_node_that_comes_up_last_is_found_at_once_by_those_that_wait_for_it(autojump_clock: MockClock) -> None:
     """The joiners listen before they have joined, so each accepts the other's connection and greets nobody. The one
     node that could let them in is tried again all the same.
     """
-    async with empty(*NODES) as cluster:
-        first, *joiners = cluster.nodes.values()
-        for node in joiners:
-            node.start_soon()
-        await cluster.sleep(0.3)
-        started = cluster.now
-        await first.start()
-        for node in joiners:
-            await node.ready.wait()
-        assert cluster.now - started < 1.0
+    assert await seconds_to_join(*NODES) < 1.0
 
 
 async def test_many_nodes_that_wait_to_join_do_not_keep_each_other_from_it(autojump_clock: MockClock) -> None:
     """More of them than a client dials at the same time, and the one that serves is the last of everybody's list."""
-    names = ("n9", *(f"n{number}" for number in range(1, 9)))
-    async with empty(*names) as cluster:
-        first, *joiners = cluster.nodes.values()
-        for node in joiners:
-            node.start_soon()
-        await cluster.sleep(0.3)
-        started = cluster.now
-        await first.start()
-        for node in joiners:
-            await node.ready.wait()
-        assert cluster.now - started < 1.5
+    assert await seconds_to_join("n9", *(f"n{number}" for number in range(1, 9))) < 1.5
 
 
 async def test_a_new_cluster_waits_for_no_promise_that_nobody_can_have_made(autojump_clock: MockClock) -> None:

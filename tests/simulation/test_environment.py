@@ -20,26 +20,11 @@ from shardkv.simulation import (
     run_deterministically,
     simulated_environment,
 )
+from tests.virtual_time import simulated
 
 
 def world(name: str = "a", seed: int = 1, **settings: object) -> SimulatedEnvironment:
     return simulated_environment(name, seed=seed, network=SimulatedNetwork(seed), **settings)  # type: ignore[arg-type]
-
-
-def simulated(test: object) -> object:
-    """Run a test in virtual time, in a nursery that is cancelled at its end."""
-
-    def run() -> None:
-        async def main() -> None:
-            async with trio.open_nursery() as nursery:
-                await test(nursery)  # type: ignore[operator]
-                nursery.cancel_scope.cancel()
-
-        run_deterministically(main, seed=7)
-
-    run.__name__ = test.__name__  # type: ignore[attr-defined]
-    run.__doc__ = test.__doc__
-    return run
 
 
 def test_the_seams_fit() -> None:

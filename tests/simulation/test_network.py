@@ -7,6 +7,7 @@ from shardkv.environment import Listener, Stream
 from shardkv.errors import ConfigError
 from shardkv.simulation import Link, NodeNetwork, SimulatedNetwork, run_deterministically
 from shardkv.simulation.network import WINDOW_BYTES
+from tests.virtual_time import simulated
 
 A, B = "a:1", "b:1"
 FIXED = Link(delay_seconds_min=0.01, delay_seconds_max=0.01)
@@ -35,22 +36,6 @@ class World:
         stream = await self.a.dial(B)
         await self.more.wait()
         return stream, self.accepted[-1]
-
-
-def simulated(test: object) -> object:
-    """Run a test in virtual time, in a nursery that is cancelled at its end."""
-
-    def run() -> None:
-        async def main() -> None:
-            async with trio.open_nursery() as nursery:
-                await test(nursery)  # type: ignore[operator]
-                nursery.cancel_scope.cancel()
-
-        run_deterministically(main, seed=7)
-
-    run.__name__ = test.__name__  # type: ignore[attr-defined]
-    run.__doc__ = test.__doc__
-    return run
 
 
 async def arrives(stream: Stream, seconds: float) -> bytes | None:
