@@ -24,9 +24,9 @@ if TYPE_CHECKING:
         PowerCut,
         SimulatedDisk,
         TearLast,
-        Unsynced,
     )
     from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
+    from shardkv.simulation.files import Unsynced
     from shardkv.simulation.network import Link, NodeNetwork, SimulatedNetwork
     from shardkv.simulation.runner import RunResult, RunSettings, run
     from shardkv.simulation.trace import Trace
@@ -70,9 +70,10 @@ _MODULES = {
     "determinism": ("run_deterministically", "seeded_random"),
     "disk": (
         *("Call", "ChooseAtRandom", "CrashChooser", "KeepAll", "LoseAll"),
-        *("PowerCut", "SimulatedDisk", "TearLast", "Unsynced"),
+        *("PowerCut", "SimulatedDisk", "TearLast"),
     ),
     "environment": ("SimulatedEnvironment", "simulated_environment"),
+    "files": ("Unsynced",),
     "network": ("Link", "NodeNetwork", "SimulatedNetwork"),
     "runner": ("RunResult", "RunSettings", "run"),
     "trace": ("Trace",),

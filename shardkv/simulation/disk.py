@@ -8,7 +8,7 @@ a sync did not promise.
 """
 
 import posixpath
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ import trio
 from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
 from shardkv.simulation.calls import Calls
 from shardkv.simulation.determinism import SeededRandom
+from shardkv.simulation.files import Directory, Entry, Inode, Unsynced
 from shardkv.simulation.trace import Trace
 
 SECTOR_BYTES: Final = 512
@@ -42,16 +43,6 @@ class Call(NamedTuple):
     path: str
     offset: int = 0
     size: int = 0
-
-
-class Unsynced(NamedTuple):
-    """One change of a file's content that no sync has covered yet. ``data`` None is a truncation to ``offset``."""
-
-    path: str
-    offset: int
-    data: bytes | None
-    last: bool = False
-    """The write that was issued last before the crash."""
 
 
 class CrashChooser(Protocol):
@@ -128,91 +119,6 @@ class ChooseAtRandom:
         return self._random.randrange(count + 1)
 
 
-class _Inode:
-    """The content of one file: as reads see it, and as it stood at the last sync."""
-
-    __slots__ = ("durable", "present", "sync_failed", "unsynced")
-
-    def __init__(self) -> None:
-        self.present = bytearray()
-        self.durable = bytearray()
-        self.unsynced: list[Unsynced] = []
-        self.sync_failed = False
-
-    def settle(self) -> None:
-        """A sync: what is present is durable."""
-        for change in self.unsynced:
-            _apply(self.durable, change.offset, change.data)
-        self.unsynced.clear()
-
-    def copy(self) -> "_Inode":
-        """The same with what is not synced; that a sync failed only the process knew that saw it."""
-        copy = _Inode()
-        copy.present = bytearray(self.present)
-        copy.durable = bytearray(self.durable)
-        copy.unsynced = list(self.unsynced)
-        return copy
-
-
-def _apply(content: bytearray, offset: int, data: bytes | None) -> None:
-    if data is None:
-        if offset < len(content):
-            del content[offset:]
-        else:
-            content.extend(bytes(offset - len(content)))
-        return
-    if offset > len(content):
-        content.extend(bytes(offset - len(content)))
-    content[offset : offset + len(data)] = data
-
-
-class _Entry(NamedTuple):
-    """An unsynced change of one directory: ``name`` now means ``inode``, or nothing; a rename also frees ``freed``."""
-
-    name: str
-    inode: _Inode | None
-    freed: str | None = None
-
-
-class _Directory:
-    __slots__ = ("durable", "present", "unsynced")
-
-    def __init__(self) -> None:
-        self.present: dict[str, _Inode] = {}
-        self.durable: dict[str, _Inode] = {}
-        self.unsynced: list[_Entry] = []
-
-    def change(self, entry: _Entry) -> None:
-        _apply_entry(self.present, entry)
-        self.unsynced.append(entry)
-
-    def settle(self, count: int) -> None:
-        """Make the first ``count`` unsynced changes durable."""
-        for entry in self.unsynced[:count]:
-            _apply_entry(self.durable, entry)
-        del self.unsynced[:count]
-
-    def copy(self, inodes: dict[int, _Inode]) -> "_Directory":
-        """The same with the copies of its files, by the ``id`` of what they are copies of."""
-        copy = _Directory()
-        copy.present = {name: inodes[id(inode)] for name, inode in self.present.items()}
-        copy.durable = {name: inodes[id(inode)] for name, inode in self.durable.items()}
-        copy.unsynced = [
-            entry._replace(inode=inodes[id(entry.inode)] if entry.inode is not None else None)
-            for entry in self.unsynced
-        ]
-        return copy
-
-
-def _apply_entry(names: dict[str, _Inode], entry: _Entry) -> None:
-    if entry.freed is not None:
-        names.pop(entry.freed, None)
-    if entry.inode is None:
-        names.pop(entry.name, None)
-    else:
-        names[entry.name] = entry.inode
-
-
 @dataclass(slots=True)
 class _Fault:
     """An error that calls will meet."""
@@ -231,7 +137,7 @@ class SimulatedFile:
 
     __slots__ = ("_closed", "_disk", "_inode", "_path")
 
-    def __init__(self, disk: "SimulatedDisk", inode: _Inode, path: str) -> None:
+    def __init__(self, disk: "SimulatedDisk", inode: Inode, path: str) -> None:
         self._disk = disk
         self._inode = inode
         self._path = path
@@ -248,8 +154,7 @@ class SimulatedFile:
         cut = self._disk._count_or_cut("pwrite", self._path, offset, len(content))
         change = Unsynced(self._path, offset, content)
         self._disk._last = change
-        self._inode.unsynced.append(change)
-        _apply(self._inode.present, offset, content)
+        self._inode.change(change)
         if self._disk.node_calls is not None:
             self._disk.node_calls.hit()
         if cut:
@@ -274,9 +179,7 @@ class SimulatedFile:
         if self._disk.fenced:
             return
         if size > present:
-            change = Unsynced(self._path, present, bytes(size - present))
-            self._inode.unsynced.append(change)
-            _apply(self._inode.present, present, change.data)
+            self._inode.change(Unsynced(self._path, present, bytes(size - present)))
         self._settle()
 
     def truncate(self, size: int) -> None:
@@ -286,8 +189,7 @@ class SimulatedFile:
         self._disk._count("truncate", self._path, size)
         if self._disk.fenced:
             return
-        self._inode.unsynced.append(Unsynced(self._path, size, None))
-        _apply(self._inode.present, size, None)
+        self._inode.change(Unsynced(self._path, size, None))
 
     def sync(self) -> None:
         self._check_open()
@@ -337,7 +239,7 @@ class SimulatedDisk:
     """
 
     def __init__(self, *, capacity_bytes: int = CAPACITY_BYTES) -> None:
-        self._directories: dict[str, _Directory] = {"/": _Directory()}
+        self._directories: dict[str, Directory] = {"/": Directory()}
         self._locks: set[str] = set()
         self._faults: list[_Fault] = []
         self._last: Unsynced | None = None
@@ -375,9 +277,9 @@ class SimulatedDisk:
             raise FileNotFoundError(f"{path} does not exist")
         self._count("open", path)
         if inode is None:
-            inode = _Inode()
+            inode = Inode()
             if not self._changes_nothing:
-                directory.change(_Entry(name, inode))
+                directory.change(Entry(name, inode))
         return SimulatedFile(self, inode, path)
 
     def read(self, path: str) -> bytes:
@@ -411,7 +313,7 @@ class SimulatedDisk:
         assert posixpath.isabs(path), f"{path!r} is not absolute"
         self._count("make_directory", path)
         while path not in self._directories and not self._changes_nothing:
-            self._directories[path] = _Directory()
+            self._directories[path] = Directory()
             path = posixpath.dirname(path)
 
     def rename(self, source: str, target: str) -> None:
@@ -423,7 +325,7 @@ class SimulatedDisk:
             raise FileNotFoundError(f"{source} does not exist")
         self._count("rename", source)
         if not self._changes_nothing:
-            directory.change(_Entry(new, inode, freed=old))
+            directory.change(Entry(new, inode, freed=old))
 
     def unlink(self, path: str) -> None:
         directory, name = self._place(path)
@@ -431,7 +333,7 @@ class SimulatedDisk:
             raise FileNotFoundError(f"{path} does not exist")
         self._count("unlink", path)
         if not self._changes_nothing:
-            directory.change(_Entry(name, None))
+            directory.change(Entry(name, None))
 
     def sync_directory(self, path: str) -> None:
         directory = self._directories.get(path)
@@ -505,12 +407,9 @@ class SimulatedDisk:
         self.kill()
         self._power_lost = True
         for inode in self._inodes():
-            for change in inode.unsynced:
-                _survive(inode.durable, change, chooser.spans(change._replace(last=change is self._last)))
-            inode.unsynced.clear()
+            inode.crash(lambda change: chooser.spans(change._replace(last=change is self._last)))
         for path, directory in self._directories.items():
-            directory.settle(chooser.entries(path, len(directory.unsynced)) if directory.unsynced else 0)
-            directory.unsynced.clear()
+            directory.crash(chooser.entries(path, len(directory.unsynced)) if directory.unsynced else 0)
 
     def kill(self) -> None:
         """Fence the disk, and lose nothing: the process has died, and what it wrote is in the system's cache.
@@ -547,45 +446,37 @@ class SimulatedDisk:
     def check(self) -> None:
         """Walk every invariant."""
         for inode in self._inodes():
-            content = bytearray(inode.durable)
-            for change in inode.unsynced:
-                _apply(content, change.offset, change.data)
-            assert content == inode.present, "what is present is not what is durable plus what was written since"
+            inode.check()
         for path, directory in self._directories.items():
-            names = dict(directory.durable)
-            for entry in directory.unsynced:
-                _apply_entry(names, entry)
-            assert names == directory.present, f"the names in {path} are not the durable ones plus the changes since"
+            directory.check(path)
 
     # What both need
 
     def _copied(
-        self, content: Callable[[_Inode], bytearray], names: Callable[[_Directory], dict[str, _Inode]]
+        self, content: Callable[[Inode], bytearray], names: Callable[[Directory], dict[str, Inode]]
     ) -> "SimulatedDisk":
         disk = SimulatedDisk(capacity_bytes=self.capacity_bytes)
-        copies: dict[int, _Inode] = {}
+        copies: dict[int, Inode] = {}
         for path, directory in self._directories.items():
-            copied = _Directory()
+            copied = Directory()
             for name, inode in names(directory).items():
                 copy = copies.get(id(inode))
                 if copy is None:
-                    copy = copies[id(inode)] = _Inode()
-                    copy.present = bytearray(content(inode))
-                    copy.durable = bytearray(copy.present)
+                    copy = copies[id(inode)] = Inode.holding(content(inode))
                 copied.present[name] = copied.durable[name] = copy
             disk._directories[path] = copied
         return disk
 
-    def _place(self, path: str) -> tuple[_Directory, str]:
+    def _place(self, path: str) -> tuple[Directory, str]:
         directory = self._directories.get(posixpath.dirname(path))
         if directory is None:
             raise FileNotFoundError(f"the directory of {path} does not exist")
         assert path not in self._directories, f"{path} is a directory"
         return directory, posixpath.basename(path)
 
-    def _inodes(self) -> tuple[_Inode, ...]:
+    def _inodes(self) -> tuple[Inode, ...]:
         """Every file that a name, present, durable or pending, leads to; each once, in a fixed order."""
-        found: dict[int, _Inode] = {}
+        found: dict[int, Inode] = {}
         for directory in self._directories.values():
             pending = (entry.inode for entry in directory.unsynced if entry.inode is not None)
             for inode in (*directory.durable.values(), *directory.present.values(), *pending):
@@ -633,12 +524,3 @@ class SimulatedDisk:
                     fault.times -= 1
                     raise fault.error
         return False
-
-
-def _survive(content: bytearray, change: Unsynced, spans: Iterable[tuple[int, int]]) -> None:
-    """Apply what a crash leaves of one change."""
-    for start, end in spans:
-        if change.data is None:
-            _apply(content, change.offset, None)
-        elif start < end:
-            _apply(content, change.offset + start, change.data[start:end])

@@ -1,0 +1,145 @@
+"""What one simulated disk holds: the content of files and the names in directories, each as it is and as it is synced.
+
+Lives here: what a write, a change of a name, a sync and a crash make of the two states. Does not live here: the calls
+of a node, their faults, and what a crash chooses to leave (``disk``). The rule: what is present is what is durable plus
+what was done since, in order.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+
+class Unsynced(NamedTuple):
+    """One change of a file's content that no sync has covered yet. ``data`` None is a truncation to ``offset``."""
+
+    path: str
+    offset: int
+    data: bytes | None
+    last: bool = False
+    """The write that was issued last before the crash."""
+
+
+class Inode:
+    """The content of one file: as reads see it, and as it stood at the last sync."""
+
+    __slots__ = ("durable", "present", "sync_failed", "unsynced")
+
+    def __init__(self) -> None:
+        self.present = bytearray()
+        self.durable = bytearray()
+        self.unsynced: list[Unsynced] = []
+        self.sync_failed = False
+
+    @classmethod
+    def holding(cls, content: bytes | bytearray) -> "Inode":
+        """A file whose content is synced."""
+        inode = cls()
+        inode.present = bytearray(content)
+        inode.durable = bytearray(content)
+        return inode
+
+    def change(self, change: Unsynced) -> None:
+        self.unsynced.append(change)
+        _apply(self.present, change.offset, change.data)
+
+    def settle(self) -> None:
+        """A sync: what is present is durable."""
+        for change in self.unsynced:
+            _apply(self.durable, change.offset, change.data)
+        self.unsynced.clear()
+
+    def crash(self, spans: Callable[[Unsynced], Iterable[tuple[int, int]]]) -> None:
+        """Of what is not synced, keep the ``spans`` of each change: of a write's bytes, any of a truncation."""
+        for change in self.unsynced:
+            for start, end in spans(change):
+                if change.data is None:
+                    _apply(self.durable, change.offset, None)
+                elif start < end:
+                    _apply(self.durable, change.offset + start, change.data[start:end])
+        self.unsynced.clear()
+
+    def check(self) -> None:
+        content = bytearray(self.durable)
+        for change in self.unsynced:
+            _apply(content, change.offset, change.data)
+        assert content == self.present, "what is present is not what is durable plus what was written since"
+
+    def copy(self) -> "Inode":
+        """The same with what is not synced; that a sync failed only the process knew that saw it."""
+        copy = Inode()
+        copy.present = bytearray(self.present)
+        copy.durable = bytearray(self.durable)
+        copy.unsynced = list(self.unsynced)
+        return copy
+
+
+def _apply(content: bytearray, offset: int, data: bytes | None) -> None:
+    if data is None:
+        if offset < len(content):
+            del content[offset:]
+        else:
+            content.extend(bytes(offset - len(content)))
+        return
+    if offset > len(content):
+        content.extend(bytes(offset - len(content)))
+    content[offset : offset + len(data)] = data
+
+
+class Entry(NamedTuple):
+    """An unsynced change of one directory: ``name`` now means ``inode``, or nothing; a rename also frees ``freed``."""
+
+    name: str
+    inode: Inode | None
+    freed: str | None = None
+
+
+class Directory:
+    """The names in one directory: as a listing sees them, and as they stood at the last sync."""
+
+    __slots__ = ("durable", "present", "unsynced")
+
+    def __init__(self) -> None:
+        self.present: dict[str, Inode] = {}
+        self.durable: dict[str, Inode] = {}
+        self.unsynced: list[Entry] = []
+
+    def change(self, entry: Entry) -> None:
+        _apply_entry(self.present, entry)
+        self.unsynced.append(entry)
+
+    def settle(self, count: int) -> None:
+        """Make the first ``count`` unsynced changes durable."""
+        for entry in self.unsynced[:count]:
+            _apply_entry(self.durable, entry)
+        del self.unsynced[:count]
+
+    def crash(self, count: int) -> None:
+        """Keep only the first ``count`` unsynced changes."""
+        self.settle(count)
+        self.unsynced.clear()
+
+    def check(self, path: str) -> None:
+        names = dict(self.durable)
+        for entry in self.unsynced:
+            _apply_entry(names, entry)
+        assert names == self.present, f"the names in {path} are not the durable ones plus the changes since"
+
+    def copy(self, inodes: dict[int, Inode]) -> "Directory":
+        """The same with the copies of its files, by the ``id`` of what they are copies of."""
+        copy = Directory()
+        copy.present = {name: inodes[id(inode)] for name, inode in self.present.items()}
+        copy.durable = {name: inodes[id(inode)] for name, inode in self.durable.items()}
+        copy.unsynced = [
+            entry._replace(inode=inodes[id(entry.inode)] if entry.inode is not None else None)
+            for entry in self.unsynced
+        ]
+        return copy
+
+
+def _apply_entry(names: dict[str, Inode], entry: Entry) -> None:
+    if entry.freed is not None:
+        names.pop(entry.freed, None)
+    if entry.inode is None:
+        names.pop(entry.name, None)
+    else:
+        names[entry.name] = entry.inode
