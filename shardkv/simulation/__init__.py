@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     )
     from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
     from shardkv.simulation.files import Unsynced
-    from shardkv.simulation.network import Link, NodeNetwork, SimulatedNetwork
+    from shardkv.simulation.network import NodeNetwork, SimulatedNetwork
+    from shardkv.simulation.pipes import Link
     from shardkv.simulation.runner import RunResult, RunSettings, run
     from shardkv.simulation.trace import Trace
     from shardkv.simulation.workers import SimulatedWorkers
@@ -74,7 +75,8 @@ _MODULES = {
     ),
     "environment": ("SimulatedEnvironment", "simulated_environment"),
     "files": ("Unsynced",),
-    "network": ("Link", "NodeNetwork", "SimulatedNetwork"),
+    "network": ("NodeNetwork", "SimulatedNetwork"),
+    "pipes": ("Link",),
     "runner": ("RunResult", "RunSettings", "run"),
     "trace": ("Trace",),
     "workers": ("SimulatedWorkers",),

@@ -10,7 +10,8 @@ from trio.testing import MockClock
 
 from shardkv.server.placement_service import PlacementExtension
 from shardkv.simulation.cluster import Cluster
-from shardkv.simulation.network import Link, SimulatedNetwork
+from shardkv.simulation.network import SimulatedNetwork
+from shardkv.simulation.pipes import Link
 from shardkv.types import PLACEMENT_RANGE
 
 

@@ -18,7 +18,7 @@ from shardkv.simulation import (
 from shardkv.simulation.calls import Calls
 from shardkv.simulation.faults import KINDS, flush_one
 from shardkv.simulation.frames import CARRIED_BYTES_MAX, HELD_SECONDS_MAX, WaywardCarrier
-from shardkv.simulation.network import RETRANSMIT_SECONDS, Link
+from shardkv.simulation.pipes import RETRANSMIT_SECONDS, Link
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 
 
