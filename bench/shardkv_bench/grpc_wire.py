@@ -104,10 +104,6 @@ class Calls:
         )
         return stream
 
-    def can_call(self, message_bytes: int) -> bool:
-        """Whether a message of that size fits the window now."""
-        return message_bytes + 5 <= min(self.window, self._stream_window)
-
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes | None]]:
         """Take bytes that arrived; yields ``(stream, message)`` of each call that ended, None for one that failed."""
         buffer = self._buffer + data if self._buffer else data

@@ -12,7 +12,6 @@ from typing import Final, NamedTuple
 
 from shardkv_bench.distributions import Chooser, Latest, scrambled_zipfian, uniform
 
-KEY_BYTES: Final = 16
 SCAN_RECORDS_MAX: Final = 100
 PREPARED_MAX: Final = 1 << 16
 """Operations drawn before a run starts, so that drawing them is not measured; then they repeat."""

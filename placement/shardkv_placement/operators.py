@@ -351,7 +351,6 @@ class Operator:
 class Outcome(Enum):
     DONE = "done"
     FAILED = "failed"
-    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,9 +89,6 @@ class Settings:
         value: int | bool = getattr(self, name)
         return value
 
-    def as_dict(self) -> dict[str, int | bool]:
-        return {name: self.value(name) for name in _BOUNDS}
-
     def for_nodes(self) -> dict[str, int]:
         """The settings that nodes act on."""
         return {name: getattr(self, name) for name in _FOR_NODES}

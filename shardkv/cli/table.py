@@ -29,7 +29,6 @@ class TableWriter:
 
     def __init__(self, columns: Sequence[str], write: Callable[[str], object], numeric: Iterable[str] = ()) -> None:
         self.columns = list(columns)
-        self.rows_written = 0
         self._write = write
         self._right = [column in set(numeric) for column in columns]
         self._held: list[list[str]] | None = []
@@ -37,7 +36,6 @@ class TableWriter:
 
     def add(self, cells: Sequence[str]) -> None:
         assert len(cells) == len(self.columns), (cells, self.columns)
-        self.rows_written += 1
         if self._held is None:
             self._line(cells)
             return

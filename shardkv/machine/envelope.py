@@ -17,7 +17,6 @@ FORMAT: Final = 1
 FLAG_EXPIRY: Final = 0x10
 FLAG_COMPRESSED: Final = 0x20
 FLAG_ENCRYPTED: Final = 0x40
-FLAGS_KNOWN: Final = 0
 
 HEAD: Final = Struct(">BQ")
 HEAD_BYTES: Final = HEAD.size

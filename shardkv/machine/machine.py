@@ -211,13 +211,6 @@ class RangeMachine:
             self._sessions = table
         return table
 
-    def shrink(self) -> None:
-        """Let go of memory that the rows can give back, when the range falls idle.
-
-        Only when every batch this machine has changed is written: the table is read from the engine again.
-        """
-        self._sessions = None
-
     def encode_write_entry(
         self, groups: Sequence[tuple[bytes, bytes, list[list[Any]]]], timestamp: int
     ) -> tuple[bytes, DecodedEntry]:

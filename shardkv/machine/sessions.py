@@ -15,7 +15,7 @@ at most that many live records (those below it are dropped piece by piece). Sess
 window. In memory a record is the 12 bytes of its row (21 where a piece holds anything but plain puts).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
@@ -330,12 +330,3 @@ def _check_session(session_id: bytes, session: Session, indices: set[int]) -> No
 def pack_row(issued_at: int, pieces: list[bytes]) -> bytes:
     """The row of one entry: ``issued_at`` is the newest of its commands."""
     return _ROW_HEAD.pack(ROW_FORMAT, issued_at) + b"".join(pieces)
-
-
-def row_pieces(value: bytes) -> Iterator[bytes]:
-    """The pieces of a row, for tests and tools."""
-    offset = _ROW_HEAD.size
-    while offset < len(value):
-        end = _piece_end(value, offset)
-        yield value[offset:end]
-        offset = end

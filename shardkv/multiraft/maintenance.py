@@ -50,7 +50,6 @@ class Maintenance:
         self._driver = driver
         self._environment = environment
         self._log = log
-        self._preparing = False
         self._collecting = False
         self._flushed_ns = 0
         self._flushed_segment = -1

@@ -80,13 +80,6 @@ class RaftLog:
             raise Compacted(f"entry {index} of a log that begins at {metadata.index + 1}")
         return self.storage.term(index)
 
-    def term_or_zero(self, index: int) -> int:
-        """The term of an entry, or 0 when the log does not hold it."""
-        try:
-            return self.term(index)
-        except (Compacted, Unavailable):
-            return 0
-
     def matches(self, index: int, term: int) -> bool:
         """Whether the entry at ``index`` has this term (the log matching property, paper 5.3)."""
         if index == self.last_index:
@@ -199,10 +192,6 @@ class RaftLog:
             self.committed = index
 
     # What is to be written.
-
-    def has_unstable(self) -> bool:
-        """Whether entries wait for their write, or to hear that it is done."""
-        return self.last_index > self.stable
 
     def next_unstable(self) -> tuple[Entry, ...]:
         """The entries that are to be written and have not been handed out."""

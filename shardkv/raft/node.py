@@ -414,10 +414,6 @@ class RaftNode:
         return self.raft.role
 
     @property
-    def raft_state(self) -> Role:
-        return self.raft.role
-
-    @property
     def leader(self) -> int:
         """The leader of this term as far as is known, or NONE."""
         return self.raft.leader

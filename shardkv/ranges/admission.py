@@ -66,8 +66,3 @@ def admit_message(
     if local is None:
         return Admission.CREATE if message_type in _MAKES_REPLICA else Admission.IGNORE
     return Admission.SUPERSEDE if message_type in _FROM_LEADER else Admission.IGNORE
-
-
-def may_campaign(*, initialised: bool, installing: bool = False) -> bool:
-    """Whether a replica may ask for votes: it must have state, whole (trap 2)."""
-    return initialised and not installing

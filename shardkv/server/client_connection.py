@@ -183,11 +183,6 @@ class ClientConnection:
             self._budget.count(self, untaken_bytes)
 
     @property
-    def unread_bytes(self) -> int:
-        """Answers that the client has not taken yet."""
-        return self._connection.buffered
-
-    @property
     def stalled_seconds(self) -> float:
         """How long it has taken nothing although something waits for it."""
         return self._connection.stalled_seconds()

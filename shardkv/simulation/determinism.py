@@ -284,7 +284,3 @@ async def hang() -> None:
 
 def deadline_after(seconds: float) -> trio.CancelScope:
     return trio.move_on_after(seconds)  # noqa: TID251
-
-
-def deadline_at(moment: float) -> trio.CancelScope:
-    return trio.move_on_at(moment)  # noqa: TID251

@@ -21,7 +21,7 @@ from shardkv.simulation.checkers.logs import LogMatching, Seen
 from shardkv.simulation.checkers.machines import IdenticalMachines
 from shardkv.simulation.checkers.ranges import RangesTile, Span
 from shardkv.simulation.checkers.sessions import SessionsBounded
-from shardkv.simulation.checkers.violation import Violation
+from shardkv.simulation.checkers.violation import Checker, Violation
 from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.types import PLACEMENT_RANGE, RangeId, ReplicaId, timestamp_ms
 
@@ -63,7 +63,7 @@ class Observing:
                 self._attach(node, node.inside)
 
     @property
-    def checkers(self) -> tuple[OneLeaderPerTerm, LogMatching, IdenticalMachines, RangesTile, SessionsBounded]:
+    def checkers(self) -> tuple[Checker, ...]:
         return self.leaders, self.logs, self.machines, self.ranges, self.sessions
 
     def _attach(self, node: SimulatedNode, inside: Inside) -> None:

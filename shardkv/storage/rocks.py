@@ -268,11 +268,6 @@ class RocksEngine:
         self._errors_over = errors
         return False
 
-    def memory_bytes(self) -> int:
-        """What RocksDB holds in memory: write buffers and block cache."""
-        number = self._db.property_int_value
-        return int(number("rocksdb.size-all-mem-tables") or 0) + int(number("rocksdb.block-cache-usage") or 0)
-
     # Ingest
 
     def builder(self, path: str) -> "RocksIngestBuilder":

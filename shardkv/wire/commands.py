@@ -22,9 +22,6 @@ from typing import Any, Final
 
 from shardkv import codec
 
-COMMAND_FORMAT: Final = 1
-"""Raised only as far as the replicated cluster version allows."""
-
 
 class Op(IntEnum):
     PUT = 0

@@ -42,7 +42,6 @@ from shardkv_placement import heartbeat
 from tests.fuzz import command_line, samples
 
 FRAME_BYTES_MAX: Final = 1 << 20
-DECODED_ITEMS_MAX: Final = 200_000
 UINT64_END: Final = 1 << 64
 
 

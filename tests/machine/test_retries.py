@@ -7,7 +7,7 @@ import pytest
 from shardkv import errors
 from shardkv.machine import keys
 from shardkv.machine.execution import ISSUED_AHEAD_MS_MAX
-from shardkv.machine.sessions import Record, SessionTable, pack_mixed, pack_row, piece_records, row_pieces
+from shardkv.machine.sessions import Record, SessionTable, pack_mixed, pack_row
 from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX, Epoch
 from shardkv.wire import commands
 
@@ -326,17 +326,6 @@ def test_trap_12_the_table_is_in_the_snapshot() -> None:
     assert range_.do(client, attempt) == 1
 
 
-def test_a_table_let_go_when_idle_comes_back_from_its_rows() -> None:
-    range_, client = World(), Client()
-    attempt = client.increment(b"n")
-    range_.do(client, attempt)
-    table = range_.machine.sessions(range_.engine)
-    range_.machine.shrink()
-    assert range_.machine.sessions(range_.engine) is not table
-    range_.machine.shrink()
-    assert range_.do(client, attempt) == 1
-
-
 def test_records_hold_outcomes_and_never_values() -> None:
     range_, client = World(), Client()
     range_.do(client, client.put(b"k", b"SECRET" * 100), client.put(b"l", b"SECRET" * 100, if_version=0))
@@ -344,7 +333,8 @@ def test_records_hold_outcomes_and_never_values() -> None:
     [(_, row)] = range_.engine.scan(start, end)
     assert b"SECRET" not in row
     assert len(row) < 120
-    assert [sorted(piece_records(piece)) for piece in row_pieces(row)] == [[1, 2]]
+    (session,) = range_.machine.sessions(range_.engine).sessions.values()
+    assert sorted(session.records()) == [1, 2]
 
 
 def test_expired_rows_are_let_go_from_memory() -> None:

@@ -83,7 +83,7 @@ class Checkers:
             for index, (entry, term) in self.committed.items():
                 # A leader that was deposed does not know what came after it.
                 if index >= log.first_index and node.term > term:
-                    assert log.term_or_zero(index) == entry.term, f"leader {id_} lacks committed {entry}"
+                    assert log.matches(index, entry.term), f"leader {id_} lacks committed {entry}"
 
     def _lease(self, id_: int) -> None:
         """DESIGN 4.5: whoever has a lease is the only leader, by real time."""

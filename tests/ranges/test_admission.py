@@ -3,7 +3,7 @@
 import pytest
 
 from shardkv.raft.messages import MessageType
-from shardkv.ranges.admission import Admission, admit_message, may_campaign
+from shardkv.ranges.admission import Admission, admit_message
 from shardkv.types import ReplicaId
 
 FROM_LEADER = (MessageType.APP, MessageType.HEARTBEAT, MessageType.SNAP)
@@ -80,9 +80,6 @@ def test_trap_02_an_uninitialised_replica_never_campaigns() -> None:
     assert admit(MessageType.TIMEOUT_NOW, 5, 5, initialised=False) is Admission.IGNORE
     assert admit(MessageType.TIMEOUT_NOW, 5, 5) is Admission.DELIVER
     assert admit(MessageType.VOTE, 5, 5, initialised=False) is Admission.DELIVER
-    assert not may_campaign(initialised=False)
-    assert not may_campaign(initialised=True, installing=True)
-    assert may_campaign(initialised=True)
 
 
 def test_a_replica_at_or_below_its_tombstone_is_our_own_bug() -> None:

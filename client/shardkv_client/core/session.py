@@ -30,11 +30,6 @@ class Session:
         """Whether another command may be issued: the server knows a window's sequences only."""
         return self.next_sequence - self.lowest <= SESSION_WINDOW_MAX
 
-    @property
-    def based(self) -> bool:
-        """Whether any server has told the time yet; before that nothing may be issued."""
-        return self._base_ms is not None
-
     def rebase(self, timestamp: int, now: float) -> None:
         """A server answered with ``timestamp`` at ``now``, seconds of the client's monotonic clock."""
         self._base_ms = timestamp_ms(timestamp)
