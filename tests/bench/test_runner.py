@@ -12,7 +12,7 @@ from shardkv_bench.runner import Result
 from shardkv_bench.worker import Measurement, Task
 from tests.bench.grpc_server import serving
 
-TASK = Task("etcd", "run", "", "write", 1_000, 100, inflight=8, connections=4, warmup_seconds=0.0, seconds=0.2)
+TASK = Task("etcd", "run", "", "write", 1_000, 100, inflight=8, connections=4, warmup_seconds=0.0, seconds=1.0)
 
 
 def task(address: str, **changes: object) -> Task:
@@ -28,7 +28,7 @@ def test_client_processes_run_together_and_their_counts_add_up() -> None:
     assert result.histogram.count == result.ops
     assert result.server_cpu_s == 0.5
     assert result.client_cpu_s > 0
-    assert 0.2 <= result.seconds < 60
+    assert result.seconds >= 1.0
 
 
 def test_loading_puts_every_record_once_in_transactions() -> None:

@@ -10,6 +10,7 @@ import pytest
 from shardkv import errors
 from shardkv.cli import text
 from tests.cli.fakes import FIRST_VERSION, World, world
+from tests.cli.test_node_command import SECONDS
 
 __all__ = ["world"]
 
@@ -240,7 +241,7 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped(command: list[str], encodi
     """DESIGN 2.2: keys and values are UTF-8 with escapes; they can be typed back in. JSON has escapes of its own."""
     variables = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1", "SHARDKV_CONNECT": "n1:7001"}
     done = subprocess.run(
-        [sys.executable, "-c", ENCODED, *command], env=variables, stdout=subprocess.PIPE, timeout=30, check=True
+        [sys.executable, "-c", ENCODED, *command], env=variables, stdout=subprocess.PIPE, timeout=SECONDS, check=True
     )
     shown = done.stdout.decode(encoding)
     if "--json" in command:

@@ -16,7 +16,7 @@ import pytest
 
 from shardkv.cli import tour
 from tests.cli.fakes import FakeClient
-from tests.cli.test_node_command import STANDIN
+from tests.cli.test_node_command import SECONDS, STANDIN
 
 SCRIPT = f"""
 from functools import partial
@@ -56,11 +56,11 @@ def test_the_nodes_end_with_the_demo_however_it_ends(tmp_path: Path, number: sig
         assert list(nodes) == ["n1", "n2", "n3"]
         watched = [os.pidfd_open(pid) for _, pid in nodes.values()]
         child.send_signal(number)
-        assert child.wait(30) == code
+        assert child.wait(SECONDS) == code
     for descriptor in watched:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        assert poll.poll(30_000), "a node outlived the demo"
+        assert poll.poll(SECONDS * 1000), "a node outlived the demo"
         os.close(descriptor)
 
 
@@ -80,7 +80,7 @@ def test_a_demo_whose_shell_is_open_ends_cleanly_when_it_is_told_to(tmp_path: Pa
         with contextlib.suppress(OSError):  # a terminal that nobody reads would hold up the end
             while found := os.read(ours, 4096):
                 seen += found
-        assert child.wait(30) == 0
+        assert child.wait(SECONDS) == 0
     assert b"Warning" not in seen
     assert b"Traceback" not in seen
     assert termios.tcgetattr(ours) == before
@@ -93,10 +93,10 @@ def test_a_second_demo_on_the_same_data_takes_the_same_ports(tmp_path: Path) -> 
         with start("--no-shell", "--nodes", "2", "--data", str(tmp_path)) as child:
             addresses.append({name: address for name, (address, _) in endpoints(child).items()})
             child.terminate()
-            assert child.wait(30) == 0
+            assert child.wait(SECONDS) == 0
     assert addresses[0] == addresses[1]
     with start("--no-shell", "--nodes", "3", "--data", str(tmp_path)) as child:
-        assert child.wait(30) == 2
+        assert child.wait(SECONDS) == 2
 
 
 def test_a_temporary_directory_is_gone_afterwards() -> None:
@@ -105,7 +105,7 @@ def test_a_temporary_directory_is_gone_afterwards() -> None:
         directory = Path(os.readlink(f"/proc/{pid}/fd/2")).parent
         assert directory.exists()
         child.terminate()
-        assert child.wait(30) == 0
+        assert child.wait(SECONDS) == 0
     assert not directory.exists()
 
 

@@ -17,7 +17,8 @@ from shardkv.cli.node import _load
 from shardkv.cli.root import shardkv
 
 STANDIN = [sys.executable, str(Path(__file__).with_name("standin.py")), "node"]
-SECONDS = 30.0
+SECONDS = 180.0
+"""What a process may take to start or to end, on however slow a machine."""
 
 
 def start(directory: Path, name: str) -> Process:

@@ -17,6 +17,7 @@ from shardkv.cli import shell as shell_module
 from shardkv.cli.shell import Shell, complete
 from shardkv.cli.shell_language import ALIASES, COMMANDS
 from tests.cli.fakes import FakeClient, World, world
+from tests.cli.test_node_command import SECONDS
 
 __all__ = ["world"]
 
@@ -182,14 +183,14 @@ def test_bytes_and_tables_come_out_in_the_order_of_their_commands() -> None:
         version, head, row, again, _ = child.stdout.read().splitlines()
         assert row == b"a    " + version
         assert again == b"v" + head
-        assert child.wait(30) == 0
+        assert child.wait(SECONDS) == 0
 
 
 @pytest.mark.parametrize("command", ["nodes", "put a 1", "nodes; put a 1; get --raw a"])
 def test_what_cannot_be_written_is_told_once_and_is_exit_code_1(command: str) -> None:
     """DESIGN 2.2. What was still buffered failed as the process ended, with an exit code that nobody knows."""
     with open("/dev/full", "wb") as full, start(["-c", command], stdout=full, stderr=subprocess.PIPE) as child:
-        _, told = child.communicate(timeout=30)
+        _, told = child.communicate(timeout=SECONDS)
     assert child.returncode == 1
     assert told == b"Error: [Errno 28] No space left on device (OSError)\n"
 
@@ -199,7 +200,7 @@ def test_a_reader_that_has_gone_ends_the_command_silently() -> None:
     os.close(reader)
     with start(["-c", "nodes"], stdout=writer, stderr=subprocess.PIPE) as child:
         os.close(writer)
-        _, told = child.communicate(timeout=30)
+        _, told = child.communicate(timeout=SECONDS)
     assert (child.returncode, told) == (1, b"")
 
 
@@ -209,7 +210,7 @@ def test_an_interrupt_of_the_commands_given_is_exit_code_130() -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == b"hanging\n"
         child.send_signal(signal.SIGINT)
-        assert child.wait(30) == 130
+        assert child.wait(SECONDS) == 130
 
 
 @pytest.mark.parametrize("typed", [b"put a 1\n", b"put a 1\nput b -\n"], ids=["by the shell", "by a command"])
@@ -221,7 +222,7 @@ def test_an_interrupt_while_stdin_is_read_is_exit_code_130(typed: bytes) -> None
         child.stdin.flush()
         assert child.stdout.readline()
         child.send_signal(signal.SIGINT)
-        assert child.wait(30) == 130
+        assert child.wait(SECONDS) == 130
 
 
 def test_a_terminal_gets_a_prompt_results_and_a_history(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_terminal_gets_a_prompt_results_and_a_history(tmp_path: Path) -> None:
         with contextlib.suppress(OSError):  # a terminal that nobody reads would hold up the end
             while os.read(ours, 4096):
                 pass
-        assert child.wait(30) == 0
+        assert child.wait(SECONDS) == 0
     os.close(ours)
     history = (tmp_path / "shardkv" / "history").read_text()
     assert "+put a hello" in history

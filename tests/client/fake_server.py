@@ -60,7 +60,7 @@ class FakeServer:
         for each in self._sockets:
             each.close()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive(), "a server thread hangs"
         assert not self._problems, self._problems
 

@@ -159,7 +159,7 @@ print("done")
 def in_subprocess(code: str, *arguments: str) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, env=environment
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=180, env=environment
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -36,7 +36,7 @@ def run(backend: str, body: Callable[[], Awaitable[Any]]) -> Any:
     """Run ``body`` on the event loop, and fail rather than hang."""
 
     async def bounded() -> Any:
-        with anyio.fail_after(30):
+        with anyio.fail_after(180):
             return await body()
 
     return anyio.run(bounded, backend=backend)

@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 
 from shardkv_client.client import Client
-from tests.cluster.harness import LocalCluster, client, cluster, kill, leader_of, ranges_of, settled
+from tests.cluster.harness import SECONDS_MAX, LocalCluster, client, cluster, kill, leader_of, ranges_of, settled
 from tests.cluster.workload import Workload
 
 OPTIONS = ("--split-bytes", "32KiB", "--log-level", "info")
@@ -77,7 +77,7 @@ async def _kill_once(world: LocalCluster, kills: Kills, workload: Workload, kv: 
         kills.done += 1
         kills.starting += 1
         world.start_node(victims[0])
-    await trio.to_thread.run_sync(world.wait_ready, victims)
+    await trio.to_thread.run_sync(world.wait_ready, victims, SECONDS_MAX)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import trio
 
 from shardkv_client.client import Client
-from tests.cluster.harness import client, leader_of, settled, show_logs
+from tests.cluster.harness import SECONDS_MAX, client, leader_of, settled, show_logs
 from tests.cluster.kills import OPTIONS
 from tests.cluster.namespaces import InPlace, NamespacedCluster, Net, net, obstacle
 from tests.cluster.workload import Workload
@@ -60,7 +60,7 @@ async def namespaced(directory: Path) -> AsyncIterator[tuple[Net, NamespacedClus
     with net(*NODES, *CLIENTS, WRITER) as made:
         world = NamespacedCluster(directory, made, nodes=len(NODES), options=OPTIONS)
         try:
-            await trio.to_thread.run_sync(world.start)
+            await trio.to_thread.run_sync(world.start, SECONDS_MAX)
             yield made, world
         except BaseException:
             show_logs(world)

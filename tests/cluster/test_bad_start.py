@@ -11,11 +11,9 @@ import pytest
 
 from shardkv_bench.local_cluster import free_ports
 from shardkv_client import connect_blocking
-from tests.cluster.harness import LocalCluster, started
+from tests.cluster.harness import SECONDS_MAX, LocalCluster, started
 
 pytestmark = pytest.mark.cluster
-
-SECONDS_MAX = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.harness import LocalCluster, started_and_settled
+from tests.cluster.harness import SECONDS_MAX, LocalCluster, started_and_settled
 
 pytestmark = pytest.mark.cluster
-
-SECONDS_MAX = 90.0
 
 
 @pytest.fixture(scope="module")

@@ -134,10 +134,10 @@ async def test_reads_and_writes_go_on_with_one_node_down(world: LocalCluster) ->
         await kv.put(b"down/one", b"before")
         victim = await leader_of(kv, b"down/one")
         await kill(world, victim)
-        entry = await kv.get(b"down/one")
+        entry = await kv.get(b"down/one", timeout=ANSWERED_WITHIN)
         assert entry is not None
         assert entry.value == b"before"
-        assert await kv.put(b"down/one", b"after") > entry.version
+        assert await kv.put(b"down/one", b"after", timeout=ANSWERED_WITHIN) > entry.version
         assert [each.key async for each in kv.scan(prefix=b"down/")] == [b"down/one"]
         await restart(world, victim)
 

@@ -11,6 +11,7 @@ from shardkv.multiraft.maintenance import ENTRIES_KEPT
 from shardkv.wire.requests import Method
 from shardkv_client.client import Client
 from tests.cluster.harness import (
+    SECONDS_MAX,
     LocalCluster,
     client,
     cluster,
@@ -34,7 +35,7 @@ async def serves_itself(world: LocalCluster, name: str, written: dict[bytes, byt
     async with client(world, addresses=world.addresses[name]) as direct:
 
         async def whole() -> bool:
-            entries = await direct.get_many(written, consistency="stale", timeout=2)
+            entries = await direct.get_many(written, consistency="stale", timeout=30)
             return {key: entry.value for key, entry in entries.items()} == written
 
         await eventually(f"{name} holds everything", whole)
@@ -50,7 +51,7 @@ async def test_a_new_cluster_grows_from_one_replica_to_three_as_nodes_join(tmp_p
     """DESIGN 4.10: one node serves at once; with two more, every range has three voters; what was written stays."""
     async with cluster(tmp_path, start=False) as world:
         world.start_node("n1")
-        await trio.to_thread.run_sync(world.wait_ready, ["n1"])
+        await trio.to_thread.run_sync(world.wait_ready, ["n1"], SECONDS_MAX)
         async with client(world, addresses=world.addresses["n1"]) as kv:
             written = {b"early/%03d" % number: b"%d" % number for number in range(200)}
             assert await kv.put_many(written) == 200

@@ -8,11 +8,9 @@ import pytest
 import trio
 
 from shardkv_bench.local_cluster import LocalCluster, Process, free_ports
-from tests.cluster.harness import client, cluster, eventually, kill, restart, settled, terminate
+from tests.cluster.harness import SECONDS_MAX, client, cluster, eventually, kill, restart, settled, terminate
 
 pytestmark = pytest.mark.cluster
-
-SECONDS_MAX = 60.0
 
 
 def start_with(world: LocalCluster, name: str, *more: str) -> Process:
@@ -45,7 +43,7 @@ async def test_a_second_start_carries_on_with_or_without_bootstrap_and_join(tmp_
         ):
             assert await terminate(world, name) == 0
             start_with(world, name, *more)
-            await trio.to_thread.run_sync(world.wait_ready, [name])
+            await trio.to_thread.run_sync(world.wait_ready, [name], SECONDS_MAX)
             await settled(kv)
             entry = await kv.get(b"kept", timeout=30)
             assert entry is not None

@@ -9,6 +9,7 @@ import trio
 
 from shardkv_client.client import Client
 from tests.cluster.harness import (
+    SECONDS_MAX,
     LocalCluster,
     client,
     cluster,
@@ -55,8 +56,7 @@ async def test_a_leader_that_is_terminated_hands_over_and_ends_with_zero_and_no_
             for number in range(8):
                 nursery.start_soon(count_up, kv, b"drained/%d" % number, sums[number], stop)
             await more_than(sums[0], 20)
-            with trio.fail_after(15):
-                assert await terminate(world, victim) == 0
+            assert await terminate(world, victim) == 0
             assert await leader_of(kv, b"drained") != victim
             await more_than(sums[0], len(sums[0]) + 20)
             await restart(world, victim)
@@ -72,8 +72,7 @@ async def test_all_nodes_terminated_at_once_end_with_zero_and_keep_everything(wo
         await settled(kv)
         written = {b"stop/%03d" % number: bytes(1000) for number in range(200)}
         await kv.put_many(written)
-        with trio.fail_after(20):
-            codes = await trio.to_thread.run_sync(world.stop)
+        codes = await trio.to_thread.run_sync(world.stop, SECONDS_MAX)
         assert codes == dict.fromkeys(world.names, 0)
         await restart(world, *world.names)
         assert len(await kv.get_many(written, timeout=30)) == 200
@@ -92,7 +91,7 @@ async def test_a_second_signal_ends_a_node_at_once(tmp_path: Path) -> None:
         # Both at once: before long the leader knows that nobody follows it, and ends by itself.
         process.signal(signal.SIGTERM)
         process.signal(signal.SIGINT)
-        code = await trio.to_thread.run_sync(process.wait, 10.0)
+        code = await trio.to_thread.run_sync(process.wait, SECONDS_MAX)
         assert code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
         for name in world.names:
             if name != leader:

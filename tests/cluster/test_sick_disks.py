@@ -16,7 +16,7 @@ from shardkv.wire.requests import Method
 from shardkv_bench.local_cluster import NODE_COMMAND
 from shardkv_client import Client
 from tests.cluster.block_devices import BlockDevice, block_devices, obstacle
-from tests.cluster.harness import LocalCluster, client, eventually, leader_of, ranges_of, restart, settled
+from tests.cluster.harness import SECONDS_MAX, LocalCluster, client, eventually, leader_of, ranges_of, restart, settled
 
 pytestmark = pytest.mark.cluster
 
@@ -44,7 +44,7 @@ def made(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
         cluster = LocalCluster(directory, nodes=request.param, options=OPTIONS)
         cluster.node_command = [*devices["n1"].enter, *NODE_COMMAND]
         with cluster:
-            cluster.start()
+            cluster.start(SECONDS_MAX)
             yield World(cluster, devices)
 
 
