@@ -1,0 +1,375 @@
+"""What each method of the client does, takes and refuses, on trio and on asyncio alike (DESIGN §2.3, §2.4)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+import trio
+
+from shardkv import errors
+from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, Entry
+from shardkv.wire.requests import Method
+from shardkv_client import Client, Settings, connect
+from tests.client.loopback import with_client
+
+# --- what each method does ------------------------------------------------------------------------------------------
+
+
+def test_single_keys_are_written_read_and_deleted(backend, server):
+    async def body(kv: Client) -> None:
+        version = await kv.put(b"k", b"v")
+        assert await kv.get(b"k") == Entry(b"k", b"v", version)
+        assert await kv.get(b"other") is None
+        newer = await kv.put(b"k", b"w", if_version=version)
+        assert newer > version
+        with pytest.raises(errors.VersionMismatch) as caught:
+            await kv.put(b"k", b"x", if_version=version)
+        assert caught.value.current == newer
+        with pytest.raises(errors.VersionMismatch):
+            await kv.delete(b"k", if_version=version)
+        assert await kv.delete(b"k", if_version=newer) is True
+        assert await kv.delete(b"k") is False
+        assert await kv.increment(b"n", 5) == 5
+        assert await kv.increment(b"n", -7) == -2
+        assert await kv.increment(b"n") == -1
+        assert (await kv.get(b"n", consistency="follower")).value == b"-1"
+        assert (await kv.get(b"n", consistency="stale")).value == b"-1"
+        await check_ages(kv)
+        await kv.put(b"empty", b"")
+        assert (await kv.get(b"empty")).value == b""
+
+    with_client(backend, server, body)
+
+
+def test_get_many_keeps_the_order_asked_and_leaves_absent_keys_out(backend, server):
+    async def body(kv: Client) -> None:
+        server.cluster.split(b"05", leader=2)
+        await kv.put_many({b"%02d" % i: b"%d" % i for i in range(10)})
+        found = await kv.get_many([b"09", b"xx", b"01", b"09"])
+        assert list(found) == [b"09", b"01"]
+        assert found[b"09"].value == b"9"
+        assert await kv.get_many([]) == {}
+        assert len(await kv.get_many(b"%02d" % (i % 50) for i in range(5_000))) == 10
+
+    with_client(backend, server, body)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"limit": 7},
+        {"limit": 0},
+        {"limit": 60},
+        {"prefix": b"1"},
+        {"prefix": b"1", "limit": 3},
+        {"prefix": b""},
+        {"start": b"15", "end": b"75"},
+        {"start": b"50"},
+        {"end": b"50"},
+        {"start": b"20", "end": b"20"},
+        {"keys_only": True},
+    ],
+    ids=repr,
+)
+def test_scans_go_from_range_to_range_in_both_directions(backend, server, options, reverse):
+    """Strict order, nothing twice, from page to page and from range to range."""
+    for key, leader in ((b"20", 2), (b"50", 3), (b"75", 1)):
+        server.cluster.split(key, leader=leader)
+
+    async def body(kv: Client) -> None:
+        await kv.put_many({b"%02d" % i: b"v%d" % i for i in range(100)})
+        found = [entry async for entry in kv.scan(**options, reverse=reverse)]
+        keys = [b"%02d" % i for i in range(100)]
+        start, end, prefix = options.get("start", b""), options.get("end"), options.get("prefix", b"")
+        keys = [key for key in keys if key >= start and (end is None or key < end) and key.startswith(prefix)]
+        if reverse:
+            keys.reverse()
+        assert [entry.key for entry in found] == keys[: options.get("limit")]
+        wanted = b"" if options.get("keys_only") else None
+        assert all(entry.value == (b"v%d" % int(entry.key) if wanted is None else wanted) for entry in found)
+
+    with_client(backend, server, body, settings=Settings(scan_page_entries_max=8))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_range_that_splits_between_two_pages_shows_nothing_twice(backend, server, reverse):
+    async def body(kv: Client) -> None:
+        await kv.put_many({b"%02d" % i: b"v" for i in range(100)})
+        found = []
+        async for entry in kv.scan(reverse=reverse):
+            found.append(entry.key)
+            if len(found) == 12:
+                server.cluster.split(b"15", leader=2)
+                server.cluster.split(b"90", leader=3)
+            if len(found) == 45:
+                server.cluster.merge(b"00")
+        assert found == sorted(server.cluster.data, reverse=reverse)
+
+    with_client(backend, server, body, settings=Settings(scan_page_entries_max=10))
+
+
+def test_a_scan_may_be_closed_early_and_read_on_after_a_cancelled_page(backend, server):
+    """DESIGN §2.3: an object, no async generator; nothing of it spans two entries."""
+
+    async def body(kv: Client) -> None:
+        await kv.put_many({b"%02d" % i: b"v" for i in range(20)})
+        async with kv.scan() as scan:
+            assert (await anext(scan)).key == b"00"
+        with pytest.raises(StopAsyncIteration):
+            await anext(scan)
+        scan = kv.scan()
+        for _ in range(5):
+            await anext(scan)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await anext(scan)
+        assert scope.cancelled_caught
+        assert [entry.key async for entry in scan] == [b"%02d" % i for i in range(5, 20)]
+        await scan.aclose()
+
+    with_client(backend, server, body, settings=Settings(scan_page_entries_max=5))
+
+
+@pytest.mark.parametrize("shape", ["mapping", "list", "iterator", "async"])
+def test_put_many_takes_mappings_and_iterables(backend, server, shape):
+    pairs = {b"%04d" % i: b"%d" % i for i in range(2_000)}
+    server.cluster.split(b"1000", leader=2)
+
+    async def asynchronously():
+        for pair in pairs.items():
+            yield pair
+
+    async def body(kv: Client) -> None:
+        written: list[int] = []
+        source: Any = {
+            "mapping": pairs,
+            "list": list(pairs.items()),
+            "iterator": iter(pairs.items()),
+            "async": asynchronously(),
+        }[shape]
+        assert await kv.put_many(source, progress=written.append) == 2_000
+        assert written == sorted(written)
+        assert written[-1] == 2_000
+        assert {key: value for key, (value, _) in server.cluster.data.items()} == pairs
+
+    with_client(backend, server, body)
+
+
+def test_the_last_pair_of_a_key_wins_even_when_attempts_are_repeated(backend, server):
+    """DESIGN §2.3: within a chunk the later pair replaces the earlier; a key that is out is waited for."""
+
+    async def body(kv: Client) -> None:
+        await kv.put(b"x", b"x")
+        server.send_cut = None
+        pairs = [(b"%03d" % (i % 400), b"%d" % i) for i in range(4_000)]
+        server.drop_connections(listeners=False)
+        assert await kv.put_many(pairs) == 4_000
+        for key, (value, _) in server.cluster.data.items():
+            if key != b"x":
+                assert int(value) == 3_600 + int(key)
+
+    with_client(backend, server, body)
+
+
+def test_put_many_names_what_is_not_known_to_be_written(backend, server):
+    """BatchError: it stops sending, waits for what is out, and counts."""
+    refuse = b"0777"
+    for node in server.cluster.nodes.values():
+        node.faults.append(
+            lambda request: (
+                errors.OutOfSpace("full") if request.method == Method.WRITE and refuse in request.arguments[1] else None
+            )
+        )
+
+    async def body(kv: Client) -> None:
+        with pytest.raises(errors.BatchError, match="full") as caught:
+            await kv.put_many((b"%04d" % i, b"v") for i in range(5_000))
+        error = caught.value
+        assert isinstance(error.__cause__, errors.OutOfSpace)
+        assert refuse in error.failed
+        assert 778 <= error.consumed < 5_000
+        consumed = {b"%04d" % i for i in range(error.consumed)}
+        assert set(server.cluster.data) == consumed - set(error.failed)
+
+    with_client(backend, server, body)
+
+
+def test_bad_input_in_put_many_sends_nothing_or_says_what_was_sent(backend, server):
+    async def body(kv: Client) -> None:
+        for bad in ({b"a": b"1", "b": b"2"}, [(b"a", b"1"), (b"b", 2)], iter([(b"a", b"1"), (b"b",)]), 5, [b"ab"]):
+            with pytest.raises(TypeError):
+                await kv.put_many(bad)
+        with pytest.raises(errors.KeyTooLarge):
+            await kv.put_many([(b"a", b"1"), (b"", b"2")])
+        assert not server.cluster.data
+        with pytest.raises(errors.BatchError) as caught:
+            await kv.put_many((b"%04d" % i, b"v") if i != 3_000 else ("no", b"v") for i in range(5_000))
+        assert caught.value.consumed == 3_000
+        assert isinstance(caught.value.__cause__, TypeError)
+        assert len(server.cluster.data) + len(caught.value.failed) == 3_000
+
+    with_client(backend, server, body)
+
+
+def test_delete_range_deletes_from_range_to_range(backend, server):
+    for key in (b"20", b"50", b"75"):
+        server.cluster.split(key, leader=2)
+
+    async def body(kv: Client) -> None:
+        await kv.put_many({b"%02d" % i: b"v" for i in range(100)})
+        await kv.delete_range(b"10", b"80")
+        assert list(server.cluster.data) == [b"%02d" % i for i in range(100) if i < 10 or i >= 80]
+        await kv.delete_range(prefix=b"0")
+        assert list(server.cluster.data) == [b"%02d" % i for i in range(80, 100)]
+        await kv.delete_range(b"85", b"85")
+        await kv.delete_range()
+        assert not server.cluster.data
+
+    with_client(backend, server, body)
+
+
+def test_a_delete_range_that_ends_half_way_is_of_unknown_outcome(backend, server):
+    """Unavailable promises that nothing was applied; here something was."""
+    server.cluster.split(b"50", leader=2)
+    server.cluster.nodes[2].faults.append(
+        lambda request: errors.PermissionDenied("not yours") if request.method == Method.WRITE else None
+    )
+
+    async def body(kv: Client) -> None:
+        with pytest.raises(errors.OutcomeUnknown, match="not yours"):
+            await kv.delete_range(b"10", b"80")
+
+    with_client(backend, server, body)
+
+
+def test_the_cluster_can_be_listed(backend, server):
+    server.cluster.split(b"m", leader=2)
+
+    async def body(kv: Client) -> None:
+        assert [node.name for node in await kv.nodes()] == ["node1", "node2", "node3"]
+        ranges = await kv.ranges()
+        assert [(descriptor.span, leader) for descriptor, leader in ranges] == [((b"", b"m"), 1), ((b"m", None), 2)]
+        assert (await kv.status())["node"] in (1, 2, 3)
+        assert (await kv.call(Method.SPLIT, b"x", range_id=2))["node"] == 2
+        assert (await kv.call(Method.NODE_STATUS, node_id=3))["node"] == 3
+        with pytest.raises(errors.NotFound, match="list the ranges"):
+            await kv.call(Method.SPLIT, b"x", range_id=99)
+        with pytest.raises(errors.UnknownMethod):
+            await kv.call(999)
+
+    with_client(backend, server, body)
+
+
+def test_a_call_by_range_id_has_one_timeout_for_the_list_of_ranges_and_itself(backend, server):
+    """DESIGN §2.3: timeout covers one call, and a cluster may have many pages of ranges."""
+    for number in range(300):
+        server.cluster.split(b"%04d" % number, leader=1)
+
+    async def body(kv: Client) -> None:
+        timeouts: list[float] = []
+        call = kv.call
+
+        async def counted(*arguments: Any, timeout: float, **options: Any) -> Any:
+            timeouts.append(timeout)
+            return await call(*arguments, timeout=timeout, **options)
+
+        kv.call = counted  # type: ignore[method-assign]
+        assert (await call(Method.SPLIT, b"x", range_id=300, timeout=20.0))["node"] == 1
+        assert len(timeouts) == 2
+        assert timeouts[1] < timeouts[0] <= 20.0
+
+    with_client(backend, server, body)
+
+
+async def check_ages(kv: Client) -> None:
+    """DESIGN 2.3: the answer of a stale read says how stale it is at most, also of keys that are absent."""
+    ages: list[float] = []
+    assert await kv.get(b"absent", consistency="stale", max_age=0, on_age=ages.append) is None
+    assert await kv.get(b"n", on_age=ages.append) is not None
+    assert ages == [0.0, 0.0]
+    many: list[float] = []
+    await kv.get_many([b"n", b"absent"], consistency="stale", max_age=2.5, on_age=many.append)
+    await kv.get_many([], consistency="stale", on_age=many.append)
+    assert len(many) == 2
+    assert many[0] in (0.0, 0.0015)
+    pages: list[float] = []
+    async for _ in kv.scan(consistency="stale", max_age=2.5, on_age=pages.append):
+        assert pages
+    assert set(pages) <= {0.0, 0.0015}
+
+
+# --- types and limits -----------------------------------------------------------------------------------------------
+
+
+def test_types_come_first_then_limits_and_nothing_is_sent():
+    """DESIGN §2.3. No server: whatever is sent would fail with Unavailable."""
+    wrong: list[tuple[type[Exception], Callable[[Client], Any]]] = [
+        (TypeError, lambda kv: kv.put("k", b"v")),
+        (TypeError, lambda kv: kv.put(b"k", "v")),
+        (TypeError, lambda kv: kv.put(bytearray(b"k"), b"v")),
+        (TypeError, lambda kv: kv.put(b"", "v")),
+        (TypeError, lambda kv: kv.put(b"k", b"v", if_version="1")),
+        (TypeError, lambda kv: kv.put(b"k", b"v", if_version=True)),
+        (TypeError, lambda kv: kv.put(b"k", b"v", timeout=None)),
+        (errors.RequestError, lambda kv: kv.put(b"k", b"v", if_version=-1)),
+        (errors.RequestError, lambda kv: kv.put(b"k", b"v", timeout=float("inf"))),
+        (errors.KeyTooLarge, lambda kv: kv.put(b"", b"v")),
+        (errors.KeyTooLarge, lambda kv: kv.put(b"k" * (KEY_BYTES_MAX + 1), b"v")),
+        (errors.ValueTooLarge, lambda kv: kv.put(b"k", b"v" * (VALUE_BYTES_MAX + 1))),
+        (TypeError, lambda kv: kv.get(5)),
+        (TypeError, lambda kv: kv.get(b"k", consistency=1)),
+        (errors.RequestError, lambda kv: kv.get(b"k", consistency="eventual")),
+        (TypeError, lambda kv: kv.get(b"k", consistency="stale", max_age="1")),
+        (TypeError, lambda kv: kv.get(b"k", consistency="stale", max_age=True)),
+        (errors.RequestError, lambda kv: kv.get(b"k", consistency="stale", max_age=-1)),
+        (errors.RequestError, lambda kv: kv.get(b"k", consistency="stale", max_age=float("nan"))),
+        (errors.RequestError, lambda kv: kv.get(b"k", consistency="follower", max_age=1)),
+        (errors.RequestError, lambda kv: kv.get_many([b"k"], max_age=1)),
+        (TypeError, lambda kv: kv.delete(None)),
+        (TypeError, lambda kv: kv.increment(b"n", "1")),
+        (errors.RequestError, lambda kv: kv.increment(b"n", 1 << 63)),
+        (TypeError, lambda kv: kv.get_many(b"ab")),
+        (TypeError, lambda kv: kv.get_many([b"a", "b"])),
+        (TypeError, lambda kv: kv.delete_range("a", b"b")),
+        (errors.InvalidRange, lambda kv: kv.delete_range(b"b", b"a")),
+        (errors.InvalidRange, lambda kv: kv.delete_range(b"b", prefix=b"a")),
+        (errors.InvalidRange, lambda kv: kv.call(1, key=b"k", node_id=1)),
+        (TypeError, lambda kv: kv.call(Method.STATUS, key="k")),
+        (TypeError, lambda kv: kv.call(Method.STATUS, node_id=[])),
+        (TypeError, lambda kv: kv.call("status")),
+        (TypeError, lambda kv: kv.call(Method.STATUS, object())),
+        (TypeError, lambda kv: kv.call(Method.STATUS, "\ud800")),
+        (errors.RequestError, lambda kv: kv.call(Method.STATUS, 1 << 64)),
+        (errors.RequestError, lambda kv: kv.call(Method.STATUS, {1, 2})),
+        (errors.RequestError, lambda kv: kv.call(Method.STATUS, b"v" * (16 << 20))),
+    ]
+    scans: list[tuple[type[Exception], Callable[[Client], Any]]] = [
+        (TypeError, lambda kv: kv.scan("a")),
+        (TypeError, lambda kv: kv.scan(prefix="a")),
+        (TypeError, lambda kv: kv.scan(limit="a")),
+        (errors.RequestError, lambda kv: kv.scan(limit=-1)),
+        (errors.RequestError, lambda kv: kv.scan(max_age=1)),
+        (errors.InvalidRange, lambda kv: kv.scan(b"b", b"a")),
+        (errors.InvalidRange, lambda kv: kv.scan(b"b", prefix=b"a")),
+        (errors.KeyTooLarge, lambda kv: kv.scan(prefix=b"k" * (KEY_BYTES_MAX + 1))),
+    ]
+
+    async def main() -> None:
+        async with connect("127.0.0.1:1") as kv:
+            for expected, call in wrong:
+                with pytest.raises(expected):
+                    await call(kv)
+            for expected, call in scans:
+                with pytest.raises(expected):
+                    call(kv)
+
+    trio.run(main)
+
+
+def test_addresses_are_checked_when_the_client_is_made():
+    for bad in ("", "nowhere", "h:99999", ","):
+        with pytest.raises(errors.ConfigError):
+            connect(bad)
