@@ -21,8 +21,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
         yield running
 
 
-def run(world: LocalCluster | None, *arguments: str, stdin: bytes = b"", code: int = 0) -> str:
-    """A command's stdout; its exit code must be ``code``, and it must show no traceback."""
+def code_of(world: LocalCluster | None, *arguments: str) -> int:
+    return start(world, *arguments).returncode
+
+
+def run(world: LocalCluster, *arguments: str, stdin: bytes = b"", code: int = 0) -> str:
+    """A command's stdout; its exit code must be ``code``."""
+    done = start(world, *arguments, stdin=stdin)
+    assert done.returncode == code, f"{arguments}: {done.returncode}, {done.stdout!r}, {done.stderr!r}"
+    return done.stdout.decode()
+
+
+def start(world: LocalCluster | None, *arguments: str, stdin: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
+    """A command that has ended, and showed no traceback."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("SHARDKV_")}
     if world is not None:
         inherited["SHARDKV_CONNECT"] = world.connect
@@ -34,8 +45,7 @@ def run(world: LocalCluster | None, *arguments: str, stdin: bytes = b"", code: i
         env=inherited,
     )
     assert b"Traceback" not in done.stderr, done.stderr.decode()
-    assert done.returncode == code, f"{arguments}: {done.returncode}, {done.stdout!r}, {done.stderr!r}"
-    return done.stdout.decode()
+    return done
 
 
 def run_json(world: LocalCluster, *arguments: str) -> Any:
@@ -61,12 +71,12 @@ def test_one_shot_commands_read_what_they_wrote(world: LocalCluster) -> None:
 
 
 def test_wrong_usage_is_two_and_an_absent_cluster_three(world: LocalCluster) -> None:
-    run(world, "frobnicate", code=2)
-    run(world, "get", code=2)
-    run(world, "put", "", "v", code=2)
-    run(None, "get", "a", code=2)
-    run(None, "get", "a", "--connect", "127.0.0.1:1", "--timeout", "0.5", code=3)
-    run(None, "put", "a", "b", "--connect", "127.0.0.1:1", "--timeout", "0.5", code=3)
+    assert code_of(world, "frobnicate") == 2
+    assert code_of(world, "get") == 2
+    assert code_of(world, "put", "", "v") == 2
+    assert code_of(None, "get", "a") == 2
+    assert code_of(None, "get", "a", "--connect", "127.0.0.1:1", "--timeout", "0.5") == 3
+    assert code_of(None, "put", "a", "b", "--connect", "127.0.0.1:1", "--timeout", "0.5") == 3
 
 
 def test_the_shell_runs_commands_and_stops_at_the_first_failure(world: LocalCluster) -> None:

@@ -124,7 +124,7 @@ async def test_each_node_has_the_data_itself_after_a_crash_of_all(world: LocalCl
                     entries = await direct.get_many(written, consistency="stale")
                     return {key: entry.value for key, entry in entries.items()} == written
 
-                await eventually(f"{name} serves everything", whole)
+                assert await eventually(f"{name} serves everything", whole)
 
 
 async def test_reads_and_writes_go_on_with_one_node_down(world: LocalCluster) -> None:
