@@ -56,7 +56,7 @@ def test_trap_20_a_crash_between_flush_and_collection_loses_nothing_applied(kept
             assert not node.alive, "the crash did not come"
             await node.buried()
             assert await started(node)
-            await life.all_there(cluster)  # noqa: B023
+            await life.check_all_there(cluster)  # noqa: B023
             for replica in node.inside.catalog.replicas.values():
                 assert replica.machine is not None
                 assert replica.machine.applied_index >= replica.log.compact_index
@@ -76,7 +76,7 @@ def test_trap_20_the_log_is_collected_only_up_to_what_the_engine_has_flushed() -
         assert node.inside.wal.statistics().oldest_segment_id > 1
         await node.power_off()
         assert await started(node)
-        await life.all_there(cluster)
+        await life.check_all_there(cluster)
         node.check()
 
     in_a_cluster(main)
@@ -106,7 +106,7 @@ def test_trap_20_what_is_applied_while_the_engine_is_flushed_stays_in_the_log(mo
         assert any(replica.log.compact_index > 20 for replica in node.inside.catalog.replicas.values())
         await node.power_off()
         assert await started(node)
-        await life.all_there(cluster)
+        await life.check_all_there(cluster)
         node.check()
 
     in_a_cluster(main)
