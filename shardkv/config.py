@@ -215,7 +215,7 @@ class NodeConfig:
         Kind.LABELS, (), help="A label of this node, such as zone=a; may be repeated.", metavar="KEY=VALUE"
     )
     clock_offset_max_ms: int = _setting(
-        Kind.COUNT, 500, low=10, high=60_000, help="Timestamps further ahead of this node's clock are refused."
+        Kind.COUNT, 500, low=10, high=60_000, help="Beyond it timestamps are refused and wall clocks not followed."
     )
     log_level: str = _setting(
         Kind.CHOICE, "info", choices=LOG_LEVELS, help="The least severe log line that is written."

@@ -150,6 +150,8 @@ class Applier:
         for replica in touched.values():
             if replica.machine is not None:
                 replica.machine.finish(batch)
+                # Whoever answers from this state does so with a stamp no lower than the versions in it.
+                self._hybrid_clock.absorb(replica.machine.last_timestamp)
         if batch:
             self._engine.write(batch)
         return WriteBatch()
@@ -176,9 +178,6 @@ class Applier:
         applied = machine.apply(entry.index, entry.term, entry.data, batch, self._engine, decoded)
         if applied.split is not None:
             self._split(replica, applied.split, batch)
-        if proposal is not None:
-            # An answer carries a stamp no lower than the versions in it.
-            self._hybrid_clock.observe(machine.last_timestamp)
         return applied.outcomes
 
     def _split(self, left: Replica, split: SplitResult, batch: WriteBatch) -> None:

@@ -149,6 +149,9 @@ class Driver:
             self._divided,
             hooks.descriptor,
         )
+        for replica in catalog.replicas.values():
+            if replica.machine is not None:
+                hybrid_clock.absorb(replica.machine.last_timestamp)
         self._failure: BaseException | None = None
         self._turns = 0
 

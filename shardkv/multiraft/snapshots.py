@@ -508,6 +508,7 @@ class Snapshots:
         if machine is None or machine.applied_index != incoming.index:
             raise StorageError(f"a snapshot of range {replica.range_id} does not hold the state that it names")
         replica.machine = machine
+        self._driver.hybrid_clock.absorb(machine.last_timestamp)
         self._catalog.installed(replica)
 
     async def _write(self, batch: WriteBatch) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shardkv.multiraft.catalog import Catalog
     from shardkv.multiraft.driver import Driver
     from shardkv.multiraft.maintenance import Maintenance
+    from shardkv.server.clock_health import ClockHealth
     from shardkv.server.disk_health import DiskHealth
     from shardkv.server.listener import Listener
     from shardkv.server.placement_service import PlacementService
@@ -35,3 +36,4 @@ class Inside:
     pool: "PeerPool"
     listener: "Listener"
     disk_health: "DiskHealth"
+    clock_health: "ClockHealth"

@@ -17,6 +17,7 @@ from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.server.answer_budget import AnswerBudget
 from shardkv.server.client_connection import ClientConnection
+from shardkv.server.clock_health import ClockHealth
 from shardkv.server.intake import Intake
 from shardkv.server.peers import FrameStream, receive_messages
 from shardkv.server.requests import Requests
@@ -24,7 +25,7 @@ from shardkv.transport.connection import Connection
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import Identity, KnownBoots, accept
 from shardkv.types import NodeId
-from shardkv.wire.frames import Frame, FrameDecoder
+from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, encode_refused
 from shardkv.wire.requests import FRAME_BYTES_MAX
 
@@ -55,6 +56,7 @@ class Listener:
         identity: Identity,
         known_boots: KnownBoots,
         hybrid_clock: HybridClock,
+        clock_health: ClockHealth,
         requests: Requests,
         driver: Driver,
         snapshots: Snapshots,
@@ -68,6 +70,7 @@ class Listener:
         self._identity = identity
         self._known_boots = known_boots
         self._hybrid_clock = hybrid_clock
+        self._clock_health = clock_health
         self._requests = requests
         self._driver = driver
         self._snapshots = snapshots
@@ -148,10 +151,12 @@ class Listener:
             connection.write(encode_refused(error))
             connection.flush()
 
-    def _admit(self, hello: Hello) -> None:
-        """Raises Busy when there are clients enough."""
-        if hello.role is Role.CLIENT and len(self._clients) >= self._connections_max:
-            raise Busy(f"this node has {self._connections_max} clients already; try another")
+    async def _admit(self, hello: Hello) -> None:
+        """Raises Busy when there are clients enough. A client is told the time, so this node must know it."""
+        if hello.role is Role.CLIENT:
+            await self._clock_health.settled()
+            if len(self._clients) >= self._connections_max:
+                raise Busy(f"this node has {self._connections_max} clients already; try another")
 
     async def _serve_client(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
         client = ClientConnection(
@@ -177,7 +182,11 @@ class Listener:
     ) -> None:
         while True:
             for frame in frames:
-                receive_messages(self._driver, node_id, frame)
+                if frame.kind is FrameKind.PING:
+                    connection.write(encode_frame(FrameKind.PONG, self._clock_health.answer(frame.payload)))
+                    connection.flush()
+                else:
+                    receive_messages(self._driver, node_id, frame)
             data = await connection.receive()
             if not data:
                 return

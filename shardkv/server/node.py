@@ -22,6 +22,7 @@ from shardkv.multiraft.maintenance import Maintenance
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.multiraft.space import Space
 from shardkv.server.address_book import AddressBook
+from shardkv.server.clock_health import ClockHealth
 from shardkv.server.disk_health import DiskHealth
 from shardkv.server.garbage import Collector, GarbagePolicy
 from shardkv.server.inside import Inside
@@ -40,7 +41,7 @@ from shardkv.storage.rocks import RocksEngine, RocksSettings
 from shardkv.storage.wal import Wal, WalSettings
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import Identity, KnownBoots
-from shardkv.transport.pool import PeerPool
+from shardkv.transport.pool import PeerPool, Purpose
 from shardkv.types import (
     EVERY_KEY,
     FIRST_RANGE,
@@ -52,7 +53,9 @@ from shardkv.types import (
     RangeId,
     Replica,
     ReplicaId,
+    timestamp_at,
 )
+from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.handshake import Hello
 from shardkv.wire.requests import Request
 from shardkv_placement.commands import Bootstrap, NodeStarted, SetSetting
@@ -131,6 +134,9 @@ class _Node:
         self._observe = observe
         self._log: Any = structlog.get_logger().bind(node=config.name)
         self._hybrid_clock = HybridClock(environment.clock, config.clock_offset_max_ms)
+        self._clock_health = ClockHealth(
+            environment.clock, self._hybrid_clock, config.clock_offset_max_ms, self._ping, self._log
+        )
         self._known_boots = KnownBoots()
         self._serving = trio.Event()
         self._nodes_changed = trio.Event()
@@ -279,6 +285,7 @@ class _Node:
                     self._pool,
                     self._listener,
                     self._disk_health,
+                    self._clock_health,
                 )
             )
 
@@ -303,9 +310,16 @@ class _Node:
             reluctant=self._disk_health.is_slow,
         )
         if mine.node_id == FIRST_NODE:
-            self._catalog.bootstrap(_first_ranges(), self._hybrid_clock.now())
+            self._catalog.bootstrap(_first_ranges(), timestamp_at(self._hybrid_clock.ms()))
         self._catalog.recover(used_before=mine.boot > 1)
-        self._pool = PeerPool(environment, self._identity, self._known_boots, on_disconnected=self._on_disconnected)
+        self._pool = PeerPool(
+            environment,
+            self._identity,
+            self._known_boots,
+            on_connected=self._clock_health.ask,
+            on_disconnected=self._on_disconnected,
+            on_pong=self._clock_health.answered,
+        )
         peers = PoolPeers(self._pool)
         hooks = DriverHooks(self._on_leadership, self._on_descriptor, self._flush)
         tick_seconds = raft.tick_ms / 1000
@@ -355,6 +369,7 @@ class _Node:
             self._identity,
             self._known_boots,
             self._hybrid_clock,
+            self._clock_health,
             requests,
             self._driver,
             self._snapshots,
@@ -386,6 +401,7 @@ class _Node:
                 self._garbage,
                 self._is_ready,
                 self._disk_health,
+                self._clock_health,
             )
             self._admin.observe(parts)
 
@@ -405,6 +421,7 @@ class _Node:
             await nursery.start(self._driver.run)
             self._apply_addresses()
             await nursery.start(self._pool.run)
+            await nursery.start(self._clock_health.run, self._peers)
             self._serving.set()
             seeds = [self._address, *(known.address for _, known in self._address_book), *self._config.join]
             async with connect_cluster(self._environment, seeds, self._identity.cluster_id) as call:
@@ -503,6 +520,14 @@ class _Node:
 
     def _flush(self) -> None:
         self._listener.flush()
+
+    def _peers(self) -> list[NodeId]:
+        return [node_id for node_id, _ in self._address_book if node_id != self._identity.node_id]
+
+    def _ping(self, node_id: NodeId, payload: bytes) -> None:
+        if self._pool.connected(node_id):
+            self._pool.send(node_id, Purpose.URGENT, encode_frame(FrameKind.PING, payload))
+            self._pool.flush()
 
     def _on_disconnected(self, node_id: NodeId) -> None:
         self._driver.doubt_node(node_id)

@@ -56,7 +56,7 @@ class PoolPeers:
 
 def receive_messages(driver: Driver, sender: NodeId, frame: Frame) -> None:
     """Hand the Raft messages of a peer's frame to their groups. Raises ProtocolError or MalformedRequest."""
-    if frame.kind is FrameKind.PING or frame.kind is FrameKind.GOODBYE:
+    if frame.kind is FrameKind.GOODBYE:
         return
     if frame.kind is not FrameKind.RAFT:
         raise ProtocolError(f"a peer may not send {frame.kind.name} frames here")

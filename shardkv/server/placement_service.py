@@ -282,7 +282,7 @@ class PlacementService:
             self._views = ViewBuilder(self._state, self._statistics)
             self._controller = Controller()
         assert self._views is not None, "views come with statistics"
-        return self._views.build(now, self._clock.wall_ms())
+        return self._views.build(now, self._driver.hybrid_clock.ms())
 
     async def _perform(self, action: Any, controller: Controller) -> None:
         try:

@@ -179,11 +179,10 @@ class Requests:
         for key in keys:
             if type(key) is not bytes or not 0 < len(key) <= KEY_BYTES_MAX:
                 raise KeyTooLarge(f"a key is 1 to {KEY_BYTES_MAX} bytes")
-        generation, engine, observe = request.span_generation, self._engine, self._hybrid_clock.observe
+        generation, engine = request.span_generation, self._engine
 
         def serve(replica: Replica) -> Any:
             machine = replica.check_route(generation)
-            observe(machine.last_timestamp)  # an answer's stamp is no lower than the versions in it, whoever gave them
             if len(keys) <= GET_ALWAYS_KEYS:
                 return reads.get(machine, engine, keys)
             found: list[Any] = []
@@ -221,11 +220,10 @@ class Requests:
         if end is not None and end < start:
             raise InvalidRange("a scan's end lies below its start")
         limit, bytes_max = min(limit, SCAN_PAGE_ENTRIES_MAX), min(bytes_max, SCAN_PAGE_BYTES_MAX)
-        generation, engine, observe = request.span_generation, self._engine, self._hybrid_clock.observe
+        generation, engine = request.span_generation, self._engine
 
         def serve(replica: Replica) -> Any:
             machine = replica.check_route(generation)
-            observe(machine.last_timestamp)
             page_bytes = bytes_max if requester.fits(bytes_max) else SCAN_BYTES_CROWDED
             return reads.scan_page(machine, engine, start, end, limit, page_bytes, reverse, keys_only)
 

@@ -98,7 +98,7 @@ class SimulatedNode:
         if isinstance(inside.driver.snapshots, Snapshots):
             inside.driver.snapshots.check()
         inside.wal.check()
-        inside.hybrid_clock.check()
+        inside.clock_health.check()
 
     # Starting
 

@@ -18,7 +18,10 @@ from shardkv.simulation.sequences import SEQUENCES
 from shardkv.wire.requests import Method
 
 OFFSET_MS_MAX: Final = 200
-"""How far a clock is stepped: two nodes stay within the offset that the database allows for."""
+"""How far a clock is stepped as a rule: two nodes stay within the offset that the database allows for."""
+JUMP_MS_MAX: Final = 3_600_000
+JUMPS: Final = 0.2
+"""The share of steps that are jumps of the wall clock instead, far out of that offset."""
 DRIFT_MAX: Final = 0.004
 WALL_DRIFT_MS_MAX: Final = 40
 CALLS_AHEAD_MAX: Final = 400
@@ -281,7 +284,8 @@ async def _drift(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None
 
 
 async def _step(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
-    one.environment.clock.wall_offset_ms = faults.chance.randrange(-OFFSET_MS_MAX, OFFSET_MS_MAX)
+    offset_ms_max = JUMP_MS_MAX if faults.chance.random() < JUMPS else OFFSET_MS_MAX
+    one.environment.clock.wall_offset_ms = faults.chance.randrange(-offset_ms_max, offset_ms_max)
 
 
 # What operators do

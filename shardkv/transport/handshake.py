@@ -4,7 +4,7 @@ The rule: nothing else is said on a connection before both sides know the cluste
 that refuses says why before it closes.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,6 +68,10 @@ class KnownBoots:
         self._boots.pop(node_id, None)
 
 
+async def _admit_all(hello: Hello) -> None:
+    """Take whoever greets as a node of this cluster, or a client of it, should."""
+
+
 async def accept(
     connection: Connection,
     decoder: FrameDecoder,
@@ -78,7 +82,7 @@ async def accept(
     timestamp: Callable[[], int],
     inflight_max: int,
     seconds_max: float = GREETING_SECONDS_MAX,
-    admit: Callable[[Hello], None] = lambda hello: None,
+    admit: Callable[[Hello], Awaitable[None]] = _admit_all,
 ) -> tuple[Hello, list[Frame]]:
     """Greet whoever has connected. ``admit`` raises, as a ShardKVError, why the node does not take this one.
 
@@ -91,7 +95,7 @@ async def accept(
     try:
         hello, frames = await _accept(connection, decoder, clock, identity, known_boots, seconds_max)
         version = negotiate(hello)
-        admit(hello)
+        await admit(hello)
     except ShardKVError as error:
         connection.write(encode_refused(error))
         await connection.aclose(str(error))
@@ -101,7 +105,7 @@ async def accept(
         cluster_id=identity.cluster_id,
         node_id=identity.node_id,
         boot=identity.boot,
-        timestamp=timestamp(),
+        timestamp=timestamp() if hello.role is Role.CLIENT else 0,
         inflight_max=inflight_max,
     )
     connection.write(encode_welcome(welcome))

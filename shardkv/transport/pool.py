@@ -1,6 +1,7 @@
 """A node's outgoing connections to its peers: two to each, dialled in the background and kept up.
 
-They carry messages one way; answers come back over the peer's own outgoing connections. The rule: sending never waits
+They carry messages one way; answers come back over the peer's own outgoing connections, but for that to a PING, whose
+time on the way is to be known. The rule: sending never waits
 and never fails. What cannot go now is dropped and counted, for Raft sends again what matters.
 """
 
@@ -101,8 +102,10 @@ class PeerPool:
         identity: fixed for the life of the pool: a node dials no peers before it has joined.
         known_boots: shared with the listener.
         on_connected: called with a node id once both of its connections are up.
+        on_pong: called with a node id and the payload of its answer to a PING that was sent to it.
         on_disconnected: called as soon as the first of them is lost. A process that died closes its connections, so
-            this is doubt, at once, without waiting for an election timeout. Neither callback may block or raise.
+            this is doubt, at once, without waiting for an election timeout. No callback may block or raise, but
+            ``on_pong`` a ProtocolError, which ends the connection.
 
     :meth:`run` is the service; addresses may be set before it starts.
     """
@@ -116,6 +119,7 @@ class PeerPool:
         settings: PoolSettings | None = None,
         on_connected: Callable[[NodeId], None] = lambda node_id: None,
         on_disconnected: Callable[[NodeId], None] = lambda node_id: None,
+        on_pong: Callable[[NodeId, bytes], None] = lambda node_id, payload: None,
     ) -> None:
         assert identity.cluster_id is not None, "a node dials no peers before it has joined a cluster"
         assert identity.node_id is not None, "a node dials no peers before it has an id"
@@ -125,6 +129,7 @@ class PeerPool:
         self._settings = settings or PoolSettings()
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
+        self._on_pong = on_pong
         self._peers: dict[NodeId, _Peer] = {}
         self._dirty: list[_Link] = []
         self._nursery: trio.Nursery | None = None
@@ -253,12 +258,30 @@ class PeerPool:
                 nursery.start_soon(connection.run_writer)
                 self._established(peer, link, connection)
                 try:
-                    await _read(connection, decoder, frames)
+                    await self._read(peer, connection, decoder, frames)
                 except (trio.BrokenResourceError, trio.ClosedResourceError, ProtocolError) as error:
                     link.problem = connection.reason or str(error)
                 nursery.cancel_scope.cancel()
         finally:
             self._lost(peer, link, connection)
+
+    async def _read(self, peer: _Peer, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
+        """Wait for the end of the connection. Little but its end is said on this side of it."""
+        while True:
+            for frame in frames:
+                if frame.kind is FrameKind.GOODBYE:
+                    raise trio.BrokenResourceError(f"{connection.remote} is stopping")
+                if frame.kind is FrameKind.PONG:
+                    self._on_pong(peer.node_id, frame.payload)
+                elif frame.kind is FrameKind.PING:
+                    connection.write(_PONG)
+                    connection.flush()
+                else:
+                    raise ProtocolError(f"{connection.remote} sent {frame.kind.name} on a connection that is one-way")
+            data = await connection.receive()
+            if not data:
+                raise trio.BrokenResourceError(f"{connection.remote} closed the connection")
+            frames = decoder.feed(data)
 
     async def _dial(self, address: str) -> Stream:
         with self._environment.clock.deadline(self._settings.dial_seconds_max):
@@ -312,19 +335,3 @@ class PeerPool:
                 )
                 if link.connection is not None:
                     link.connection.check()
-
-
-async def _read(connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
-    """Wait for the end of the connection. Nothing but its end is said on this side of it."""
-    while True:
-        for frame in frames:
-            if frame.kind is FrameKind.GOODBYE:
-                raise trio.BrokenResourceError(f"{connection.remote} is stopping")
-            if frame.kind is not FrameKind.PING:
-                raise ProtocolError(f"{connection.remote} sent {frame.kind.name} on a connection that is one-way")
-            connection.write(_PONG)
-            connection.flush()
-        data = await connection.receive()
-        if not data:
-            raise trio.BrokenResourceError(f"{connection.remote} closed the connection")
-        frames = decoder.feed(data)

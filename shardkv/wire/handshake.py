@@ -62,7 +62,8 @@ class Welcome:
     node_id: NodeId | None
     boot: int
     timestamp: int
-    """The node's hybrid timestamp, the client's first base for its own stamps."""
+    """The node's hybrid timestamp, the client's first base for its own stamps; 0 for another node, which has a clock of
+    its own."""
     inflight_max: int
     """How many requests the connection may have unanswered before the node stops reading it."""
 

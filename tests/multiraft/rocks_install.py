@@ -14,6 +14,7 @@ from typing import Any, cast
 import trio
 
 from shardkv.machine import keys
+from shardkv.machine.clock import HybridClock
 from shardkv.machine.machine import RangeMachine, conf_state_of
 from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, read_applied
 from shardkv.machine.snapshot import engine_spans
@@ -109,12 +110,14 @@ def install(engine: Engine, path: str) -> None:
     files = -(-incoming.builder.written_bytes // rocks.INGEST_FILE_BYTES)
     assert files - 1 <= len(incoming.builder.paths) <= files, incoming.builder.paths
     catalog = SimpleNamespace(extension=lambda range_id: None, installed=lambda replica: None)
+    clock = SimulationClock()
     driver = SimpleNamespace(catalog=catalog, engine=engine, space=Space())
-    environment = SimpleNamespace(workers=_Inline(), clock=SimulationClock())
+    environment = SimpleNamespace(workers=_Inline(), clock=clock)
     replica = SimpleNamespace(machine=RangeMachine.load(DESCRIPTOR.range_id, engine), range_id=DESCRIPTOR.range_id)
     arrived = _Arrived(path, DESCRIPTOR, metadata.index, metadata.term)
 
     async def replace() -> None:
+        driver.hybrid_clock = HybridClock(clock)
         service = Snapshots(cast(Any, driver), cast(Any, environment), path, cast(Any, None), log=None)
         await service._replace_data(cast(Any, replica), arrived)
 

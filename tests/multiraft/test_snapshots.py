@@ -110,6 +110,7 @@ async def test_a_follower_that_fell_behind_the_log_gets_a_snapshot_and_goes_on(a
         await hosts.agreed()
         assert late.value(b"new4") == b"2"
         assert late.wal.groups[RANGE].compact_index > 11
+        assert late.driver.hybrid_clock.last >= late.machine().last_timestamp, "whoever reads there is told no less"
         await hosts.write(b"after", b"3")
         await hosts.agreed()
 

@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.errors import NotLeader, Unavailable
+from shardkv.machine.clock import HybridClock
 from shardkv.server import placement_service
 from shardkv.server.placement_service import (
     HEARTBEAT_SECONDS_MIN,
@@ -58,7 +59,9 @@ class World:
         environment: Any = SimpleNamespace(
             clock=SimulationClock(), disk=SimpleNamespace(free_bytes=lambda path: 1_000_000)
         )
-        driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas=self.replicas))
+        driver: Any = SimpleNamespace(
+            catalog=SimpleNamespace(replicas=self.replicas), hybrid_clock=HybridClock(environment.clock)
+        )
         extension: Any = SimpleNamespace(state=self.group.state)
         log: Any = SimpleNamespace(debug=lambda *_, **__: None, info=lambda *_, **__: None)
         self.service = PlacementService(

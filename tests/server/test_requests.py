@@ -27,6 +27,7 @@ from shardkv.errors import (
 )
 from shardkv.multiraft.replica import Replica
 from shardkv.raft.messages import MessageType
+from shardkv.server.clock_health import ASK_SECONDS
 from shardkv.server.listener import Listener
 from shardkv.server.operations import _membership_changes
 from shardkv.server.peers import receive_messages
@@ -91,7 +92,7 @@ async def test_a_split_whose_leader_changes_under_way_is_of_unknown_outcome(
 
         def lose_leadership(replica: Replica, *arguments: Any) -> None:
             propose(replica, *arguments)
-            replica.abandon(replica.not_leader())
+            replica.abandon()
 
         monkeypatch.setattr(driver, "propose_split", lose_leadership)
         with pytest.raises(OutcomeUnknown):
@@ -146,12 +147,13 @@ async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it(autoju
     """A new leader whose clock is behind serves versions that the old one gave; the client carries the stamp on."""
     async with world(3) as cluster, cluster.client() as kv:
         leader = await cluster.leader_of(kv, b"k")
-        leader.environment.clock.wall_offset_ms = 300
+        leader.environment.clock.wall_offset_ms = 450
+        await trio.sleep(2 * ASK_SECONDS)
         version = await kv.put(b"k", b"v")
         await trio.sleep(0.3)
         for node in cluster.nodes.values():
             if node is not leader:
-                assert node.inside.hybrid_clock.last < version
+                assert timestamp_at(node.inside.hybrid_clock.ms()) < version
                 recorder = await ask(node, Method.GET, 2, [b"k"])
                 assert recorder.result == [[b"v", version]]
                 assert node.inside.hybrid_clock.last >= version

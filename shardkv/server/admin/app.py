@@ -22,6 +22,7 @@ from shardkv.json_rules import to_json
 from shardkv.multiraft.driver import Driver
 from shardkv.server.admin import page
 from shardkv.server.admin.metrics import CONTENT_TYPE, Metrics
+from shardkv.server.clock_health import ClockHealth
 from shardkv.server.disk_health import DiskHealth
 from shardkv.server.garbage import GarbagePolicy
 from shardkv.server.listener import Listener
@@ -61,6 +62,7 @@ class NodeParts:
     ready: trio.Event
     """Set once the node has said that it is ready."""
     disk_health: DiskHealth | None = None
+    clock_health: ClockHealth | None = None
 
     def unready(self) -> str:
         """Why this node should not be sent requests; empty when it should."""

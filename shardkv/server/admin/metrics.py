@@ -49,6 +49,7 @@ class Metrics(Collector):
             yield from _work(parts)
             yield from _storage(parts)
             yield from _disk(parts)
+            yield from _clock(parts)
             yield from _connections(parts)
             yield _lateness(parts.probe.statistics())
             yield from _garbage(parts)
@@ -117,6 +118,15 @@ def _disk(parts: "NodeParts") -> Iterable[Metric]:
     yield _counter("shardkv_disk_slow_times", "How often the disk became slow.", disk.slow_count)
     yield _gauge("shardkv_log_sync_seconds_max", "The slowest sync since the start.", disk.sync_seconds_max)
     yield _counter("shardkv_leaderships_given_away", "Taken by others while the disk was slow.", disk.given_away)
+
+
+def _clock(parts: "NodeParts") -> Iterable[Metric]:
+    if parts.clock_health is None:
+        return
+    clock = parts.clock_health.statistics()
+    help = "How far the wall clock is ahead of the time that the node goes by; negative when it is behind."
+    yield _gauge("shardkv_wall_clock_ahead_seconds", help, clock.wall_ahead_seconds)
+    yield _gauge("shardkv_clock_peers", "Other nodes that have lately said what time it is.", clock.peers)
 
 
 def _connections(parts: "NodeParts") -> Iterable[Metric]:

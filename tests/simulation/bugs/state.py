@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from shardkv.machine import execution, keys
+from shardkv.machine.clock import HybridClock
 from shardkv.machine.entries import GENERATION
 from shardkv.machine.execution import WriteRun
 from shardkv.machine.machine import Applied, RangeMachine
@@ -142,6 +143,14 @@ def versions_as_proposed() -> Patches:
         return original(machine, *arguments, **how)
 
     return [patch.object(RangeMachine, "apply", apply)]
+
+
+def wall_clock_believed() -> Patches:
+    def ms(clock: Any) -> int:
+        wall_ms: int = clock._clock.wall_ms()
+        return wall_ms
+
+    return [patch.object(HybridClock, "ms", ms), patch.object(HybridClock, "check", lambda clock: None)]
 
 
 def reads_of_a_span_that_moved() -> Patches:
@@ -388,9 +397,16 @@ BUGS = (
         "a version is above all the range has seen (DESIGN 4.4)",
         versions_as_proposed,
         ("step", "transfer"),
-        5,
+        4,
         workload="ledger",
         rate=60,
+    ),
+    Bug(
+        "wall-clock-believed",
+        "a clock that jumps makes no command too old (trap 23)",
+        wall_clock_believed,
+        ("step", "transfer"),
+        1,
     ),
     Bug(
         "read-of-a-moved-span",
