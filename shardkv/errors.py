@@ -150,23 +150,29 @@ class RoutingError(ShardKVError):
 
 
 class NotLeader(RoutingError):
-    """This replica does not lead the range. ``hint`` is the node id of the leader it knows of, or None."""
+    """This replica does not lead the range. ``hint`` is the node id of the leader it knows of, or None.
+
+    ``logged``: it did when it logged the command, which may still be applied.
+    """
 
     code = 31
 
-    def __init__(self, message: str = "this replica does not lead its range", *, hint: int | None = None) -> None:
+    def __init__(
+        self, message: str = "this replica does not lead its range", *, hint: int | None = None, logged: bool = False
+    ) -> None:
         super().__init__(message)
         self.hint = hint
+        self.logged = logged
 
     def details(self) -> list[object]:
-        return [self.hint]
+        return [self.hint, self.logged]
 
     @classmethod
     def from_details(cls, message: str, details: list[object]) -> "NotLeader":
         match details:
-            case [int() | None as hint]:
-                return cls(message, hint=hint)
-        return cls(message)
+            case [int() | None as hint, bool(logged)]:
+                return cls(message, hint=hint, logged=logged)
+        return cls(message, logged=True)
 
 
 class EpochMismatch(RoutingError):

@@ -324,7 +324,7 @@ class Catalog:
         update.hard_state = HardState(term, vote, commit)
         self.log([update])
         promised_ns = replica.raft.raft.refuse_until
-        replica.abandon(replica.not_leader())
+        replica.abandon()
         del self.replicas[replica.range_id]
         raft = self._raft_node(replica.log, replica.machine, promised_ns=promised_ns)
         self._add(Replica(replica.range_id, replica.replica_id, raft, replica.log, replica.machine), claim=False)

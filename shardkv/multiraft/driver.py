@@ -487,7 +487,7 @@ class Driver:
 
     def _role_changed(self, replica: Replica) -> None:
         if not replica.leads and (replica.led or replica.waiting or replica.proposals or replica.reads):
-            replica.abandon(replica.not_leader())
+            replica.abandon()
         replica.led = replica.leads
         self.hooks.leadership(replica)
 

@@ -227,12 +227,15 @@ class Replica:
         self.waiting = []
         self.waiting_bytes = 0
 
-    def abandon(self, error: ShardKVError) -> None:
-        """Refuse everyone who waits on this replica. A proposal may still be applied; its retry will find out."""
+    def abandon(self) -> None:
+        """Refuse everyone who waits on this replica, which leads no more. A proposal may still be applied; its retry
+        will find out."""
+        error = self.not_leader()
         self.refuse_waiting(error)
+        logged = NotLeader(hint=error.hint, logged=True)
         for proposal in self.proposals.values():
             for requester, request_id in proposal.waiting:
-                requester.refuse(request_id, error)
+                requester.refuse(request_id, logged)
         self.proposals.clear()
         self.abandon_reads(error)
 

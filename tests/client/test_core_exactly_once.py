@@ -37,17 +37,51 @@ def test_a_retry_after_a_split_finds_its_record_in_the_other_half():
     assert world.cluster.data[b"z1"][0] == b"5"
 
 
-@pytest.mark.parametrize("error", [errors.NotLeader(), errors.RangeNotFound("gone"), errors.Busy("full")], ids=repr)
-@pytest.mark.parametrize("answer", [errors.Unavailable("no quorum"), errors.OutcomeUnknown("stepped down")], ids=repr)
-def test_every_refusal_that_may_pass_is_retried_with_the_same_bytes(error, answer):
+IN_DOUBT = [errors.NotLeader(logged=True), errors.OutcomeUnknown("stepped down"), errors.RangeNotFound("gone")]
+CAME_TO_NOTHING = [errors.NotLeader(), errors.Busy("full"), errors.Unavailable("check the clocks")]
+
+
+def refusing(*refusals: errors.ShardKVError) -> World:
+    """Nodes that refuse the next writes so, whoever is asked; after those they take them."""
     world = World()
     world.run(world.put(b"k", b"v"))
-    refusals = [error, answer, error]
+    left = list(refusals)
     for node in world.cluster.nodes.values():
-        node.faults.append(lambda request: refusals.pop() if request.method == Method.WRITE and refusals else None)
-    call = world.increment(b"n")
-    assert world.run(call) == 1
-    assert call.attempts == 4
+        node.faults.append(lambda request: left.pop(0) if request.method == Method.WRITE and left else None)
+    return world
+
+
+@pytest.mark.parametrize("error", IN_DOUBT, ids=repr)
+@pytest.mark.parametrize("other", IN_DOUBT + CAME_TO_NOTHING, ids=repr)
+def test_a_refusal_that_leaves_doubt_is_retried_with_the_same_bytes(error, other):
+    """Whatever the refusals after it say: an earlier attempt may still be applied."""
+    world = refusing(error, other, other, error)
+    sequence = world.core.session.next_sequence
+    assert world.run(world.increment(b"n")) == 1
+    assert world.core.session.next_sequence == sequence + 1
+
+
+@pytest.mark.parametrize("error", CAME_TO_NOTHING, ids=repr)
+def test_a_write_of_which_nothing_came_for_certain_is_issued_anew(error):
+    """A command that waits for a leader does not grow too old: by then it is stamped with the time that the leader
+    told."""
+    world = refusing(error, error)
+    first = len(world.cluster.issued)
+    assert world.run(world.increment(b"n")) == 1
+    assert len(world.cluster.issued) == first + 1
+    assert world.core.session.next_sequence == world.cluster.issued[-1][0] + 1
+    assert world.core.session.unsettled == set()
+
+
+@pytest.mark.parametrize("error", CAME_TO_NOTHING, ids=repr)
+def test_a_write_of_which_nothing_came_until_the_timeout_is_unavailable(error):
+    """DESIGN §2.4: of unknown outcome is only what a leader may have logged."""
+    world = refusing(*[error] * 10_000)
+    with pytest.raises(errors.Unavailable, match="nothing was applied"):
+        world.run(world.put(b"k", b"w", timeout=3.0))
+    doubted = refusing(IN_DOUBT[0], *[error] * 10_000)
+    with pytest.raises(errors.OutcomeUnknown, match="may have been applied"):
+        doubted.run(doubted.put(b"k", b"w", timeout=3.0))
 
 
 def test_a_read_that_ends_by_its_deadline_is_unavailable():
@@ -229,7 +263,7 @@ def test_the_command_that_the_window_waits_for_does_not_wait_for_the_window():
         if request.method != Method.WRITE or 2 in world.mute:
             return None
         world.mute.add(2)
-        return errors.Busy("not now")
+        return errors.OutcomeUnknown("not now")
 
     world.cluster.nodes[2].faults.append(refuse_once_and_fall_silent)
     retried = []

@@ -127,9 +127,11 @@ def test_whoever_waits_is_refused_once_when_a_replica_is_given_up() -> None:
     replica.await_read(reading(answers[2]))
     replica.take_open_reads(0)
     replica.await_read(reading(answers[3]))
-    replica.abandon(NotLeader())
-    replica.abandon(NotLeader())
+    replica.abandon()
+    replica.abandon()
     assert [answer.count for answer in answers] == [1, 1, 1, 1]
+    errors = [answer.error for answer in answers]
+    assert [isinstance(error, NotLeader) and error.logged for error in errors] == [False, True, False, False]
 
 
 def test_frames_to_a_peer_are_cut_in_bytes_and_in_messages() -> None:

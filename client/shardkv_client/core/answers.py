@@ -12,6 +12,7 @@ from typing import Any
 from shardkv import errors
 from shardkv.errors import (
     Busy,
+    NotLeader,
     OutcomeUnknown,
     ProtocolError,
     RequestError,
@@ -57,6 +58,11 @@ def judge(call: Call, error: ShardKVError, *, recorded: bool) -> Verdict:
             # A node's refusal now (no space, no permission) says nothing about the earlier attempt.
             return Verdict.UNKNOWN
     return Verdict.FINAL
+
+
+def came_to_nothing(error: ShardKVError) -> bool:
+    """Whether a node that refuses a write so has certainly not logged it, and never will."""
+    return isinstance(error, (Busy, Unavailable)) or (isinstance(error, NotLeader) and not error.logged)
 
 
 def may_repeat(call: Call) -> bool:

@@ -31,7 +31,7 @@ class Call:
 
     ``key`` routes the call (None: it is not routed by key). ``deadline`` is in seconds of the client's clock.
     ``notify`` is called once, with the call, when it is done; None once nobody waits any more. ``attempts`` counts how
-    often its bytes were handed to a connection.
+    often its bytes were handed to a connection; of a write, without the attempts that came to nothing for certain.
     """
 
     __slots__ = (

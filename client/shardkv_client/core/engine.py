@@ -140,7 +140,7 @@ class Core:
 
     def _expire(self, call: Call) -> None:
         problem = self.links.problem
-        reason = "no answer before the timeout" if call.attempts else "no node could be asked before the timeout"
+        reason = "no answer before the timeout" if call.attempts else "no node took the request before the timeout"
         self.ledger.finish(
             call, None, answers.failure(call, f"{reason} (last problem: {problem})" if problem else reason)
         )
@@ -452,6 +452,8 @@ class Core:
         if verdict is Verdict.ANEW:
             self.ledger.renew(call)
             verdict = Verdict.LATER
+        elif call.kind is Kind.WRITE and not recorded and answers.came_to_nothing(error):
+            self.ledger.take_back(call)
         if sent.route is None:
             self._failed_anywhere(link, call, error, now)
             return

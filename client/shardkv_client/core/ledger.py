@@ -130,6 +130,13 @@ class Ledger:
         self.settle(call)
         call.attempts = 0
 
+    def take_back(self, call: WriteCall) -> None:
+        """An attempt came to nothing. If none is left that may not have, the command is issued anew: what waits for a
+        leader does not grow too old, and when time runs out its outcome is known."""
+        call.attempts -= 1
+        if not call.attempts:
+            self.settle(call)
+
     def flushed(self) -> None:
         """A flush is over; what it left ready asks for another."""
         self.flush_wanted = bool(self.ready)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from shardkv.errors import Unavailable
+from shardkv.errors import NotLeader, Unavailable
 from shardkv.machine import reads
+from shardkv.multiraft import replica as replica_module
 from shardkv.multiraft.driver import Driver
 from shardkv.server import requests
 from shardkv_client.core import answers, engine
@@ -26,6 +27,11 @@ def retry_under_a_new_sequence() -> Patches:
 
 def certainly_not_applied() -> Patches:
     return [patch.object(answers, "failure", lambda call, reason: Unavailable(reason))]
+
+
+def logged_and_told_as_not() -> Patches:
+    """A leader that steps down refuses what it has logged as if it had not."""
+    return [patch.object(replica_module, "NotLeader", lambda hint=None, logged=False: NotLeader(hint=hint))]
 
 
 def answered_when_proposed() -> Patches:
@@ -84,6 +90,15 @@ BUGS = (
         certainly_not_applied,
         ("depose", "stall", "slow"),
         4,
+        workload="counters",
+        rate=100,
+    ),
+    Bug(
+        "logged-told-as-not",
+        "what a leader has logged is not issued anew (DESIGN 4.6)",
+        logged_and_told_as_not,
+        ("depose", "transfer", "stall"),
+        1,
         workload="counters",
         rate=100,
     ),
