@@ -216,8 +216,11 @@ class Driver:
 
     def step(self, replica: Replica, message: Message) -> None:
         """Hand a peer's message to its group."""
-        if self.space.full and replica.range_id != PLACEMENT_RANGE and not self.space.takes(message):
-            return  # as if it were lost: the leader tries again, and goes on with those that have room
+        if self.space.full and replica.range_id != PLACEMENT_RANGE:
+            taken = self.space.taken(message)
+            if taken is None:
+                return  # as if it were lost: the leader tries again, and goes on with those that have room
+            message = taken
         if replica.installing:
             return  # nothing leaves its group until it is done, so what this made ready would only pile up
         replica.raft.step(message, self.environment.clock.monotonic_ns())

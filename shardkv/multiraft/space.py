@@ -11,6 +11,7 @@ it is *full*: it refuses deletes too, and takes no client data from other nodes'
 there is a quarter more than the state's bound, so that it does not flicker.
 """
 
+from dataclasses import replace
 from typing import Final
 
 from shardkv.errors import OutOfSpace
@@ -75,14 +76,17 @@ class Space:
             "are taken again by themselves once there is room"
         )
 
-    def takes(self, message: Message) -> bool:
-        """Whether a full node still takes a message of another node's leader: all but appends of client data.
+    def taken(self, message: Message) -> Message | None:
+        """What a full node still takes of a message of another node's leader, or None: all but appends of client data.
 
-        What a new leader needs to begin its term has no data; membership changes are few and small.
+        What a new leader needs to begin its term has no data, and is taken though data follow it in the same message;
+        membership changes are few and small.
         """
-        if message.type is not MessageType.APP:
-            return True
-        return all(not entry.data or entry.type is not EntryType.NORMAL for entry in message.entries)
+        if message.type is MessageType.APP:
+            for position, entry in enumerate(message.entries):
+                if entry.data and entry.type is EntryType.NORMAL:
+                    return replace(message, entries=message.entries[:position]) if position else None
+        return message
 
     def check(self) -> None:
         assert self.low or not self.full, "full and not low"

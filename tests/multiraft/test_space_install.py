@@ -1,11 +1,14 @@
-"""Snapshots and a disk without room: none is taken on, and one that is half installed waits for room."""
+"""Replication and a disk without room: what is taken on, what goes on, and what waits until there is room."""
 
 from typing import Any
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from shardkv.errors import OutOfSpace
+from shardkv.raft.messages import MessageType
+from tests.multiraft.test_catalog import led_by_another
 from tests.multiraft.test_snapshots import Stream, behind, spelled
 from tests.multiraft.world import world
 
@@ -48,3 +51,31 @@ async def test_a_step_of_an_install_that_finds_no_room_is_taken_again(
         await hosts.agreed()
         assert left == 0
         assert not late.driver.space.low
+
+
+async def test_a_new_leader_begins_its_term_on_full_nodes_though_it_was_sent_data_already(
+    autojump_clock: MockClock,
+) -> None:
+    """Until they have taken the first entry of its term it can serve no read, and these they must serve."""
+    async with world(3) as hosts:
+        leader = await led_by_another(hosts, 3)
+        term = leader.replica().raft.term
+        hosts.passes = lambda source, target, range_id, message: (
+            message.type is not MessageType.APP or message.term == term
+        )
+        leader.replica().raft.transfer_leader(3)
+        leader.driver.touch(leader.replica())
+        new = hosts[3]
+        await hosts.until(lambda: new.replica().leads, "a transfer to node 3")
+        write = new.put(b"k", b"v")
+        await trio.sleep(0.1)
+        for node_id in (1, 2):
+            hosts[node_id].driver.space.failed("log", FULL)
+        hosts.passes = lambda source, target, range_id, message: True
+        await hosts.until(lambda: new.replica().raft.committed_in_term, "the begin of the term")
+        assert await new.read(b"k").wait() is None
+        assert not write.arrived
+        for node_id in (1, 2):
+            hosts[node_id].driver.space.succeeded("log")
+        assert await write.wait()
+        await hosts.agreed()
