@@ -295,6 +295,10 @@ class Catalog:
         raft = self._raft_node(log, machine, promised_ns=promised_ns)
         right = Replica(range_id, member.replica_id, raft, log, machine)
         self._add(right, claim=False)
+        if existing is not None and existing.raft.leader != NONE:
+            # Nobody would wait for a snapshot that is not needed, nor may there be room for one.
+            right.nodes = existing.nodes
+            right.answer_leader(existing.raft.leader, existing.raft.term, self._environment.clock.monotonic_ns())
         return right
 
     def _begin_log(self, range_id: RangeId, replica_id: ReplicaId, machine: RangeMachine) -> GroupLog:

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from shardkv.errors import Busy, EpochMismatch, NotLeader, ProtocolError, ShardKVError
 from shardkv.machine.machine import RangeMachine
 from shardkv.raft import RaftNode, Role
-from shardkv.raft.messages import NONE
+from shardkv.raft.messages import NONE, Message, MessageType
 from shardkv.storage.wal import GroupLog
 from shardkv.types import NodeId, RangeId, ReplicaId
 from shardkv.wire.commands import Command
@@ -173,6 +173,15 @@ class Replica:
         if machine.descriptor.epoch.span != span_generation:
             raise EpochMismatch(current=(machine.descriptor,))
         return machine
+
+    def answer_leader(self, leader: int, term: int, now_ns: int) -> None:
+        """Tell who leads in ``term`` how far this log is committed: it takes this replica for one without state.
+
+        A split has given it its state since, and the leader, which has nothing below the split, would send nothing but
+        snapshots. An append that is empty, and of which every log holds what precedes it, is answered with that.
+        """
+        assert self.raft.committed, f"range {self.range_id} has nothing that its leader could go on from"
+        self.raft.step(Message(MessageType.APP, self.replica_id, leader, term), now_ns)
 
     # Writes
 

@@ -260,6 +260,8 @@ class Snapshots:
         while True:
             try:
                 async with self._dial(node_id) as stream:
+                    if not replica.leads:
+                        return False  # the receiver believes that it is spoken to by the leader of the term
                     begin = encode_begin(id_, to, replica.replica_id, replica.raft.term, metadata, descriptor)
                     return await self._stream(stream, begin, replica, outgoing)
             except StreamsDiffer as error:
@@ -349,6 +351,7 @@ class Snapshots:
             if range_id != PLACEMENT_RANGE:
                 self._catalog.spans.reserve(range_id, begin.descriptor.span)
         except (ShardKVError, SpanTaken) as error:
+            self._answer_leader(begin, sender)
             await stream.send(["refused", str(error)])
             return
         if replica.machine is not None and replica.machine.applied_index >= begin.metadata.index:
@@ -399,6 +402,16 @@ class Snapshots:
         if replica is None:
             raise Busy(f"range {range_id} has no replica {begin.message.to} here")
         return replica
+
+    def _answer_leader(self, begin: Begin, sender: NodeId) -> None:
+        """What is not taken may not be needed: a split brought the state, and the sender's log goes on from there."""
+        replica = self._catalog.replicas.get(begin.range_id)
+        if replica is None or replica.machine is None or replica.needs_snapshot or replica.installing:
+            return
+        message = begin.message
+        if replica.replica_id == message.to and replica.node_of(message.from_) == sender:
+            replica.answer_leader(message.from_, message.term, self._environment.clock.monotonic_ns())
+            self._driver.touch(replica)
 
     def _new_file(self, begin: Begin) -> Incoming:
         self._files += 1

@@ -117,6 +117,23 @@ async def test_trap_02_a_replica_made_by_a_vote_is_adopted_with_it_by_the_split_
         assert late.replica(2).raft.term >= 9
 
 
+async def test_trap_02_an_adopted_replica_tells_its_leader_that_it_needs_no_snapshot_any_more(
+    autojump_clock: MockClock,
+) -> None:
+    """Its leader met it without state, and would go on only with a snapshot: none can be had here."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        hosts.opens = lambda source, target: False
+        hosts.passes = lambda source, target, range_id, message: range_id == 2
+        await hosts.until(lambda: 2 in late.catalog.replicas, "the right half by a message")
+        await trio.sleep(1)
+        assert late.replica(2).machine is None
+        hosts.passes = lambda source, target, range_id, message: True
+        await hosts.agreed(2)
+        await hosts.write(b"z", b"3", 2)
+        await hosts.agreed(2)
+
+
 async def test_trap_02_the_split_adopts_the_replica_and_keeps_its_vote_through_a_crash(
     autojump_clock: MockClock,
 ) -> None:

@@ -8,7 +8,7 @@ from trio.testing import MockClock
 
 from shardkv.errors import OutOfSpace
 from shardkv.raft.messages import MessageType
-from tests.multiraft.test_catalog import led_by_another
+from tests.multiraft.test_catalog import led_by_another, split_on_two
 from tests.multiraft.test_snapshots import Stream, behind, spelled
 from tests.multiraft.world import world
 
@@ -51,6 +51,23 @@ async def test_a_step_of_an_install_that_finds_no_room_is_taken_again(
         await hosts.agreed()
         assert left == 0
         assert not late.driver.space.low
+
+
+async def test_a_full_node_that_refuses_the_snapshot_of_a_range_which_it_has_says_how_far_its_log_goes(
+    autojump_clock: MockClock,
+) -> None:
+    """It had no state when the right half's leader first spoke to it, and what it said when a split had brought that
+    was lost. The leader would offer it snapshots for as long as it has no room for one, and needs none."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        hosts.passes = lambda source, target, range_id, message: range_id == 2
+        await hosts.until(lambda: 2 in late.catalog.replicas, "the right half by a message")
+        hosts.passes = lambda source, target, range_id, message: range_id == 1 or source != 3
+        await hosts.until(lambda: late.replica(2).machine is not None, "the right half by the split")
+        await trio.sleep(1)
+        late.driver.space.failed("log", FULL)
+        hosts.passes = lambda source, target, range_id, message: True
+        await hosts.agreed(2)
 
 
 async def test_a_new_leader_begins_its_term_on_full_nodes_though_it_was_sent_data_already(

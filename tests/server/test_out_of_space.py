@@ -4,6 +4,7 @@ DESIGN 4.11. The disks are simulated, so is time; ``tests/cluster/test_full_disk
 system without room.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +15,8 @@ from shardkv.config import StorageConfig
 from shardkv.errors import OutOfSpace, ShardKVError, StorageError
 from shardkv.simulation import run_deterministically
 from shardkv.simulation.disk import CAPACITY_BYTES
-from tests.server.world import SimulatedNode, world
+from shardkv.wire.requests import Method
+from tests.server.world import Cluster, SimulatedNode, world
 
 MIB = 1024 * 1024
 FREE_BYTES_MIN = 2 * MIB
@@ -127,6 +129,76 @@ def test_a_disk_that_is_full_at_once_costs_nothing_acknowledged_and_no_node() ->
                 node.check()
 
     simulated(main, seed=2)
+
+
+LOW, FULL, NOTHING = FREE_BYTES_MIN * 3 // 4, FREE_BYTES_MIN // 4, 0
+
+
+@pytest.mark.parametrize(
+    "left",
+    [[LOW] * 3, [NOTHING] * 3, [8 * FREE_BYTES_MIN, FULL, FULL], [LOW, FULL, NOTHING]],
+    ids=["low", "nothing", "one has room", "each has less"],
+)
+def test_a_range_that_splits_while_the_disks_fill_up_has_two_halves_that_serve_reads(left: Sequence[int]) -> None:
+    """Whenever they do: nodes that heard of the right half before they had split need no snapshot afterwards.
+
+    They would have no room for it, and the right half, which only its leader believes to have, no quorum.
+    """
+    for moment in range(-1200, 400, 200):
+
+        async def main(moment: int = moment) -> None:
+            async with world(3, seed=6, storage=STORAGE) as cluster, cluster.client() as kv:
+                await fill_up_around_a_split(cluster, kv, moment / 1000, left)
+
+        simulated(main, seed=6)
+
+
+async def fill_up_around_a_split(cluster: Cluster, kv: Any, moment: float, left: Sequence[int]) -> None:
+    """Leave the nodes so much room so long after a split is asked for, while a client writes."""
+    values = {b"k%02d" % number: {b"old"} for number in range(20)}
+    for key in values:
+        await kv.put(key, b"old")
+
+    async def fill() -> None:
+        await trio.sleep(2 + moment)
+        for node, free_bytes in zip(cluster.nodes.values(), left, strict=True):
+            leave(node, free_bytes)
+
+    async def split() -> None:
+        await trio.sleep(2)
+        with suppress(ShardKVError):
+            await kv.call(Method.SPLIT, b"k10", key=b"k10", timeout=2)
+
+    async def write() -> None:
+        for number in range(100):
+            key, value = b"k%02d" % (number % 20), b"%d" % number
+            values[key].add(value)
+            with suppress(ShardKVError):
+                await kv.put(key, value, timeout=1)
+                values[key] = {value}
+            await trio.sleep(0.02)
+
+    async with trio.open_nursery() as nursery:
+        for task in (fill, split, write):
+            nursery.start_soon(task)
+    await trio.sleep(1)
+
+    async def read() -> None:
+        for key, possible in values.items():
+            entry = await kv.get(key, timeout=5)
+            assert entry is not None, key
+            assert entry.value in possible, key
+
+    await read()
+    for node in cluster.nodes.values():
+        assert node.alive
+        leave(node, 8 * FREE_BYTES_MIN)
+    for key, possible in values.items():
+        await until_taken(kv, key)
+        possible.add(b"there is room")
+    await read()
+    for node in cluster.nodes.values():
+        node.check()
 
 
 def test_a_log_write_that_finds_no_room_is_done_again_and_nobody_hears_of_it_before() -> None:
