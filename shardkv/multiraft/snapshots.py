@@ -19,7 +19,7 @@ snapshot again.
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import trio
 
@@ -63,6 +63,8 @@ SENDING_SECONDS_MAX: Final = 4 * 3600.0
 """No engine snapshot is kept for longer than this: it keeps deleted data on the disk."""
 RETRY_SECONDS_MIN: Final = 0.1
 RETRY_SECONDS_MAX: Final = 2.0
+"""After a break, and after each snapshot in a row that one replica did not take: the first pause, and the bound up to
+which it doubles. Raft asks again with every heartbeat, and a receiver without room may refuse for days."""
 CATCH_UP_SECONDS: Final = 60.0
 """For this long after its snapshot, the log keeps what a receiver needs next, however much that is (trap 11)."""
 
@@ -108,6 +110,17 @@ class SnapshotStatistics:
     """Streams that this node has sent on after a break, not counting those that began anew."""
 
 
+class _Failures(NamedTuple):
+    """Of the snapshots of a range to one replica."""
+
+    in_a_row: int = 0
+    paused_until_ns: int = 0
+    """None is sent before."""
+
+
+_NO_FAILURES: Final = _Failures()
+
+
 @dataclass(slots=True)
 class _Arrived:
     """A snapshot that has arrived whole and waits for its group to take it."""
@@ -148,6 +161,8 @@ class Snapshots:
         """The index of each snapshot under way, by range and receiving replica."""
         self._sent: dict[tuple[RangeId, int], tuple[int, int]] = {}
         """The index of the last snapshot that arrived, and until when the log after it is kept."""
+        self._failures: dict[tuple[RangeId, int], _Failures] = {}
+        """By range and receiving replica, since the last that arrived."""
         self._receiving: dict[RangeId, None] = {}
         self._waiting: dict[RangeId, Incoming] = {}
         """Snapshots whose stream broke, oldest first."""
@@ -189,7 +204,13 @@ class Snapshots:
         if key in self._sending:
             return  # its outcome will be reported
         node_id = replica.node_of(message.to)
-        if node_id is None or replica.machine is None or len(self._sending) >= self._config.snapshots_sending_max:
+        paused_until_ns = self._failures.get(key, _NO_FAILURES).paused_until_ns
+        if (
+            node_id is None
+            or replica.machine is None
+            or len(self._sending) >= self._config.snapshots_sending_max
+            or self._environment.clock.monotonic_ns() < paused_until_ns
+        ):
             replica.raft.report_snapshot(message.to, False)
             self._driver.touch(replica)
             return
@@ -219,6 +240,17 @@ class Snapshots:
         self._sent = {other: kept for other, kept in self._sent.items() if kept[1] >= now}
         self._sent[key] = (index, now + int(CATCH_UP_SECONDS * 1e9))
 
+    def _pause(self, key: tuple[RangeId, int]) -> None:
+        """A snapshot was not taken: send the replica no other for a while, which doubles each time."""
+        now = self._environment.clock.monotonic_ns()
+        forgotten = now - int(CATCH_UP_SECONDS * 1e9)
+        self._failures = {
+            other: failures for other, failures in self._failures.items() if failures.paused_until_ns >= forgotten
+        }
+        count = self._failures.get(key, _NO_FAILURES).in_a_row
+        seconds = min(RETRY_SECONDS_MIN * 2 ** min(count, 10), RETRY_SECONDS_MAX)
+        self._failures[key] = _Failures(count + 1, now + int(seconds * 1e9))
+
     async def _send(
         self,
         replica: Replica,
@@ -237,7 +269,10 @@ class Snapshots:
             key = (replica.range_id, to)
             del self._sending[key]
             if sent:
+                self._failures.pop(key, None)
                 self._keep_log(key, metadata.index)
+            else:
+                self._pause(key)
             if self._catalog.replicas.get(replica.range_id) is replica:
                 replica.raft.report_snapshot(to, sent)
                 self._driver.touch(replica)
@@ -315,7 +350,9 @@ class Snapshots:
         return answer == ["done"] or self._refused(begin, answer)
 
     def _refused(self, begin: list[Any], answer: object) -> bool:
-        self._log.info("snapshot refused", range=begin[2], to=begin[3], reason=str(answer)[:200])
+        count = self._failures.get((begin[2], begin[3]), _NO_FAILURES).in_a_row + 1
+        say = self._log.debug if count & (count - 1) else self._log.info  # the first, second, fourth, eighth and so on
+        say("snapshot refused", range=begin[2], to=begin[3], in_a_row=count, reason=str(answer)[:200])
         return False
 
     async def _say(self, stream: SnapshotStream, message: list[Any]) -> None:

@@ -1,5 +1,6 @@
 """Replication and a disk without room: what is taken on, what goes on, and what waits until there is room."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.errors import OutOfSpace
+from shardkv.multiraft import snapshots
 from shardkv.raft.messages import MessageType
 from tests.multiraft.test_catalog import led_by_another, split_on_two
 from tests.multiraft.test_snapshots import Stream, behind, spelled
@@ -51,6 +53,44 @@ async def test_a_step_of_an_install_that_finds_no_room_is_taken_again(
         await hosts.agreed()
         assert left == 0
         assert not late.driver.space.low
+
+
+class Said:
+    """A log that remembers at which level it was told of what."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, str]] = []
+
+    def __getattr__(self, level: str) -> Any:
+        return lambda event, **fields: self.lines.append((level, event))
+
+
+async def test_a_snapshot_that_is_refused_again_and_again_is_offered_and_reported_ever_more_rarely(
+    autojump_clock: MockClock,
+) -> None:
+    """A disk may stay full for days. The pauses double up to a bound, and so does what is said, without one."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        late.driver.space.failed("log", FULL)
+        leader = hosts[hosts.leader().node_id]
+        leader.snapshots._log = said = Said()
+        offered: list[float] = []
+        hosts.opens = lambda source, target: bool(target == 3 and (offered.append(trio.current_time()) or True))
+        hosts.heal()
+        await trio.sleep(60)
+        pauses = [round(after - before, 3) for before, after in pairwise(offered)]
+        expected = snapshots.RETRY_SECONDS_MIN
+        for pause in pauses:
+            assert expected <= pause <= expected + 0.3  # Raft asks after a heartbeat
+            expected = min(2 * expected, snapshots.RETRY_SECONDS_MAX)
+        assert expected == snapshots.RETRY_SECONDS_MAX
+        assert 32 <= len(offered) < 64
+        refused = [level for level, event in said.lines if event == "snapshot refused"]
+        assert len(refused) == len(offered)
+        assert [number for number, level in enumerate(refused, 1) if level != "debug"] == [1, 2, 4, 8, 16, 32]
+        late.driver.space.succeeded("log")
+        await hosts.agreed()
+        assert not leader.snapshots._failures
 
 
 async def test_a_full_node_that_refuses_the_snapshot_of_a_range_which_it_has_says_how_far_its_log_goes(
