@@ -85,7 +85,14 @@ class Maintenance:
         if self._directory is not None and self._worth_measuring():
             space.measured(await self._environment.workers.run(self._environment.disk.free_bytes, self._directory))
         # An engine that found no room goes on when it is asked, and nobody else may have a reason to ask it.
-        self._driver.engine.stalled()
+        engine = self._driver.engine
+        engine.stalled()
+        if engine.full:
+            # However much is free now, by a quota or after a compaction that was given up. A node that does not count
+            # as full holds back what is to be applied, reads that wait for it with it, until a flush has failed, too.
+            space.failed("writes", OutOfSpace("the engine has found no room"))
+        else:
+            space.succeeded("writes")
         refused = (space.low, space.full)
         if refused != self._refused:
             self._refused = refused

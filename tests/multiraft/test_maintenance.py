@@ -57,6 +57,27 @@ async def test_room_is_measured_at_every_look_while_the_node_writes_or_lacks_roo
             nursery.cancel_scope.cancel()
 
 
+async def test_an_engine_that_found_no_room_makes_the_node_full_however_much_is_free(
+    autojump_clock: MockClock,
+) -> None:
+    """A quota, or a compaction that was given up. What is committed is applied, for reads wait for it; the engine's
+    memory has a bound because nothing new is taken."""
+    async with world(3) as hosts:
+        host = hosts[hosts.leader().node_id]
+        await hosts.write(b"k", b"v")
+        host.engine.stall = host.engine.full = True
+        write = host.put(b"k", b"w")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(Maintenance(host.driver, host.environment, structlog.get_logger()).run)
+            await write.wait()
+            assert await host.read(b"k").wait() == b"w"
+            assert "the engine has found no room" in str(host.driver.space.refusal())
+            host.engine.stall = host.engine.full = False
+            await trio.sleep(2 * INTERVAL_SECONDS)
+            assert not host.driver.space.low
+            nursery.cancel_scope.cancel()
+
+
 async def test_a_flush_that_finds_no_room_is_tried_again_and_said_once(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
