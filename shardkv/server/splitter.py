@@ -72,6 +72,8 @@ class Splitter:
         machine = replica.machine
         if machine is None or replica.range_id == PLACEMENT_RANGE or not replica.leads:
             return False
+        if self._driver.space.low:
+            return False  # it grows no more; and where others are full, they take the split no more than other entries
         if self._clock.monotonic_ns() < self._retry_at_ns.get(replica.range_id, 0):
             return False
         size = self.sizes.get(replica.range_id)

@@ -11,8 +11,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from shardkv.errors import Busy
+from shardkv.errors import Busy, OutOfSpace
 from shardkv.machine import envelope, keys
+from shardkv.multiraft.space import Space
 from shardkv.server.splitter import IDLE_SECONDS, INTERVAL_SECONDS, RETRY_SECONDS, SLICE_KEYS, Splitter
 from shardkv.simulation.clock import SimulationClock
 from shardkv.storage.engine import WriteBatch
@@ -79,9 +80,11 @@ class World:
         self.error: Exception | None = None
         log = SimpleNamespace(info=lambda *_, **__: None)
         self.applying: Iterator[int] = itertools.count()
+        self.space = Space()
         driver: Any = SimpleNamespace(
             catalog=SimpleNamespace(replicas=self.replicas),
             engine=self.engine,
+            space=self.space,
             statistics=lambda: SimpleNamespace(entries_applied=next(self.applying)),
         )
         self.splitter = Splitter(driver, SimulationClock(), self._split, lambda: SPLIT_BYTES, log)
@@ -134,6 +137,18 @@ async def test_while_nothing_is_applied_it_looks_less_often(autojump_clock: Mock
         assert world.engine.scans == scans
         await trio.sleep(IDLE_SECONDS)
         assert len(world.splits) == 1
+
+
+async def test_a_node_that_is_short_of_room_splits_nothing_until_it_has_some(autojump_clock: MockClock) -> None:
+    """Full followers would not take it; it would be measured and proposed again every few seconds."""
+    async with running() as world:
+        world.space.failed("log", OutOfSpace("no room"))
+        world.write(world.add(), 0, 1000)
+        await rounds(20)
+        assert not world.engine.opened
+        world.space.succeeded("log")
+        await rounds(3)
+        assert world.splits
 
 
 async def test_a_range_that_has_grown_too_large_is_split_in_its_middle(autojump_clock: MockClock) -> None:
