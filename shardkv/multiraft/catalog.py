@@ -159,6 +159,16 @@ class Catalog:
                     self.spans.claim(range_id, mark.descriptor.span)
         self.check()
 
+    def engine_is_gone(self) -> bool:
+        """Whether the log tells of ranges that had data here, and the engine holds not one range.
+
+        No crash leaves that: a range's first batch is flushed before the log knows the range, or comes with the batch
+        of the range that it was split from.
+        """
+        start, end = keys.SYSTEM_PREFIX, keys.SYSTEM_END
+        had = any(not log.ended and log.last_index() > 0 for log in self._wal.groups.values())
+        return had and next(self._engine.scan(start, end), None) is None
+
     def _recorded_promise_ns(self) -> int:
         """For how long replicas may have promised their votes before the start; 0 if no start has said."""
         row = self._engine.get(_PROMISE_KEY)

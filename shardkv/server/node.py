@@ -14,7 +14,7 @@ import trio
 
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment, Stream
-from shardkv.errors import ConfigError, OutOfSpace, ShardKVError, StorageError, WrongCluster
+from shardkv.errors import ConfigError, Corruption, OutOfSpace, ShardKVError, StorageError, WrongCluster
 from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.catalog import Catalog, GroupTiming
 from shardkv.multiraft.driver import Driver, DriverHooks
@@ -309,6 +309,7 @@ class _Node:
             lambda range_id: self._extension,
             reluctant=self._disk_health.is_slow,
         )
+        self._look_for_the_data()
         if mine.node_id == FIRST_NODE:
             self._catalog.bootstrap(_first_ranges(), timestamp_at(self._hybrid_clock.ms()))
         self._catalog.recover(used_before=mine.boot > 1)
@@ -342,6 +343,30 @@ class _Node:
         )
         self._driver.snapshots = self._snapshots
         self._maintenance = Maintenance(self._driver, environment, self._log, self._directory.path)
+
+    def _look_for_the_data(self) -> None:
+        """Where the engine is gone and the log is not, other replicas bring the data back, if there may be any.
+
+        Raises Corruption if there are none: the node would wait for them for ever.
+        """
+        if not self._catalog.engine_is_gone():
+            return
+        why = f"{self._directory.engine_path} holds nothing of them"
+        remedy = f"restore all of {self._directory.path} from a backup"
+        if self._config.storage.engine == "memory":
+            why, remedy = "an engine in memory ends with its process", "start anew with an empty data directory"
+        others = [node_id for node_id, _ in self._address_book if node_id != self._directory.identity.node_id]
+        if not others and not self._config.join:
+            raise Corruption(
+                f"the data of this node's ranges are gone: {why}. No other node is known that could have them: "
+                f"{remedy}. Only if other nodes do have replicas of these ranges, give --join HOST:PORT of one of "
+                "them, and they are copied from there"
+            )
+        self._log.error(
+            "the data of this node's ranges are gone and are copied from other nodes; a range that has no replica "
+            "there is lost unless this node's directory is restored from a backup",
+            reason=why,
+        )
 
     def _compose_services(self) -> None:
         """What serves clients, peers and the placement group on top of the groups."""

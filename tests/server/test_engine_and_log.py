@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
+from trio.testing import MockClock
 
+from shardkv.errors import Corruption
+from shardkv.machine.keys import user_key
 from shardkv.multiraft import maintenance
 from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.simulation.disk import Call
 from shardkv.simulation.workers import SimulatedWorkers
+from shardkv.storage.memory import MemoryEngine
 from tests.server.test_io_errors import Life, in_a_cluster, live, started
+from tests.server.world import world
 
 KEPT: dict[str, Callable[[int], int]] = {
     "no batch": lambda count: 0,
@@ -80,6 +86,45 @@ def test_trap_20_the_log_is_collected_only_up_to_what_the_engine_has_flushed() -
         node.check()
 
     in_a_cluster(main)
+
+
+def lose_engine(node: SimulatedNode) -> None:
+    node.engine = MemoryEngine(crashable=True)
+
+
+async def test_a_node_alone_whose_engine_is_gone_says_so_at_every_start(autojump_clock: MockClock) -> None:
+    """Its log and identity are there, so it was nobody's first start: it said that it was ready and waited for ever."""
+    async with world(1) as cluster:
+        node = cluster.nodes["n1"]
+        async with cluster.client() as kv:
+            await kv.put(b"k", b"v")
+        await node.power_off()
+        kept = node.copied_engine()
+        lose_engine(node)
+        for _ in range(2):
+            with pytest.raises(Corruption, match=r"data of this node's ranges are gone.*--join HOST:PORT"):
+                await node.run_to_its_end()
+        node.engine = kept
+        await node.start()
+        async with cluster.client() as kv:
+            entry = await kv.get(b"k")
+            assert entry is not None
+            assert entry.value == b"v"
+
+
+async def test_a_node_whose_engine_is_gone_gets_its_ranges_from_the_others_and_says_so(
+    autojump_clock: MockClock,
+) -> None:
+    with capture_logs() as lines:
+        async with world(3) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            node = cluster.nodes["n1"]
+            await node.power_off()
+            lose_engine(node)
+            await node.start()
+            await cluster.sleep(5)
+            assert node.engine.get(user_key(b"k")) is not None
+    assert len([line for line in lines if "are copied from other nodes" in line["event"]]) == 1
 
 
 def test_trap_20_what_is_applied_while_the_engine_is_flushed_stays_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
