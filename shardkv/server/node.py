@@ -355,8 +355,7 @@ class _Node:
         remedy = f"restore all of {self._directory.path} from a backup"
         if self._config.storage.engine == "memory":
             why, remedy = "an engine in memory ends with its process", "start anew with an empty data directory"
-        others = [node_id for node_id, _ in self._address_book if node_id != self._directory.identity.node_id]
-        if not others and not self._config.join:
+        if not self._knows_others():
             raise Corruption(
                 f"the data of this node's ranges are gone: {why}. No other node is known that could have them: "
                 f"{remedy}. Only if other nodes do have replicas of these ranges, give --join HOST:PORT of one of "
@@ -445,6 +444,7 @@ class _Node:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._driver.run)
             self._apply_addresses()
+            self._warn_if_lost()
             await nursery.start(self._pool.run)
             await nursery.start(self._clock_health.run, self._peers)
             self._serving.set()
@@ -587,6 +587,25 @@ class _Node:
                 self._log.error("no room to remember the other nodes' addresses", reason=str(error))
                 self._nodes_changed.set()
                 await self._environment.clock.sleep(START_SECONDS)
+
+    def _knows_others(self) -> bool:
+        """Whether there is an address of another node to turn to."""
+        mine = self._directory.identity.node_id
+        return bool(self._config.join) or any(node_id != mine for node_id, _ in self._address_book)
+
+    def _warn_if_lost(self) -> None:
+        """Other nodes may dial this one, but its answers have nowhere to go: nobody but a person can help.
+
+        Who has a replica of the placement group has the node table in it.
+        """
+        placement = self._catalog.replicas.get(PLACEMENT_RANGE)
+        if self._knows_others() or (placement is not None and placement.machine is not None):
+            return
+        self._log.warning(
+            "no address of another node is known, so this node cannot take part in the cluster: start it once with "
+            "--join HOST:PORT of another node",
+            missing=f"{self._directory.path}/{PEERS_NAME}",
+        )
 
     def _apply_addresses(self) -> None:
         for node_id, known in self._address_book:

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from shardkv import codec
 from shardkv.errors import Corruption
 from shardkv.server.address_book import AddressBook, KnownNode
-from shardkv.types import NodeId
+from shardkv.server.node import PEERS_NAME
+from shardkv.types import PLACEMENT_RANGE, NodeId
 from shardkv_placement.heartbeat import NodeEntry
 from tests.server.world import PORT, world
 
@@ -114,3 +116,31 @@ async def test_a_node_that_has_moved_is_found_though_the_table_needs_its_vote(au
                         {each["name"]: each["address"] for each in status["node_table"]}["n2"] == moved.address
                     ),
                 )
+
+
+async def test_a_node_whose_file_of_known_nodes_is_gone_says_what_to_do(autojump_clock: MockClock) -> None:
+    """It knows nobody to answer, and only its debug log told. Those with the placement group's table look there."""
+    with capture_logs() as lines:
+        async with world(4) as cluster:
+            told = []
+            for node in cluster.nodes.values():
+                lost = PLACEMENT_RANGE not in node.inside.catalog.replicas
+                peers = f"{node.config.data}/{PEERS_NAME}"
+                others = [each.address for each in cluster.nodes.values() if each is not node]
+                await node.kill()
+                node.environment.disk.unlink(peers)
+                node.config = replace(node.config, join=())
+                await node.start()
+                await cluster.sleep(10)
+                told += [node.name for line in lines if line.get("missing") == peers]
+                assert (node.name in told) == lost
+                assert node.environment.disk.exists(peers) != lost
+                lines.clear()
+                if lost:
+                    await node.kill()
+                    node.config = replace(node.config, join=tuple(others), bootstrap=False)
+                    await node.start()
+                    await cluster.sleep(10)
+                    assert node.environment.disk.exists(peers)
+            assert len(told) == 1
+    assert not any("missing" in line for line in lines)
