@@ -1,6 +1,7 @@
 """Starts that must fail: a clear message that says what to do, exit code 1 or 2, and nothing changed or lost."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -58,6 +59,27 @@ def test_a_data_directory_in_use_is_refused_and_its_node_goes_on(world: LocalClu
     assert code == 1
     assert "in use" in message or "another process" in message, message
     still_serves(world)
+
+
+def test_a_data_directory_in_use_is_refused_although_its_lock_file_was_deleted(world: LocalCluster) -> None:
+    """The second process would make another file, lock that, and write into the same log."""
+    (world.directory / "n1" / "LOCK").unlink()
+    code, message = start(*flags(world.directory / "n1", name="n1"))
+    assert code == 1
+    assert "in use" in message, message
+    still_serves(world)
+
+
+def test_a_node_alone_whose_engine_was_removed_says_what_to_do(tmp_path: Path) -> None:
+    """Its log and identity are there. It said that it was ready, and nobody could ever give it its data."""
+    with started(tmp_path, nodes=1) as world, connect_blocking(world.connect) as kv:
+        kv.put(b"a", b"1")
+    shutil.rmtree(tmp_path / "n1" / "engine")
+    for _ in range(2):
+        code, message = start(*flags(tmp_path / "n1", name="n1"))
+        assert code == 1
+        assert str(tmp_path / "n1" / "engine") in message
+        assert "backup" in message
 
 
 def test_a_port_in_use_is_named_and_the_node_that_has_it_goes_on(world: LocalCluster, tmp_path: Path) -> None:
