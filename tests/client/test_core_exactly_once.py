@@ -226,6 +226,19 @@ def test_a_cancelled_write_is_not_sent_again():
     assert world.cluster.data[b"k"][0] == b"v"
 
 
+@pytest.mark.parametrize("error", CAME_TO_NOTHING, ids=repr)
+def test_a_cancelled_write_of_which_nothing_came_is_not_sent_again(error):
+    world = refusing(error)
+    call = world.put(b"k", b"w")
+    world.core.flush(world.now)
+    world.core.cancel(call)
+    world._perform()
+    world.pass_time(1.0)
+    assert call.done
+    assert world.core.session.unsettled == set()
+    assert world.cluster.data[b"k"][0] == b"v"
+
+
 def test_a_cancelled_write_that_was_not_sent_never_is():
     world = World(nodes=1)
     call = world.put(b"k", b"w")
