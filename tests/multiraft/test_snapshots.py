@@ -1,6 +1,7 @@
 """Snapshots between nodes: when they are taken, what is refused, and what a crash at each step leaves."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 from zlib import crc32
 
@@ -369,6 +370,16 @@ async def test_messages_that_arrive_during_an_install_neither_hurt_nor_get_lost(
         assert (late.value(b"during"), late.value(b"after")) == (b"3", b"4")
 
 
+async def overtake_node_3(hosts: Hosts, leader: Host) -> None:
+    """Cut it off, write on, and send it a snapshot of what it has not heard of."""
+    hosts.isolate(3)
+    for number in range(3):
+        await hosts.write(b"m%d" % number, b"v")
+    stream = Stream(*spelled(leader, 3))
+    await hosts[3].snapshots.receive(stream, leader.node_id)
+    assert stream.answers == [["done"]]
+
+
 async def test_an_install_waits_for_what_its_group_wanted_logged_before(autojump_clock: MockClock) -> None:
     """Entries below a snapshot that are logged after it would not fit the log any more."""
     async with world(3) as hosts:
@@ -379,12 +390,7 @@ async def test_an_install_waits_for_what_its_group_wanted_logged_before(autojump
         for number in range(3):
             await hosts.write(b"k%d" % number, b"v")
         await hosts.until(lambda: late.driver.log_writer.appends, "appends behind a slow sync")
-        hosts.isolate(3)
-        for number in range(3):
-            await hosts.write(b"m%d" % number, b"v")
-        stream = Stream(*spelled(leader, 3))
-        await late.snapshots.receive(stream, leader.node_id)
-        assert stream.answers == [["done"]]
+        await overtake_node_3(hosts, leader)
         await trio.sleep(0.5)
         assert late.replica().installing
         late.workers.release()
@@ -403,12 +409,7 @@ async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot
         for number in range(3):
             await hosts.write(b"k%d" % number, b"v")
         await hosts.until(lambda: late.driver.applier.held, "entries held back")
-        hosts.isolate(3)
-        for number in range(3):
-            await hosts.write(b"m%d" % number, b"v")
-        stream = Stream(*spelled(leader, 3))
-        await late.snapshots.receive(stream, leader.node_id)
-        assert stream.answers == [["done"]]
+        await overtake_node_3(hosts, leader)
         index = leader.machine().applied_index
         await hosts.until(lambda: late.replica().machine and late.machine().applied_index == index, "the install")
         assert late.driver.applier.held
@@ -672,19 +673,25 @@ async def test_a_sender_whose_receiver_takes_nothing_gives_up(
             async def send(self, message: list[Any]) -> None:
                 await trio.sleep_forever()
 
-        class Dial:
-            async def __aenter__(self) -> Stuck:
-                return Stuck()
+        opened = closed = 0
 
-            async def __aexit__(self, *args: object) -> None:
-                pass
+        @asynccontextmanager
+        async def dial(node_id: NodeId) -> AsyncIterator[Stuck]:
+            nonlocal opened, closed
+            opened += 1
+            try:
+                yield Stuck()
+            finally:
+                closed += 1
 
         original = leader.snapshots._dial
-        leader.snapshots._dial = lambda node_id: Dial()
+        leader.snapshots._dial = dial
         hosts.heal()
-        await hosts.until(lambda: leader.snapshots._sending, "a stream")
+        await hosts.until(lambda: opened, "a stream")
         leader.snapshots._dial = original
+        assert closed == 0
         await hosts.until(lambda: late.value(b"new4") == b"2", "another try", 60)
+        assert closed == opened
 
 
 async def test_trap_11_the_log_keeps_what_the_receiver_of_a_snapshot_needs_next(autojump_clock: MockClock) -> None:

@@ -11,33 +11,17 @@ from shardkv.simulation import (
     Link,
     SimulatedEnvironment,
     SimulatedNetwork,
-    run_deterministically,
     simulated_environment,
 )
 from shardkv.transport import Connection, Identity, KnownBoots, PeerPool, PoolSettings, Purpose, accept, greet
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, Welcome, decode_refused, encode_hello, encode_welcome
+from tests.virtual_time import simulated
 
 CLUSTER, OTHER = b"c" * 16, b"o" * 16
 ONE, TWO = NodeId(1), NodeId(2)
 HELLO = Hello(Role.PEER, CLUSTER, ONE, TWO, 5)
-
-
-def simulated(test: object) -> object:
-    """Run a test in virtual time, in a nursery that is cancelled at its end."""
-
-    def run() -> None:
-        async def main() -> None:
-            async with trio.open_nursery() as nursery:
-                await test(nursery)  # type: ignore[operator]
-                nursery.cancel_scope.cancel()
-
-        run_deterministically(main, seed=7)
-
-    run.__name__ = test.__name__  # type: ignore[attr-defined]
-    run.__doc__ = test.__doc__
-    return run
 
 
 class Node:
@@ -135,9 +119,10 @@ async def test_peers_greet(nursery: trio.Nursery) -> None:
 async def test_a_client_may_know_nothing_yet(nursery: trio.Nursery) -> None:
     one, two, _ = two_nodes()
     await two.start(nursery)
-    welcome = await one.dial(two, Hello(Role.CLIENT))
-    assert welcome.timestamp == 77, "it needs the time, and a node's"  # type: ignore[attr-defined]
-    await one.dial(two, Hello(Role.CLIENT, CLUSTER))
+    for hello in (Hello(Role.CLIENT), Hello(Role.CLIENT, CLUSTER)):
+        welcome = await one.dial(two, hello)
+        assert (welcome.cluster_id, welcome.node_id) == (CLUSTER, TWO)  # type: ignore[attr-defined]
+        assert welcome.timestamp == 77, "it needs the time, and a node's"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
