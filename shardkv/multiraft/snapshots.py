@@ -1,22 +1,19 @@
 """Snapshots: a range streamed to a replica that fell behind the log, and put in place there.
 
-Lives here: when snapshots are sent and taken, their limits, going on after a break, and the order of steps of an
-install. Does not live here: what the stream consists of (``snapshot_parts``), connections (a stream of messages is
-handed in), nor what a range consists of (``machine.snapshot``). A snapshot has a connection of its own, so that it
-never stands before Raft's messages, and no group ever waits for one (trap 16): where there is no room, the group is
-told that it failed, and asks again.
+Lives here: when snapshots are sent, taken and installed, their limits, and going on after a break. Does not live here:
+what the stream consists of (``snapshot_parts``), connections (a stream of messages is handed in), nor what an install
+does to the engine (``snapshot_install``). A snapshot has a connection of its own, so that it never stands before Raft's
+messages, and no group ever waits for one (trap 16): where there is no room, the group is told that it failed, and asks
+again.
 
 When the connection breaks, the sender keeps its engine snapshot and the receiver its unfinished file, both for a
 bounded time, and the sender goes on after the last chunk that has arrived. A restart of either end begins anew.
 
-The receiver builds a file as the rows come, so its memory is bounded whatever the range's size. An ingested file is
-durable at once while batches written before it are not (trap 19); hence the install first deletes the old data and
-leaves a mark, flushes, and then ingests a file that holds the range's applied state and overwrites the mark. Only then
-does the log begin anew. A crash before the ingest leaves the mark, by which the replica knows that it needs the
-snapshot again.
+The receiver builds a file as the rows come, so its memory is bounded whatever the range's size. Once the file has taken
+the place of the range's data (``snapshot_install``), the log begins anew, and not before.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, Protocol
@@ -25,12 +22,11 @@ import trio
 
 from shardkv.config import SnapshotsConfig
 from shardkv.environment import Disk, Environment
-from shardkv.errors import Busy, OutOfSpace, ProtocolError, ShardKVError, StorageError
-from shardkv.machine.machine import RangeMachine
-from shardkv.machine.snapshot import begin_install
+from shardkv.errors import Busy, ProtocolError, ShardKVError
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
+from shardkv.multiraft.snapshot_install import Arrived, Installer
 from shardkv.multiraft.snapshot_parts import (
     ID_BYTES,
     WINDOW_CHUNKS,
@@ -44,15 +40,11 @@ from shardkv.multiraft.snapshot_parts import (
 from shardkv.multiraft.turn import hard_state_of
 from shardkv.raft.messages import Message, SnapshotMetadata
 from shardkv.ranges.spans import SpanTaken
-from shardkv.storage.engine import Engine, WriteBatch
+from shardkv.storage.engine import Engine
 from shardkv.storage.engine import Snapshot as EngineSnapshot
 from shardkv.storage.wal import CompactLog, LogUpdate, ResetLog
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, RangeId
 
-FULL_DISK_RETRY_SECONDS: Final = 1.0
-"""How long a step of an install that found no room waits until it is taken again."""
-STALL_RETRY_SECONDS: Final = 0.05
-"""How long an install waits until it looks again whether the engine takes writes."""
 SILENCE_SECONDS_MAX: Final = 10.0
 """A stream on which nothing moves for this long is given up."""
 FINISH_SECONDS_MAX: Final = 3 * SILENCE_SECONDS_MAX
@@ -121,16 +113,6 @@ class _Failures(NamedTuple):
 _NO_FAILURES: Final = _Failures()
 
 
-@dataclass(slots=True)
-class _Arrived:
-    """A snapshot that has arrived whole and waits for its group to take it."""
-
-    path: str
-    descriptor: RangeDescriptor
-    index: int
-    term: int
-
-
 class Snapshots:
     """The node's snapshot service. :meth:`use` gives it a nursery.
 
@@ -152,6 +134,7 @@ class Snapshots:
         self._catalog: Catalog = driver.catalog
         self._engine: Engine = driver.engine
         self._environment = environment
+        self._installer = Installer(driver, environment, log)
         self._directory = directory
         self._dial = dial
         self._log = log
@@ -166,7 +149,7 @@ class Snapshots:
         self._receiving: dict[RangeId, None] = {}
         self._waiting: dict[RangeId, Incoming] = {}
         """Snapshots whose stream broke, oldest first."""
-        self._incoming: dict[RangeId, _Arrived] = {}
+        self._incoming: dict[RangeId, Arrived] = {}
         """By range, until its install is over."""
         self._files = 0
         self._send_pace = Pace(environment.clock, config.snapshot_send_bytes_per_second)
@@ -408,7 +391,7 @@ class Snapshots:
             await self._environment.workers.run(incoming.builder.finish)
             message = replace(begin.message, term=max(term, begin.message.term))
             index, log_term, _ = begin.metadata
-            taken = self._take(replica, message, _Arrived(incoming.path, begin.descriptor, index, log_term))
+            taken = self._take(replica, message, Arrived(incoming.path, begin.descriptor, index, log_term))
             await stream.send(["done"] if taken else ["refused", "the replica did not need it"])
         except StreamBroken:
             if incoming is not None and incoming.chunks and not taken:
@@ -501,7 +484,7 @@ class Snapshots:
                 case part:
                     raise ProtocolError(f"not a part of a snapshot: {str(part)[:100]}")
 
-    def _take(self, replica: Replica, message: Message, arrived: _Arrived) -> bool:
+    def _take(self, replica: Replica, message: Message, arrived: Arrived) -> bool:
         """Offer the arrived snapshot to the group; whether the group wants it."""
         if self._catalog.replicas.get(replica.range_id) is not replica:
             return False
@@ -532,7 +515,7 @@ class Snapshots:
         assert snapshot is not None, f"range {replica.range_id} installs no snapshot"
         incoming = self._incoming[replica.range_id]
         await self._driver.settled(replica)
-        await self._replace_data(replica, incoming)
+        await self._installer.replace_data(replica, incoming)
         metadata = snapshot.metadata
         update = LogUpdate(
             replica.range_id,
@@ -544,47 +527,11 @@ class Snapshots:
         del self._incoming[replica.range_id]
         self._driver.hooks.descriptor(replica)
 
-    async def _replace_data(self, replica: Replica, incoming: _Arrived) -> None:
-        """The engine's part of an install; every step may be the last before a crash."""
-        engine, workers = self._engine, self._environment.workers
-        old = replica.machine.descriptor if replica.machine is not None else None
-        replica.machine = None
-        batch = WriteBatch()
-        begin_install(batch, incoming.descriptor, incoming.index, incoming.term, old, reader=engine)
-        await self._when_room(self._write, batch)
-        await self._when_room(workers.run, engine.flush)
-        await self._when_room(workers.run, engine.ingest, incoming.path)
-        machine = RangeMachine.load(replica.range_id, engine, self._catalog.extension(replica.range_id))
-        if machine is None or machine.applied_index != incoming.index:
-            raise StorageError(f"a snapshot of range {replica.range_id} does not hold the state that it names")
-        replica.machine = machine
-        self._driver.hybrid_clock.absorb(machine.last_timestamp)
-        self._catalog.installed(replica)
-
-    async def _write(self, batch: WriteBatch) -> None:
-        # A write now would hold up the loop, and every range with it. Without room it does not wait.
-        while self._engine.stalled() and not self._engine.full:
-            await self._environment.clock.sleep(STALL_RETRY_SECONDS)
-        self._engine.write(batch)
-
-    async def _when_room(self, step: Callable[..., Awaitable[object]], *arguments: Any) -> None:
-        """Take a step of an install, and take it again where the disk was full: half way, the range has no data."""
-        while True:
-            try:
-                await step(*arguments)
-            except OutOfSpace as error:
-                self._driver.space.failed("install", error)
-                self._log.error("no room to install a snapshot", reason=str(error))
-                await self._environment.clock.sleep(FULL_DISK_RETRY_SECONDS)
-            else:
-                self._driver.space.succeeded("install")
-                return
-
     async def _reinstall(self, replica: Replica) -> None:
         """Install for a replica whose last install was interrupted: it has a log, but no data to apply it to."""
         incoming = self._incoming[replica.range_id]
         await self._driver.settled(replica)
-        await self._replace_data(replica, incoming)
+        await self._installer.replace_data(replica, incoming)
         assert replica.machine is not None, f"range {replica.range_id} has no machine after its install"
         metadata = replica.machine.snapshot_metadata()
         log = replica.log
@@ -611,6 +558,3 @@ def _remove(disk: Disk, paths: list[str]) -> None:
     for path in paths:
         with suppress(FileNotFoundError):
             disk.unlink(path)
-
-
-SnapshotHandler = Callable[[SnapshotStream, NodeId], Awaitable[None]]

@@ -18,8 +18,8 @@ from shardkv.machine.clock import HybridClock
 from shardkv.machine.machine import RangeMachine, conf_state_of
 from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, read_applied
 from shardkv.machine.snapshot import engine_spans
+from shardkv.multiraft.snapshot_install import Arrived, Installer
 from shardkv.multiraft.snapshot_parts import Incoming, Outgoing
-from shardkv.multiraft.snapshots import Snapshots, _Arrived
 from shardkv.multiraft.space import Space
 from shardkv.raft.messages import SnapshotMetadata
 from shardkv.simulation import SimulationClock
@@ -114,12 +114,12 @@ def install(engine: Engine, path: str) -> None:
     driver = SimpleNamespace(catalog=catalog, engine=engine, space=Space())
     environment = SimpleNamespace(workers=_Inline(), clock=clock)
     replica = SimpleNamespace(machine=RangeMachine.load(DESCRIPTOR.range_id, engine), range_id=DESCRIPTOR.range_id)
-    arrived = _Arrived(path, DESCRIPTOR, metadata.index, metadata.term)
+    arrived = Arrived(path, DESCRIPTOR, metadata.index, metadata.term)
 
     async def replace() -> None:
         driver.hybrid_clock = HybridClock(clock)
-        service = Snapshots(cast(Any, driver), cast(Any, environment), path, cast(Any, None), log=None)
-        await service._replace_data(cast(Any, replica), arrived)
+        installer = Installer(cast(Any, driver), cast(Any, environment), log=None)
+        await installer.replace_data(cast(Any, replica), arrived)
 
     trio.run(replace)
 

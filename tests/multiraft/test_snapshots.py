@@ -16,7 +16,7 @@ from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
 from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, unpack_applied
 from shardkv.machine.snapshot import installing, replace_rows, snapshot_rows
-from shardkv.multiraft import maintenance, snapshots
+from shardkv.multiraft import maintenance, snapshot_install, snapshots
 from shardkv.multiraft.replica import Replica
 from shardkv.raft import ProgressState, Role
 from shardkv.raft.messages import Message, MessageType
@@ -510,7 +510,7 @@ async def test_trap_19_a_replica_whose_install_ended_half_way_serves_nothing_and
         def begun(batch: WriteBatch, descriptor: RangeDescriptor, index: int, term: int, *old: Any, **how: Any) -> None:
             replace_rows(batch, descriptor, *old, **how)
 
-        monkeypatch.setattr(snapshots, "begin_install", begun)
+        monkeypatch.setattr(snapshot_install, "begin_install", begun)
     async with world(3) as hosts:
         late = await behind(hosts)
         hosts.tolerant = True

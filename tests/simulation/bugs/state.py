@@ -17,7 +17,7 @@ from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.maintenance import Maintenance
 from shardkv.multiraft.replica import Replica
-from shardkv.multiraft.snapshots import Snapshots
+from shardkv.multiraft.snapshot_install import Installer
 from shardkv.raft.messages import Message
 from shardkv.server import requests
 from shardkv.simulation.runner import Run
@@ -220,13 +220,13 @@ def lost_state_unnoticed() -> Patches:
 
 
 def ingest_without_flush() -> Patches:
-    original = Snapshots._when_room
+    original = Installer._when_room
 
-    async def when_room(self: Snapshots, step: Any, *arguments: Any) -> None:
+    async def when_room(self: Installer, step: Any, *arguments: Any) -> None:
         if self._engine.flush not in arguments:
             await original(self, step, *arguments)
 
-    return [patch.object(Snapshots, "_when_room", when_room)]
+    return [patch.object(Installer, "_when_room", when_room)]
 
 
 def install_without_a_new_log() -> Patches:
