@@ -1,4 +1,4 @@
-"""What all tests share: how hypothesis searches.
+"""What all tests share: how hypothesis searches, and that logs are as no test before has left them.
 
 In the suite it is deterministic, so that a run's outcome depends on the code alone. To search further:
 ``HYPOTHESIS_PROFILE=explore make unit``.
@@ -6,6 +6,8 @@ In the suite it is deterministic, so that a run's outcome depends on the code al
 
 import os
 
+import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 # How long a step takes says something of the machine, not of the code.
@@ -21,3 +23,9 @@ settings.register_profile(
     "explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=2_000, print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_not_configured() -> None:
+    """What runs a command, or a node, configures them for the process."""
+    structlog.reset_defaults()

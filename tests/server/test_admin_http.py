@@ -79,7 +79,6 @@ def config_of(directory: Path, **changes: Any) -> NodeConfig:
 @asynccontextmanager
 async def node(directory: Path) -> AsyncIterator[Node]:
     """A node in this process, stopped cleanly at the end."""
-    structlog.reset_defaults()
     stop, ready, addresses = trio.Event(), trio.Event(), []
 
     def is_ready(name: str, address: str) -> None:
@@ -191,7 +190,6 @@ async def test_a_request_that_breaks_the_web_server_ends_neither_node_nor_endpoi
 
 
 async def test_an_address_in_use_ends_the_start_before_anything_is_done(tmp_path: Path) -> None:
-    structlog.reset_defaults()
     (taken,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = taken.socket.getsockname()[1]
     config = config_of(tmp_path, admin=f"127.0.0.1:{port}")

@@ -40,7 +40,6 @@ async def probed(clock: SlowClock, log: Any) -> LoopProbe:
 
 @pytest.fixture
 def log() -> Any:
-    structlog.reset_defaults()
     return structlog.get_logger()
 
 
