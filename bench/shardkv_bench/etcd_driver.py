@@ -36,15 +36,26 @@ class _Connection:
         self.calls = grpc_wire.Calls(address)
         self.under_way: dict[int, tuple[int, int]] = {}
         """Stream number to (start in ns, operations)."""
+        self.owed = 0
+        """Calls that are to be started once the server's window takes them."""
+        self._following: tuple[str, bytes, int] | None = None
+        """The first of them."""
 
     def start(self, source: Source, count: int) -> bool:
-        """Start up to ``count`` calls; False when the source has no more."""
+        """Start ``count`` more calls, as far as the window goes; False when the source has no more."""
         clock = time.perf_counter_ns
-        for _ in range(count):
-            following = source()
+        self.owed += count
+        while self.owed:
+            following = self._following or source()
             if following is None:
+                self.owed = 0
                 return False
             path, message, operations = following
+            if not self.calls.fits(message):
+                self._following = following
+                return True
+            self._following = None
+            self.owed -= 1
             self.under_way[self.calls.call(path, message)] = (clock(), operations)
         return True
 
@@ -170,7 +181,8 @@ class _Loop:
         measurement = self._measurement
         exhausted = False
         while until is None or time.perf_counter() < until:
-            if until is None and exhausted and not any(each.under_way for each in self._by_descriptor.values()):
+            connections = self._by_descriptor.values()
+            if until is None and exhausted and not any(each.under_way or each.owed for each in connections):
                 return
             for descriptor, _ in self._poll.poll(POLL_MS):
                 connection = self._by_descriptor[descriptor]
@@ -181,7 +193,7 @@ class _Loop:
                         measurement.failed("refused")
                     else:
                         measurement.done(started, operations)
-                if ended and not connection.start(self._source, ended):
+                if (ended or connection.owed) and not connection.start(self._source, ended):
                     exhausted = True
                 self._send(connection)
 

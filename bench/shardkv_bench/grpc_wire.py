@@ -79,6 +79,10 @@ class Calls:
         )
         """What is to be sent; the caller takes bytes off its front."""
 
+    def fits(self, message: bytes) -> bool:
+        """Whether the connection's window takes a call with ``message`` now; if not, it will when answers have come."""
+        return len(message) + 5 <= self.window
+
     def call(self, path: str, message: bytes) -> int:
         """Queue one call; the stream number that :meth:`feed` will name. Raises CallsRefused past the windows."""
         size = len(message) + 5

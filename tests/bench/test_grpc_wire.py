@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from shardkv_bench import grpc_wire as wire
 from shardkv_bench.etcd import EtcdConnection
+from shardkv_bench.etcd_driver import _Connection, _Loop
+from shardkv_bench.worker import Measurement
 from tests.bench.grpc_server import serving
 
 
@@ -125,3 +127,23 @@ def test_a_connection_makes_single_calls() -> None:
         assert connection.request("/p", b"m", 10.0) == b"\x08\x01"
         server.answer = None
         assert connection.request("/p", b"m", 10.0) is None
+
+
+def test_calls_that_the_window_does_not_take_are_started_when_it_does() -> None:
+    """A server opens its window when it likes; until then a load of large transactions waits, and goes on by itself."""
+    left = [("/p", b"x" * 16_000, 1)] * 9
+
+    def source() -> tuple[str, bytes, int] | None:
+        return left.pop() if left else None
+
+    with serving() as server:
+        connection = _Connection(server.address)
+        measurement = Measurement()
+        measurement.begin()
+        loop = _Loop([connection], source, measurement)
+        loop.fill(7)
+        assert (len(connection.under_way), connection.owed) == (4, 3), "of 65,535 bytes"
+        loop.run(None)
+        loop.close()
+        assert (server.calls, connection.owed, connection.under_way) == (9, 0, {})
+        assert not measurement.errors
