@@ -33,7 +33,6 @@ class HybridClock:
         self._ahead_ms = clock.wall_ms() - clock.monotonic_ns() // _NS_PER_MS
         """Of the monotonic clock."""
         self._held = False
-        """Stamps go by what ranges here have applied, for nobody has confirmed the wall clock yet."""
         self._applied = 0
         """The highest stamp that a range here has applied."""
         self._last = 0
@@ -42,6 +41,11 @@ class HybridClock:
     def last(self) -> int:
         """The highest stamp given or absorbed so far."""
         return self._last
+
+    @property
+    def held(self) -> bool:
+        """Whether stamps go by what ranges here have applied, for nobody has confirmed the wall clock yet."""
+        return self._held
 
     def ms(self) -> int:
         """The time that stamps go by, milliseconds since 1970."""

@@ -3,8 +3,12 @@
 A range's time never goes back. One leader whose wall clock is an hour ahead for a moment would make every command that
 is issued by the right time too old for its ranges, for an hour. So the nodes ask each other for the time, and a wall
 clock that has left the middle of it is not followed. Lives here: the asking, the judgement, and the setting of the
-node's clock. Does not live here: stamps (``machine.clock``). The rules: nobody's safety rests on any of this; among
-few clocks the later one is doubted, for time that is behind catches up and time that is ahead cannot be taken back.
+node's clock. Does not live here: stamps (``machine.clock``). The rules, on which nobody's safety rests:
+
+- Time that is behind catches up; time that was given out cannot be taken back. Among nodes that give out theirs the
+  later one counts, where they are of an even number: one of two that stood still for a while does not set the other
+  back, by whose time commands are issued.
+- What a node that has just started takes for the time counts among such nodes only, and of few the later is doubted.
 """
 
 from collections.abc import Callable
@@ -15,15 +19,15 @@ import trio
 
 from shardkv.environment import Clock
 from shardkv.machine.clock import HybridClock
-from shardkv.types import NodeId
+from shardkv.types import TIMESTAMP_MAX, NodeId, timestamp_ms
 from shardkv.wire.clock_reading import decode_answer, encode_answer, encode_question
 
 ASK_SECONDS: Final = 1.0
 FRESH_SECONDS: Final = 3.0
 """For how long an answer counts."""
 COMPARE_SECONDS: Final = 1.0
-"""How long clients wait at a start until another node has said what time it is. A node that goes on without tells them
-no time that its ranges have not seen."""
+"""How long clients wait at a start until a node that goes by it has said what time it is, or all have said what they
+guess. A node that goes on without tells them no time that its ranges have not seen."""
 _NS_PER_MS: Final = 1_000_000
 
 
@@ -56,8 +60,11 @@ class ClockHealth:
         self._offset_ms_max = offset_ms_max
         self._ask = ask
         self._log = log
-        self._answers: dict[NodeId, tuple[int, int]] = {}
-        """Of each node: when it answered, and how far its time was ahead of our monotonic clock, both in ms of that."""
+        self._answers: dict[NodeId, tuple[int, int, bool]] = {}
+        """Of each node: when it answered, and how far its time was ahead of our monotonic clock, both in ms of that;
+        whether it was guessed."""
+        self._asked_first: list[NodeId] = []
+        """The nodes that there were at the start."""
         self._believed = True
         self._compared = trio.Event()
         """With another node's clock, unless there is none."""
@@ -67,33 +74,43 @@ class ClockHealth:
         """Wait until it is settled by which time this node goes after its start."""
         await self._settled.wait()
 
+    def begin(self, peers: list[NodeId]) -> None:
+        """This node has started; these others are known."""
+        self._asked_first = peers
+        if peers:
+            self._hybrid_clock.hold()
+        else:
+            self._compared.set()
+
     def answer(self, question: bytes) -> bytes:
         """What to say to a node that asks for the time. Raises ProtocolError."""
-        return encode_answer(question, self._hybrid_clock.guess_ms())
+        return encode_answer(question, self._hybrid_clock.guess_ms(), guessed=self._hybrid_clock.held)
 
     def ask(self, node_id: NodeId) -> None:
         self._ask(node_id, encode_question(self._clock.monotonic_ns()))
 
     def answered(self, node_id: NodeId, answer: bytes) -> None:
         """A node has said what time it is. Raises ProtocolError."""
-        asked_ns, ms = decode_answer(answer)
+        asked_ns, ms, guessed = decode_answer(answer)
         now_ns = self._clock.monotonic_ns()
         travelled_ms = (now_ns - asked_ns) // _NS_PER_MS
-        if not 0 <= travelled_ms <= self._offset_ms_max:
-            return  # It says too little: its moment lies anywhere in between.
+        if not 0 <= travelled_ms <= self._offset_ms_max or not 0 <= ms <= timestamp_ms(TIMESTAMP_MAX):
+            return  # It says too little: its moment lies anywhere in between. Or no stamp can hold it.
         now_ms = now_ns // _NS_PER_MS
-        self._answers[node_id] = (now_ms, ms + travelled_ms // 2 - now_ms)
-        if not self._compared.is_set():
+        self._answers[node_id] = (now_ms, ms + travelled_ms // 2 - now_ms, guessed)
+        if not self._compared.is_set() and (not guessed or len(self._answers) >= len(self._asked_first)):
+            self._compare()
+
+    def _compare(self) -> None:
+        """With what is known by now, if anything is."""
+        if self._answers:
             self.judge()
             self._compared.set()
 
     def judge(self) -> None:
         """Set the node's time by its wall clock, or by the other nodes' where the wall clock is far from theirs."""
         own_ms = self._hybrid_clock.guess_ms()
-        now_ms = self._clock.monotonic_ns() // _NS_PER_MS
-        self._forget(now_ms)
-        times = sorted([own_ms, *(now_ms + ahead_ms for _, ahead_ms in self._answers.values())])
-        middle_ms = times[(len(times) - 1) // 2]
+        middle_ms = self._middle(own_ms)
         wall_ms = self._clock.wall_ms()
         believed = abs(wall_ms - middle_ms) <= self._offset_ms_max
         self._hybrid_clock.follow(wall_ms if believed else middle_ms)
@@ -101,10 +118,23 @@ class ClockHealth:
             self._believed = believed
             self._tell(wall_ms - middle_ms)
 
+    def _middle(self, own_ms: int) -> int:
+        """Of the times that nodes go by, this one's among them; of what they guess where none does yet."""
+        now_ms = self._clock.monotonic_ns() // _NS_PER_MS
+        self._forget(now_ms)
+        given: list[int] = []
+        guesses: list[int] = []
+        for _, ahead_ms, guessed in self._answers.values():
+            (guesses if guessed else given).append(now_ms + ahead_ms)
+        (guesses if self._hybrid_clock.held else given).append(own_ms)
+        if given:
+            return sorted(given)[len(given) // 2]
+        return sorted(guesses)[(len(guesses) - 1) // 2]
+
     def _forget(self, now_ms: int) -> None:
         """What was said too long ago."""
         fresh_ms = now_ms - int(FRESH_SECONDS * 1000)
-        for node_id, (answered_ms, _) in list(self._answers.items()):
+        for node_id, (answered_ms, _, _) in list(self._answers.items()):
             if answered_ms < fresh_ms:
                 del self._answers[node_id]
 
@@ -123,13 +153,12 @@ class ClockHealth:
         self, peers: Callable[[], list[NodeId]], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Ask ``peers()`` and judge, again and again."""
-        if peers():
-            self._hybrid_clock.hold()
-        else:
-            self._compared.set()
+        self.begin(peers())
         task_status.started()
         with self._clock.deadline(COMPARE_SECONDS):
             await self._compared.wait()
+        if not self._compared.is_set():
+            self._compare()
         self._settled.set()
         while True:
             for node_id in peers():
@@ -137,6 +166,8 @@ class ClockHealth:
             await self._clock.sleep(ASK_SECONDS)
             if self._compared.is_set():
                 self.judge()
+            else:
+                self._compare()
 
     def statistics(self) -> ClockStatistics:
         wall_ahead_ms = self._clock.wall_ms() - self._hybrid_clock.ms()
@@ -144,5 +175,5 @@ class ClockHealth:
 
     def check(self) -> None:
         self._hybrid_clock.check()
-        for node_id, (answered_ms, _) in self._answers.items():
+        for node_id, (answered_ms, _, _) in self._answers.items():
             assert answered_ms * _NS_PER_MS <= self._clock.monotonic_ns(), f"node {node_id} answered in the future"
