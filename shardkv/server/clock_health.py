@@ -9,6 +9,8 @@ node's clock. Does not live here: stamps (``machine.clock``). The rules, on whic
   later one counts, where they are of an even number: one of two that stood still for a while does not set the other
   back, by whose time commands are issued.
 - What a node that has just started takes for the time counts among such nodes only, and of few the later is doubted.
+- While no wall clock is followed a node's time goes on as it is, if it is within the bound of the others': how long
+  answers are under way is known by halves only, and nodes that took over each other's errors would run slow or fast.
 """
 
 from collections.abc import Callable
@@ -113,7 +115,10 @@ class ClockHealth:
         middle_ms = self._middle(own_ms)
         wall_ms = self._clock.wall_ms()
         believed = abs(wall_ms - middle_ms) <= self._offset_ms_max
-        self._hybrid_clock.follow(wall_ms if believed else middle_ms)
+        if believed:
+            self._hybrid_clock.follow(wall_ms)
+        elif self._hybrid_clock.held or abs(own_ms - middle_ms) > self._offset_ms_max:
+            self._hybrid_clock.follow(middle_ms)
         if believed != self._believed:
             self._believed = believed
             self._tell(wall_ms - middle_ms)

@@ -60,6 +60,16 @@ class World:
         self.hands.go_on(travelled_seconds)
         self.health.answered(NodeId(node_id), encode_answer(question, ms, guessed=guessed))
 
+    def ask(self, other: "World", *, there_ms: int, back_ms: int) -> None:
+        """Ask another node, on a way that is slower in one direction."""
+        question = encode_question(self.hands.monotonic_ns())
+        for node in (self, other):
+            node.hands.go_on(there_ms / 1000)
+        answer = other.health.answer(question)
+        for node in (self, other):
+            node.hands.go_on(back_ms / 1000)
+        self.health.answered(NodeId(2), answer)
+
     def off_ms(self) -> int:
         """How far the node's time is ahead of the wall clock after a judgement."""
         self.health.judge()
@@ -133,6 +143,22 @@ def test_nodes_that_start_with_wrong_clocks_move_none_whose_time_was_confirmed()
         starting.answer(2, right)
         starting.health.judge()
         assert starting.clock.ms() == right
+
+
+@pytest.mark.parametrize(("there_ms", "back_ms"), [(0, 200), (200, 0)])
+def test_nodes_whose_wall_clocks_are_not_followed_run_neither_slow_nor_fast(there_ms: int, back_ms: int) -> None:
+    """A way that is slower in one direction makes the other's time look earlier or later than it is, each time."""
+    one, two = World(), World()
+    for node in (one, two):
+        node.hands.wall -= HOUR_MS
+    before = one.clock.ms() - one.hands.running
+    for _ in range(60):
+        one.ask(two, there_ms=there_ms, back_ms=back_ms)
+        two.ask(one, there_ms=there_ms, back_ms=back_ms)
+        one.health.judge()
+        two.health.judge()
+    for node in (one, two):
+        assert abs(node.clock.ms() - node.hands.running - before) <= BOUND_MS
 
 
 @pytest.mark.parametrize("ms", [-1, -(1 << 63), 1 << 46, (1 << 63) - 1])
