@@ -114,7 +114,9 @@ class ClockHealth:
         own_ms = self._hybrid_clock.guess_ms()
         middle_ms = self._middle(own_ms)
         wall_ms = self._clock.wall_ms()
-        believed = abs(wall_ms - middle_ms) <= self._offset_ms_max
+        # What is at the bound must not step to and fro, and a line be logged each time.
+        bound_ms = self._offset_ms_max if self._believed else self._offset_ms_max // 2
+        believed = abs(wall_ms - middle_ms) <= bound_ms
         if believed:
             self._hybrid_clock.follow(wall_ms)
         elif self._hybrid_clock.held or abs(own_ms - middle_ms) > self._offset_ms_max:

@@ -161,6 +161,19 @@ def test_nodes_whose_wall_clocks_are_not_followed_run_neither_slow_nor_fast(ther
         assert abs(node.clock.ms() - node.hands.running - before) <= BOUND_MS
 
 
+def test_a_wall_clock_at_the_bound_is_not_followed_and_left_by_turns() -> None:
+    """Each time the node's time would step, and a line be logged."""
+    one = World()
+    for step in range(20):
+        for node_id in (2, 3):
+            one.answer(node_id, one.hands.wall - BOUND_MS + step % 2 * 2 - 1)
+        one.health.judge()
+    assert one.log.said == ["the wall clock is off and is not followed"]
+    for node_id in (2, 3):
+        one.answer(node_id, one.hands.wall)
+    assert one.off_ms() == 0
+
+
 @pytest.mark.parametrize("ms", [-1, -(1 << 63), 1 << 46, (1 << 63) - 1])
 def test_a_time_that_no_stamp_can_hold_is_not_followed(ms: int) -> None:
     one = World()
