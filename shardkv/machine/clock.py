@@ -71,6 +71,9 @@ class HybridClock:
         if not self.believable(timestamp):
             return False
         self._last = timestamp
+        if self._held:
+            # Clients have it from this cluster, and they count on from there: so does this node.
+            self._ahead_ms += max(0, timestamp_ms(timestamp) - self.ms())
         return True
 
     def believable(self, timestamp: int) -> bool:

@@ -29,7 +29,7 @@ FRESH_SECONDS: Final = 3.0
 """For how long an answer counts."""
 COMPARE_SECONDS: Final = 1.0
 """How long clients wait at a start until a node that goes by it has said what time it is, or all have said what they
-guess. A node that goes on without tells them no time that its ranges have not seen."""
+guess. A node that goes on without tells them no time that its ranges, and other clients, have not seen."""
 _NS_PER_MS: Final = 1_000_000
 
 

@@ -119,3 +119,15 @@ def test_stamps_that_are_held_back_go_by_what_was_applied_until_the_time_is_conf
     assert clock.ms() == clock.guess_ms() == 70_000
     assert not clock.believable(timestamp_at(3_600_510))
     clock.check()
+
+
+def test_stamps_that_are_held_back_go_on_from_what_a_client_was_told_before() -> None:
+    """A time that stands still makes whatever that client issues too old, for it counts on from what it was told."""
+    clock, hands = clock_at(3_600_000)
+    clock.absorb(timestamp_at(61_000))
+    clock.hold()
+    assert clock.observe(timestamp_at(1_800_000))
+    assert clock.observe(timestamp_at(70_000)), "another, that was told less, changes nothing"
+    hands.go_on(10_000)
+    assert timestamp_ms(clock.now()) == 1_810_000
+    clock.check()
