@@ -10,6 +10,7 @@ from trio.testing import MockClock
 from shardkv.errors import ProtocolError
 from shardkv.machine.clock import HybridClock
 from shardkv.server.clock_health import ASK_SECONDS, COMPARE_SECONDS, FRESH_SECONDS, ClockHealth
+from shardkv.simulation.clock import SimulationClock
 from shardkv.types import NodeId, timestamp_ms
 from shardkv.wire.clock_reading import decode_answer, encode_answer, encode_question
 from shardkv.wire.requests import Method
@@ -281,6 +282,24 @@ async def test_a_machine_that_was_paused_finds_the_time_again(autojump_clock: Mo
         await trio.sleep(30)
         assert abs(paused.inside.hybrid_clock.ms() - leader.inside.hybrid_clock.ms()) < BOUND_MS
         await kv.put(b"k", b"1")
+
+
+async def test_a_node_whose_peers_leave_the_cluster_before_they_answer_goes_by_its_wall_clock(
+    autojump_clock: MockClock,
+) -> None:
+    hands = SimulationClock()
+    clock = HybridClock(hands, BOUND_MS)
+    health = ClockHealth(hands, clock, BOUND_MS, lambda node_id, question: None, Log())
+    peers = [NodeId(2)]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(health.run, lambda: list(peers))
+        await trio.sleep(3 * ASK_SECONDS)
+        assert clock.held
+        peers.clear()
+        await trio.sleep(3 * ASK_SECONDS)
+        assert not clock.held
+        assert clock.ms() == hands.wall_ms()
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_node_alone_whose_clock_was_ahead_takes_writes_after_it_was_corrected(
