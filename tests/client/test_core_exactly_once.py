@@ -135,6 +135,33 @@ def test_a_first_attempt_that_is_too_old_is_issued_again():
     assert [sequence for sequence, _ in world.cluster.windows] == [1, 3]
 
 
+def test_a_write_that_is_issued_too_far_ahead_is_tried_now_and_then():
+    """Until the node's time has caught up with what the client was told elsewhere; each attempt is logged."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.core.session.rebase(world.cluster.clock + timestamp_at(3_000), world.now)
+    world.core.session.issued_at_ms(world.now)
+    before = len(world.cluster.issued)
+    world.run(world.put(b"k", b"w"))
+    assert len(world.cluster.issued) - before < 40
+    assert len(world.cluster.windows) == len({sequence for sequence, _ in world.cluster.windows})
+    assert world.core.session.unsettled == set()
+
+
+def test_a_write_that_waits_to_be_issued_anew_can_be_cancelled_and_times_out():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.core.session.rebase(world.cluster.clock + timestamp_at(60_000), world.now)
+    world.core.session.issued_at_ms(world.now)
+    call = world.put(b"k", b"w", timeout=3.0)
+    world.pass_time(0.3)
+    world.core.cancel(call)
+    world.pass_time(1.0)
+    assert call.done
+    with pytest.raises(errors.Unavailable, match="nothing was applied"):
+        world.run(world.put(b"k", b"x", timeout=2.03))
+
+
 def test_an_answer_of_the_database_is_raised_and_not_retried():
     world = World(nodes=1)
     version = world.run(world.put(b"k", b"v"))

@@ -104,6 +104,9 @@ class Core:
         """Calls for any node, while none is connected."""
         self._anywhere_at = inf
         """When they are looked at again, whatever happens."""
+        self._anew: list[Any] = []
+        """Commands to be issued anew, together and not at once: one that is ahead of its node's time is so for a while,
+        and each attempt is in the range's log."""
 
     def _backoff(self, failures: int) -> float:
         settings = self.settings
@@ -451,8 +454,12 @@ class Core:
             return
         if verdict is Verdict.ANEW:
             self.ledger.renew(call)
-            verdict = Verdict.LATER
-        elif call.kind is Kind.WRITE and not recorded and answers.came_to_nothing(error):
+            self.links.problem = f"{link.address}: {error}"
+            if not self._anew:
+                self.timers.at(now + self.settings.backoff_seconds_max, self._issue_anew)
+            self._anew.append(call)
+            return
+        if call.kind is Kind.WRITE and not recorded and answers.came_to_nothing(error):
             self.ledger.take_back(call)
         if sent.route is None:
             self._failed_anywhere(link, call, error, now)
@@ -463,6 +470,10 @@ class Core:
         else:
             self.router.busy(sent.route, sent.mark, now, consistency=sent.consistency)
         self.ledger.requeue([call])
+
+    def _issue_anew(self, now: float) -> None:
+        calls, self._anew = self._anew, []
+        self.ledger.requeue(calls)
 
     def _failed_anywhere(self, link: Link, call: AdminCall, error: ShardKVError, now: float) -> None:
         """A node refused a call that was for it, or for any node, for the moment."""
