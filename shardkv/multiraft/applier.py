@@ -41,6 +41,7 @@ class Applier:
         engine: Engine,
         space: Space,
         clock: Clock,
+        *,
         hybrid_clock: HybridClock,
         applied: Callable[[Replica, Message], None],
         divided: Callable[[Replica, Replica | None], None],

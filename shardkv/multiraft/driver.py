@@ -137,17 +137,23 @@ class Driver:
         self.space = space or Space()
         """How much room there is; whoever takes writes asks it first."""
         self.log_writer = LogWriter(
-            catalog, wal, environment, self.space, self._synced, self.fail, self._refuse_waiting
+            catalog,
+            wal,
+            environment,
+            self.space,
+            synced=self._synced,
+            failed=self.fail,
+            no_room=self._refuse_waiting,
         )
         self.applier = Applier(
             catalog,
             engine,
             self.space,
             environment.clock,
-            hybrid_clock,
-            self._applied,
-            self._divided,
-            hooks.descriptor,
+            hybrid_clock=hybrid_clock,
+            applied=self._applied,
+            divided=self._divided,
+            changed=hooks.descriptor,
         )
         for replica in catalog.replicas.values():
             if replica.machine is not None:

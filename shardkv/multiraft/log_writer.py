@@ -42,6 +42,7 @@ class LogWriter:
         wal: Wal,
         environment: Environment,
         space: Space,
+        *,
         synced: Callable[[list[tuple[Replica, Message]]], None],
         failed: Callable[[BaseException], None],
         no_room: Callable[[], None],

@@ -59,7 +59,15 @@ def _no_room() -> Busy:
 
 
 class ClientConnection:
-    """A :class:`~shardkv.multiraft.replica.Requester`. ``dirty`` collects connections that have answers to flush."""
+    """A :class:`~shardkv.multiraft.replica.Requester`.
+
+    Args:
+        dispatch: what becomes of a request; it may raise NoRoom, and nothing else.
+        dirty: collects the connections that have answers to flush.
+        inflight_max: unanswered requests, above which the connection is not read.
+        intake: whose turn it is to send a large frame, over all connections.
+        budget: what all connections together may leave untaken.
+    """
 
     __slots__ = (
         "_answers",
@@ -85,6 +93,7 @@ class ClientConnection:
     def __init__(
         self,
         connection: Connection,
+        *,
         hybrid_clock: HybridClock,
         dispatch: Callable[["ClientConnection", Request], None],
         dirty: dict["ClientConnection", None],

@@ -56,7 +56,7 @@ async def connect_cluster(
 
 
 async def join_cluster(
-    environment: Environment, seeds: Sequence[str], arguments: list[Any], log: Any, stop: trio.Event
+    environment: Environment, seeds: Sequence[str], arguments: list[Any], *, log: Any, stop: trio.Event
 ) -> tuple[bytes, int, list[list[Any]]]:
     """Ask for a node id: the cluster's id, this node's, and ``[[node id, name, address], ...]``.
 

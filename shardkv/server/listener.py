@@ -48,21 +48,29 @@ class ListenerStatistics:
 
 
 class Listener:
-    """Serves every connection of a node. ``identity`` is set once the node has joined."""
+    """Serves every connection of a node.
+
+    Args:
+        identity: who this node is; there is no listener before it has joined.
+        known_boots: shared with the pool of outgoing connections.
+        on_peer: called with each greeting of another node that is taken.
+        connections_max: of clients; see :data:`OTHER_CONNECTIONS_MAX` for the rest.
+        inflight_max: unanswered requests of one client, above which its connection is not read.
+    """
 
     def __init__(
         self,
         environment: Environment,
+        driver: Driver,
+        *,
         identity: Identity,
         known_boots: KnownBoots,
         hybrid_clock: HybridClock,
         clock_health: ClockHealth,
         requests: Requests,
-        driver: Driver,
         snapshots: Snapshots,
         on_peer: Callable[[Hello], None],
         log: Any,
-        *,
         connections_max: int,
         inflight_max: int,
     ) -> None:
@@ -161,13 +169,13 @@ class Listener:
     async def _serve_client(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
         client = ClientConnection(
             connection,
-            self._hybrid_clock,
-            self._requests.dispatch,
-            self.dirty,
-            self._inflight_max,
-            self._intake,
-            self._budget,
-            self._environment.clock,
+            hybrid_clock=self._hybrid_clock,
+            dispatch=self._requests.dispatch,
+            dirty=self.dirty,
+            inflight_max=self._inflight_max,
+            intake=self._intake,
+            budget=self._budget,
+            clock=self._environment.clock,
         )
         self._clients[client] = None
         try:

@@ -19,6 +19,7 @@ from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.catalog import Catalog, GroupTiming
 from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.maintenance import Maintenance
+from shardkv.multiraft.replica import Replica as RunningReplica
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.multiraft.space import Space
 from shardkv.server.address_book import AddressBook
@@ -107,7 +108,15 @@ async def run_node(
     start, or must not go on: DataDirectoryError, ConfigError, WrongCluster, StorageError; the message says what to do.
     """
     try:
-        await _Node(config, environment, ready, stop, open_engine, collector, observe).run()
+        await _Node(
+            config,
+            environment,
+            ready=ready,
+            stop=stop,
+            open_engine=open_engine,
+            collector=collector,
+            observe=observe,
+        ).run()
     except BaseExceptionGroup as group:
         raise main_error(group) from group
 
@@ -119,6 +128,7 @@ class _Node:
         self,
         config: NodeConfig,
         environment: Environment,
+        *,
         ready: Ready,
         stop: trio.Event,
         open_engine: OpenEngine,
@@ -135,7 +145,11 @@ class _Node:
         self._log: Any = structlog.get_logger().bind(node=config.name)
         self._hybrid_clock = HybridClock(environment.clock, config.clock_offset_max_ms)
         self._clock_health = ClockHealth(
-            environment.clock, self._hybrid_clock, config.clock_offset_max_ms, self._ping, self._log
+            environment.clock,
+            self._hybrid_clock,
+            offset_ms_max=config.clock_offset_max_ms,
+            ask=self._ping,
+            log=self._log,
         )
         self._known_boots = KnownBoots()
         self._serving = trio.Event()
@@ -245,8 +259,8 @@ class _Node:
                 self._environment,
                 self._config.join,
                 [self._config.name, self._address, identity.token, labels],
-                self._log,
-                self._stop,
+                log=self._log,
+                stop=self._stop,
             )
             # The addresses first: once the directory is a node's, a start may be told no other.
             self._address_book.joined(nodes)
@@ -274,18 +288,18 @@ class _Node:
         if self._observe is not None:
             self._observe(
                 Inside(
-                    self._catalog,
-                    self._wal,
-                    self._engine,
-                    self._driver,
-                    self._hybrid_clock,
-                    self._maintenance,
-                    self._splitter,
-                    self._placement,
-                    self._pool,
-                    self._listener,
-                    self._disk_health,
-                    self._clock_health,
+                    catalog=self._catalog,
+                    wal=self._wal,
+                    engine=self._engine,
+                    driver=self._driver,
+                    hybrid_clock=self._hybrid_clock,
+                    maintenance=self._maintenance,
+                    splitter=self._splitter,
+                    placement=self._placement,
+                    pool=self._pool,
+                    listener=self._listener,
+                    disk_health=self._disk_health,
+                    clock_health=self._clock_health,
                 )
             )
 
@@ -305,8 +319,8 @@ class _Node:
             self._wal,
             self._engine,
             environment,
-            timing,
-            lambda range_id: self._extension,
+            timing=timing,
+            make_extension=lambda range_id: self._extension,
             reluctant=self._disk_health.is_slow,
         )
         self._look_for_the_data()
@@ -321,25 +335,28 @@ class _Node:
             on_disconnected=self._on_disconnected,
             on_pong=self._clock_health.answered,
         )
-        peers = PoolPeers(self._pool)
-        hooks = DriverHooks(self._on_leadership, self._on_descriptor, self._flush)
+        hooks = DriverHooks(leadership=self._on_leadership, descriptor=self._on_descriptor, flush=self._flush)
         tick_seconds = raft.tick_ms / 1000
         self._driver = Driver(
             self._catalog,
             self._wal,
             self._engine,
             environment,
-            self._hybrid_clock,
-            peers,
-            hooks,
+            hybrid_clock=self._hybrid_clock,
+            peers=PoolPeers(self._pool),
+            hooks=hooks,
             space=Space(config.storage.free_bytes_min, self._directory.path),
             tick_seconds=tick_seconds,
             read_expiry_seconds=2 * raft.election_ticks * tick_seconds,
         )
         dialler = SnapshotDialler(environment, self._identity, self._known_boots, self._address_book.address_of)
-        ingest_path = self._directory.ingest_path
         self._snapshots = Snapshots(
-            self._driver, environment, ingest_path, dialler.dial, log=self._log, config=config.snapshots
+            self._driver,
+            environment,
+            directory=self._directory.ingest_path,
+            dial=dialler.dial,
+            log=self._log,
+            config=config.snapshots,
         )
         self._driver.snapshots = self._snapshots
         self._maintenance = Maintenance(self._driver, environment, self._log, self._directory.path)
@@ -372,33 +389,41 @@ class _Node:
         config, environment, identity = self._config, self._environment, self._identity
         assert identity.node_id is not None, "composed before the node has an id"
         assert identity.cluster_id is not None, "composed before the node is a member"
-        self._splitter = Splitter(self._driver, environment.clock, self._split, self._split_bytes, self._log)
+        self._splitter = Splitter(
+            self._driver, environment.clock, split=self._split, split_bytes=self._split_bytes, log=self._log
+        )
         self._placement = PlacementService(
             self._driver,
             environment,
-            self._extension,
-            Reporter(identity.node_id, identity.boot, self._address),
-            self._splitter.bytes_of,
-            self._on_nodes,
-            self._address_book,
-            identity.cluster_id,
-            self._directory.path,
-            self._log,
+            extension=self._extension,
+            reporter=Reporter(identity.node_id, identity.boot, self._address),
+            bytes_of=self._splitter.bytes_of,
+            on_nodes=self._on_nodes,
+            address_book=self._address_book,
+            cluster_id=identity.cluster_id,
+            data_path=self._directory.path,
+            log=self._log,
         )
         self._placement.slow_disk = self._disk_health.is_slow
-        self._operations = Operations(self._driver, environment.clock, self._placement, self._maintenance, self._flush)
+        self._operations = Operations(
+            self._driver,
+            environment.clock,
+            placement=self._placement,
+            maintenance=self._maintenance,
+            flush=self._flush,
+        )
         requests = Requests(self._driver, environment.clock, self._hybrid_clock, self._start_slow)
         self._listener = Listener(
             environment,
-            self._identity,
-            self._known_boots,
-            self._hybrid_clock,
-            self._clock_health,
-            requests,
             self._driver,
-            self._snapshots,
-            self._on_peer,
-            self._log,
+            identity=self._identity,
+            known_boots=self._known_boots,
+            hybrid_clock=self._hybrid_clock,
+            clock_health=self._clock_health,
+            requests=requests,
+            snapshots=self._snapshots,
+            on_peer=self._on_peer,
+            log=self._log,
             connections_max=config.limits.connections_max,
             inflight_max=config.limits.connection_requests_max,
         )
@@ -414,18 +439,18 @@ class _Node:
             from shardkv.server.admin import NodeParts
 
             parts = NodeParts(
-                self._config.name,
-                self._address,
-                self._identity,
-                self._driver,
-                self._pool,
-                self._listener,
-                self._placement,
-                self._probe,
-                self._garbage,
-                self._is_ready,
-                self._disk_health,
-                self._clock_health,
+                name=self._config.name,
+                address=self._address,
+                identity=self._identity,
+                driver=self._driver,
+                pool=self._pool,
+                listener=self._listener,
+                placement=self._placement,
+                probe=self._probe,
+                garbage=self._garbage,
+                ready=self._is_ready,
+                disk_health=self._disk_health,
+                clock_health=self._clock_health,
             )
             self._admin.observe(parts)
 
@@ -513,7 +538,13 @@ class _Node:
                     if self._placement.leads:
                         await self._bootstrap_placement()
                     await self._environment.clock.sleep(POLL_SECONDS)
-                started = NodeStarted(identity.node_id, identity.boot, token, self._address, self._config.label)
+                started = NodeStarted(
+                    identity.node_id,
+                    identity.boot,
+                    start_token=token,
+                    address=self._address,
+                    labels=self._config.label,
+                )
                 await self._placement.propose(started)
                 return
             except WrongCluster as error:
@@ -528,7 +559,14 @@ class _Node:
         config, identity = self._config, self._directory.identity
         assert identity.cluster_id is not None, "bootstrapped without a cluster id"
         await self._placement.propose(
-            Bootstrap(identity.cluster_id, config.name, self._address, identity.token, config.label, _first_ranges())
+            Bootstrap(
+                identity.cluster_id,
+                name=config.name,
+                address=self._address,
+                directory_token=identity.token,
+                labels=config.label,
+                descriptors=_first_ranges(),
+            )
         )
         defaults = Settings()
         for name, value in (("split_bytes", config.ranges.split_bytes), ("replication_factor", config.ranges.replicas)):
@@ -537,10 +575,10 @@ class _Node:
 
     # What the parts tell each other
 
-    def _on_leadership(self, replica: Any) -> None:
+    def _on_leadership(self, replica: RunningReplica) -> None:
         self._placement.leadership_changed(replica)
 
-    def _on_descriptor(self, replica: Any) -> None:
+    def _on_descriptor(self, replica: RunningReplica) -> None:
         self._placement.descriptor_changed(replica)
 
     def _flush(self) -> None:

@@ -72,12 +72,20 @@ class PlacementExtension:
 
 
 class PlacementService:
-    """See the module. ``call`` reaches other nodes; it is set before :meth:`run`."""
+    """See the module. ``call`` reaches other nodes; it is set before :meth:`run`.
+
+    Args:
+        reporter: puts this node's heartbeats together.
+        bytes_of: about how large a range is.
+        on_nodes: called with each answer to a heartbeat, which may hold a newer node table.
+        data_path: lies on the disk whose free space is reported.
+    """
 
     def __init__(
         self,
         driver: Driver,
         environment: Environment,
+        *,
         extension: PlacementExtension,
         reporter: Reporter,
         bytes_of: Callable[[Replica], int],

@@ -245,7 +245,14 @@ class Node:
     async def serve(self, stream: Any) -> None:
         connection = Connection(stream, clock=self.clock)
         client = ClientConnection(
-            connection, HybridClock(self.clock), self.dispatch, self.dirty, 4096, self.intake, self.budget, self.clock
+            connection,
+            hybrid_clock=HybridClock(self.clock),
+            dispatch=self.dispatch,
+            dirty=self.dirty,
+            inflight_max=4096,
+            intake=self.intake,
+            budget=self.budget,
+            clock=self.clock,
         )
         self.connections.append(connection)
         self.clients.append(client)

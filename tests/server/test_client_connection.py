@@ -61,13 +61,13 @@ class Server:
         self.connection = Connection(stream, clock=self.clock)
         self.client = ClientConnection(
             self.connection,
-            HybridClock(self.clock),
-            self.take,
-            self.dirty,
-            self._inflight_max,
-            Intake(self.clock),
-            self.budget,
-            self.clock,
+            hybrid_clock=HybridClock(self.clock),
+            dispatch=self.take,
+            dirty=self.dirty,
+            inflight_max=self._inflight_max,
+            intake=Intake(self.clock),
+            budget=self.budget,
+            clock=self.clock,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.connection.run_writer)

@@ -67,14 +67,14 @@ class World:
         self.service = PlacementService(
             driver,
             environment,
-            extension,
-            Reporter(NodeId(1), 1, "h:1"),
-            lambda replica: 1000,
-            lambda reply: None,
-            SimpleNamespace(),  # type: ignore[arg-type]
-            b"c" * 16,
-            "/data",
-            log,
+            extension=extension,
+            reporter=Reporter(NodeId(1), 1, "h:1"),
+            bytes_of=lambda replica: 1000,
+            on_nodes=lambda reply: None,
+            address_book=SimpleNamespace(),  # type: ignore[arg-type]
+            cluster_id=b"c" * 16,
+            data_path="/data",
+            log=log,
         )
         self.service.call = self._call
         self.service.propose = self._propose  # type: ignore[method-assign]
