@@ -346,6 +346,7 @@ class Cluster:
             node.environment.calls.disarm()
             disk, clock = node.environment.disk, node.environment.clock
             disk.resume()
+            disk.mend()
             disk.on_read = disk.on_call = None
             disk.capacity_bytes = CAPACITY_BYTES
             clock.set_drift(0)

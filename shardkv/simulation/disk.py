@@ -368,6 +368,10 @@ class SimulatedDisk:
         assert operation in OPERATIONS, f"no operation {operation!r}; there are {sorted(OPERATIONS)}"
         self._faults.append(_Fault(operation, path_part, error, skip, times))
 
+    def mend(self) -> None:
+        """No call is to fail any more."""
+        self._faults.clear()
+
     def cut_power_at(self, number: int) -> None:
         """Let the power go at call ``number``: that call and all later ones raise :class:`PowerCut`.
 

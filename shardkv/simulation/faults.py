@@ -13,7 +13,7 @@ import trio
 from shardkv.errors import Corruption, OutOfSpace, ShardKVError, StorageError
 from shardkv.simulation import determinism
 from shardkv.simulation.cluster import Cluster, SimulatedNode
-from shardkv.simulation.disk import CAPACITY_BYTES, ChooseAtRandom
+from shardkv.simulation.disk import CAPACITY_BYTES, OPERATIONS, ChooseAtRandom
 from shardkv.simulation.sequences import SEQUENCES
 from shardkv.wire.requests import Method
 
@@ -30,6 +30,7 @@ DOWN_SECONDS_MAX: Final = 4.0
 ADMIN_SECONDS: Final = 3.0
 FLIPPING_READS_MAX: Final = 12
 FLUSH_SECONDS_MAX: Final = 2.0
+FAIL_SECONDS_MAX: Final = 8.0
 
 Fault = Callable[["Faults", SimulatedNode, SimulatedNode], Awaitable[None]]
 
@@ -275,6 +276,23 @@ async def _flip(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
     disk.on_read = flip
 
 
+async def _fail(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
+    """Some call of the disk fails, and the node ends; a sync that failed has made nothing durable, now or later.
+
+    Of a node that is down it may be the next start that meets it.
+    """
+    operation = faults.chance.choice([*sorted(OPERATIONS), "sync", "sync", "sync"])
+    faults.suspect(one, FAIL_SECONDS_MAX)
+    disk = one.environment.disk
+    disk.fail(operation, StorageError(f"cannot {operation}: Input/output error"), skip=faults.chance.randrange(8))
+
+    async def mend() -> None:
+        await determinism.sleep(FAIL_SECONDS_MAX - 1)
+        disk.mend()
+
+    faults.soon(mend)
+
+
 # Clocks
 
 
@@ -350,6 +368,7 @@ KINDS: Final[dict[str, Fault]] = {
     "stall": _stall,
     "full": _full,
     "flip": _flip,
+    "fail": _fail,
     "drift": _drift,
     "step": _step,
     "split": _split,

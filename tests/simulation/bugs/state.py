@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from shardkv.errors import StorageError
 from shardkv.machine import execution, keys
 from shardkv.machine.clock import HybridClock
 from shardkv.machine.entries import GENERATION
@@ -251,6 +252,20 @@ def no_fsync() -> Patches:
     return [patch.object(Wal, "_sync", sync)]
 
 
+def failed_sync_ignored() -> Patches:
+    """The system is asked once, says no, and is believed to have done it all the same."""
+    original = Wal._sync
+
+    def sync(self: Wal, segment: Segment, sequence: int, end: int) -> None:
+        try:
+            original(self, segment, sequence, end)
+        except StorageError:
+            self._synced_place = wal._place(segment, end)
+            self._synced_sequence = sequence
+
+    return [patch.object(Wal, "_sync", sync)]
+
+
 def damage_is_cut_off() -> Patches:
     return [patch.object(_Recovery, "_judge", lambda recovery, damage, later: None)]
 
@@ -453,6 +468,13 @@ BUGS = (
         1,
     ),
     Bug("no-fsync", "nothing is said before it is synced (trap 10)", no_fsync, _POWER, 1),
+    Bug(
+        "failed-sync-ignored",
+        "a failed sync ends the process (DESIGN 4.3)",
+        failed_sync_ignored,
+        ("fail", *_POWER),
+        1,
+    ),
     Bug(
         "damage-below-the-synced-mark-cut-off",
         "recovery cuts off nothing that was synced (DESIGN 4.3)",
