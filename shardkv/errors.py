@@ -37,14 +37,20 @@ class RequestError(ShardKVError):
 
 
 class KeyTooLarge(RequestError):
+    """A key must have 1 byte to 4 KiB."""
+
     code = 11
 
 
 class ValueTooLarge(RequestError):
+    """A value may have up to 1 MiB, and the values of one answer what a frame holds."""
+
     code = 12
 
 
 class InvalidRange(RequestError):
+    """A span that ends below its start, a split key that divides nothing, or targets that exclude each other."""
+
     code = 13
 
 
@@ -73,6 +79,8 @@ class MalformedRequest(RequestError):
 
 
 class TransactionTooLarge(RequestError):
+    """A transaction may have up to 10,000 keys and 8 MiB."""
+
     code = 18
 
 
@@ -103,6 +111,8 @@ class Conflict(ShardKVError):
 
 
 class LockLost(ShardKVError):
+    """A lock is held by somebody else by now, or by nobody."""
+
     code = 22
 
 
@@ -220,14 +230,20 @@ class OutcomeUnknown(ShardKVError):
 
 
 class ClientClosed(ShardKVError):
+    """The client was closed, was never opened, or belongs to the parent of a forked process; open a new one."""
+
     code = 50
 
 
 class PermissionDenied(ShardKVError):
+    """Kept for authentication, which there is not yet."""
+
     code = 51
 
 
 class Unauthenticated(ShardKVError):
+    """Kept for authentication, which there is not yet."""
+
     code = 52
 
 
@@ -270,6 +286,8 @@ class ConfigError(ShardKVError):
 
 
 class StorageError(ShardKVError):
+    """A node's disk failed a call; the message names the file and says what to do. The node ends with it."""
+
     code = 60
 
 
@@ -280,6 +298,8 @@ class Corruption(StorageError):
 
 
 class OutOfSpace(StorageError):
+    """A node's disk is nearly full, so it takes no writes now: certainly not applied. Free space, or delete keys."""
+
     code = 62
 
 

@@ -72,9 +72,12 @@ def connect(addresses: str, *, environment: Environment | None = None, settings:
 
 
 class Client:
-    """See :func:`connect`. Every method but :meth:`scan` is a coroutine; ``timeout`` is in seconds and covers one call.
+    """See :func:`connect`. Every method but :meth:`scan` is a coroutine.
 
-    At its end a read, or a write of which nothing was ever sent, raises Unavailable, another write OutcomeUnknown.
+    ``timeout`` is in seconds and covers one call. At its end a read, or a write of which nothing was ever sent, raises
+    Unavailable, another write OutcomeUnknown. Beside what a method names, each may raise TypeError for an argument of
+    the wrong type, RequestError (KeyTooLarge, ValueTooLarge, InvalidRange) for one out of bounds, both before anything
+    is sent; StorageError (OutOfSpace) when a node's disk does not let it; and ClientClosed.
     """
 
     def __init__(self, addresses: str, *, environment: Environment | None, settings: Settings | None) -> None:
@@ -215,7 +218,7 @@ class Client:
         return None if found is None else Entry(key, found[0], found[1])
 
     async def delete(self, key: bytes, *, if_version: int | None = None, timeout: float = TIMEOUT_SECONDS) -> bool:
-        """Delete a key; whether it was there. ``if_version`` as in :meth:`put`."""
+        """Delete a key; whether it was there. ``if_version`` as in :meth:`put`, and what it raises."""
         check_key_type(key)
         if if_version is not None:
             check_version(if_version)
@@ -413,11 +416,16 @@ class Client:
                 raise NotFound(f"there is no range {range_id}; list the ranges")
 
     async def status(self, *, timeout: float = TIMEOUT_SECONDS) -> Any:
-        """The cluster as some node sees it."""
+        """The cluster as the leader of the placement group sees it.
+
+        A dict: ``cluster_id`` (hexadecimal), ``version``, ``nodes`` and ``ranges`` (counts), ``placement_leader`` (a
+        node id), ``settled`` (whether nothing is about to move), ``operators`` (``id, kind, range, reason`` of what is
+        under way) and ``node_table`` (``name, id, address, state, replicas, leaders`` of each node).
+        """
         return await self.call(Method.STATUS, timeout=timeout)
 
     async def nodes(self, *, timeout: float = TIMEOUT_SECONDS) -> list[NodeInfo]:
-        """The nodes of the cluster, with their addresses."""
+        """The nodes that are in service, by id, with their names and addresses."""
         nodes = parse_nodes(await self.call(Method.NODES, timeout=timeout))
         return sorted(nodes)
 

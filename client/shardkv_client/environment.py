@@ -39,6 +39,8 @@ class Stream(Protocol):
 
 
 class Environment(Protocol):
+    """What a client lives in: time, chance, and connections to nodes. Called in the client's event loop only."""
+
     def monotonic(self) -> float:
         """Seconds since some fixed moment; never goes back."""
         ...

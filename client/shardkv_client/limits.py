@@ -9,7 +9,8 @@ from typing import Final
 
 from shardkv.errors import InvalidRange, KeyTooLarge, RequestError, ValueTooLarge
 from shardkv.types import KEY_BYTES_MAX, TIMESTAMP_MAX, VALUE_BYTES_MAX
-from shardkv.wire.requests import FRAME_BYTES_MAX, Consistency, decode_requests, encode_request, join
+from shardkv.wire.frames import FRAME_BYTES_MAX
+from shardkv.wire.requests import Consistency, decode_requests, encode_request, join
 
 _CONSISTENCY: Final = {
     "linearizable": int(Consistency.LINEARIZABLE),

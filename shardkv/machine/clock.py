@@ -18,7 +18,7 @@ from shardkv.environment import Clock
 from shardkv.types import TIMESTAMP_COUNTER_BITS, TIMESTAMP_MAX, timestamp_ms
 
 CLOCK_OFFSET_MS_MAX: Final = 500
-"""The default of the setting ``clock_offset_max``."""
+"""The default of the setting ``clock_offset_max_ms``."""
 _NS_PER_MS: Final = 1_000_000
 
 

@@ -54,7 +54,7 @@ _PUT, _DELETE, _INCREMENT, _DELETE_RANGE = (int(op) for op in (Op.PUT, Op.DELETE
 _USER: Final = keys.USER_PREFIX
 _ENVELOPE_OVERHEAD: Final = len(_USER) + HEAD_BYTES
 ISSUED_AHEAD_MS_MAX: Final = 500
-"""How far a command may be issued ahead of replicated time. It equals the default of ``clock_offset_max`` but is no
+"""How far a command may be issued ahead of replicated time. It is the default of ``clock_offset_max_ms``, but no
 setting: replicas with different settings would come to different rows."""
 _FIND_MAX: Final = 8
 """A group of up to this many commands looks its records up one by one."""

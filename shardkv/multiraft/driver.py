@@ -2,7 +2,8 @@
 
 Lives here: when things happen. While a sync runs, acknowledgements, commits and applies go on, and what must be logged
 collects; when it ends, all that has collected is proposed, appended as one record and synced once. Does not live here:
-what a group wants (``turn``), who waits for it (``replica``), how replicas come and go (``catalog``).
+what a group wants (``turn``), who waits for it (``replica``), how replicas come to be (``catalog``), how a record gets
+to the disk (``log_writer``) and an entry into the engine (``applier``).
 
 One turn steps in this order: propose what waits, take every ready group's work, hand the log record to the writer
 thread and let it have the interpreter, send what may leave, apply what is committed as one engine batch, answer, and

@@ -1,7 +1,7 @@
 """How the leader's log reaches the followers: appends, their answers, heartbeats, and what commits by them.
 
-Both sides of each exchange live here, next to each other. Snapshots are in ``snapshots``; what a leader knows of a
-follower is in ``progress``.
+Both sides of each exchange live here, next to each other, but for a snapshot's: what a follower makes of one is in
+``reconfiguration``. What a leader knows of a follower is in ``progress``.
 """
 
 from shardkv.raft import freshness, lease, reads

@@ -1,7 +1,16 @@
-"""A node, composed: listener, requests, reads, placement service, splitting, snapshots, start and stop.
+"""A node, composed of everything below, from start to stop.
 
-``node`` puts everything together; ``listener`` takes connections, ``requests`` answers them. Everything below is
-handed in, so that the same code runs in virtual time.
+``node`` puts it together; ``inside`` shows the parts to a simulation.
+
+* Clients: ``listener`` takes connections, ``client_connection`` reads requests and gathers answers, within ``intake``
+  (large requests on their way) and ``answer_budget`` (answers that nobody takes). ``requests`` serves reads and writes;
+  ``operations`` is what takes several steps, each with a ``reply`` to wait for.
+* Other nodes: ``peers`` connects driver and transport, ``address_book`` knows where they are, ``internal_client`` asks
+  them as a client would. ``placement_service`` is this node's part in placement, ``splitter`` splits what has grown.
+* Health: ``disk_health``, ``clock_health``, ``loop_health``; ``garbage`` chooses when the process collects. ``admin``
+  shows all of it over HTTP.
+
+The world is handed in, so that the same code runs in virtual time.
 """
 
 from shardkv.server.node import run_node

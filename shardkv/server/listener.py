@@ -25,9 +25,8 @@ from shardkv.transport.connection import Connection
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import Identity, KnownBoots, accept
 from shardkv.types import NodeId
-from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
+from shardkv.wire.frames import FRAME_BYTES_MAX, Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, encode_refused
-from shardkv.wire.requests import FRAME_BYTES_MAX
 
 PEER_FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
 """A turn's messages for one peer; peers are trusted further than clients."""

@@ -1,10 +1,15 @@
 """Whole clusters in virtual time, with faults: for our tests and for yours.
 
 ``cluster`` is where to begin: real nodes and real clients in one process. ``determinism`` makes a run repeat from its
-seed; ``clock``, ``disk``, ``workers`` and ``network`` are what a node gets for the world, and ``environment`` puts them
-together. ``runner`` judges a cluster under ``faults`` and a ``workload`` by the ``checkers``; ``swarm`` does it for
-many seeds; ``pytest_plugin`` brings it to tests of your own. Nothing is imported here before it is asked for, for
-pytest loads the plugin into every test suite.
+seed; ``trace`` digests what happened in it.
+
+* A node's world is its ``environment``: ``clock``, ``workers``, ``disk`` (on ``files``), ``network`` (of ``pipes``, in
+  some of which ``frames`` are repeated or overtaken). ``calls`` numbers what it asks of that world, to crash it there.
+* A run is ``runner``'s: ``faults`` and ``sequences`` of them, a ``workload`` with ``errands``, ``observing`` what nodes
+  hold, and the ``checkers`` that judge it. ``swarm`` does it for many seeds.
+* ``pytest_plugin`` brings it to tests of your own.
+
+Nothing is imported here before it is asked for, for pytest loads the plugin into every test suite.
 """
 
 from importlib import import_module

@@ -231,9 +231,8 @@ class SimulatedLock:
 class SimulatedDisk:
     """Implements :class:`shardkv.environment.Disk`, in memory.
 
-    A run ends with :meth:`crash`, which settles what survives, or with :meth:`kill`, and goes on with the disk that
-    :meth:`restart` returns.
-    Handles from before the crash keep the old disk, whose calls change nothing any more.
+    A node's life ends with :meth:`crash`, which decides what survives, or with :meth:`kill`, and its next one has the
+    disk that :meth:`restart` returns. Handles from before keep the old disk, whose calls change nothing any more.
 
     ``on_call``, if set, is called before each call is performed and may raise what the call shall fail with.
     """

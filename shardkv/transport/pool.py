@@ -1,8 +1,8 @@
 """A node's outgoing connections to its peers: two to each, dialled in the background and kept up.
 
-They carry messages one way; answers come back over the peer's own outgoing connections, but for that to a PING, whose
-time on the way is to be known. The rule: sending never waits
-and never fails. What cannot go now is dropped and counted, for Raft sends again what matters.
+They carry messages one way. Answers come back over the peer's own outgoing connections, but for that to a PING, of
+which it is to be known how long it was on its way. The rule: sending never waits and never fails. What cannot go now is
+dropped and counted, for Raft sends again what matters.
 """
 
 from collections.abc import Callable
@@ -102,12 +102,12 @@ class PeerPool:
         identity: fixed for the life of the pool: a node dials no peers before it has joined.
         known_boots: shared with the listener.
         on_connected: called with a node id once both of its connections are up.
-        on_pong: called with a node id and the payload of its answer to a PING that was sent to it.
         on_disconnected: called as soon as the first of them is lost. A process that died closes its connections, so
-            this is doubt, at once, without waiting for an election timeout. No callback may block or raise, but
-            ``on_pong`` a ProtocolError, which ends the connection.
+            this is doubt, at once, without waiting for an election timeout.
+        on_pong: called with a node id and the payload of its answer to a PING that was sent to it. It may raise
+            ProtocolError, which ends the connection.
 
-    :meth:`run` is the service; addresses may be set before it starts.
+    No callback may block, or raise anything else. :meth:`run` is the service; addresses may be set before it starts.
     """
 
     def __init__(

@@ -36,9 +36,8 @@ Command = list[Any]
 OP, SEQUENCE, ISSUED_AT, ACKNOWLEDGED_BELOW, DIGEST, KEY, VALUE, CONDITION = range(8)
 """Positions in a command. DELETE has its condition, INCREMENT its delta and DELETE_RANGE its end at VALUE."""
 
-_HEAD: Final = Struct(
-    ">BBBQBQBQBI"
-)  # array head, op, then sequence, issued_at, acknowledged_below (u64) and digest (u32)
+_HEAD: Final = Struct(">BBBQBQBQBI")
+"""Array head and op; sequence, issued_at and acknowledged_below (64 bits) and digest (32), each behind its type."""
 _KEY_HEAD: Final = Struct(">BH")
 _VALUE_HEAD: Final = Struct(">BI")
 _U64: Final = Struct(">BQ")

@@ -31,7 +31,6 @@ from typing import Any, Final, NamedTuple
 
 from shardkv import codec, errors
 
-FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 REQUESTS_PER_FRAME_MAX: Final = 4_096
 SCAN_PAGE_ENTRIES_MAX: Final = 10_000
 SCAN_PAGE_BYTES_MAX: Final = 4 * 1024 * 1024

@@ -14,9 +14,9 @@ from shardkv.errors import KeyTooLarge, MalformedRequest, RequestError, ShardKVE
 from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, NodeId
 from shardkv.wire import commands, raft_codec
 from shardkv.wire.commands import Op, pack_increment, pack_put, seal
-from shardkv.wire.frames import COMPRESSED, FrameKind, compress_payload, encode_frame
+from shardkv.wire.frames import COMPRESSED, FRAME_BYTES_MAX, FrameKind, compress_payload, encode_frame
 from shardkv.wire.handshake import MAGIC, Hello, Role, encode_hello
-from shardkv.wire.requests import FRAME_BYTES_MAX, Method, encode_request, join
+from shardkv.wire.requests import Method, encode_request, join
 from shardkv_client import connect_blocking
 from shardkv_client.client import Client
 from tests.cluster.harness import LocalCluster, client, eventually, leader_of, resident_bytes, started_and_settled

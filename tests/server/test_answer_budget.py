@@ -259,7 +259,7 @@ class Node:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.run_writer)
-                await client.serve(FrameDecoder(requests.FRAME_BYTES_MAX), [])
+                await client.serve(FrameDecoder(), [])
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass

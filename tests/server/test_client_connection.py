@@ -71,7 +71,7 @@ class Server:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.connection.run_writer)
-            await self.client.serve(FrameDecoder(requests.FRAME_BYTES_MAX), [])
+            await self.client.serve(FrameDecoder(), [])
             self.client.check()
             self.ended.set()
             nursery.cancel_scope.cancel()

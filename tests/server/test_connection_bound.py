@@ -12,9 +12,8 @@ from shardkv.simulation.environment import SimulatedEnvironment, simulated_envir
 from shardkv.transport.connection import Connection
 from shardkv.transport.handshake import KnownBoots, greet
 from shardkv.types import NodeId
-from shardkv.wire.frames import FrameDecoder, FrameKind
+from shardkv.wire.frames import FRAME_BYTES_MAX, FrameDecoder, FrameKind
 from shardkv.wire.handshake import Hello, Role, encode_hello
-from shardkv.wire.requests import FRAME_BYTES_MAX
 from tests.server.world import world
 
 CONNECTIONS_MAX = 12

@@ -12,6 +12,8 @@ TIMEOUT_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
+    """One client's bounds and delays: ``_max`` of bytes or counts, ``_seconds`` of its monotonic clock."""
+
     calls_in_flight_max: int = 1_024
     """Calls beyond these wait for one to end; their deadlines run while they wait."""
     bytes_in_flight_max: int = 16 * 1024 * 1024
