@@ -34,17 +34,17 @@ class Gathering:
         self._parked: Call | None = None
         self._room = 0
         self.out: dict[Call, None] = {}
-        self.settled: list[Any] = []
+        self.ended: list[Any] = []
         """Calls that ended since the caller last looked."""
 
     def submit(self, call: Call) -> None:
-        call.notify = self._settle
+        call.notify = self._end
         self._core.submit(call)
         self.out[call] = None
 
-    def _settle(self, call: Call) -> None:
+    def _end(self, call: Call) -> None:
         del self.out[call]
-        self.settled.append(call)
+        self.ended.append(call)
         parked = self._parked
         if parked is not None and len(self.out) <= self._room:
             self._parked = None
@@ -174,9 +174,9 @@ class PutMany:
 
     def _collect(self) -> None:
         """Book what has ended."""
-        settled, self._gathering.settled = self._gathering.settled, []
+        ended, self._gathering.ended = self._gathering.ended, []
         written = self._written
-        for call in settled:
+        for call in ended:
             pairs = self._out.pop(call.key)
             if call.error is None:
                 del self._failed[call.key]

@@ -74,7 +74,7 @@ class Controller:
         actions.extend(self._start(view))
         return actions
 
-    def settled(self, command: Command) -> None:
+    def answered(self, command: Command) -> None:
         """Optional: a proposal has been answered, so its effect, if any, is in the next view; do not wait for it."""
         if isinstance(command, AddOperator):
             self._pending.pop(command.operator.range_id, None)

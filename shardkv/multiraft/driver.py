@@ -461,7 +461,7 @@ class Driver:
 
         self.log_writer.append([update], logged)
 
-    async def settled(self, replica: Replica) -> None:
+    async def all_logged(self, replica: Replica) -> None:
         """Wait until the log has everything that this group, which is resting, wanted logged before."""
         while any(waiting is replica for waiting, _ in self.log_writer.appends):
             self.log_writer.write_all()

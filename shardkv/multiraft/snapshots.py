@@ -116,7 +116,7 @@ _NO_FAILURES: Final = _Failures()
 class Snapshots:
     """The node's snapshot service. :meth:`use` gives it a nursery.
 
-    Invariants: a range is in at most one of ``_receiving`` and ``_incoming``, and never in ``_waiting`` with either;
+    Invariants: a range is in at most one of ``_receiving`` and ``_arrived``, and never in ``_waiting`` with either;
     ``_waiting`` holds no more than may be received at once; a range in ``_waiting`` reserves no span.
     """
 
@@ -149,7 +149,7 @@ class Snapshots:
         self._receiving: dict[RangeId, None] = {}
         self._waiting: dict[RangeId, Incoming] = {}
         """Snapshots whose stream broke, oldest first."""
-        self._incoming: dict[RangeId, Arrived] = {}
+        self._arrived: dict[RangeId, Arrived] = {}
         """By range, until its install is over."""
         self._files = 0
         self._send_pace = Pace(environment.clock, config.snapshot_send_bytes_per_second)
@@ -165,7 +165,7 @@ class Snapshots:
             sending=len(self._sending),
             receiving=len(self._receiving),
             waiting=len(self._waiting),
-            installing=len(self._incoming),
+            installing=len(self._arrived),
             chunks_sent=self._chunks_sent,
             chunks_received=self._chunks_received,
             resumed=self._resumed,
@@ -177,7 +177,7 @@ class Snapshots:
         assert len(self._waiting) <= config.snapshots_receiving_max, f"{len(self._waiting)} wait"
         for range_id in self._waiting:
             assert range_id not in self._receiving, f"range {range_id} waits and is received"
-            assert range_id not in self._incoming, f"range {range_id} waits and is installed"
+            assert range_id not in self._arrived, f"range {range_id} waits and is installed"
 
     # Sending
 
@@ -409,9 +409,9 @@ class Snapshots:
         range_id, descriptor = begin.range_id, begin.descriptor
         if self._driver.space.low:
             raise self._driver.space.refusal()
-        if len(self._receiving) + len(self._incoming) >= self._config.snapshots_receiving_max:
-            raise Busy(f"{len(self._receiving) + len(self._incoming)} snapshots are being received already")
-        if range_id in self._receiving or range_id in self._incoming:
+        if len(self._receiving) + len(self._arrived) >= self._config.snapshots_receiving_max:
+            raise Busy(f"{len(self._receiving) + len(self._arrived)} snapshots are being received already")
+        if range_id in self._receiving or range_id in self._arrived:
             raise Busy(f"a snapshot of range {range_id} is on its way already")
         if range_id != PLACEMENT_RANGE:
             overlapping = [other for other in self._catalog.spans.overlapping(descriptor.span) if other != range_id]
@@ -491,7 +491,7 @@ class Snapshots:
         if replica.needs_snapshot:
             if arrived.index < replica.log.compact_index:
                 return False  # of a leader that has applied less than this replica once had
-            self._incoming[replica.range_id] = arrived
+            self._arrived[replica.range_id] = arrived
             replica.installing = True
             self._nursery.start_soon(self._reinstall, replica)
             return True
@@ -500,7 +500,7 @@ class Snapshots:
         if replica.raft.raft.log.snapshot is not message.snapshot:
             self._log.debug("snapshot not needed", range=replica.range_id, committed=replica.raft.committed)
             return False
-        self._incoming[replica.range_id] = arrived
+        self._arrived[replica.range_id] = arrived
         return True
 
     # Installing
@@ -513,9 +513,9 @@ class Snapshots:
     async def _install(self, replica: Replica, message: Message) -> None:
         snapshot = message.snapshot
         assert snapshot is not None, f"range {replica.range_id} installs no snapshot"
-        incoming = self._incoming[replica.range_id]
-        await self._driver.settled(replica)
-        await self._installer.replace_data(replica, incoming)
+        arrived = self._arrived[replica.range_id]
+        await self._driver.all_logged(replica)
+        await self._installer.replace_data(replica, arrived)
         metadata = snapshot.metadata
         update = LogUpdate(
             replica.range_id,
@@ -524,14 +524,14 @@ class Snapshots:
             reset=ResetLog(metadata.index, metadata.term, metadata.conf_state),
         )
         self._driver.log_snapshot(replica, update, message)
-        del self._incoming[replica.range_id]
+        del self._arrived[replica.range_id]
         self._driver.hooks.descriptor(replica)
 
     async def _reinstall(self, replica: Replica) -> None:
         """Install for a replica whose last install was interrupted: it has a log, but no data to apply it to."""
-        incoming = self._incoming[replica.range_id]
-        await self._driver.settled(replica)
-        await self._installer.replace_data(replica, incoming)
+        arrived = self._arrived[replica.range_id]
+        await self._driver.all_logged(replica)
+        await self._installer.replace_data(replica, arrived)
         assert replica.machine is not None, f"range {replica.range_id} has no machine after its install"
         metadata = replica.machine.snapshot_metadata()
         log = replica.log
@@ -542,7 +542,7 @@ class Snapshots:
         else:
             update.reset = ResetLog(metadata.index, metadata.term, metadata.conf_state)
         self._catalog.reincarnate(replica, update)
-        del self._incoming[replica.range_id]
+        del self._arrived[replica.range_id]
         self._driver.hooks.descriptor(replica)
 
 

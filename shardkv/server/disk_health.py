@@ -189,7 +189,7 @@ class Handover:
 
         ``stalled``: a sync takes so long that nodes are offered a leadership which have shown nothing.
         """
-        taken = self._settle(now_ns)
+        taken = self._take_stock(now_ns)
         led = [
             (replica, replica.raft.status().progress)
             for replica in self._driver.catalog.replicas.values()
@@ -207,7 +207,7 @@ class Handover:
             self._log.warning("no other node takes the leaderships; this one leads on", ranges=stuck)
         return taken
 
-    def _settle(self, now_ns: int) -> int:
+    def _take_stock(self, now_ns: int) -> int:
         until_ns = now_ns + int(RETRY_SECONDS * 1e9)
         taken = 0
         for range_id, (replica, node_id) in list(self._moving.items()):

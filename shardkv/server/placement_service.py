@@ -296,7 +296,7 @@ class PlacementService:
         try:
             if isinstance(action, Propose):
                 await self._propose_here(commands.encode(action.command))
-                controller.settled(action.command)
+                controller.answered(action.command)
             elif isinstance(action, ChangeReplicas):
                 await self.call(
                     Method.CHANGE_REPLICAS,

@@ -105,7 +105,7 @@ async def die(number: int, *, after: bool, power: bool, kept: Callable[[int], in
     async with world(3) as hosts:
         late = await behind(hosts)
         leader = hosts.leader()
-        await late.driver.settled(late.replica())
+        await late.driver.all_logged(late.replica())
         late.engine.flush()
         old, new = rows_of(late.engine), rows_of(leader.engine)
         assert old != new

@@ -201,7 +201,7 @@ async def test_another_stream_of_the_range_takes_the_place_of_an_unfinished_one(
     async with world(3) as hosts:
         leader, late, _ = await broken(hosts)
         first = late.snapshots._waiting[RANGE]
-        await hosts[3].driver.settled(late.replica())
+        await hosts[3].driver.all_logged(late.replica())
         stream = Stream(*spelled(leader, 3, id=b"another stream ."))
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.progress[0] == ["from", 0, 0], "it went on with another stream's rows"
@@ -276,7 +276,7 @@ async def test_a_file_that_differs_from_what_was_sent_is_never_offered_to_the_gr
             again = Stream(begin, *rest[incoming.chunks :], ["end", chunks, rows, checksum, 9])
             with pytest.raises(ProtocolError):
                 await late.snapshots.receive(again, leader.node_id)
-            assert not late.snapshots._incoming
+            assert not late.snapshots._arrived
             assert late.value(b"old") == b"1"
             incoming.chunks = 0  # the next one begins anew
         del stream
@@ -396,11 +396,11 @@ async def test_trap_16_what_is_installed_counts_as_received(autojump_clock: Mock
     async with world(3) as hosts:
         leader, late = await far_behind(hosts)
         count = SnapshotsConfig().snapshots_receiving_max
-        late.snapshots._incoming.update({RangeId(70 + n): None for n in range(count)})  # type: ignore[misc]
+        late.snapshots._arrived.update({RangeId(70 + n): None for n in range(count)})  # type: ignore[misc]
         stream = Stream(*spelled(leader, 3))
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.answers[0][0] == "refused"
-        late.snapshots._incoming.clear()
+        late.snapshots._arrived.clear()
         hosts.heal()
         await hosts.agreed()
 

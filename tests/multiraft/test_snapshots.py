@@ -333,7 +333,7 @@ async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_not
         assert stream.answers == [["refused", "the replica did not need it"]]
         assert late.catalog.spans.overlapping(KeyRange(b"", None)) == [1]
         assert not late.catalog.spans._reserved.by_range
-        assert not late.snapshots._incoming
+        assert not late.snapshots._arrived
         assert not late.engine._built, "the file of a refused snapshot is still there"
 
 

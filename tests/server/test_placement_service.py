@@ -230,13 +230,13 @@ class Restless:
     count = 200
 
     def __init__(self) -> None:
-        self.settled_commands: list[Any] = []
+        self.answered_commands: list[Any] = []
 
     def tick(self, view: Any) -> list[Any]:
         return [Transfer(RangeId(number), NodeId(1), NodeId(2)) for number in range(self.count)]
 
-    def settled(self, command: Any) -> None:
-        self.settled_commands.append(command)
+    def answered(self, command: Any) -> None:
+        self.answered_commands.append(command)
 
 
 async def test_operators_have_a_bound_on_requests_under_way(
