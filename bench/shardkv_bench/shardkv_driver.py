@@ -6,7 +6,7 @@ Each of ``inflight`` lanes does one operation after another; lanes share ``conne
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -14,17 +14,20 @@ from shardkv.errors import ShardKVError
 from shardkv_bench.worker import Measurement, Task, wait_for_go
 from shardkv_bench.workloads import WORKLOADS, Kind, Operation, Plan, key_of, value_of
 
+if TYPE_CHECKING:
+    from shardkv_client import Client
+
 BULK_KEYS: Final = 1_000
 """Keys of one ``put_many`` of the bulk workload."""
 VALUES: Final = 256
 """Different values that are written; making one for each operation would be measured too."""
 
 
-def connect(addresses: str) -> contextlib.AbstractAsyncContextManager[Any]:
+def connect(addresses: str) -> "contextlib.AbstractAsyncContextManager[Client]":
+    """A client. Imported here, for what only drives etcd needs none."""
     import shardkv_client
 
-    client: contextlib.AbstractAsyncContextManager[Any] = shardkv_client.connect(addresses)
-    return client
+    return shardkv_client.connect(addresses)
 
 
 def perform(task: Task) -> Measurement:
@@ -54,7 +57,7 @@ async def _run(task: Task) -> Measurement:
     return measurement
 
 
-async def _lane(client: Any, plan: Plan, task: Task, measurement: Measurement) -> None:
+async def _lane(client: "Client", plan: Plan, task: Task, measurement: Measurement) -> None:
     values = [value_of(number, task.value_bytes) for number in range(VALUES)]
     perform_kind = _performers(client, plan, values, task)
     next_operation, clock, done = plan.next, time.perf_counter_ns, measurement.done
@@ -70,7 +73,7 @@ async def _lane(client: Any, plan: Plan, task: Task, measurement: Measurement) -
 
 
 def _performers(
-    client: Any, plan: Plan, values: list[bytes], task: Task
+    client: "Client", plan: Plan, values: list[bytes], task: Task
 ) -> dict[Kind, Callable[[Operation], Awaitable[int]]]:
     """A function for each kind of operation; it returns how many operations that was."""
 

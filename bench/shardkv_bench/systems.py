@@ -5,7 +5,7 @@ Each knows how to start, which addresses a load should use, how to find the lead
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
 
@@ -16,6 +16,9 @@ from shardkv_bench.etcd import EtcdCluster, EtcdConnection
 from shardkv_bench.local_cluster import LocalCluster
 from shardkv_bench.shardkv_driver import connect
 from shardkv_bench.workloads import key_of
+
+if TYPE_CHECKING:
+    from shardkv_client import Client
 
 SPLIT_BYTES: Final = 1 << 30
 """Ranges split only where the comparison splits them."""
@@ -86,7 +89,7 @@ class ShardKV:
             if self._ranges > 1:
                 await self._spread(client)
 
-    async def _spread(self, client: Any) -> None:
+    async def _spread(self, client: "Client") -> None:
         """Deal the leaders out: range *i* to node *i* modulo the count of nodes."""
         with trio.fail_after(SETTLE_SECONDS):
             while True:
@@ -106,7 +109,7 @@ class ShardKV:
                         await trio.sleep(POLL_SECONDS)
                 await trio.sleep(POLL_SECONDS)
 
-    async def _wait_replicas(self, client: Any) -> None:
+    async def _wait_replicas(self, client: "Client") -> None:
         """Wait until every range has a leader and as many replicas as there are nodes."""
         with trio.fail_after(SETTLE_SECONDS):
             while True:
@@ -115,7 +118,7 @@ class ShardKV:
                     return
                 await trio.sleep(POLL_SECONDS)
 
-    async def _rows(self, client: Any) -> list[dict[str, Any]]:
+    async def _rows(self, client: "Client") -> list[dict[str, Any]]:
         answer = await client.call(Method.RANGES, timeout=CALL_SECONDS)
         return sorted((dict(row) for row in answer), key=lambda row: bytes(row["start"]))
 
@@ -129,13 +132,18 @@ class ShardKV:
         async with connect(self.addresses) as client:
             with trio.fail_after(SETTLE_SECONDS):
                 while True:
-                    rows = await self._rows(client)
-                    row = next(row for row in reversed(rows) if bytes(row["start"]) <= key_of(0))
-                    status = await client.call(Method.STATUS, timeout=CALL_SECONDS)
-                    for node in status["node_table"]:
-                        if node["id"] == row["leader"]:
-                            return str(node["name"])
+                    name = await self._leader_seen(client)
+                    if name is not None:
+                        return name
                     await trio.sleep(POLL_SECONDS)
+
+    async def _leader_seen(self, client: "Client") -> str | None:
+        """The name of the node that leads the first record's range, if the cluster knows one now."""
+        rows = await self._rows(client)
+        row = next(row for row in reversed(rows) if bytes(row["start"]) <= key_of(0))
+        status = await client.call(Method.STATUS, timeout=CALL_SECONDS)
+        names = {node["id"]: str(node["name"]) for node in status["node_table"]}
+        return names.get(row["leader"])
 
     def kill(self, name: str) -> None:
         self.cluster.kill(name)

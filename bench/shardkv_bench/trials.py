@@ -7,7 +7,7 @@ acknowledged. So neither is blamed for a write that waits for a timeout of its c
 import threading
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -18,6 +18,9 @@ from shardkv_bench.shardkv_driver import connect
 from shardkv_bench.systems import Etcd, ShardKV, System
 from shardkv_bench.workloads import key_of
 
+if TYPE_CHECKING:
+    from shardkv_client import Client
+
 PROBE_SECONDS: Final = 0.02
 TRIAL_SECONDS_MAX: Final = 30.0
 CALM_SECONDS: Final = 2.0
@@ -25,16 +28,14 @@ CALM_SECONDS: Final = 2.0
 PROBE_VALUE: Final = b"probe"
 
 
-def cold_start(system: System) -> float:
+def cold_start(system: ShardKV | Etcd) -> float:
     """Seconds from starting three processes on empty directories to the first acknowledged write."""
     started = time.perf_counter()
-    cluster = system.cluster  # type: ignore[attr-defined]
-    for name in cluster.names:
-        cluster.start_node(name)
+    for name in system.cluster.names:
+        system.cluster.start_node(name)
     if isinstance(system, ShardKV):
-        trio.run(_first_shardkv_write, system.addresses, None)
+        trio.run(_first_shardkv_write, system.addresses)
     else:
-        assert isinstance(system, Etcd), system
         deadline = time.perf_counter() + TRIAL_SECONDS_MAX
         while not system.put_once(key_of(0), PROBE_VALUE, 1.0):
             if time.perf_counter() > deadline:
@@ -58,18 +59,18 @@ def failover(system: System) -> float:
     return seconds
 
 
-async def _first_shardkv_write(addresses: str, _: None) -> None:
-    """Probe until a write is acknowledged, with a client made anew as long as nobody listens."""
+async def _first_shardkv_write(addresses: str) -> None:
+    """Probe until a write is acknowledged; the client dials anew for as long as nobody listens."""
     async with connect(addresses) as client:
         await _probe(client)
 
 
-async def _probe(client: object) -> None:
+async def _probe(client: "Client") -> None:
     done = trio.Event()
 
     async def put(number: int) -> None:
         try:
-            await client.put(key_of(number), PROBE_VALUE, timeout=TRIAL_SECONDS_MAX)  # type: ignore[attr-defined]
+            await client.put(key_of(number), PROBE_VALUE, timeout=TRIAL_SECONDS_MAX)
         except ShardKVError:
             return
         done.set()

@@ -115,15 +115,7 @@ class PutMany:
             Exception: whatever was wrong with the input, if nothing had been sent.
         """
         try:
-            async with aclosing(_iterate(pairs)) as source:
-                async for pair in source:
-                    self._add(pair)
-                    if len(self._chunk) >= CHUNK_PAIRS_MAX or self._chunk_bytes >= CHUNK_BYTES_MAX:
-                        await self._send_chunk()
-                        if self._problem is not None:
-                            break
-                else:
-                    await self._send_chunk()
+            await self._consume(pairs)
         except Exception as error:
             if not self._sending:
                 raise
@@ -142,6 +134,17 @@ class PutMany:
                 failed=tuple(self._failed),
             ) from self._problem
         return self.consumed
+
+    async def _consume(self, pairs: Pairs) -> None:
+        """Send what the input holds, chunk by chunk, until its end or a problem."""
+        async with aclosing(_iterate(pairs)) as source:
+            async for pair in source:
+                self._add(pair)
+                if len(self._chunk) >= CHUNK_PAIRS_MAX or self._chunk_bytes >= CHUNK_BYTES_MAX:
+                    await self._send_chunk()
+                    if self._problem is not None:
+                        return
+            await self._send_chunk()
 
     def _add(self, pair: tuple[bytes, bytes]) -> None:
         key, value = _checked(pair)

@@ -16,7 +16,7 @@ from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.replica import Proposal, Replica
 from shardkv.multiraft.space import Space
 from shardkv.raft import InvalidConfChange, decode_conf_change
-from shardkv.raft.messages import EntryType, Message
+from shardkv.raft.messages import Entry, EntryType, Message
 from shardkv.storage.engine import BATCH_KEYS_MAX, Engine, WriteBatch
 from shardkv.types import RangeId
 
@@ -128,7 +128,7 @@ class Applier:
                 if proposal is not None and proposal.term != entry.term:
                     _refuse(proposal, replica.not_leader())
                     proposal = None
-                outcome = self._apply_entry(replica, entry.type, entry, batch, proposal)
+                outcome = self._apply_entry(replica, entry, batch, proposal)
                 if proposal is not None:
                     answers.append((proposal, outcome))
                     answered[replica] = answered.get(replica, 0) + proposal.commands
@@ -157,14 +157,12 @@ class Applier:
             self._engine.write(batch)
         return WriteBatch()
 
-    def _apply_entry(
-        self, replica: Replica, kind: EntryType, entry: Any, batch: WriteBatch, proposal: Proposal | None
-    ) -> Any:
+    def _apply_entry(self, replica: Replica, entry: Entry, batch: WriteBatch, proposal: Proposal | None) -> Any:
         """Apply one entry; its outcome for the proposer: a list with one item for each that waits, or an error."""
         machine = replica.machine
         assert machine is not None, f"range {replica.range_id} applies {entry.index} without a machine"
         self.entries += 1
-        if kind is not EntryType.NORMAL:
+        if entry.type is not EntryType.NORMAL:
             change = decode_conf_change(entry.data)
             try:
                 conf_state = replica.raft.apply_conf_change(change)

@@ -43,10 +43,10 @@ class AddressBook:
         known = self._nodes.get(node_id)
         return None if known is None else known.address
 
-    def joined(self, rows: Iterable[Iterable[object]]) -> None:
+    def joined(self, rows: Iterable[Iterable[Any]]) -> None:
         """The answer to a join: ``[[node id, name, address], ...]``."""
         for node_id, name, address, *_ in rows:
-            self._nodes[NodeId(int(node_id))] = KnownNode(str(name), str(address))  # type: ignore[call-overload]
+            self._nodes[NodeId(int(node_id))] = KnownNode(str(name), str(address))
 
     def table(self, entries: Iterable[NodeEntry]) -> None:
         """The placement group's node table; who is not in it, or was decommissioned, is no member any more."""

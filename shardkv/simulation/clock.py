@@ -30,8 +30,14 @@ class SimulationClock:
     """
 
     __slots__ = (
-        *("_base_ns", "_base_time", "_drift", "_last_ns", "_last_time"),
-        *("node_calls", "wall_drift_ms_max", "wall_offset_ms"),
+        "_base_ns",
+        "_base_time",
+        "_drift",
+        "_last_ns",
+        "_last_time",
+        "node_calls",
+        "wall_drift_ms_max",
+        "wall_offset_ms",
     )
 
     def __init__(self, *, drift: float = 0.0, monotonic_offset_ns: int = 0, wall_offset_ms: int = 0) -> None:

@@ -85,8 +85,20 @@ class Pipe:
     """One direction of a stream: what has been sent and not yet read, each piece with the moment when it arrives."""
 
     __slots__ = (
-        *("blocked_since", "carrier", "closed", "credit_held", "free_at", "link", "link_back", "pieces"),
-        *("back", "readable", "source", "target", "under_way", "window"),
+        "back",
+        "blocked_since",
+        "carrier",
+        "closed",
+        "credit_held",
+        "free_at",
+        "link",
+        "link_back",
+        "pieces",
+        "readable",
+        "source",
+        "target",
+        "under_way",
+        "window",
     )
 
     def __init__(self, source: str, target: str, link: Link, link_back: Link) -> None:

@@ -146,7 +146,15 @@ class ScanCall(Call):
     """One page of a scan. Its result is ``(flat triples, more, descriptor)`` of the range that answered."""
 
     __slots__ = (
-        *("age_us", "age_us_max", "bytes_max", "consistency", "end", "keys_only", "limit", "reverse", "start"),
+        "age_us",
+        "age_us_max",
+        "bytes_max",
+        "consistency",
+        "end",
+        "keys_only",
+        "limit",
+        "reverse",
+        "start",
     )
 
     kind = Kind.SCAN
