@@ -1,6 +1,7 @@
-"""``host:port`` as users write it: the one place that takes it apart.
+"""``host:port`` as users write it: what listens and what dials takes it apart here.
 
-Pure text; nothing is resolved here. An IPv6 host stands in brackets, as in a URL.
+Pure text; nothing is resolved here. An IPv6 host stands in brackets, as in a URL. A node's configuration looks at its
+addresses by itself, so that its messages name the setting: :func:`shardkv.config.parse_address`.
 """
 
 from typing import Final, NamedTuple, cast
