@@ -146,8 +146,7 @@ class Workload:
         self.unknown += how == "unknown"
         self.refused += how == "refused"
         if trace is not None:
-            trace.record("call", what, key, how, result if isinstance(result, int) else len(result or ()) if isinstance(
-                result, (bytes, tuple, list, dict)) else 0)  # fmt: skip
+            trace.record("call", what, key, how, _traced(result))
         return how, result
 
     # Registers
@@ -391,6 +390,13 @@ def _check(kv: Client) -> None:
     """Every invariant of a client that is in use."""
     if kv._host is not None and not kv._host.core.closed:
         kv._host.core.check()
+
+
+def _traced(result: object) -> int:
+    """What a trace holds of an answer: a number, or how much it is."""
+    if isinstance(result, int):
+        return result
+    return len(result) if isinstance(result, (bytes, tuple, list, dict)) else 0
 
 
 async def _perform(kv: Client, key: bytes, operation: Operation, near: bool) -> Any:
