@@ -40,7 +40,7 @@ so many segments: else a large range under load would need the next snapshot as 
 
 
 class Maintenance:
-    """The node's housekeeper: a service, and :meth:`snapshot` for people."""
+    """The node's housekeeper: a service, and :meth:`flush_and_compact` also for people."""
 
     def __init__(self, driver: Driver, environment: Environment, log: Any, directory: str | None = None) -> None:
         """``directory`` lies on the disk whose free space is watched."""

@@ -1,8 +1,8 @@
-"""One node from start to stop: everything is put together here, and nothing else is done here.
+"""One node from start to stop: its parts put together, and what they tell each other.
 
-The order of a start: lock the data directory and count the start, open log and engine, bring them to agree, bind the
-address, join or bootstrap if the directory is new, run. The order of a stop: hand leaderships over, send clients
-elsewhere, stop the services, flush.
+The order of a start: lock the data directory and count the start, open log and engine, bind the address, join or
+bootstrap if the directory is new, bring log and engine to agree, run. The order of a stop: hand leaderships over, send
+clients elsewhere, stop the services, flush. Does not live here: what any part does.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,9 +25,11 @@ from shardkv.multiraft.space import Space
 from shardkv.server.address_book import AddressBook
 from shardkv.server.clock_health import ClockHealth
 from shardkv.server.disk_health import DiskHealth
+from shardkv.server.draining import hand_over_leaderships
 from shardkv.server.garbage import Collector, GarbagePolicy
 from shardkv.server.inside import Inside
 from shardkv.server.internal_client import connect_cluster, join_cluster
+from shardkv.server.known_nodes import KnownNodesFile
 from shardkv.server.listener import Listener
 from shardkv.server.loop_health import LoopProbe
 from shardkv.server.operations import Operations
@@ -70,12 +72,11 @@ FIRST_NODE: Final = NodeId(1)
 START_SECONDS: Final = 30.0
 """How long a connection waits for a node that is still starting."""
 RETRY_SECONDS: Final = 0.2
-DRAIN_SECONDS: Final = 5.0
-"""For handing leaderships over at a stop."""
+FLUSH_SECONDS: Final = 5.0
+"""For the engine's flush at a stop, which only spares the next start some of the log."""
 POLL_SECONDS: Final = 0.02
 LOG_CACHE_BYTES_MAX: Final = 8 * 1024 * 1024
 """Log entries in memory, of all ranges: followers that are further behind are served from the disk."""
-PEERS_NAME: Final = "peers"
 
 Ready = Callable[[str, str], None]
 OpenEngine = Callable[[NodeConfig, str], Engine]
@@ -153,7 +154,6 @@ class _Node:
         )
         self._known_boots = KnownBoots()
         self._serving = trio.Event()
-        self._nodes_changed = trio.Event()
         self._address_book = AddressBook()
         self._is_ready = trio.Event()
         self._admin: Admin | None = None
@@ -162,6 +162,7 @@ class _Node:
         workers, disk, ids = self._environment.workers, self._environment.disk, self._environment.ids
         directory = await workers.run(open_directory, disk, ids, self._config.data)
         self._directory: DataDirectory = directory
+        self._known_nodes = KnownNodesFile(self._environment, self._address_book, directory.path, self._log)
         try:
             directory.require(name=self._config.name)
             if not directory.identity.assigned and not self._config.bootstrap and not self._config.join:
@@ -249,7 +250,7 @@ class _Node:
         identity = self._directory.identity
         workers = self._environment.workers
         if identity.assigned:
-            await self._load_peers()
+            await self._known_nodes.load()
         elif self._config.bootstrap:
             cluster_id = self._environment.ids.random_bytes(16)
             await workers.run(self._directory.assign, cluster_id, FIRST_NODE, self._config.name)
@@ -264,21 +265,8 @@ class _Node:
             )
             # The addresses first: once the directory is a node's, a start may be told no other.
             self._address_book.joined(nodes)
-            await self._store_peers()
+            await self._known_nodes.store()
             await workers.run(self._directory.assign, cluster_id, NodeId(node_id), self._config.name)
-
-    async def _load_peers(self) -> None:
-        path = f"{self._directory.path}/{PEERS_NAME}"
-        try:
-            stored = await self._environment.workers.run(self._environment.disk.read, path)
-        except FileNotFoundError:
-            return
-        self._address_book.decode(stored)
-
-    async def _store_peers(self) -> None:
-        path = f"{self._directory.path}/{PEERS_NAME}"
-        write = self._environment.disk.write_atomically
-        await self._environment.workers.run(write, path, self._address_book.encode())
 
     # Composition
 
@@ -479,7 +467,7 @@ class _Node:
                 self._placement.stop_with(self._stop.set)
                 nursery.start_soon(self._placement.run)
                 nursery.start_soon(self._register)
-                nursery.start_soon(self._remember_nodes)
+                nursery.start_soon(self._known_nodes.run)
                 await nursery.start(self._maintenance.run)
                 await nursery.start(self._splitter.run)
                 await nursery.start(self._probe.run)
@@ -604,27 +592,15 @@ class _Node:
                 self._pool.forget(entry.node_id)
         self._address_book.table(reply.nodes)
         self._apply_addresses()
-        self._nodes_changed.set()
+        self._known_nodes.changed()
 
     def _on_peer(self, hello: Hello) -> None:
         """A peer has dialled this node, so dialling it back will work, and it says where."""
         assert hello.node_id is not None, "a peer's greeting names its node"
         if hello.address is not None and self._address_book.greeted(hello.node_id, hello.address, hello.boot):
             self._apply_addresses()
-            self._nodes_changed.set()
+            self._known_nodes.changed()
         self._pool.retry_now(hello.node_id)
-
-    async def _remember_nodes(self) -> None:
-        """Keep the file of known nodes as new as the table, so that a restart finds them without anybody's help."""
-        while True:
-            await self._nodes_changed.wait()
-            self._nodes_changed = trio.Event()
-            try:
-                await self._store_peers()
-            except OutOfSpace as error:
-                self._log.error("no room to remember the other nodes' addresses", reason=str(error))
-                self._nodes_changed.set()
-                await self._environment.clock.sleep(START_SECONDS)
 
     def _knows_others(self) -> bool:
         """Whether there is an address of another node to turn to."""
@@ -642,7 +618,7 @@ class _Node:
         self._log.warning(
             "no address of another node is known, so this node cannot take part in the cluster: start it once with "
             "--join HOST:PORT of another node",
-            missing=f"{self._directory.path}/{PEERS_NAME}",
+            missing=self._known_nodes.path,
         )
 
     def _apply_addresses(self) -> None:
@@ -657,30 +633,10 @@ class _Node:
         self._log.info("draining")
         self._placement.draining = True
         clock = self._environment.clock
-        with clock.deadline(DRAIN_SECONDS):
-            while self._hand_over():
-                await clock.sleep(POLL_SECONDS)
+        await hand_over_leaderships(self._driver, clock)
         self._listener.goodbye()
-        with clock.deadline(DRAIN_SECONDS), suppress(OutOfSpace):  # the log has what is not flushed
+        with clock.deadline(FLUSH_SECONDS), suppress(OutOfSpace):  # the log has what is not flushed
             await self._environment.workers.run(self._engine.flush)
-
-    def _hand_over(self) -> bool:
-        """Begin a transfer of every leadership that somebody else could have; whether any is left."""
-        left = False
-        for replica in self._catalog.replicas.values():
-            if not replica.leads:
-                continue
-            peers = [
-                (peer.match, replica_id)
-                for replica_id, peer in replica.raft.status().progress.items()
-                if replica_id != replica.replica_id and peer.recent_active and not peer.is_learner
-            ]
-            if peers:
-                left = True
-                if not replica.raft.transferee:
-                    replica.raft.transfer_leader(max(peers)[1])
-                    self._driver.touch(replica)
-        return left
 
 
 def _first_ranges() -> tuple[RangeDescriptor, ...]:

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 from shardkv import codec
 from shardkv.errors import Corruption
 from shardkv.server.address_book import AddressBook, KnownNode
-from shardkv.server.node import PEERS_NAME
+from shardkv.server.known_nodes import FILE_NAME
 from shardkv.types import PLACEMENT_RANGE, NodeId
 from shardkv_placement.heartbeat import NodeEntry
 from tests.server.world import PORT, world
@@ -125,7 +125,7 @@ async def test_a_node_whose_file_of_known_nodes_is_gone_says_what_to_do(autojump
             told = []
             for node in cluster.nodes.values():
                 lost = PLACEMENT_RANGE not in node.inside.catalog.replicas
-                peers = f"{node.config.data}/{PEERS_NAME}"
+                peers = f"{node.config.data}/{FILE_NAME}"
                 others = [each.address for each in cluster.nodes.values() if each is not node]
                 await node.kill()
                 node.environment.disk.unlink(peers)

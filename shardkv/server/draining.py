@@ -1,0 +1,39 @@
+"""A node's leaderships at a stop: each goes to the follower that is furthest on, before clients are sent there.
+
+Does not live here: what a node with a slow disk does with its leaderships (``disk_health``), which is in no hurry and
+may keep them. The rule: a stop waits for this only so long; whoever is left finds a new leader without it.
+"""
+
+from typing import Final
+
+from shardkv.environment import Clock
+from shardkv.multiraft.driver import Driver
+
+HAND_OVER_SECONDS: Final = 5.0
+POLL_SECONDS: Final = 0.02
+
+
+async def hand_over_leaderships(driver: Driver, clock: Clock) -> None:
+    """Transfer every leadership that somebody else could have, and wait until they have it, or time is up."""
+    with clock.deadline(HAND_OVER_SECONDS):
+        while _transfer_all(driver):
+            await clock.sleep(POLL_SECONDS)
+
+
+def _transfer_all(driver: Driver) -> bool:
+    """Begin a transfer of every leadership that somebody else could have; whether any is left."""
+    left = False
+    for replica in driver.catalog.replicas.values():
+        if not replica.leads:
+            continue
+        followers = [
+            (peer.match, replica_id)
+            for replica_id, peer in replica.raft.status().progress.items()
+            if replica_id != replica.replica_id and peer.recent_active and not peer.is_learner
+        ]
+        if followers:
+            left = True
+            if not replica.raft.transferee:
+                replica.raft.transfer_leader(max(followers)[1])
+                driver.touch(replica)
+    return left
