@@ -83,7 +83,7 @@ def show(data: bytes, base64_text: bool = False) -> str:
 
 
 def bytes_from_json(fields: Mapping[str, object], name: str) -> bytes | None:
-    """The inverse of :func:`json_field` for a bytes field; None when it is absent. Raises ValueError."""
+    """The inverse of :func:`shardkv.json_rules.json_field` for bytes; None when they are absent. Raises ValueError."""
     encoded = fields.get(name + BASE64_SUFFIX)
     if encoded is not None:
         if not isinstance(encoded, str):

@@ -25,13 +25,13 @@ class Route:
         "generation",
         "leader",
         "mark",
+        "next_voter",
         "nodes",
         "pending",
         "range_id",
         "reader",
         "reads_blocked_until",
         "start",
-        "turn",
         "voters",
     )
 
@@ -39,8 +39,8 @@ class Route:
         self.range_id: int = descriptor.range_id
         self.leader = leader
         """The node that answers for the range, as far as is known."""
-        self.turn = 0
-        """Which voter is tried next while no leader is known."""
+        self.next_voter = 0
+        """Which of them is tried next while no leader is known; counted on, round and round."""
         self.reader: int | None = None
         """Which replica serves this client's follower and stale reads."""
         self.mark = 0

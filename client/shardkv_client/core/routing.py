@@ -64,13 +64,13 @@ class Router:
     def _peer_by_turns(self, route: Route, consistency: int, now: float) -> Peer | None:
         links = self._links
         if consistency == LINEARIZABLE:
-            nodes, turn = route.voters or route.nodes, route.turn
+            nodes, first = route.voters or route.nodes, route.next_voter
         else:
             if route.reader is None:
                 # Any replica will do; clients that all took the first one would leave the others idle.
                 route.reader = int(self._random() * len(route.nodes))
-            nodes, turn = route.nodes, route.reader
-        candidates = [nodes[(turn + step) % len(nodes)] for step in range(len(nodes))]
+            nodes, first = route.nodes, route.reader
+        candidates = [nodes[(first + step) % len(nodes)] for step in range(len(nodes))]
         if consistency == LINEARIZABLE and route.leader is not None:
             candidates.insert(0, route.leader)
         retry_at = now + self._settings.backoff_seconds_max
@@ -136,9 +136,9 @@ class Router:
         else:
             route.leader = None
             if node_id in route.voters:
-                route.turn = route.voters.index(node_id) + 1
+                route.next_voter = route.voters.index(node_id) + 1
             else:
-                route.turn += 1
+                route.next_voter += 1
         if route.failures > 1:
             self._block(route, consistency, now + self._backoff(route.failures - 1))
         if route.failures % max(len(route.nodes), 2) == 0:
@@ -153,7 +153,7 @@ class Router:
         self._block(route, consistency, now + self._backoff(route.failures))
         if route.failures % (len(route.nodes) + 3) == 0:
             route.leader = None  # it may have lost its leadership without knowing
-            route.turn += 1
+            route.next_voter += 1
             route.reader = (route.reader or 0) + 1
             self.refresh(route, now)
 
