@@ -179,11 +179,11 @@ def _log_to_stderr(level: str) -> Iterator[None]:
 
     import structlog
 
-    from shardkv.cli.log_writer import LogWriter
+    from shardkv.cli.log_output import LogOutput
 
     numeric = logging.getLevelName(level.upper())
-    writer = LogWriter(sys.stderr.fileno(), sys.stderr.encoding)
-    file: Any = writer  # of a text file it has what the loggers use
+    output = LogOutput(sys.stderr.fileno(), sys.stderr.encoding)
+    file: Any = output  # of a text file it has what the loggers use
     logging.basicConfig(stream=file, level=max(numeric, logging.WARNING), format="%(levelname)s %(name)s %(message)s")
     terminal = sys.stderr.isatty()
     structlog.configure(
@@ -203,4 +203,4 @@ def _log_to_stderr(level: str) -> Iterator[None]:
     try:
         yield
     finally:
-        writer.close()
+        output.close()

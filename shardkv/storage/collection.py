@@ -20,8 +20,8 @@ class Move(NamedTuple):
     last: int
 
 
-def settle(state: LogState, segment: Segment) -> GroupLog | None:
-    """Forget the groups that have nothing in ``segment`` any more; the first one that has, or None if all are gone.
+def holder_of(state: LogState, segment: Segment) -> GroupLog | None:
+    """A group with live entries in ``segment``, or None. Those that are found to have none there are forgotten.
 
     Each group is forgotten once, so a segment is not walked from its start every time.
     """
@@ -38,7 +38,7 @@ def dead_segments(state: LogState) -> list[Segment]:
     """The oldest segments that hold nothing live, never the one that is written to."""
     dead = []
     for segment in list(state.segments.values())[:-1]:
-        if settle(state, segment) is not None:
+        if holder_of(state, segment) is not None:
             break
         dead.append(segment)
     return dead

@@ -109,7 +109,7 @@ with _log_to_stderr("info"):
 
 
 def logging_to_a_pipe(close_seconds: float) -> "subprocess.Popen[bytes]":
-    script = f"import shardkv.cli.log_writer as w; w.LogWriter.close.__defaults__ = ({close_seconds},)\n{LOGGING}"
+    script = f"import shardkv.cli.log_output as w; w.LogOutput.close.__defaults__ = ({close_seconds},)\n{LOGGING}"
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -18,7 +18,7 @@ CLOSE_SECONDS: Final = 2.0
 """What still waits at the end of the process is given so long to be read."""
 
 
-class LogWriter:
+class LogOutput:
     """Writes to the file ``descriptor``, which stays the caller's. May be written to from any thread.
 
     The newest lines are the ones kept, so that what a node says last, why it ends, is there when its log is read again.
