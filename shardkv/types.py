@@ -72,8 +72,9 @@ _ROLES: Final = tuple(ReplicaRole)
 """By their numbers: calling the enumeration looks it up the slow way."""
 
 
-class Replica(NamedTuple):
-    """One copy of a range: which node holds it, and under which id."""
+class Member(NamedTuple):
+    """A replica as its range's descriptor names it: the node that holds it, and its id. What runs there is
+    :class:`shardkv.multiraft.replica.Replica`."""
 
     node_id: NodeId
     replica_id: ReplicaId
@@ -90,12 +91,12 @@ class RangeDescriptor:
     range_id: RangeId
     span: KeyRange
     epoch: Epoch
-    replicas: tuple[Replica, ...]
+    replicas: tuple[Member, ...]
 
-    def replica_on(self, node_id: NodeId) -> Replica | None:
+    def replica_on(self, node_id: NodeId) -> Member | None:
         return next((replica for replica in self.replicas if replica.node_id == node_id), None)
 
-    def replica(self, replica_id: ReplicaId) -> Replica | None:
+    def replica(self, replica_id: ReplicaId) -> Member | None:
         for replica in self.replicas:  # asked for every message, and a generator costs three times as much
             if replica.replica_id == replica_id:
                 return replica
@@ -137,17 +138,17 @@ class RangeDescriptor:
                     RangeId(range_id),
                     KeyRange(start, end),
                     Epoch(membership, span),
-                    tuple(_replica_from_wire(replica) for replica in replicas),
+                    tuple(_member_from_wire(replica) for replica in replicas),
                 )
         raise ValueError(f"not a range descriptor: {fields!r:.200}")
 
 
-def _replica_from_wire(fields: object) -> Replica:
+def _member_from_wire(fields: object) -> Member:
     # A client that looks for leaders parses these by the thousand, and a pattern costs three times as much.
     if type(fields) is list and len(fields) == 3:
         node_id, replica_id, role = fields
         if type(node_id) is int and type(replica_id) is int and type(role) is int and 0 <= role < len(_ROLES):
-            return Replica(NodeId(node_id), ReplicaId(replica_id), _ROLES[role])
+            return Member(NodeId(node_id), ReplicaId(replica_id), _ROLES[role])
     raise ValueError(f"not a replica: {fields!r:.200}")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE, NodeId, RangeId, Replica, ReplicaRole
+from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE, Member, NodeId, RangeId, ReplicaRole
 from shardkv_placement.operators import (
     UNALLOCATED,
     AddLearners,
@@ -107,13 +107,13 @@ class _Loads:
 class _Members:
     """A range's replicas by what is to become of them."""
 
-    kept: list[Replica]
+    kept: list[Member]
     """Voters. One on a node that is down stays one: the node may come back."""
-    lost: list[Replica]
+    lost: list[Member]
     """Voters on decommissioned nodes, which never come back."""
-    learners: list[Replica]
+    learners: list[Member]
     """To be promoted, if voters are missing."""
-    useless: list[Replica]
+    useless: list[Member]
     """Learners on nodes that are gone."""
 
     @classmethod
@@ -210,11 +210,11 @@ def _least_loaded(view: ClusterView, range_view: RangeView, count: int, loads: _
     return tuple(Place(node_id, UNALLOCATED) for node_id in candidates[:count])
 
 
-def _place(replica: Replica) -> Place:
+def _place(replica: Member) -> Place:
     return Place(replica.node_id, replica.replica_id)
 
 
-def _places(replicas: Iterable[Replica]) -> tuple[Place, ...]:
+def _places(replicas: Iterable[Member]) -> tuple[Place, ...]:
     return tuple(map(_place, replicas))
 
 
@@ -223,5 +223,5 @@ def _nodes(places: Iterable[Place]) -> str:
     return f"nodes {' and '.join(names)}" if len(names) > 1 else f"node {names[0]}"
 
 
-def _replicas(replicas: Iterable[Replica]) -> str:
+def _replicas(replicas: Iterable[Member]) -> str:
     return " and ".join(f"replica {replica.replica_id} on node {replica.node_id}" for replica in replicas)

@@ -22,10 +22,10 @@ from shardkv.raft.messages import ConfState, SnapshotMetadata
 from shardkv.storage.engine import Reader, WriteBatch
 from shardkv.types import (
     Epoch,
+    Member,
     NodeId,
     RangeDescriptor,
     RangeId,
-    Replica,
     ReplicaId,
     ReplicaRole,
     timestamp_ms,
@@ -283,7 +283,7 @@ class RangeMachine:
             old.span,
             Epoch(old.epoch.membership + 1, old.epoch.span),
             tuple(
-                Replica(node_id, replica_id, ReplicaRole.VOTER if replica_id in voters else ReplicaRole.LEARNER)
+                Member(node_id, replica_id, ReplicaRole.VOTER if replica_id in voters else ReplicaRole.LEARNER)
                 for replica_id, node_id in sorted(nodes.items())
                 if replica_id in members
             ),

@@ -8,7 +8,7 @@ against one epoch and divides that epoch only, however the range has come to loo
 from dataclasses import dataclass, replace
 
 from shardkv.errors import EpochMismatch, InvalidRange, ShardKVError, Unavailable
-from shardkv.types import Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
+from shardkv.types import Epoch, KeyRange, Member, NodeId, RangeDescriptor, RangeId, ReplicaId
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,6 @@ def divide(descriptor: RangeDescriptor, command: SplitCommand) -> tuple[RangeDes
         range_id=command.right_range_id,
         span=KeyRange(command.split_key, descriptor.span.end),
         epoch=epoch,
-        replicas=tuple(Replica(replica.node_id, ids[replica.node_id], replica.role) for replica in descriptor.replicas),
+        replicas=tuple(Member(replica.node_id, ids[replica.node_id], replica.role) for replica in descriptor.replicas),
     )
     return left, right

@@ -23,7 +23,7 @@ from shardkv.server.peers import FrameStream, receive_messages
 from shardkv.server.requests import Requests
 from shardkv.transport.connection import Connection
 from shardkv.transport.groups import main_error
-from shardkv.transport.handshake import Identity, KnownBoots, accept
+from shardkv.transport.handshake import KnownBoots, NodeIdentity, accept
 from shardkv.types import NodeId
 from shardkv.wire.frames import FRAME_BYTES_MAX, Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, encode_refused
@@ -62,7 +62,7 @@ class Listener:
         environment: Environment,
         driver: Driver,
         *,
-        identity: Identity,
+        identity: NodeIdentity,
         known_boots: KnownBoots,
         hybrid_clock: HybridClock,
         clock_health: ClockHealth,

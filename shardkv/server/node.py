@@ -19,7 +19,7 @@ from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.catalog import Catalog, GroupTiming
 from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.maintenance import Maintenance
-from shardkv.multiraft.replica import Replica as RunningReplica
+from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.multiraft.space import Space
 from shardkv.server.address_book import AddressBook
@@ -43,7 +43,7 @@ from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.rocks import RocksEngine, RocksSettings
 from shardkv.storage.wal import Wal, WalSettings
 from shardkv.transport.groups import main_error
-from shardkv.transport.handshake import Identity, KnownBoots
+from shardkv.transport.handshake import KnownBoots, NodeIdentity
 from shardkv.transport.pool import PeerPool, Purpose
 from shardkv.types import (
     EVERY_KEY,
@@ -51,10 +51,10 @@ from shardkv.types import (
     PLACEMENT_RANGE,
     Epoch,
     KeyRange,
+    Member,
     NodeId,
     RangeDescriptor,
     RangeId,
-    Replica,
     ReplicaId,
     timestamp_at,
 )
@@ -297,7 +297,7 @@ class _Node:
         mine = self._directory.identity
         assert mine.cluster_id is not None, "composed before the node is a member"
         assert mine.node_id is not None, "composed before the node has an id"
-        self._identity = Identity(mine.cluster_id, mine.node_id, mine.boot, self._address)
+        self._identity = NodeIdentity(mine.cluster_id, mine.node_id, mine.boot, self._address)
         self._extension = PlacementExtension()
         raft = config.raft
         timing = GroupTiming(raft.election_ticks, raft.heartbeat_ticks, raft.promise_ms * 1_000_000)
@@ -563,10 +563,10 @@ class _Node:
 
     # What the parts tell each other
 
-    def _on_leadership(self, replica: RunningReplica) -> None:
+    def _on_leadership(self, replica: Replica) -> None:
         self._placement.leadership_changed(replica)
 
-    def _on_descriptor(self, replica: RunningReplica) -> None:
+    def _on_descriptor(self, replica: Replica) -> None:
         self._placement.descriptor_changed(replica)
 
     def _flush(self) -> None:
@@ -642,6 +642,6 @@ class _Node:
 def _first_ranges() -> tuple[RangeDescriptor, ...]:
     """What a new cluster consists of: the placement group and one range of every key, each on the first node."""
     return (
-        RangeDescriptor(PLACEMENT_RANGE, KeyRange(b"", b""), Epoch(1, 1), (Replica(FIRST_NODE, ReplicaId(1)),)),
-        RangeDescriptor(FIRST_RANGE, EVERY_KEY, Epoch(1, 1), (Replica(FIRST_NODE, ReplicaId(2)),)),
+        RangeDescriptor(PLACEMENT_RANGE, KeyRange(b"", b""), Epoch(1, 1), (Member(FIRST_NODE, ReplicaId(1)),)),
+        RangeDescriptor(FIRST_RANGE, EVERY_KEY, Epoch(1, 1), (Member(FIRST_NODE, ReplicaId(2)),)),
     )

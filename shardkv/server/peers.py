@@ -18,7 +18,7 @@ from shardkv.raft import Inconsistent
 from shardkv.raft.messages import MessageType
 from shardkv.transport.connection import Connection
 from shardkv.transport.groups import main_error
-from shardkv.transport.handshake import Identity, KnownBoots, greet
+from shardkv.transport.handshake import KnownBoots, NodeIdentity, greet
 from shardkv.transport.pool import PeerPool, Purpose
 from shardkv.types import NodeId
 from shardkv.wire import raft_codec
@@ -117,7 +117,7 @@ class SnapshotDialler:
     def __init__(
         self,
         environment: Environment,
-        identity: Identity,
+        identity: NodeIdentity,
         known_boots: KnownBoots,
         address_of: Callable[[NodeId], str | None],
     ) -> None:

@@ -43,6 +43,8 @@ _HARMLESS: Final = frozenset((LOCK_NAME, f"{IDENTITY_NAME}.temporary", "lost+fou
 
 @dataclass(frozen=True, slots=True)
 class Identity:
+    """Whose a data directory is; the last three are None until a node of a cluster has it."""
+
     token: bytes
     """16 random bytes, of this directory alone; the log's checksums start from it."""
     boot: int

@@ -6,13 +6,13 @@ frames belongs to ``wire``, what follows from it to the layers above.
 """
 
 from shardkv.transport.connection import Connection, ConnectionStatistics
-from shardkv.transport.handshake import Identity, KnownBoots, accept, greet
+from shardkv.transport.handshake import KnownBoots, NodeIdentity, accept, greet
 from shardkv.transport.pool import PeerPool, PeerStatistics, PoolSettings, Purpose
 
 __all__ = [
     "Connection",
     "ConnectionStatistics",
-    "Identity",
+    "NodeIdentity",
     "KnownBoots",
     "PeerPool",
     "PeerStatistics",

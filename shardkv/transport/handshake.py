@@ -34,8 +34,8 @@ GREETING_SECONDS_MAX: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """Who this node is, and where others reach it. Cluster and node id are None until it has joined."""
+class NodeIdentity:
+    """Who this node is to others, and where they reach it. Cluster and node id are None until it has joined."""
 
     cluster_id: bytes | None
     node_id: NodeId | None
@@ -77,7 +77,7 @@ async def accept(
     decoder: FrameDecoder,
     *,
     clock: Clock,
-    identity: Identity,
+    identity: NodeIdentity,
     known_boots: KnownBoots,
     timestamp: Callable[[], int],
     inflight_max: int,
@@ -117,7 +117,7 @@ async def _accept(
     connection: Connection,
     decoder: FrameDecoder,
     clock: Clock,
-    identity: Identity,
+    identity: NodeIdentity,
     known_boots: KnownBoots,
     seconds_max: float,
 ) -> tuple[Hello, list[Frame]]:

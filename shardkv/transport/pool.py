@@ -14,7 +14,7 @@ import trio
 from shardkv.environment import Environment, Stream
 from shardkv.errors import ProtocolError, ShardKVError
 from shardkv.transport.connection import BUFFER_BYTES_MAX, Connection
-from shardkv.transport.handshake import GREETING_SECONDS_MAX, Identity, KnownBoots, greet
+from shardkv.transport.handshake import GREETING_SECONDS_MAX, KnownBoots, NodeIdentity, greet
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import GREETING_BYTES_MAX, Hello, Role
@@ -113,7 +113,7 @@ class PeerPool:
     def __init__(
         self,
         environment: Environment,
-        identity: Identity,
+        identity: NodeIdentity,
         known_boots: KnownBoots,
         *,
         settings: PoolSettings | None = None,

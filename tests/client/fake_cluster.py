@@ -17,10 +17,10 @@ from shardkv.types import (
     VALUE_BYTES_MAX,
     Epoch,
     KeyRange,
+    Member,
     NodeId,
     RangeDescriptor,
     RangeId,
-    Replica,
     ReplicaId,
     timestamp_at,
     timestamp_ms,
@@ -70,7 +70,7 @@ class FakeCluster:
     def add_range(self, start: bytes, end: bytes | None, *, leader: int | None = 1, generation: int = 1) -> FakeRange:
         range_id = self._next_range
         self._next_range += 1
-        replicas = tuple(Replica(NodeId(node), ReplicaId(range_id * 100 + node)) for node in self.nodes)
+        replicas = tuple(Member(NodeId(node), ReplicaId(range_id * 100 + node)) for node in self.nodes)
         descriptor = RangeDescriptor(RangeId(range_id), KeyRange(start, end), Epoch(1, generation), replicas)
         self.ranges[range_id] = FakeRange(descriptor, leader)
         return self.ranges[range_id]
@@ -107,7 +107,7 @@ class FakeCluster:
         """Put the range's replicas onto other nodes."""
         target = self.range_of(key)
         old = target.descriptor
-        replicas = tuple(Replica(NodeId(node), ReplicaId(9_000 + node)) for node in nodes)
+        replicas = tuple(Member(NodeId(node), ReplicaId(9_000 + node)) for node in nodes)
         epoch = Epoch(old.epoch.membership + 1, old.epoch.span)
         target.descriptor = replace(old, replicas=replicas, epoch=epoch)
         target.leader = leader

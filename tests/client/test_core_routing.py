@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkv import errors
-from shardkv.types import KEY_BYTES_MAX, Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
+from shardkv.types import KEY_BYTES_MAX, Epoch, KeyRange, Member, NodeId, RangeDescriptor, RangeId, ReplicaId
 from shardkv.wire import requests
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.requests import Method
@@ -452,7 +452,7 @@ def test_of_two_descriptors_that_overlap_the_newer_stays():
     """DESIGN §4.9: the larger span generation wins in clients too."""
     world = World()
     cache = world.core.router.cache
-    replicas = (Replica(NodeId(1), ReplicaId(1)),)
+    replicas = (Member(NodeId(1), ReplicaId(1)),)
 
     def descriptor(range_id, start, end, generation):
         return RangeDescriptor(RangeId(range_id), KeyRange(start, end), Epoch(1, generation), replicas)

@@ -13,7 +13,7 @@ from shardkv.raft.messages import ConfState, Entry, EntryType, HardState, Messag
 from shardkv.storage import record
 from shardkv.storage.directory import Identity, encode_identity
 from shardkv.storage.record import CompactLog, CreateGroup, LogUpdate, ResetLog, Tombstone
-from shardkv.types import Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId, ReplicaRole
+from shardkv.types import Epoch, KeyRange, Member, NodeId, RangeDescriptor, RangeId, ReplicaId, ReplicaRole
 from shardkv.wire import commands, handshake, raft_codec, requests
 from shardkv.wire.commands import Op
 from shardkv.wire.frames import HEAD_BYTES, FrameKind, compress_payload, encode_frame
@@ -28,12 +28,12 @@ DESCRIPTOR: Final = RangeDescriptor(
     KeyRange(b"a", b"m"),
     Epoch(3, 9),
     (
-        Replica(NodeId(1), ReplicaId(11)),
-        Replica(NodeId(2), ReplicaId(12)),
-        Replica(NodeId(3), ReplicaId(13), ReplicaRole.LEARNER),
+        Member(NodeId(1), ReplicaId(11)),
+        Member(NodeId(2), ReplicaId(12)),
+        Member(NodeId(3), ReplicaId(13), ReplicaRole.LEARNER),
     ),
 )
-WHOLE: Final = RangeDescriptor(RangeId(1), KeyRange(b"", None), Epoch(1, 1), (Replica(NodeId(1), ReplicaId(1)),))
+WHOLE: Final = RangeDescriptor(RangeId(1), KeyRange(b"", None), Epoch(1, 1), (Member(NodeId(1), ReplicaId(1)),))
 CONF_STATE: Final = ConfState((11, 12), (13,))
 
 VALUES: Final[tuple[Any, ...]] = (

@@ -12,7 +12,7 @@ from shardkv.machine.reads import get, scan_page
 from shardkv.machine.split import SplitCommand, problem
 from shardkv.raft.messages import ConfState
 from shardkv.storage.engine import WriteBatch
-from shardkv.types import Epoch, KeyRange, NodeId, RangeId, Replica, ReplicaId, ReplicaRole
+from shardkv.types import Epoch, KeyRange, Member, NodeId, RangeId, ReplicaId, ReplicaRole
 
 from . import world
 from .world import Client, World, split_command
@@ -240,7 +240,7 @@ def test_a_kept_right_half_begins_without_rows_of_an_earlier_life() -> None:
 def test_roles_go_over_to_the_right_half() -> None:
     descriptor = world.descriptor()
     one, two, three = descriptor.replicas
-    learner = Replica(three.node_id, three.replica_id, ReplicaRole.LEARNER)
+    learner = Member(three.node_id, three.replica_id, ReplicaRole.LEARNER)
     descriptor = type(descriptor)(descriptor.range_id, descriptor.span, descriptor.epoch, (one, two, learner))
     range_ = World(descriptor)
     split = range_.split(b"m").split
@@ -263,7 +263,7 @@ def test_a_membership_change_updates_descriptor_and_configuration_together() -> 
 
     change(encode_membership([(4, 40)]), ConfState((1, 2, 3), (40,)))
     assert machine.descriptor.epoch == Epoch(2, 1)
-    assert machine.descriptor.replica(ReplicaId(40)) == Replica(NodeId(4), ReplicaId(40), ReplicaRole.LEARNER)
+    assert machine.descriptor.replica(ReplicaId(40)) == Member(NodeId(4), ReplicaId(40), ReplicaRole.LEARNER)
     change(b"", ConfState((1, 2, 40), (), (1, 2, 3), (), True))
     assert [replica.replica_id for replica in machine.descriptor.replicas] == [1, 2, 3, 40]
     assert {replica.role for replica in machine.descriptor.replicas} == {ReplicaRole.VOTER}

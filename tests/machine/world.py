@@ -13,10 +13,10 @@ from shardkv.types import (
     EVERY_KEY,
     Epoch,
     KeyRange,
+    Member,
     NodeId,
     RangeDescriptor,
     RangeId,
-    Replica,
     ReplicaId,
     timestamp_at,
 )
@@ -31,7 +31,7 @@ def descriptor(
     span: KeyRange = EVERY_KEY, *, range_id: int = 1, epoch: Epoch = FIRST_EPOCH, first_replica: int = 1
 ) -> RangeDescriptor:
     """A range on nodes 1 to 3, with replicas from ``first_replica`` on."""
-    replicas = tuple(Replica(NodeId(node), ReplicaId(first_replica + node - 1)) for node in (1, 2, 3))
+    replicas = tuple(Member(NodeId(node), ReplicaId(first_replica + node - 1)) for node in (1, 2, 3))
     return RangeDescriptor(RangeId(range_id), span, epoch, replicas)
 
 

@@ -38,13 +38,13 @@ from shardkv.types import (
     EVERY_KEY,
     Epoch,
     KeyRange,
+    Member,
     NodeId,
     RangeDescriptor,
     RangeId,
     ReplicaId,
     ReplicaRole,
 )
-from shardkv.types import Replica as Member
 from shardkv.wire import commands, raft_codec
 from shardkv.wire.frames import FrameDecoder, FrameKind
 

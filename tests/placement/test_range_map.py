@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkv.types import EVERY_KEY, Epoch, KeyRange, NodeId, RangeDescriptor, RangeId, Replica, ReplicaId
+from shardkv.types import EVERY_KEY, Epoch, KeyRange, Member, NodeId, RangeDescriptor, RangeId, ReplicaId
 from shardkv_placement.range_map import RangeMap
 from tests.placement.worlds import descriptor
 
@@ -151,6 +151,6 @@ def test_a_change_names_the_rows_to_write_and_to_delete() -> None:
     change = ranges.accept(descriptor(2, b"c", None, (2, 2)))
     assert change is not None
     assert ([each.span.start for each in change.written], change.removed) == ([b"", b"c"], [])
-    change = ranges.accept(RangeDescriptor(RangeId(1), EVERY_KEY, Epoch(3, 3), (Replica(NodeId(1), ReplicaId(9)),)))
+    change = ranges.accept(RangeDescriptor(RangeId(1), EVERY_KEY, Epoch(3, 3), (Member(NodeId(1), ReplicaId(9)),)))
     assert change is not None
     assert ([each.span.start for each in change.written], change.removed) == ([b""], [b"c"])

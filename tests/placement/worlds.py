@@ -17,10 +17,10 @@ from shardkv.types import (
     PLACEMENT_RANGE,
     Epoch,
     KeyRange,
+    Member,
     NodeId,
     RangeDescriptor,
     RangeId,
-    Replica,
     ReplicaId,
     ReplicaRole,
     timestamp_at,
@@ -50,7 +50,7 @@ def a_range(range_id: int, text: str, span: KeyRange = EVERY_KEY, epoch: Epoch =
     for word in text.split():
         node_id = NodeId(int(word.rstrip("*+?")))
         replica_id = ReplicaId(range_id * 100 + node_id)
-        replicas.append(Replica(node_id, replica_id, ReplicaRole.LEARNER if "+" in word else ReplicaRole.VOTER))
+        replicas.append(Member(node_id, replica_id, ReplicaRole.LEARNER if "+" in word else ReplicaRole.VOTER))
         progress.append(Progress(replica_id, CATCH_UP_LAG_MAX + 1 if "?" in word else 0, True))
         leader = node_id if "*" in word else leader
     descriptor = RangeDescriptor(RangeId(range_id), span, epoch, tuple(replicas))
@@ -126,15 +126,15 @@ PREFIX = b"\x00placement/"
 
 def descriptor(range_id: int, start: bytes, end: bytes | None, epoch: tuple[int, int], *nodes: int) -> RangeDescriptor:
     """A descriptor whose replicas, on nodes (node 1 if none is named), have the ids range · 100 + node."""
-    replicas = tuple(Replica(NodeId(node), ReplicaId(range_id * 100 + node)) for node in nodes or (1,))
+    replicas = tuple(Member(NodeId(node), ReplicaId(range_id * 100 + node)) for node in nodes or (1,))
     return RangeDescriptor(RangeId(range_id), KeyRange(start, end), Epoch(*epoch), replicas)
 
 
 def first_descriptors() -> tuple[RangeDescriptor, ...]:
     """What a new cluster starts with, on node 1."""
     return (
-        RangeDescriptor(PLACEMENT_RANGE, KeyRange(b"", b""), Epoch(1, 1), (Replica(NodeId(1), ReplicaId(1)),)),
-        RangeDescriptor(FIRST_RANGE, EVERY_KEY, Epoch(1, 1), (Replica(NodeId(1), ReplicaId(2)),)),
+        RangeDescriptor(PLACEMENT_RANGE, KeyRange(b"", b""), Epoch(1, 1), (Member(NodeId(1), ReplicaId(1)),)),
+        RangeDescriptor(FIRST_RANGE, EVERY_KEY, Epoch(1, 1), (Member(NodeId(1), ReplicaId(2)),)),
     )
 
 
@@ -364,7 +364,7 @@ class FakeCluster:
         each.behind.clear()
         for verb, node_id, replica_id in changes:
             if verb == "add_learner":
-                replicas[replica_id] = Replica(node_id, replica_id, ReplicaRole.LEARNER)
+                replicas[replica_id] = Member(node_id, replica_id, ReplicaRole.LEARNER)
                 each.behind.add(replica_id)
             elif verb == "promote":
                 replicas[replica_id] = replicas[replica_id]._replace(role=ReplicaRole.VOTER)

@@ -10,10 +10,10 @@ from shardkv.types import (
     KEY_BYTES_MAX,
     Epoch,
     KeyRange,
+    Member,
     NodeId,
     RangeDescriptor,
     RangeId,
-    Replica,
     ReplicaId,
 )
 
@@ -21,7 +21,7 @@ DESCRIPTOR = RangeDescriptor(
     RangeId(1),
     EVERY_KEY,
     Epoch(3, 8),
-    tuple(Replica(NodeId(node), ReplicaId(10 + node)) for node in (1, 2, 3)),
+    tuple(Member(NodeId(node), ReplicaId(10 + node)) for node in (1, 2, 3)),
 )
 IDS = {NodeId(node): ReplicaId(20 + node) for node in (3, 2, 1)}
 

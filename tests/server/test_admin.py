@@ -13,7 +13,7 @@ from shardkv.json_rules import to_json
 from shardkv.server.admin import app, page
 from shardkv.simulation.environment import simulated_environment
 from shardkv.simulation.network import SimulatedNetwork
-from shardkv.transport.handshake import Identity
+from shardkv.transport.handshake import NodeIdentity
 from shardkv.types import NodeId
 
 
@@ -85,7 +85,7 @@ class World:
         parts = app.NodeParts(
             "n1",
             "a:1",
-            Identity(b"c" * 16, NodeId(1), 1),
+            NodeIdentity(b"c" * 16, NodeId(1), 1),
             self.driver,  # type: ignore[arg-type]
             unused,
             unused,

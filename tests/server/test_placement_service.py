@@ -26,10 +26,10 @@ from shardkv.types import (
     PLACEMENT_RANGE,
     Epoch,
     KeyRange,
+    Member,
     NodeId,
     RangeDescriptor,
     RangeId,
-    Replica,
     ReplicaId,
 )
 from shardkv.wire.requests import Method
@@ -119,7 +119,7 @@ class World:
             RangeId(range_id),
             KeyRange(key.ljust(key_bytes, b"\x00"), key.ljust(key_bytes, b"\x01")),
             Epoch(generation, generation),
-            tuple(Replica(NodeId(node), ReplicaId(range_id + 1000 * node)) for node in range(1, replicas + 1)),
+            tuple(Member(NodeId(node), ReplicaId(range_id + 1000 * node)) for node in range(1, replicas + 1)),
         )
         self.replicas[range_id] = SimpleNamespace(
             range_id=range_id,

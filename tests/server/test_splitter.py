@@ -23,10 +23,10 @@ from shardkv.types import (
     PLACEMENT_RANGE,
     Epoch,
     KeyRange,
+    Member,
     NodeId,
     RangeDescriptor,
     RangeId,
-    Replica,
     ReplicaId,
 )
 
@@ -90,7 +90,7 @@ class World:
         self.splitter = Splitter(driver, SimulationClock(), self._split, lambda: SPLIT_BYTES, log)
 
     def add(self, range_id: int = 1, *, leads: bool = True, span: KeyRange = EVERY_KEY) -> Any:
-        replicas = (Replica(NodeId(1), ReplicaId(range_id)),)
+        replicas = (Member(NodeId(1), ReplicaId(range_id)),)
         descriptor = RangeDescriptor(RangeId(range_id), span, Epoch(1, 1), replicas)
         machine = SimpleNamespace(bytes_written=0, descriptor=descriptor)
         self.replicas[range_id] = SimpleNamespace(range_id=range_id, leads=leads, machine=machine)

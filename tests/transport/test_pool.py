@@ -13,7 +13,7 @@ from shardkv.simulation import (
     SimulatedNetwork,
     simulated_environment,
 )
-from shardkv.transport import Connection, Identity, KnownBoots, PeerPool, PoolSettings, Purpose, accept, greet
+from shardkv.transport import Connection, KnownBoots, NodeIdentity, PeerPool, PoolSettings, Purpose, accept, greet
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, Welcome, decode_refused, encode_hello, encode_welcome
@@ -31,7 +31,7 @@ class Node:
         self, network: SimulatedNetwork, node_id: int, *, boot: int = 5, cluster: bytes | None = CLUSTER
     ) -> None:
         self.environment: SimulatedEnvironment = simulated_environment(f"n{node_id}", seed=1, network=network)
-        self.identity = Identity(cluster, NodeId(node_id), boot)
+        self.identity = NodeIdentity(cluster, NodeId(node_id), boot)
         self.address = f"n{node_id}:7000"
         self.boots = KnownBoots()
         self.frames: list[tuple[Role, Frame]] = []

@@ -28,7 +28,7 @@ from shardkv.server.garbage import GarbagePolicy
 from shardkv.server.listener import Listener
 from shardkv.server.loop_health import LoopProbe
 from shardkv.server.placement_service import PlacementService
-from shardkv.transport.handshake import Identity
+from shardkv.transport.handshake import NodeIdentity
 from shardkv.transport.pool import PeerPool
 from shardkv.wire.requests import Method, Request
 
@@ -52,7 +52,7 @@ class NodeParts:
 
     name: str
     address: str
-    identity: Identity
+    identity: NodeIdentity
     driver: Driver
     pool: PeerPool
     listener: Listener
