@@ -267,6 +267,7 @@ class Catalog:
             if message.from_ in (NONE, message.to):
                 raise ProtocolError(f"node {sender} speaks for replica {message.from_} of range {range_id}")
             return self.create(range_id, ReplicaId(message.to), (message.from_, sender))
+        # Nothing ends a replica in this version, so nobody has to be told of it, nor makes way for another.
         return None
 
     def split(self, left: Replica, split: SplitResult, batch: WriteBatch) -> Replica | None:

@@ -29,6 +29,7 @@ from shardkv.server.draining import hand_over_leaderships
 from shardkv.server.garbage import Collector, GarbagePolicy
 from shardkv.server.inside import Inside
 from shardkv.server.internal_client import connect_cluster, join_cluster
+from shardkv.server.introduction import FIRST_NODE, Introduction, first_ranges
 from shardkv.server.known_nodes import KnownNodesFile
 from shardkv.server.listener import Listener
 from shardkv.server.loop_health import LoopProbe
@@ -45,36 +46,19 @@ from shardkv.storage.wal import Wal, WalSettings
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import KnownBoots, NodeIdentity
 from shardkv.transport.pool import PeerPool, Purpose
-from shardkv.types import (
-    EVERY_KEY,
-    FIRST_RANGE,
-    PLACEMENT_RANGE,
-    Epoch,
-    KeyRange,
-    Member,
-    NodeId,
-    RangeDescriptor,
-    RangeId,
-    ReplicaId,
-    timestamp_at,
-)
+from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId, timestamp_at
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.handshake import Hello
 from shardkv.wire.requests import Request
-from shardkv_placement.commands import Bootstrap, NodeStarted, SetSetting
 from shardkv_placement.heartbeat import HeartbeatReply, Reporter
-from shardkv_placement.settings import Settings
 
 if TYPE_CHECKING:
     from shardkv.server.admin import Admin
 
-FIRST_NODE: Final = NodeId(1)
 START_SECONDS: Final = 30.0
 """How long a connection waits for a node that is still starting."""
-RETRY_SECONDS: Final = 0.2
 FLUSH_SECONDS: Final = 5.0
 """For the engine's flush at a stop, which only spares the next start some of the log."""
-POLL_SECONDS: Final = 0.02
 LOG_CACHE_BYTES_MAX: Final = 8 * 1024 * 1024
 """Log entries in memory, of all ranges: followers that are further behind are served from the disk."""
 
@@ -313,7 +297,7 @@ class _Node:
         )
         self._look_for_the_data()
         if mine.node_id == FIRST_NODE:
-            self._catalog.bootstrap(_first_ranges(), timestamp_at(self._hybrid_clock.ms()))
+            self._catalog.bootstrap(first_ranges(), timestamp_at(self._hybrid_clock.ms()))
         self._catalog.recover(used_before=mine.boot > 1)
         self._pool = PeerPool(
             environment,
@@ -393,6 +377,16 @@ class _Node:
             log=self._log,
         )
         self._placement.slow_disk = self._disk_health.is_slow
+        self._introduction = Introduction(
+            environment,
+            self._catalog,
+            self._placement,
+            self._extension.state,
+            config=config,
+            identity=self._directory.identity,
+            address=self._address,
+            log=self._log,
+        )
         self._operations = Operations(
             self._driver,
             environment.clock,
@@ -466,7 +460,7 @@ class _Node:
                 self._placement.call = call
                 self._placement.stop_with(self._stop.set)
                 nursery.start_soon(self._placement.run)
-                nursery.start_soon(self._register)
+                nursery.start_soon(self._introduction.register, self._stop)
                 nursery.start_soon(self._known_nodes.run)
                 await nursery.start(self._maintenance.run)
                 await nursery.start(self._splitter.run)
@@ -474,7 +468,9 @@ class _Node:
                 await nursery.start(self._disk_health.run, self._driver, self._placement.beat_soon)
                 self._show()
                 self._log.info("started", address=self._address, boot=self._directory.identity.boot)
-                await self._ready_when_serving()
+                if await self._introduction.wait(self._stop):
+                    self._is_ready.set()
+                    self._ready(self._config.name, self._address)
                 if self._garbage is not None:
                     await nursery.start(self._garbage.run)
                 await self._stop.wait()
@@ -491,75 +487,6 @@ class _Node:
                 await self._environment.workers.run(self._directory.condemn, str(fatal))
             except StorageError as error:
                 self._log.error("the data directory could not be marked as an old copy", reason=str(error))
-
-    async def _ready_when_serving(self) -> None:
-        """A new node is ready when the placement group has heard of it, so it is in what the cluster says of itself;
-        the first node of a new cluster when its range can be written, too, and is known to be led here.
-
-        A node that comes back is ready as soon as it listens: there may be no placement group before others come back
-        as well, and who starts a cluster again, one node after the other, waits for each.
-        """
-        if self._directory.identity.boot == 1:
-            with self._environment.clock.deadline(START_SECONDS):
-                while not self._introduced():
-                    if self._stop.is_set():
-                        return
-                    await self._environment.clock.sleep(POLL_SECONDS)
-        self._is_ready.set()
-        self._ready(self._config.name, self._address)
-
-    def _introduced(self) -> bool:
-        first = self._catalog.replicas.get(FIRST_RANGE)
-        if not self._config.bootstrap or first is None:
-            return self._placement.introduced(None)
-        made = first.raft.committed_in_term and self._extension.state.bootstrapped
-        return made and self._placement.introduced(FIRST_RANGE if first.leads else None)
-
-    async def _register(self) -> None:
-        """Tell the placement group of this start; on the first node of a new cluster, begin the group's state."""
-        identity = self._directory.identity
-        assert identity.node_id is not None, "registered before the node has an id"
-        token = self._environment.ids.random_bytes(16)
-        while True:
-            try:
-                while identity.node_id == FIRST_NODE and not self._extension.state.bootstrapped:
-                    if self._placement.leads:
-                        await self._bootstrap_placement()
-                    await self._environment.clock.sleep(POLL_SECONDS)
-                started = NodeStarted(
-                    identity.node_id,
-                    identity.boot,
-                    start_token=token,
-                    address=self._address,
-                    labels=self._config.label,
-                )
-                await self._placement.propose(started)
-                return
-            except WrongCluster as error:
-                self._placement.fatal = error
-                self._stop.set()
-                return
-            except ShardKVError as error:
-                self._log.debug("not registered yet", reason=str(error))
-            await self._environment.clock.sleep(RETRY_SECONDS)
-
-    async def _bootstrap_placement(self) -> None:
-        config, identity = self._config, self._directory.identity
-        assert identity.cluster_id is not None, "bootstrapped without a cluster id"
-        await self._placement.propose(
-            Bootstrap(
-                identity.cluster_id,
-                name=config.name,
-                address=self._address,
-                directory_token=identity.token,
-                labels=config.label,
-                descriptors=_first_ranges(),
-            )
-        )
-        defaults = Settings()
-        for name, value in (("split_bytes", config.ranges.split_bytes), ("replication_factor", config.ranges.replicas)):
-            if value != defaults.value(name):
-                await self._placement.propose(SetSetting(name, value))
 
     # What the parts tell each other
 
@@ -637,11 +564,3 @@ class _Node:
         self._listener.goodbye()
         with clock.deadline(FLUSH_SECONDS), suppress(OutOfSpace):  # the log has what is not flushed
             await self._environment.workers.run(self._engine.flush)
-
-
-def _first_ranges() -> tuple[RangeDescriptor, ...]:
-    """What a new cluster consists of: the placement group and one range of every key, each on the first node."""
-    return (
-        RangeDescriptor(PLACEMENT_RANGE, KeyRange(b"", b""), Epoch(1, 1), (Member(FIRST_NODE, ReplicaId(1)),)),
-        RangeDescriptor(FIRST_RANGE, EVERY_KEY, Epoch(1, 1), (Member(FIRST_NODE, ReplicaId(2)),)),
-    )

@@ -1,0 +1,143 @@
+"""How the placement group comes to know of a node's start, and from when on the node may call itself ready.
+
+Lives here: telling the group of the start, beginning the group's state on the first node of a new cluster, and waiting
+until a new node is in what the cluster says of itself. Does not live here: joining, which comes before a node has an id
+(``internal_client``), and the heartbeats that follow (``placement_service``).
+"""
+
+from typing import Any, Final
+
+import trio
+
+from shardkv.config import NodeConfig
+from shardkv.environment import Environment
+from shardkv.errors import ShardKVError, WrongCluster
+from shardkv.multiraft.catalog import Catalog
+from shardkv.server.placement_service import PlacementService
+from shardkv.storage.directory import Identity
+from shardkv.types import (
+    EVERY_KEY,
+    FIRST_RANGE,
+    PLACEMENT_RANGE,
+    Epoch,
+    KeyRange,
+    Member,
+    NodeId,
+    RangeDescriptor,
+    ReplicaId,
+)
+from shardkv_placement.commands import Bootstrap, NodeStarted, SetSetting
+from shardkv_placement.settings import Settings
+from shardkv_placement.state import PlacementState
+
+FIRST_NODE: Final = NodeId(1)
+WAIT_SECONDS: Final = 30.0
+"""A node that nobody has heard of by then calls itself ready all the same."""
+RETRY_SECONDS: Final = 0.2
+POLL_SECONDS: Final = 0.02
+
+
+def first_ranges() -> tuple[RangeDescriptor, ...]:
+    """What a new cluster consists of: the placement group and one range of every key, each on the first node."""
+    return (
+        RangeDescriptor(PLACEMENT_RANGE, KeyRange(b"", b""), Epoch(1, 1), (Member(FIRST_NODE, ReplicaId(1)),)),
+        RangeDescriptor(FIRST_RANGE, EVERY_KEY, Epoch(1, 1), (Member(FIRST_NODE, ReplicaId(2)),)),
+    )
+
+
+class Introduction:
+    """One start's. ``state`` is the placement group's, as far as this node holds it."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        catalog: Catalog,
+        placement: PlacementService,
+        state: PlacementState,
+        *,
+        config: NodeConfig,
+        identity: Identity,
+        address: str,
+        log: Any,
+    ) -> None:
+        self._environment = environment
+        self._catalog = catalog
+        self._placement = placement
+        self._state = state
+        self._config = config
+        self._identity = identity
+        self._address = address
+        self._log = log
+
+    async def register(self, stop: trio.Event) -> None:
+        """Tell the placement group of this start; on the first node of a new cluster, begin the group's state.
+
+        A refusal for good becomes the service's ``fatal`` and sets ``stop``.
+        """
+        identity = self._identity
+        assert identity.node_id is not None, "registered before the node has an id"
+        token = self._environment.ids.random_bytes(16)
+        while True:
+            try:
+                while identity.node_id == FIRST_NODE and not self._state.bootstrapped:
+                    if self._placement.leads:
+                        await self._bootstrap()
+                    await self._environment.clock.sleep(POLL_SECONDS)
+                started = NodeStarted(
+                    identity.node_id,
+                    identity.boot,
+                    start_token=token,
+                    address=self._address,
+                    labels=self._config.label,
+                )
+                await self._placement.propose(started)
+                return
+            except WrongCluster as error:
+                self._placement.fatal = error
+                stop.set()
+                return
+            except ShardKVError as error:
+                self._log.debug("not registered yet", reason=str(error))
+            await self._environment.clock.sleep(RETRY_SECONDS)
+
+    async def _bootstrap(self) -> None:
+        config, identity = self._config, self._identity
+        assert identity.cluster_id is not None, "bootstrapped without a cluster id"
+        await self._placement.propose(
+            Bootstrap(
+                identity.cluster_id,
+                name=config.name,
+                address=self._address,
+                directory_token=identity.token,
+                labels=config.label,
+                descriptors=first_ranges(),
+            )
+        )
+        defaults = Settings()
+        for name, value in (("split_bytes", config.ranges.split_bytes), ("replication_factor", config.ranges.replicas)):
+            if value != defaults.value(name):
+                await self._placement.propose(SetSetting(name, value))
+
+    async def wait(self, stop: trio.Event) -> bool:
+        """Wait until the node is ready; False if ``stop`` was set first.
+
+        A new node is ready when the placement group has heard of it, so it is in what the cluster says of itself;
+        the first node of a new cluster when its range can be written, too, and is known to be led here.
+
+        A node that comes back is ready as soon as it listens: there may be no placement group before others come back
+        as well, and who starts a cluster again, one node after the other, waits for each.
+        """
+        if self._identity.boot == 1:
+            with self._environment.clock.deadline(WAIT_SECONDS):
+                while not self._introduced():
+                    if stop.is_set():
+                        return False
+                    await self._environment.clock.sleep(POLL_SECONDS)
+        return True
+
+    def _introduced(self) -> bool:
+        first = self._catalog.replicas.get(FIRST_RANGE)
+        if not self._config.bootstrap or first is None:
+            return self._placement.introduced(None)
+        made = first.raft.committed_in_term and self._state.bootstrapped
+        return made and self._placement.introduced(FIRST_RANGE if first.leads else None)
