@@ -30,6 +30,9 @@ IDLE_FLUSH_SECONDS: Final = 30.0
 """What was written last does not stay only in the log for longer than this."""
 ENTRIES_KEPT: Final = 256
 """Entries behind the applied index that stay in every log, for followers that are a little behind."""
+KEPT_BYTES_MAX: Final = 1024 * 1024
+"""And of one group no more than this, while the log has more than LOG_SEGMENTS_MAX segments: with large values it would
+hold so many of every range, and each start would read them all."""
 LAG_ENTRIES_MAX: Final = 10_000
 """How far behind a follower may be and still find its next entry in the leader's log; further, it gets a snapshot."""
 LAG_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -146,24 +149,29 @@ class Maintenance:
         self._driver.space.succeeded("engine")
         self._flush_again_ns = 0
         self._flushed_ns = self._environment.clock.monotonic_ns()
+        long = self._driver.wal.statistics().segments > LOG_SEGMENTS_MAX
         updates = []
         for range_id, index in applied.items():
-            update = self._compaction(range_id, index)
+            update = self._compaction(range_id, index, long)
             if update is not None:
                 updates.append(update)
         if updates:
             self._driver.log_writer.append(updates)
 
-    def _compaction(self, range_id: RangeId, applied: int) -> LogUpdate | None:
+    def _compaction(self, range_id: RangeId, applied: int, long: bool) -> LogUpdate | None:
+        """What to let go of; ``long``: the log has grown so that less is kept for those who are a little behind."""
         replica = self._driver.catalog.replicas.get(range_id)
         if replica is None or replica.machine is None or replica.installing or replica.needs_snapshot:
             return None
         entries_kept, lag_entries_max = self.kept or (ENTRIES_KEPT, LAG_ENTRIES_MAX)
-        index = min(applied, replica.log.hard_state.commit) - entries_kept
+        last = min(applied, replica.log.hard_state.commit)
+        index = last - entries_kept
+        if long:
+            index = max(index, _lowest_kept(replica, last, entries_kept, KEPT_BYTES_MAX))
         if replica.leads:
             needed = _needed(replica)
             if needed < index:
-                index = max(needed, _lag_bound(replica, index, lag_entries_max))
+                index = max(needed, _lowest_kept(replica, index, lag_entries_max, LAG_BYTES_MAX))
             index = min(index, self._needed_after_snapshots(replica, applied))
         if index <= replica.log.compact_index:
             return None
@@ -225,11 +233,11 @@ def _needed(replica: Replica) -> int:
     return needed
 
 
-def _lag_bound(replica: Replica, index: int, entries_max: int) -> int:
-    """The lowest index that may be kept for followers that need entries below ``index``."""
+def _lowest_kept(replica: Replica, index: int, entries_max: int, bytes_max: int) -> int:
+    """How far the log may be compacted so that of what stays up to ``index`` there is no more than that."""
     log = replica.log
     lowest = max(index - entries_max, log.compact_index)
-    left = LAG_BYTES_MAX
+    left = bytes_max
     while index > lowest:
         left -= log.entry_bytes(index)
         if left < 0:

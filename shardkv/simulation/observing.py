@@ -33,7 +33,7 @@ LIMITS: Final = {
     "proposals under way": 4_096,
     "waiting reads": 4_096 * 9,
     "log bytes on disk": 24 * 1024 * 1024,
-    "log segments": 64,
+    "log segments": 24 * 16,  # of 64 KiB: as many bytes, for every range keeps its last entries
     "log entries of a range": 20_000,
     "connections": 400,
     "tasks": 1_500,

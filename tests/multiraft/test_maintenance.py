@@ -10,7 +10,15 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from shardkv.errors import OutOfSpace
-from shardkv.multiraft.maintenance import FULL_DISK_FLUSH_SECONDS, IDLE_MEASURES, INTERVAL_SECONDS, Maintenance
+from shardkv.multiraft.maintenance import (
+    ENTRIES_KEPT,
+    FULL_DISK_FLUSH_SECONDS,
+    IDLE_MEASURES,
+    INTERVAL_SECONDS,
+    KEPT_BYTES_MAX,
+    LOG_SEGMENTS_MAX,
+    Maintenance,
+)
 from shardkv.multiraft.space import Space
 from tests.multiraft.world import RANGE, world
 
@@ -110,3 +118,24 @@ async def test_a_flush_that_finds_no_room_is_tried_again_and_said_once(
                 nursery.cancel_scope.cancel()
         full_said = "no room to flush the engine: it is tried until there is"
         assert [line["event"] for line in lines].count(full_said) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "value_bytes", "kept"),
+    [(100, 20_000, KEPT_BYTES_MAX // 20_000), (ENTRIES_KEPT + 50, 2_000, ENTRIES_KEPT)],
+)
+async def test_a_log_that_is_long_keeps_few_large_entries_for_those_who_are_a_little_behind(
+    autojump_clock: MockClock, count: int, value_bytes: int, kept: int
+) -> None:
+    """So many for every range would make each start read gigabytes, and the log be moved for as long as it is written
+    to. Small entries keep their number."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        maintenance = Maintenance(host.driver, host.environment, structlog.get_logger())
+        for number in range(count):
+            await hosts.write(b"k%d" % number, bytes(value_bytes))
+        assert host.wal.statistics().segments > LOG_SEGMENTS_MAX
+        await maintenance.flush_and_compact()
+        log = host.replica(RANGE).log
+        assert log.last_index() - log.compact_index == kept

@@ -283,7 +283,7 @@ def compacted_before_the_flush() -> Patches:
         updates = []
         for range_id, replica in self._driver.catalog.replicas.items():
             if replica.machine is not None and not replica.installing:
-                update = self._compaction(range_id, replica.machine.applied_index)
+                update = self._compaction(range_id, replica.machine.applied_index, False)
                 if update is not None:
                     updates.append(update)
         if updates:
