@@ -162,18 +162,18 @@ def decode(value: Any) -> Heartbeat:
             if len(numbers) != 3:
                 raise malformed("a node's capacity must be three counts of bytes")
             return Heartbeat(
-                NodeId(fields.integer(node_id, "a node id", 1)),
-                fields.integer(boot, "a boot counter", 1),
-                fields.integer(sequence, "a heartbeat's number", 1),
-                fields.integer(since, "a heartbeat's number"),
-                fields.address(address),
-                fields.flag(full, "full"),
-                fields.flag(draining, "draining"),
-                fields.integer(version, "a version"),
-                _reports(reports),
-                _range_ids(removed, REPORTS_MAX),
-                Capacity(*numbers),
-                bool(slow) and fields.flag(slow[0], "slow disk"),
+                node_id=NodeId(fields.integer(node_id, "a node id", 1)),
+                boot=fields.integer(boot, "a boot counter", 1),
+                sequence=fields.integer(sequence, "a heartbeat's number", 1),
+                since=fields.integer(since, "a heartbeat's number"),
+                address=fields.address(address),
+                full=fields.flag(full, "full"),
+                draining=fields.flag(draining, "draining"),
+                nodes_version=fields.integer(version, "a version"),
+                ranges=_reports(reports),
+                removed=_range_ids(removed, REPORTS_MAX),
+                capacity=Capacity(*numbers),
+                slow_disk=bool(slow) and fields.flag(slow[0], "slow disk"),
             )
     raise malformed(f"not a heartbeat: {value!r:.200}")
 
@@ -332,18 +332,18 @@ class Reporter:
         full = self._full_from > 0
         named: Iterable[RangeId] = self._reports if full else self._changed
         return Heartbeat(
-            self._node_id,
-            self._boot,
-            self._sequence,
-            self._acknowledged,
-            self._address,
-            full,
-            draining,
-            self.nodes_version,
-            tuple(self._reports[range_id] for range_id in named),
-            () if full else tuple(self._removed),
-            capacity,
-            slow_disk,
+            node_id=self._node_id,
+            boot=self._boot,
+            sequence=self._sequence,
+            since=self._acknowledged,
+            address=self._address,
+            full=full,
+            draining=draining,
+            nodes_version=self.nodes_version,
+            ranges=tuple(self._reports[range_id] for range_id in named),
+            removed=() if full else tuple(self._removed),
+            capacity=capacity,
+            slow_disk=slow_disk,
         )
 
     def acknowledged(self, heartbeat: Heartbeat, reply: HeartbeatReply) -> None:

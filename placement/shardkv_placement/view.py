@@ -141,31 +141,31 @@ class ViewBuilder:
             self._revisions = (state.revision, statistics.revision)
         nodes = {
             record.node_id: NodeView(
-                record.node_id,
-                record.name,
-                record.address,
-                record.labels,
-                statistics.node_state(record, state.settings, now),
-                statistics.draining(record.node_id),
-                self._replicas.get(record.node_id, 0),
-                self._leaders.get(record.node_id, 0),
-                record.boot,
-                statistics.heard_at(record.node_id),
-                statistics.capacity(record.node_id),
-                statistics.slow_disk(record.node_id),
+                node_id=record.node_id,
+                name=record.name,
+                address=record.address,
+                labels=record.labels,
+                state=statistics.node_state(record, state.settings, now),
+                draining=statistics.draining(record.node_id),
+                replicas=self._replicas.get(record.node_id, 0),
+                leaders=self._leaders.get(record.node_id, 0),
+                boot=record.boot,
+                heard_at=statistics.heard_at(record.node_id),
+                capacity=statistics.capacity(record.node_id),
+                slow_disk=statistics.slow_disk(record.node_id),
             )
             for record in sorted(state.nodes.values(), key=lambda each: each.node_id)
         }
         return ClusterView(
-            now,
-            wall_ms,
-            state.counters.cluster_id,
-            statistics.complete(state, now),
-            MappingProxyType(nodes),
-            self._ranges,
-            state.settings,
-            self._operators,
-            self._finished,
+            now=now,
+            wall_ms=wall_ms,
+            cluster_id=state.counters.cluster_id,
+            complete=statistics.complete(state, now),
+            nodes=MappingProxyType(nodes),
+            ranges=self._ranges,
+            settings=state.settings,
+            operators=self._operators,
+            finished=self._finished,
         )
 
     def _refresh(self) -> None:

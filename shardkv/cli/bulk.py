@@ -115,7 +115,9 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
             ) from None
         total = None if _is_stream(file_name) else os.fstat(file.fileno()).st_size
         with Progress("import", unit="bytes", total=total) as progress:
-            count = session.run(_importer(session, file, file_format, start, checkpoint, progress))
+            count = session.run(
+                _importer(session, file, file_format, start=start, checkpoint=checkpoint, progress=progress)
+            )
     checkpoint.remove()
     click.echo(f"imported {count:,} keys", err=True)
 
@@ -124,6 +126,7 @@ def _importer(
     session: Session,
     file: BinaryIO,
     file_format: str,
+    *,
     start: Mapping[str, int],
     checkpoint: Checkpoint,
     progress: Progress,
@@ -235,7 +238,9 @@ def export(
             start_after = _least_above(bytes.fromhex(saved["last_key_hex"]))
             span |= {"limit": 0} if start_after is None else {"start": start_after}
         with Progress("export") as progress:
-            count = session.run(_exporter(session, file, file_format, span, saved, checkpoint, progress))
+            count = session.run(
+                _exporter(session, file, file_format, span=span, saved=saved, checkpoint=checkpoint, progress=progress)
+            )
     checkpoint.remove()
     click.echo(f"exported {count:,} keys", err=True)
 
@@ -244,6 +249,7 @@ def _exporter(
     session: Session,
     file: BinaryIO,
     file_format: str,
+    *,
     span: Mapping[str, Any],
     saved: Mapping[str, Any] | None,
     checkpoint: Checkpoint,

@@ -51,10 +51,10 @@ def demo(
 
     The nodes end when this command does. With --no-shell it runs until interrupted.
     """
-    ctx.exit(run_demo(nodes, data, base_port, with_shell, with_tour))
+    ctx.exit(run_demo(nodes, data, base_port, with_shell=with_shell, with_tour=with_tour))
 
 
-def run_demo(nodes: int, data: str | None, base_port: int | None, with_shell: bool, with_tour: bool) -> int:
+def run_demo(nodes: int, data: str | None, base_port: int | None, *, with_shell: bool, with_tour: bool) -> int:
     """The exit code: 1 when the tour found an acknowledged write missing, or a node failed to start."""
     signal.signal(signal.SIGTERM, _terminate)
     with _directory(data) as directory, _cluster(directory, nodes, base_port, with_tour) as cluster:

@@ -115,6 +115,7 @@ class RangeMachine:
     def __init__(
         self,
         descriptor: RangeDescriptor,
+        *,
         applied_index: int,
         applied_term: int,
         last_timestamp: int,
@@ -158,12 +159,12 @@ class RangeMachine:
             extension.load(iter(()))
         return cls(
             descriptor,
-            applied_index,
-            applied_term,
-            last_timestamp,
-            conf_state_of(descriptor) if conf_state is None else conf_state,
-            table,
-            extension,
+            applied_index=applied_index,
+            applied_term=applied_term,
+            last_timestamp=last_timestamp,
+            conf_state=conf_state_of(descriptor) if conf_state is None else conf_state,
+            sessions=table,
+            extension=extension,
         )
 
     @classmethod
@@ -182,7 +183,15 @@ class RangeMachine:
         if extension is not None:
             span = keys.kind_span(range_id, keys.EXTENSION)
             extension.load(reader.scan(*span))
-        return cls(descriptor, state.index, state.term, state.last_timestamp, state.conf_state, None, extension)
+        return cls(
+            descriptor,
+            applied_index=state.index,
+            applied_term=state.term,
+            last_timestamp=state.last_timestamp,
+            conf_state=state.conf_state,
+            sessions=None,
+            extension=extension,
+        )
 
     @property
     def range_id(self) -> RangeId:

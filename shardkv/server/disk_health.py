@@ -82,7 +82,13 @@ class DiskHealth:
         return self.slow
 
     def statistics(self) -> DiskStatistics:
-        return DiskStatistics(self.slow, self._slow_count, self._last_ns / 1e9, self._max_ns / 1e9, self._given_away)
+        return DiskStatistics(
+            slow=self.slow,
+            slow_count=self._slow_count,
+            sync_seconds_last=self._last_ns / 1e9,
+            sync_seconds_max=self._max_ns / 1e9,
+            given_away=self._given_away,
+        )
 
     def disk_ns(self, sync_ns: int, late_ns: int, now_ns: int) -> int:
         """What of a sync's time was the disk's, at a probe that woke ``late_ns`` too late.

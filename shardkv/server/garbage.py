@@ -130,7 +130,11 @@ class GarbagePolicy:
 
     def statistics(self) -> GarbageStatistics:
         return GarbageStatistics(
-            self._young, self._full, self._objects, self._pause_ns_sum / 1e9, self._pause_ns_max / 1e9
+            young=self._young,
+            full=self._full,
+            objects=self._objects,
+            pause_seconds_sum=self._pause_ns_sum / 1e9,
+            pause_seconds_max=self._pause_ns_max / 1e9,
         )
 
     def check(self) -> None:

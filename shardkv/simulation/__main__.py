@@ -71,9 +71,9 @@ def main(
     """
     if seed is None:
         seed = 1 if count else int.from_bytes(os.urandom(4), "big")  # the one draw that no seed decides
-    settings = RunSettings(seed, minutes, nodes, workload, rate, faults)
+    settings = RunSettings(seed, minutes=minutes, nodes=nodes, workload=workload, rate=rate, faults=faults)
     if count is not None:
-        sys.exit(_swarm(SwarmSettings(settings, count, jobs, resume, keep_going)))
+        sys.exit(_swarm(SwarmSettings(settings, count, jobs=jobs, path=resume, keep_going=keep_going)))
     sys.exit(_one(settings, trace, as_json))
 
 
