@@ -326,6 +326,8 @@ class Driver:
 
     def _propose(self) -> None:
         """Step the waiting reads, and, unless a sync is running, the waiting writes."""
+        if self.space.full:
+            self._refuse_waiting()  # they came before it was
         proposing, self._proposing = self._proposing, {}
         now = self.environment.clock.monotonic_ns()
         gather_until = None

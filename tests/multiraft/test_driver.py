@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from shardkv.errors import Busy, EpochMismatch
+from shardkv.errors import Busy, EpochMismatch, OutOfSpace
 from shardkv.machine.machine import INITIAL_TERM
 from shardkv.multiraft.applier import APPLIES_LATER_MAX
 from shardkv.multiraft.turn import Turn
@@ -84,6 +84,21 @@ async def test_a_stop_while_records_wait_behind_a_sync_is_no_error(autojump_cloc
         leader.workers.release()
         await leader.ended.wait()
         assert leader.error is None
+
+
+async def test_writes_that_wait_when_the_disk_turns_out_to_be_full_are_refused(autojump_clock: MockClock) -> None:
+    """They came while there was room; what there is now is for Raft's own records."""
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        leader.workers.hold_log()
+        first = leader.put(b"a", b"1")
+        await hosts.until(lambda: leader.driver.log_writer.syncing, "a sync under way")
+        second = leader.put(b"b", b"2")
+        leader.driver.space.failed("spare", OutOfSpace("no room for the next log segment"))
+        leader.workers.release()
+        await first.wait()
+        with pytest.raises(OutOfSpace, match="no room for the next log segment"):
+            await second.wait()
 
 
 async def test_that_more_is_committed_costs_no_sync_of_its_own(autojump_clock: MockClock) -> None:
