@@ -64,6 +64,9 @@ class LogWriter:
         self.roomless: list[tuple[Job, Done]] = []
         """Jobs that found no room, in their order. Nobody was told of what they were to write."""
         self._roomless_ticks = 0
+        self.spare_taken = trio.Event()
+        """Set once the log has begun another segment: the one after it should be made ready now."""
+        self._spares_taken = wal.spares_taken
         self.syncs = 0
         """How many turns' records there have been since the start."""
         self._in_loop = False
@@ -138,6 +141,8 @@ class LogWriter:
         """Queue a job behind the log writes, in their thread."""
 
         def ended(result: object, error: BaseException | None) -> None:
+            if self._wal.spares_taken != self._spares_taken:
+                self._rotated()
             if isinstance(error, OutOfSpace):
                 self._found_no_room(job, done, error)
             else:
@@ -150,6 +155,15 @@ class LogWriter:
         except trio.ClosedResourceError:
             # The node is stopping: nobody waits for this any more, and closing the log writes what it has taken.
             return
+
+    def _rotated(self) -> None:
+        """The log has begun another segment. If it is the reserve, there is no room, and no time to find out again."""
+        self._spares_taken = self._wal.spares_taken
+        self.spare_taken.set()
+        shortage = self._wal.shortage
+        if shortage is not None:
+            self._space.failed("spare", shortage)
+            self._no_room()
 
     def _found_no_room(self, job: Job, done: Done, error: OutOfSpace) -> None:
         """Keep a job for later."""

@@ -67,20 +67,32 @@ class Maintenance:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         clock = self._environment.clock
         self._flushed_ns = clock.monotonic_ns()
-        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_room)
+            task_status.started()
+            while True:
+                await clock.sleep(INTERVAL_SECONDS)
+                if self._due():
+                    try:
+                        await self.flush_and_compact()
+                    except OutOfSpace as error:
+                        # What was not flushed is still in the log. Until it is flushed nothing is compacted either.
+                        if not self._flush_again_ns:
+                            self._log.error(
+                                "no room to flush the engine: it is tried until there is", reason=str(error)
+                            )
+                        self._flush_again_ns = clock.monotonic_ns() + int(FULL_DISK_FLUSH_SECONDS * 1e9)
+                self._collect()
+
+    async def _watch_room(self) -> None:
+        """Also while a flush takes long: the log goes on meanwhile, and others fill the disk."""
+        log_writer = self._driver.log_writer
         while True:
-            await clock.sleep(INTERVAL_SECONDS)
+            with self._environment.clock.deadline(INTERVAL_SECONDS):
+                await log_writer.spare_taken.wait()
+            log_writer.spare_taken = trio.Event()
             await self._measure()
             await self._prepare()
-            if self._due():
-                try:
-                    await self.flush_and_compact()
-                except OutOfSpace as error:
-                    # What was not flushed is still in the log. Until it is flushed nothing is compacted either.
-                    if not self._flush_again_ns:
-                        self._log.error("no room to flush the engine: it is tried until there is", reason=str(error))
-                    self._flush_again_ns = clock.monotonic_ns() + int(FULL_DISK_FLUSH_SECONDS * 1e9)
-            self._collect()
 
     async def _measure(self) -> None:
         """Look how much room is left, and say when what the node takes changes by it."""
@@ -188,17 +200,17 @@ class Maintenance:
         return needed
 
     async def _prepare(self) -> None:
-        """Have the next log segment's file ready before it is needed."""
-        job = self._driver.wal.prepare()
-        if job is not None:
+        """Have the next log segment's file ready before it is needed, and the reserve."""
+        space = self._driver.space
+        while (job := self._driver.wal.prepare()) is not None:
             try:
                 await self._environment.workers.run(job)
             except OutOfSpace as error:
-                if not self._driver.space.full:
+                if not space.full:
                     self._log.error("no room for the next log segment", reason=str(error))
-                self._driver.space.failed("spare", error)
-            else:
-                self._driver.space.succeeded("spare")
+                space.failed("spare", error)
+                return
+        space.succeeded("spare")
 
     def _collect(self) -> None:
         if self._collecting:

@@ -109,44 +109,68 @@ class Places:
 
 
 class Spares:
-    """Makes segment files: ahead of time in a background job, or on the spot if none is ready."""
+    """Makes segment files: ahead of time in a background job, or on the spot if none is ready.
 
-    def __init__(self, disk: Disk, directory: str, segment_bytes: int) -> None:
+    One more, the reserve, is made ahead of time and taken only when no other can be had. So the disk is known to be
+    full while there still is room for the records that were on their way, and for Raft's own after them.
+    """
+
+    def __init__(self, disk: Disk, directory: str, segment_bytes: int, reserve_bytes: int) -> None:
         self._disk = disk
         self._directory = directory
         self._segment_bytes = segment_bytes
+        self._reserve_bytes = reserve_bytes
         self._made = 0
         self._ready: tuple[str, File] | None = None
+        self._reserve: tuple[str, File] | None = None
         self._busy = False
+        self.taken = 0
+        """How many files have become segments."""
+        self.shortage: OutOfSpace | None = None
+        """Why the reserve was taken, until there is another."""
 
     @property
     def ready(self) -> bool:
         return self._ready is not None
 
     def prepare(self) -> Callable[[], None] | None:
-        """A job that makes a spare, for any worker thread; None if there is one, or it is being made.
+        """A job that makes the reserve, or else a spare, for any worker thread; None if there are both, or one is being
+        made.
 
         If the job raises OutOfSpace, nothing is lost: ask again once there is space.
         """
-        if self._busy or self._ready is not None:
+        if self._busy:
+            return None
+        if self._reserve is None:
+            job = self._prepare_reserve
+        elif self._ready is None:
+            job = self._prepare
+        else:
             return None
         self._busy = True
         self._made += 1
-        return partial(self._prepare, f"ahead-{self._made}")
+        return partial(job, f"ahead-{self._made}")
 
-    def _prepare(self, name: str) -> None:
+    def _prepare_reserve(self, name: str) -> None:
         try:
-            self._ready = self._make(name)
+            self._reserve = self._make(name, self._reserve_bytes)
+            self.shortage = None
         finally:
             self._busy = False
 
-    def _make(self, name: str) -> tuple[str, File]:
+    def _prepare(self, name: str) -> None:
+        try:
+            self._ready = self._make(name, self._segment_bytes)
+        finally:
+            self._busy = False
+
+    def _make(self, name: str, size: int) -> tuple[str, File]:
         """Two threads may be in here at once, each with a name of its own."""
         path = f"{self._directory}/{SPARE_PREFIX}{name}"
         file = self._disk.open(path, create=True)
         try:
             file.truncate(0)
-            file.allocate(self._segment_bytes)
+            file.allocate(size)
         except BaseException:
             self._discard(path, file)
             raise
@@ -163,14 +187,8 @@ class Spares:
 
         If it raises OutOfSpace, nothing has changed and it may be called again.
         """
-        ready = self._ready
-        if ready is not None:
-            # Else it is not touched: this moment the other thread may have one ready.
-            self._ready = None
-        path, file = ready if ready is not None else self._make(f"now-{segment.id}")
+        path, file = self._take(segment)
         try:
-            if segment.size > self._segment_bytes:
-                file.allocate(segment.size)
             self._disk.rename(path, segment.path)
         except OutOfSpace:
             self._discard(path, file)
@@ -182,8 +200,35 @@ class Spares:
                 f"{error}; what the log holds is unknown, so restart the node when there is room"
             ) from error
         segment.file = file
+        self.taken += 1
+
+    def _take(self, segment: Segment) -> tuple[str, File]:
+        """The file that becomes ``segment``, of its size, but for the reserve, which grows as it is written to."""
+        ready = self._ready
+        if ready is not None:
+            # Else it is not touched: this moment the other thread may have one ready.
+            self._ready = None
+        try:
+            path, file = ready if ready is not None else self._make(f"now-{segment.id}", self._segment_bytes)
+            if segment.size > self._segment_bytes:
+                try:
+                    file.allocate(segment.size)
+                except OutOfSpace:
+                    self._discard(path, file)
+                    raise
+        except OutOfSpace as error:
+            reserve = self._reserve
+            if reserve is None:
+                raise
+            self.shortage = error
+            self._reserve = None
+            # A segment for one large record would be full with it, and the next one is not to be had.
+            segment.size = max(segment.size, self._reserve_bytes)
+            return reserve
+        return path, file
 
     def close(self) -> None:
-        if self._ready is not None:
-            self._ready[1].close()
-            self._ready = None
+        for spare in (self._ready, self._reserve):
+            if spare is not None:
+                spare[1].close()
+        self._ready = self._reserve = None

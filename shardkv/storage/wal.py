@@ -61,6 +61,9 @@ class WalSettings:
     """All of these may be changed between two starts."""
 
     segment_bytes: int = 16 * 1024 * 1024
+    reserve_bytes: int = 8 * 1024 * 1024
+    """So much more is made ahead of time, and written to only when no segment can be made: for the client data that
+    are on their way when the disk turns out to be full, and for what Raft writes of its own until there is room."""
     cache_bytes_max: int = 32 * 1024 * 1024
     """Entry data kept in memory, over all groups."""
     move_live_fraction_max: float = 0.25
@@ -174,7 +177,7 @@ class Wal:
         """
         assert 0 < settings.segment_bytes <= SEGMENT_BYTES_MAX, f"{settings.segment_bytes} bytes a segment"
         seed = seed_of(token)
-        spares = Spares(disk, directory, settings.segment_bytes)
+        spares = Spares(disk, directory, settings.segment_bytes, settings.reserve_bytes)
         recovered = recover(disk, directory, seed, settings.segment_bytes, create=create)
         wal = cls(disk, directory, settings, seed, spares, recovered.state, recovered.sequence)
         wal._cut_bytes = recovered.cut_bytes
@@ -347,12 +350,24 @@ class Wal:
     # Housekeeping
 
     def prepare(self) -> Callable[[], None] | None:
-        """A job for any worker thread that makes the next segment's file ahead of time; None if that is done.
+        """A job for any worker thread that makes the reserve, or the next segment's file ahead of time; None if that is
+        done.
 
-        Ask after every turn, it is cheap. The job may raise OutOfSpace: nothing is lost, but when the segment that is
-        written to is full without a spare, nothing can be logged until there is room. So refuse new commands first.
+        Ask until it answers None, whenever :attr:`spares_taken` has changed. The job may raise OutOfSpace: nothing is
+        lost, but when the segment that is written to is full and the reserve, too, nothing can be logged until there is
+        room. So refuse new commands at once.
         """
         return self._spares.prepare()
+
+    @property
+    def spares_taken(self) -> int:
+        """How many segments were made since the start."""
+        return self._spares.taken
+
+    @property
+    def shortage(self) -> OutOfSpace | None:
+        """Why the reserve is written to now, or was, and there is no other yet; None if it is there, or never was."""
+        return self._spares.shortage
 
     def collect(self) -> Callable[[], None] | None:
         """A job for the writer thread that frees old segments; None if there is nothing to do.

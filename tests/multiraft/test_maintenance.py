@@ -139,3 +139,43 @@ async def test_a_log_that_is_long_keeps_few_large_entries_for_those_who_are_a_li
         await maintenance.flush_and_compact()
         log = host.replica(RANGE).log
         assert log.last_index() - log.compact_index == kept
+
+
+async def test_room_is_watched_and_the_next_segment_made_while_a_flush_takes_long(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk may take minutes for what the engine holds; the log goes on meanwhile, and others fill the disk."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        await hosts.write(b"k", b"v")
+        free = 1 << 40
+        flushing = trio.Event()
+
+        async def run(function: Any, *args: Any) -> Any:
+            if function == host.driver.engine.flush:
+                flushing.set()
+                await trio.sleep_forever()
+            return await host.environment.workers.run(function, *args)
+
+        environment: Any = SimpleNamespace(
+            clock=host.environment.clock,
+            workers=SimpleNamespace(run=run),
+            disk=SimpleNamespace(free_bytes=lambda path: free),
+        )
+        host.driver.space = Space(1 << 30)
+        monkeypatch.setattr("shardkv.multiraft.maintenance.IDLE_FLUSH_SECONDS", 0.1)
+        maintenance = Maintenance(host.driver, environment, structlog.get_logger(), "/data")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(maintenance.run)
+            await flushing.wait()
+            await trio.sleep(INTERVAL_SECONDS)
+            taken = host.driver.wal.spares_taken
+            while host.driver.wal.spares_taken == taken:
+                await hosts.write(b"k", bytes(20_000))
+            await trio.sleep(INTERVAL_SECONDS / 2)
+            assert host.driver.wal.statistics().spare_ready, "it is not waited for the next look"
+            free = 1 << 20
+            await trio.sleep((IDLE_MEASURES + 1) * INTERVAL_SECONDS)
+            assert host.driver.space.full
+            nursery.cancel_scope.cancel()

@@ -284,3 +284,41 @@ def test_a_sync_that_finds_no_room_ends_the_node(operation: str) -> None:
             assert "restart the node" in str(leader.error)
 
     simulated(main, seed=5)
+
+
+@pytest.mark.parametrize("value_bytes", [2_000, 20_000, 200_000])
+def test_a_disk_that_is_full_at_once_under_a_load_leaves_room_for_votes(value_bytes: int) -> None:
+    """However fast the log is written and however small its segments are: the spare is not for client data."""
+    storage = StorageConfig(engine="memory", segment_bytes=64 * 1024, free_bytes_min=FREE_BYTES_MIN)
+
+    async def main(seed: int) -> None:
+        async with world(3, seed=seed, storage=storage) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+
+            async def write(number: int) -> None:
+                for turn in range(200):
+                    with suppress(ShardKVError):
+                        await kv.put(b"w%d %d" % (number, turn % 5), bytes(value_bytes), timeout=1)
+
+            async with trio.open_nursery() as nursery:
+                for number in range(4):
+                    nursery.start_soon(write, number)
+                await trio.sleep(0.5 + seed / 40)
+                for node in cluster.nodes.values():
+                    leave(node, 0)
+                await trio.sleep(1)
+                nursery.cancel_scope.cancel()
+            leader = await cluster.leader_of(kv, b"k")
+            await leader.power_off()
+            entry = await kv.get(b"k", timeout=10)
+            assert entry is not None
+            for node in cluster.nodes.values():
+                leave(node, 8 * FREE_BYTES_MIN)
+            await leader.start()
+            await until_taken(kv, b"k")
+            for node in cluster.nodes.values():
+                assert node.error is None
+                node.check()
+
+    for seed in range(6):
+        simulated(lambda seed=seed: main(seed), seed=seed)

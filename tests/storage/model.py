@@ -12,7 +12,12 @@ from shardkv.types import RangeId, ReplicaId
 from .support import MemoryDisk
 
 SMALL = WalSettings(
-    segment_bytes=2048, cache_bytes_max=2000, move_bytes_max=300, move_entries_max=5, closed_segments_max=3
+    segment_bytes=2048,
+    reserve_bytes=2048,
+    cache_bytes_max=2000,
+    move_bytes_max=300,
+    move_entries_max=5,
+    closed_segments_max=3,
 )
 DIRECTORY = "/data/wal"
 

@@ -94,11 +94,12 @@ def test_a_prepared_spare_spares_the_writer_from_making_a_segment() -> None:
     disk = MemoryDisk()
     wal = opened(disk)
     wal.append([create(R1)])()
-    prepare = wal.prepare()
-    assert prepare is not None
-    assert wal.prepare() is None, "it is being made"
-    prepare()
-    assert wal.statistics().spare_ready
+    for ready in (False, True):
+        prepare = wal.prepare()
+        assert prepare is not None
+        assert wal.prepare() is None, "it is being made"
+        prepare()
+        assert wal.statistics().spare_ready == ready, "the reserve is made first"
     assert wal.prepare() is None
     operations = count_operations(disk)
     wal.append([LogUpdate(R1, HardState(1), (entry(1, bytes(1750)),))])()
@@ -112,6 +113,9 @@ def test_a_spare_in_the_making_and_a_segment_made_on_the_spot_are_two_files() ->
     disk = MemoryDisk()
     wal = opened(disk)
     wal.append([create(R1)])()
+    reserve = wal.prepare()
+    assert reserve is not None
+    reserve()
     prepare = wal.prepare()
     job = wal.append([LogUpdate(R1, HardState(1), (entry(1, bytes(1990)),))])
     assert prepare is not None
@@ -151,13 +155,16 @@ def test_a_spare_that_gets_ready_while_a_segment_is_made_on_the_spot_is_not_lost
 
     disk = MemoryDisk()
     disk.make_directory(DIRECTORY)
-    spares = Late(disk, DIRECTORY, 4096)
+    spares = Late(disk, DIRECTORY, 4096, 4096)
     segment = Segment(2, segment_path(DIRECTORY, 2), 4096)
+    reserve = spares.prepare()
+    assert reserve is not None
+    reserve()
     spares.late = spares.prepare()
     spares.install(segment)
     assert segment.file is not None
     assert spares.ready
-    assert disk.list(DIRECTORY) == ["0000000000000002.wal", "spare-ahead-1"]
+    assert disk.list(DIRECTORY) == ["0000000000000002.wal", "spare-ahead-1", "spare-ahead-2"]
 
 
 def test_a_full_disk_while_preparing_is_no_failure_yet() -> None:
@@ -177,9 +184,8 @@ def test_a_full_disk_while_preparing_is_no_failure_yet() -> None:
     disk.observe = lambda name, path: None
     assert not wal.statistics().failed
     wal.append([create(R1)])()
-    again = wal.prepare()
-    assert again is not None
-    again()
+    while (again := wal.prepare()) is not None:
+        again()
     assert wal.statistics().spare_ready
 
 

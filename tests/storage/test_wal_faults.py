@@ -6,14 +6,16 @@ I/O error ends the log (a failed sync is never tried again, DESIGN 4.3); a full 
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from shardkv.errors import OutOfSpace, StorageError
 from shardkv.raft.messages import ConfState, Entry, EntryType, HardState
+from shardkv.simulation.disk import SimulatedDisk
 from shardkv.storage.record import CreateGroup, LogUpdate
-from shardkv.storage.wal import Wal
+from shardkv.storage.wal import Wal, WalSettings
 from shardkv.types import RangeId, ReplicaId
 
 from .model import DIRECTORY, SMALL, Driver, state_of
@@ -235,6 +237,51 @@ def test_trying_again_for_a_spare_leaves_no_files_behind() -> None:
         with pytest.raises(OutOfSpace):
             prepare()
         assert set(disk.names) == before
+
+
+def prepared(settings: WalSettings = SMALL) -> tuple[SimulatedDisk, Wal]:
+    """A log with a spare and a reserve."""
+    disk = SimulatedDisk()
+    wal = Wal.open(disk, DIRECTORY, settings, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    while (job := wal.prepare()) is not None:
+        job()
+    assert len(disk.list(DIRECTORY)) == 3
+    return disk, wal
+
+
+@pytest.mark.parametrize("data_bytes", [1500, 4000], ids=["in a spare", "larger than a spare"])
+def test_the_reserve_takes_what_is_on_its_way_when_no_segment_can_be_made_and_what_follows(data_bytes: int) -> None:
+    """Else what Raft logs of its own would stand behind client data that have no room, and nobody could vote."""
+    disk, wal = prepared(replace(SMALL, reserve_bytes=8192))
+    disk.leave(0)
+    index = 0
+    while wal.shortage is None:
+        index += 1
+        wal.append([LogUpdate(R1, HardState(1), (Entry(1, index, EntryType.NORMAL, bytes(data_bytes)),))])()
+    assert wal.spares_taken == index - (data_bytes < SMALL.segment_bytes)
+    for term in range(2, 40):
+        wal.append([LogUpdate(R1, HardState(term, 1))])()
+    wal.check()
+    disk.crash()
+    again = Wal.open(disk.restart(), DIRECTORY, SMALL, token=TOKEN)
+    assert state_of(again) == state_of(wal)
+
+
+def test_the_reserve_is_made_anew_once_there_is_room_and_not_touched_before_it_must() -> None:
+    disk, wal = prepared()
+    for index in range(1, 8):
+        if index == 3:
+            disk.leave(0)
+        if index == 4:
+            assert wal.shortage is not None
+            disk.leave(1 << 20)
+            while (job := wal.prepare()) is not None:
+                job()
+        wal.append([LogUpdate(R1, HardState(1), (Entry(1, index, EntryType.NORMAL, bytes(1500)),))])()
+        assert (wal.shortage is None) == (index != 3), index
+        wal.check()
+    assert sum(name.startswith("spare-") for name in disk.list(DIRECTORY)) == 1
 
 
 def test_closing_a_log_without_room_closes_its_files_and_loses_nothing_acknowledged() -> None:
