@@ -383,6 +383,8 @@ class Wal:
         dead = dead_segments(self._state)
         moved = False
         if not dead:
+            if self._spares.shortage is not None:
+                return None  # what room is left is not for copies, even where they would give back more in the end
             moved = self._move_stragglers()
             if not moved:
                 self._collected = seen

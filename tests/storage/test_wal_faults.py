@@ -14,7 +14,7 @@ import pytest
 from shardkv.errors import OutOfSpace, StorageError
 from shardkv.raft.messages import ConfState, Entry, EntryType, HardState
 from shardkv.simulation.disk import SimulatedDisk
-from shardkv.storage.record import CreateGroup, LogUpdate
+from shardkv.storage.record import CompactLog, CreateGroup, LogUpdate
 from shardkv.storage.wal import Wal, WalSettings
 from shardkv.types import RangeId, ReplicaId
 
@@ -282,6 +282,31 @@ def test_the_reserve_is_made_anew_once_there_is_room_and_not_touched_before_it_m
         assert (wal.shortage is None) == (index != 3), index
         wal.check()
     assert sum(name.startswith("spare-") for name in disk.list(DIRECTORY)) == 1
+
+
+def test_no_stragglers_are_moved_into_the_reserve_and_dead_segments_still_go() -> None:
+    """A quarter of a large segment is more than the reserve holds, and nothing would be left for Raft's own records."""
+    disk, wal = prepared(replace(SMALL, closed_segments_max=1, move_live_fraction_max=1.0, moved_per_new_byte=1000))
+    disk.leave(0)
+    index = 0
+    while wal.shortage is None:
+        index += 1
+        wal.append([LogUpdate(R1, HardState(1, 0, index), (Entry(1, index, EntryType.NORMAL, bytes(1000)),))])()
+    sequence = wal.statistics().sequence
+    assert wal.collect() is None
+    assert wal.statistics().sequence == sequence
+    wal.append([LogUpdate(R1, compact=CompactLog(index - 1, 1))])()
+    job = wal.collect()
+    assert job is not None
+    job()
+    assert wal.statistics().oldest_segment_id > 1
+    wal.append([LogUpdate(RangeId(2), create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    disk.leave(1 << 20)
+    while (job := wal.prepare()) is not None:
+        job()
+    wal.append([LogUpdate(R1, HardState(1, 0, index + 1), (Entry(1, index + 1, EntryType.NORMAL, bytes(2000)),))])()
+    assert wal.collect() is not None, "there is room to move what is left"
+    wal.check()
 
 
 def test_closing_a_log_without_room_closes_its_files_and_loses_nothing_acknowledged() -> None:
