@@ -64,6 +64,8 @@ class LogWriter:
         self.roomless: list[tuple[Job, Done]] = []
         """Jobs that found no room, in their order. Nobody was told of what they were to write."""
         self._roomless_ticks = 0
+        self._full = False
+        """A job has found no room, and none has ended well since."""
         self.spare_taken = trio.Event()
         """Set once the log has begun another segment: the one after it should be made ready now."""
         self._spares_taken = wal.spares_taken
@@ -146,6 +148,9 @@ class LogWriter:
             if isinstance(error, OutOfSpace):
                 self._found_no_room(job, done, error)
             else:
+                if self._full and not self.roomless:
+                    self._full = False
+                    self._space.succeeded("log")
                 done(result, error)
 
         try:
@@ -169,6 +174,7 @@ class LogWriter:
         """Keep a job for later."""
         self.roomless.append((job, done))
         self._roomless_ticks = FULL_DISK_RETRY_TICKS
+        self._full = True
         self._space.failed("log", error)
         self._no_room()
 
@@ -179,7 +185,6 @@ class LogWriter:
         self._roomless_ticks -= 1
         if self._roomless_ticks <= 0:
             jobs, self.roomless = self.roomless, []
-            self._space.succeeded("log")  # unless one of them fails again
             for job, done in jobs:
                 self.submit(job, done)
 

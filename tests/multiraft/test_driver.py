@@ -9,6 +9,7 @@ from trio.testing import MockClock
 from shardkv.errors import Busy, EpochMismatch, OutOfSpace
 from shardkv.machine.machine import INITIAL_TERM
 from shardkv.multiraft.applier import APPLIES_LATER_MAX
+from shardkv.multiraft.log_writer import FULL_DISK_RETRY_TICKS
 from shardkv.multiraft.turn import Turn
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
 from shardkv.raft.messages import Entry, EntryType, Message, MessageType
@@ -99,6 +100,22 @@ async def test_writes_that_wait_when_the_disk_turns_out_to_be_full_are_refused(a
         await first.wait()
         with pytest.raises(OutOfSpace, match="no room for the next log segment"):
             await second.wait()
+
+
+async def test_a_log_without_room_counts_as_full_until_what_found_none_is_written(autojump_clock: MockClock) -> None:
+    """Not only between two tries: what is taken on during each would have to be logged before any vote is."""
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        leader.disk.fail("pwrite", OutOfSpace("no space left"), path_part="/wal/")
+        leader.put(b"a", b"1")
+        await hosts.until(lambda: leader.driver.space.full, "a write that found no room")
+        leader.workers.hold_log()
+        await trio.sleep(3 * FULL_DISK_RETRY_TICKS * TICK_SECONDS)
+        assert not leader.driver.log_writer.roomless, "it is tried again"
+        assert leader.driver.space.full
+        leader.workers.release()
+        await hosts.until(lambda: not leader.driver.space.full, "room")
+        await hosts.agreed()
 
 
 async def test_that_more_is_committed_costs_no_sync_of_its_own(autojump_clock: MockClock) -> None:
