@@ -22,7 +22,7 @@ import trio
 
 from shardkv.config import SnapshotsConfig
 from shardkv.environment import Disk, Environment
-from shardkv.errors import Busy, ProtocolError, ShardKVError
+from shardkv.errors import Busy, OutOfSpace, ProtocolError, ShardKVError
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
@@ -393,6 +393,8 @@ class Snapshots:
             index, log_term, _ = begin.metadata
             taken = self._take(replica, message, Arrived(incoming.path, begin.descriptor, index, log_term))
             await stream.send(["done"] if taken else ["refused", "the replica did not need it"])
+        except OutOfSpace as error:
+            await self._say(stream, ["refused", str(error)])
         except StreamBroken:
             if incoming is not None and incoming.chunks and not taken:
                 self._keep(incoming)
@@ -469,9 +471,12 @@ class Snapshots:
     async def _fill(self, stream: SnapshotStream, incoming: Incoming) -> int:
         """Put the rows that come into the file, to the end; the sender's term then.
 
-        Raises ProtocolError unless they are that range's, in that state, and StreamBroken when they end before.
+        Raises ProtocolError unless they are that range's, in that state, StreamBroken when they end before, and
+        OutOfSpace, too when they would take what room is left for Raft's own records.
         """
         while True:
+            if self._driver.space.full:
+                raise self._driver.space.refusal()
             match await self._hear(stream):
                 case ["rows", int(number), bytes(rows), int(checksum)]:
                     incoming.absorb(number, rows, checksum)

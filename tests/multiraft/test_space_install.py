@@ -7,11 +7,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from shardkv import codec
 from shardkv.errors import OutOfSpace
 from shardkv.multiraft import snapshots
 from shardkv.raft.messages import MessageType
 from tests.multiraft.test_catalog import led_by_another, split_on_two
-from tests.multiraft.test_snapshots import Stream, behind, spelled
+from tests.multiraft.test_snapshots import Stream, behind, carried, spelled
 from tests.multiraft.world import world
 
 FULL = OutOfSpace("no space left while trying to write the engine; free space or enlarge the disk")
@@ -25,6 +26,50 @@ async def test_a_node_that_is_low_on_space_takes_no_snapshot(autojump_clock: Moc
         stream = Stream(*spelled(leader, late.replica().replica_id))
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.answers[0][0] == "refused"
+        late.driver.space.succeeded("log")
+        hosts.heal()
+        await hosts.agreed()
+
+
+@pytest.mark.parametrize("how", ["the node is full", "the file finds no room", "the end of the file finds no room"])
+async def test_a_snapshot_that_finds_no_room_half_way_is_refused_and_its_file_goes(
+    autojump_clock: MockClock, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of it would take what is left for Raft's own records; a node may be sent more than its disk holds."""
+
+    class Filling(Stream):
+        async def send(self, message: list[Any]) -> None:
+            await super().send(message)
+            if message[0] == "have" and how == "the node is full":
+                late.driver.space.failed("log", FULL)
+
+    def fails(*_: object) -> None:
+        raise FULL
+
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts[hosts.leader().node_id]
+        builder = late.engine.builder
+
+        def failing(path: str) -> Any:
+            built = builder(path)
+            if how == "the file finds no room":
+                built.put = fails  # type: ignore[method-assign]
+            elif how != "the node is full":
+                built.finish = fails  # type: ignore[method-assign]
+            return built
+
+        monkeypatch.setattr(late.engine, "builder", failing)
+        begin, (_, _, rows, _), _ = spelled(leader, late.replica().replica_id)
+        stream = Filling(begin, *carried(codec.loads(rows), chunks=4))
+        await late.snapshots.receive(stream, leader.node_id)
+        assert [answer[:1] for answer in stream.answers] == [["refused"]]
+        assert "free space" in stream.answers[0][1]
+        assert len(stream.progress) <= (2 if how == "the node is full" else 5)
+        assert not late.snapshots._waiting
+        assert not late.snapshots._receiving
+        assert late.catalog.spans._reserved.by_range == {}
+        monkeypatch.undo()
         late.driver.space.succeeded("log")
         hosts.heal()
         await hosts.agreed()
