@@ -10,7 +10,7 @@ from typing import Any, Final
 import trio
 
 from shardkv.environment import Environment
-from shardkv.errors import OutOfSpace
+from shardkv.errors import OutOfSpace, StorageError
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
 from shardkv.raft import ProgressState
@@ -91,8 +91,15 @@ class Maintenance:
             with self._environment.clock.deadline(INTERVAL_SECONDS):
                 await log_writer.spare_taken.wait()
             log_writer.spare_taken = trio.Event()
-            await self._measure()
-            await self._prepare()
+            try:
+                await self._measure()
+                await self._prepare()
+            except FileNotFoundError as error:
+                raise StorageError(
+                    f"a part of the data directory is not there any more ({error}), so nothing that is written now can "
+                    "be kept: put it back as it was, or remove the node from the cluster and start it anew with an "
+                    "empty data directory"
+                ) from error
 
     async def _measure(self) -> None:
         """Look how much room is left, and say when what the node takes changes by it."""

@@ -9,7 +9,7 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from shardkv.errors import OutOfSpace
+from shardkv.errors import OutOfSpace, StorageError
 from shardkv.multiraft.maintenance import (
     ENTRIES_KEPT,
     FULL_DISK_FLUSH_SECONDS,
@@ -179,3 +179,27 @@ async def test_room_is_watched_and_the_next_segment_made_while_a_flush_takes_lon
             await trio.sleep((IDLE_MEASURES + 1) * INTERVAL_SECONDS)
             assert host.driver.space.full
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("gone", ["/data", "/wal"])
+async def test_a_data_directory_that_is_removed_under_a_node_ends_it_and_the_error_says_what_to_do(
+    autojump_clock: MockClock, gone: str
+) -> None:
+    def free_bytes(path: str) -> int:
+        if gone == "/data":
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return 1 << 40
+
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        if gone == "/wal":
+            del host.disk._directories["/wal"]
+        environment: Any = SimpleNamespace(
+            clock=host.environment.clock,
+            workers=host.environment.workers,
+            disk=SimpleNamespace(free_bytes=free_bytes),
+        )
+        maintenance = Maintenance(host.driver, environment, structlog.get_logger(), "/data")
+        with pytest.raises(StorageError, match=f"is not there any more .*{gone}.*put it back"):
+            await maintenance._watch_room()
