@@ -22,7 +22,7 @@ import trio
 
 from shardkv.config import SnapshotsConfig
 from shardkv.environment import Disk, Environment
-from shardkv.errors import Busy, OutOfSpace, ProtocolError, ShardKVError
+from shardkv.errors import Busy, OutOfSpace, ProtocolError, ShardKVError, StorageError
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
@@ -286,6 +286,10 @@ class Snapshots:
                 # What the receiver has under this id is not what was sent: another id makes it begin anew.
                 self._log.warning("snapshot begun anew", range=replica.range_id, to=to, reason=str(error))
                 id_ = self._environment.ids.random_bytes(ID_BYTES)
+            except StorageError as error:
+                # No break: the range cannot be read here, and could not be on another connection.
+                self._log.error("snapshot not sent", range=replica.range_id, to=to, reason=str(error))
+                return False
             except _BREAKS as error:
                 self._log.info("snapshot not sent", range=replica.range_id, to=to, reason=str(error))
             now = clock.monotonic_ns()

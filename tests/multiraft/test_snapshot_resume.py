@@ -5,11 +5,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import structlog
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from shardkv.config import SnapshotsConfig
-from shardkv.errors import ProtocolError
+from shardkv.errors import Corruption, ProtocolError
 from shardkv.multiraft import maintenance, snapshots
 from shardkv.multiraft.snapshot_parts import CHUNK_BYTES, WINDOW_CHUNKS, Outgoing, Pace
 from shardkv.multiraft.snapshots import StreamBroken
@@ -303,6 +305,39 @@ async def test_a_sender_that_gets_no_further_lets_go_of_its_engine_snapshot(auto
         hosts.opens = lambda source, target: True
         hosts.heal()
         await hosts.agreed()
+
+
+async def test_a_sender_that_cannot_read_its_range_says_so_and_lets_go_of_its_engine_snapshot(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no break: on another connection it would fail at the same place, and nobody would hear of the damage."""
+
+    class Damaged:
+        def __init__(self, whole: Any) -> None:
+            self.get, self.get_many, self.close = whole.get, whole.get_many, whole.close
+            self._scan = whole.scan
+
+        def scan(self, *span: Any, **how: Any) -> Any:
+            for number, pair in enumerate(self._scan(*span, **how)):
+                if number == 15:
+                    raise Corruption("engine: scanning: Corruption: block checksum mismatch")
+                yield pair
+
+    async with world(3) as hosts:
+        leader, late = await far_behind(hosts)
+        snapshot = leader.engine.snapshot
+        monkeypatch.setattr(leader.engine, "snapshot", lambda: Damaged(snapshot()))
+        structlog.reset_defaults()
+        with capture_logs() as lines:
+            leader.snapshots._log = structlog.get_logger()
+            hosts.heal()
+            await hosts.until(lambda: lines, "a snapshot that is not sent")
+            await hosts.until(lambda: not leader.snapshots.statistics().sending, "its end", 1)
+        said = [line for line in lines if line["log_level"] == "error"]
+        assert said
+        assert "checksum mismatch" in said[0]["reason"]
+        monkeypatch.undo()
+        await hosts.until(arrived(late), "the snapshot")
 
 
 async def test_a_sender_that_no_longer_leads_stops(autojump_clock: MockClock) -> None:
