@@ -565,5 +565,6 @@ def _acknowledges(outgoing: Outgoing, answer: list[Any]) -> bool:
 
 def _remove(disk: Disk, paths: list[str]) -> None:
     for path in paths:
-        with suppress(FileNotFoundError):
+        # Some file systems need room to remove a file, too; a start removes what is left.
+        with suppress(FileNotFoundError, OutOfSpace):
             disk.unlink(path)

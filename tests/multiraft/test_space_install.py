@@ -10,10 +10,11 @@ from trio.testing import MockClock
 from shardkv import codec
 from shardkv.errors import OutOfSpace
 from shardkv.multiraft import snapshots
+from shardkv.multiraft.snapshots import StreamBroken
 from shardkv.raft.messages import MessageType
 from tests.multiraft.test_catalog import led_by_another, split_on_two
 from tests.multiraft.test_snapshots import Stream, behind, carried, spelled
-from tests.multiraft.world import world
+from tests.multiraft.world import RANGE, world
 
 FULL = OutOfSpace("no space left while trying to write the engine; free space or enlarge the disk")
 
@@ -71,6 +72,29 @@ async def test_a_snapshot_that_finds_no_room_half_way_is_refused_and_its_file_go
         assert late.catalog.spans._reserved.by_range == {}
         monkeypatch.undo()
         late.driver.space.succeeded("log")
+        hosts.heal()
+        await hosts.agreed()
+
+
+async def test_an_unfinished_file_that_a_full_disk_does_not_let_go_of_ends_no_node(autojump_clock: MockClock) -> None:
+    """Some file systems need room to remove a file, too. What is left goes at the next start."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts[hosts.leader().node_id]
+        begin, (_, _, rows, _), _ = spelled(leader, late.replica().replica_id)
+        stream = Stream(begin, *carried(codec.loads(rows), chunks=4)[:2])
+        stream.more.set()
+        with pytest.raises(StreamBroken):
+            await late.snapshots.receive(stream, leader.node_id)
+        incoming = late.snapshots._waiting[RANGE]
+        late.disk.make_directory("/ingest")
+        late.disk.open(incoming.path, create=True)
+        incoming.builder.paths = (incoming.path,)  # type: ignore[misc]
+        late.disk.fail("unlink", FULL, path_part="/ingest")
+        await trio.sleep(snapshots.RESUME_SECONDS_MAX + 1)
+        assert not late.snapshots._waiting
+        assert late.disk.exists(incoming.path)
+        assert late.alive
         hosts.heal()
         await hosts.agreed()
 
