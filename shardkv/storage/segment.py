@@ -153,16 +153,26 @@ class Spares:
 
     def _prepare_reserve(self, name: str) -> None:
         try:
-            self._reserve = self._make(name, self._reserve_bytes)
+            self._reserve = self._make_ahead(name, self._reserve_bytes)
             self.shortage = None
         finally:
             self._busy = False
 
     def _prepare(self, name: str) -> None:
         try:
-            self._ready = self._make(name, self._segment_bytes)
+            self._ready = self._make_ahead(name, self._segment_bytes)
         finally:
             self._busy = False
+
+    def _make_ahead(self, name: str, size: int) -> tuple[str, File]:
+        """Begin nothing that cannot be finished: it is tried again and again, and nobody else would find room then."""
+        free_bytes = self._disk.free_bytes(self._directory)
+        if free_bytes < size:
+            raise OutOfSpace(
+                f"{free_bytes} bytes are left for a file of {size} bytes in {self._directory}; free space or enlarge "
+                "the disk"
+            )
+        return self._make(name, size)
 
     def _make(self, name: str, size: int) -> tuple[str, File]:
         """Two threads may be in here at once, each with a name of its own."""

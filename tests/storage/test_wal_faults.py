@@ -225,6 +225,29 @@ def test_a_sync_that_finds_no_room_is_final(operation: str) -> None:
         job()
 
 
+def test_a_spare_that_has_no_room_is_not_begun() -> None:
+    """It is tried four times a second, for days: each time the disk would be written full for a moment, and the engine
+    and everybody else would find no room."""
+    disk = SimulatedDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    disk.leave(SMALL.segment_bytes + SMALL.reserve_bytes - 1)
+    reserve = wal.prepare()
+    assert reserve is not None
+    reserve()
+    disk.trace = []
+    for _ in range(3):
+        prepare = wal.prepare()
+        assert prepare is not None
+        with pytest.raises(OutOfSpace, match=f"{DIRECTORY}.*free space or enlarge the disk"):
+            prepare()
+    assert not disk.trace
+    disk.leave(SMALL.segment_bytes)
+    prepare = wal.prepare()
+    assert prepare is not None
+    prepare()
+    assert wal.statistics().spare_ready
+
+
 def test_trying_again_for_a_spare_leaves_no_files_behind() -> None:
     """Else a disk that is nearly full would be filled to its last byte by the attempts."""
     disk = MemoryDisk()
