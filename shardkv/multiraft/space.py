@@ -80,12 +80,15 @@ class Space:
         """What a full node still takes of a message of another node's leader, or None: all but appends of client data.
 
         What a new leader needs to begin its term has no data, and is taken though data follow it in the same message;
-        membership changes are few and small.
+        so are the data that stand before it there, which its predecessors left: one message a term, and without it the
+        leader could serve no read. Membership changes are few and small.
         """
         if message.type is MessageType.APP:
-            for position, entry in enumerate(message.entries):
-                if entry.data and entry.type is EntryType.NORMAL:
-                    return replace(message, entries=message.entries[:position]) if position else None
+            entries = message.entries
+            begins = bool(entries) and entries[0].term < message.term == entries[-1].term
+            for position, entry in enumerate(entries):
+                if entry.data and entry.type is EntryType.NORMAL and not (begins and entry.term < message.term):
+                    return replace(message, entries=entries[:position]) if position else None
         return message
 
     def check(self) -> None:

@@ -76,3 +76,12 @@ def test_of_an_append_a_full_node_takes_what_stands_before_the_first_client_data
     append = Message(MessageType.APP, 1, 2, 3, log_term=2, index=6, entries=(Entry(3, 7), DATA, Entry(3, 9)), commit=5)
     assert Space().taken(append) == replace(append, entries=(Entry(3, 7),))
     assert Space().taken(replace(append, index=7, entries=(DATA, Entry(3, 9)))) is None
+
+
+def test_of_an_append_that_holds_the_begin_of_its_term_a_full_node_takes_all_that_stands_before_it() -> None:
+    """That is one message a term; of data for which the term has begun already it takes none."""
+    begin = Entry(4, 9)
+    append = Message(MessageType.APP, 1, 2, 4, log_term=3, index=7, entries=(DATA, begin, Entry(4, 10, data=b"new")))
+    assert Space().taken(append) == replace(append, entries=(DATA, begin))
+    assert Space().taken(replace(append, entries=(DATA, begin))) == replace(append, entries=(DATA, begin))
+    assert Space().taken(replace(append, entries=(DATA,))) is None

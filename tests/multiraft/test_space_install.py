@@ -179,6 +179,31 @@ async def test_a_full_node_that_refuses_the_snapshot_of_a_range_which_it_has_say
         await hosts.agreed(2)
 
 
+async def test_a_new_leader_begins_its_term_on_a_full_node_that_lacks_what_its_predecessor_wrote_last(
+    autojump_clock: MockClock,
+) -> None:
+    """What it lacks is committed, and stands before the beginning of the term: without it no read would be served."""
+    async with world(3) as hosts:
+        old = await led_by_another(hosts, 3)
+        behind = next(host for host in hosts.values() if host not in (old, hosts[3]))
+        hosts.passes = lambda source, target, range_id, message: (
+            target != behind.node_id or message.type is not MessageType.APP
+        )
+        await old.put(b"k", b"v").wait()
+        behind.driver.space.failed("log", FULL)
+        hosts.passes = lambda source, target, range_id, message: old.node_id not in (source, target)
+        await hosts.until(lambda: hosts[3].replica().raft.committed_in_term, "the begin of a term at node 3")
+        assert await hosts[3].read(b"k").wait() == b"v"
+        last = behind.replica().raft.last_index
+        write = hosts[3].put(b"k", b"w")
+        await trio.sleep(1)
+        assert behind.replica().raft.last_index == last
+        assert not write.arrived
+        hosts.passes = lambda source, target, range_id, message: True
+        behind.driver.space.succeeded("log")
+        await hosts.agreed()
+
+
 async def test_a_new_leader_begins_its_term_on_full_nodes_though_it_was_sent_data_already(
     autojump_clock: MockClock,
 ) -> None:
