@@ -119,6 +119,29 @@ def test_reads_whose_confirmation_was_lost_expire() -> None:
     assert not new.arrived
 
 
+def test_a_confirmed_read_is_answered_once_however_often_its_replica_looks() -> None:
+    """Its connection counts what it owes: a second answer would be one to nobody, and let too much in."""
+
+    class Machine:
+        applied_index = 5
+
+    replica = a_replica()
+    replica.machine = Machine()  # type: ignore[assignment]
+    now, later = Answer(), Answer()
+    for moment, (answer, index) in enumerate(((now, 5), (later, 6))):
+        replica.await_read(reading(answer))
+        context = replica.take_open_reads(moment)
+        assert context is not None
+        replica.confirm_reads(context, index)
+    replica.serve_confirmed()
+    replica.serve_confirmed()
+    assert (now.count, later.count) == (1, 0)
+    Machine.applied_index = 6
+    replica.serve_confirmed()
+    replica.serve_confirmed()
+    assert (now.count, later.count) == (1, 1)
+
+
 def test_whoever_waits_is_refused_once_when_a_replica_is_given_up() -> None:
     replica = a_replica()
     answers = [Answer() for _ in range(4)]

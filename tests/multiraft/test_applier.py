@@ -1,0 +1,70 @@
+"""Who gets what of the entries that are applied, and in which order, on one node's parts."""
+
+from trio.testing import MockClock
+
+from shardkv.errors import NotLeader
+from shardkv.machine import entries
+from shardkv.multiraft.replica import Proposal, Replica
+from shardkv.raft.messages import Entry, Message, MessageType
+from shardkv.wire import commands
+from tests.multiraft.world import RANGE, SESSION, Answer, Host, world
+
+
+def committed(replica: Replica, entry: Entry) -> Message:
+    return Message(MessageType.STORAGE_APPLY, to=replica.replica_id, entries=(entry,))
+
+
+def put_entry(host: Host, ahead: int, key: bytes) -> Entry:
+    """A put that stands so many entries behind what is applied."""
+    machine = host.machine()
+    command = host.world.command(commands.Op.PUT, commands.pack_put(key, b"v", None))
+    stamp = host.hybrid_clock.now()
+    data = entries.encode_write_entry([(SESSION, command)], stamp, machine.descriptor.epoch.span)
+    return Entry(machine.applied_term, machine.applied_index + ahead, data=data)
+
+
+async def test_nothing_is_applied_before_what_is_held_back_though_the_engine_goes_on_meanwhile(
+    autojump_clock: MockClock,
+) -> None:
+    """An engine that has just made room takes writes in the middle of a turn."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        host.catalog.recover()
+        replica, applier = host.replica(), host.driver.applier
+        first, second = put_entry(host, 1, b"a"), put_entry(host, 2, b"b")
+        host.engine.stall = True
+        applier._apply([(replica, committed(replica, first))])
+        host.engine.stall = False
+        applier._apply([(replica, committed(replica, second))])
+        assert [message.entries for _, message in applier.held] == [(first,), (second,)]
+        applier.catch_up()
+        assert (host.value(b"a"), host.value(b"b")) == (b"v", b"v")
+
+
+async def test_what_was_committed_for_a_replica_that_has_ended_changes_nothing(autojump_clock: MockClock) -> None:
+    """Its successor has the same machine, and another log to apply to it."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        host.catalog.recover()
+        ended, machine, entry = host.replica(), host.machine(), put_entry(host, 1, b"k")
+        del host.catalog.replicas[RANGE]
+        applied = machine.applied_index
+        host.driver.applier._apply([(ended, committed(ended, entry))])
+        assert machine.applied_index == applied
+
+
+async def test_a_proposal_is_never_answered_with_the_outcome_of_another_leaders_entry(
+    autojump_clock: MockClock,
+) -> None:
+    """They stand at the same index, in other terms. Whether its own command applied, its retry will find out."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        host.catalog.recover()
+        replica = host.replica()
+        entry = put_entry(host, 1, b"k")
+        beaten = Answer()
+        replica.proposals[entry.index] = Proposal(entry.term - 1, ((beaten, 0),))
+        host.driver.applier._apply([(replica, committed(replica, entry))])
+        assert host.value(b"k") == b"v"
+        assert isinstance(beaten.error, NotLeader)
+        assert (beaten.result, beaten.count, replica.proposals) == (None, 1, {})
