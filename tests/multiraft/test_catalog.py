@@ -1,16 +1,18 @@
 """How replicas begin, change their core, and come back after crashes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from shardkv.errors import Corruption, ProtocolError
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
-from shardkv.raft.messages import ConfState, Entry, HardState, Message, MessageType
+from shardkv.raft.messages import NONE, ConfState, Entry, HardState, Message, MessageType
 from shardkv.raft.node import Role
 from shardkv.storage.engine import WriteBatch
-from shardkv.storage.wal import CreateGroup, LogUpdate, ResetLog, Tombstone
+from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate, ResetLog, Tombstone
 from shardkv.types import KeyRange, NodeId, RangeId, ReplicaId
 from tests.multiraft import world as world_module
 from tests.multiraft.world import PROMISE_NS, RANGE, Host, Hosts, descriptor_on, world
@@ -303,6 +305,26 @@ async def test_trap_20_an_ingested_state_above_a_log_of_another_history_begins_t
         host.check()
 
 
+@pytest.mark.parametrize("compacted", [True, False])
+async def test_trap_20_a_node_that_has_lost_what_it_had_applied_does_not_start(
+    autojump_clock: MockClock, compacted: bool
+) -> None:
+    """No crash leaves that, an old copy of the engine does; going on would forget what others were told."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        update = LogUpdate(RANGE, hard_state=HardState(6, 1, 30))
+        update.entries = tuple(Entry(6, index, data=b"") for index in range(11, 31))
+        if compacted:
+            update.compact = CompactLog(25, 6)
+        host.wal.append([update])()
+        batch = WriteBatch()
+        # Either the log has let go of what would bring the state up, or it has committed something else there.
+        RangeMachine.create(descriptor_on(1), applied_index=20, applied_term=6 if compacted else 5).write(batch)
+        host.engine.write(batch)
+        with pytest.raises(Corruption, match="Remove the data directory and let the node join anew"):
+            host.catalog.recover()
+
+
 async def test_trap_20_what_recovery_makes_of_the_log_is_recorded(autojump_clock: MockClock) -> None:
     """A later record rests on it: compacting to an entry that only memory knew to be committed cannot be replayed."""
     async with world(1, started=False) as hosts:
@@ -348,11 +370,75 @@ async def test_a_bootstrap_is_idempotent_and_brings_nothing_back_that_has_ended(
         host.catalog.bootstrap([descriptor_on(1)], 0)
         assert list(host.wal.groups) == [RANGE]
         other = descriptor_on(1, range_id=9, span=KeyRange(b"x", b"x"))
-        from shardkv.storage.wal import Tombstone
-
         host.wal.append([LogUpdate(RangeId(9), tombstone=Tombstone(ReplicaId(1)))])()
         host.catalog.bootstrap([other], 0)
         assert RangeId(9) not in host.wal.groups
+
+
+async def test_trap_20_the_data_of_a_bootstrap_are_durable_before_the_log_knows_of_them(
+    autojump_clock: MockClock,
+) -> None:
+    """A group without its data would wait for a snapshot that nobody can send: it is the only replica."""
+    async with world(1, replicas=0, started=False) as hosts:
+        host = hosts[1]
+        host.catalog.bootstrap([descriptor_on(1)], 0)
+        host.engine = host.engine.crash(lambda count: 0)
+        host.prepare()
+        host.catalog.recover()
+        assert host.machine().applied_index == INITIAL_INDEX
+
+
+async def test_a_node_that_has_only_been_asked_for_its_vote_has_lost_no_engine(autojump_clock: MockClock) -> None:
+    """A replica without state has a log and no rows; a node that took that for a loss would not start again."""
+    async with world(1, replicas=0, started=False) as hosts:
+        host = hosts[1]
+        host.wal.append([LogUpdate(RIGHT, create=CreateGroup(ReplicaId(101), 0, 0, ConfState()))])()
+        assert not host.catalog.engine_is_gone()
+        host.wal.append(
+            [LogUpdate(RANGE, create=CreateGroup(ReplicaId(1), INITIAL_INDEX, INITIAL_TERM, ConfState()))]
+        )()
+        assert host.catalog.engine_is_gone()
+        host.begin(descriptor_on(1, range_id=3))
+        assert not host.catalog.engine_is_gone()
+
+
+@pytest.mark.parametrize("ended", [True, False])
+async def test_trap_03_rows_that_a_removed_replica_has_left_bring_it_not_back(
+    autojump_clock: MockClock, ended: bool
+) -> None:
+    """Nor do those of a range that has no replica on this node."""
+    async with world(1, replicas=0, started=False) as hosts:
+        host = hosts[1]
+        batch = WriteBatch()
+        descriptor = descriptor_on(1) if ended else replace(descriptor_on(3), replicas=descriptor_on(3).replicas[1:])
+        RangeMachine.create(descriptor).write(batch)
+        host.engine.write(batch)
+        if ended:
+            host.wal.append([LogUpdate(RANGE, tombstone=Tombstone(ReplicaId(1)))])()
+        host.catalog.recover()
+        assert not host.catalog.replicas
+        assert not host.wal.groups
+
+
+async def test_a_message_that_names_no_sender_makes_no_replica(autojump_clock: MockClock) -> None:
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        for sender in (NONE, 103):
+            message = Message(MessageType.HEARTBEAT, to=103, from_=sender, term=7)
+            with pytest.raises(ProtocolError):
+                late.catalog.admit(RIGHT, message, NodeId(1))
+        assert RIGHT not in late.wal.groups
+
+
+async def test_no_node_speaks_for_a_replica_of_this_one_or_of_another(autojump_clock: MockClock) -> None:
+    """Else a vote, or an acknowledgement, could be given in a voter's name."""
+    async with world(3, started=False) as hosts:
+        host = hosts[1]
+        host.catalog.recover()
+        for sender, replica_id in ((2, 1), (2, 3), (2, NONE)):
+            message = Message(MessageType.VOTE_RESP, to=1, from_=replica_id, term=INITIAL_TERM)
+            with pytest.raises(ProtocolError):
+                host.catalog.admit(RANGE, message, NodeId(sender))
 
 
 async def test_a_replica_without_state_keeps_its_configuration_in_the_log(autojump_clock: MockClock) -> None:
