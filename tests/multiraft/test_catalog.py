@@ -8,14 +8,16 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.errors import Corruption, ProtocolError
+from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
+from shardkv.multiraft.replica import Replica
 from shardkv.raft.messages import NONE, ConfState, Entry, HardState, Message, MessageType
 from shardkv.raft.node import Role
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate, ResetLog, Tombstone
 from shardkv.types import KeyRange, NodeId, RangeId, ReplicaId
 from tests.multiraft import world as world_module
-from tests.multiraft.world import PROMISE_NS, RANGE, Host, Hosts, descriptor_on, world
+from tests.multiraft.world import PROMISE_NS, RANGE, Host, Hosts, descriptor_on, user_key, world
 
 RIGHT = RangeId(2)
 
@@ -373,6 +375,69 @@ async def test_a_bootstrap_is_idempotent_and_brings_nothing_back_that_has_ended(
         host.wal.append([LogUpdate(RangeId(9), tombstone=Tombstone(ReplicaId(1)))])()
         host.catalog.bootstrap([other], 0)
         assert RangeId(9) not in host.wal.groups
+
+
+def with_log(host: Host, *, commit: int) -> Replica:
+    """The replica of range 1 after a start, with entries 11 to 30 in its log and a state as of 20."""
+    update = LogUpdate(RANGE, hard_state=HardState(6, 1, commit))
+    update.entries = tuple(Entry(6, index, data=b"") for index in range(11, 31))
+    host.wal.append([update])()
+    host.catalog.recover()
+    host.catalog.log = lambda updates: host.wal.append(updates)()
+    replica = host.replica()
+    replica.machine = RangeMachine.create(descriptor_on(1), applied_index=20, applied_term=6)
+    return replica
+
+
+async def test_a_state_of_a_later_term_than_the_replica_knew_brings_it_into_that_term_without_a_vote(
+    autojump_clock: MockClock,
+) -> None:
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        replica = with_log(host, commit=15)
+        host.catalog.reincarnate(replica, LogUpdate(RANGE, reset=ResetLog(20, 8, conf_state_of(descriptor_on(1)))))
+        assert host.wal.groups[RANGE].hard_state == HardState(8, NONE, 20)
+
+
+@pytest.mark.parametrize(("commit", "kept"), [(15, 20), (25, 25)])
+async def test_what_a_replica_knew_to_be_committed_stays_so_with_the_state_that_it_is_given(
+    autojump_clock: MockClock, commit: int, kept: int
+) -> None:
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        replica = with_log(host, commit=commit)
+        host.catalog.reincarnate(replica, LogUpdate(RANGE, compact=CompactLog(20, 6)))
+        assert host.wal.groups[RANGE].hard_state == HardState(6, 1, kept)
+
+
+@pytest.mark.parametrize(("logged", "kept"), [(False, 30), (True, 35)])
+async def test_a_replica_leaves_its_successor_as_committed_what_its_log_holds_and_no_more(
+    autojump_clock: MockClock, logged: bool, kept: int
+) -> None:
+    """What it had not logged yet is lost with it. What is on its way to the disk is in the log already."""
+    async with world(3, started=False) as hosts:
+        host = hosts[1]
+        replica = with_log(host, commit=15)
+        more = tuple(Entry(6, index, data=b"") for index in range(31, 36))
+        append = Message(MessageType.APP, 1, 2, 6, log_term=6, index=30, entries=more, commit=35)
+        host.driver.step(replica, append)
+        assert replica.raft.committed == 35
+        if logged:
+            host.wal.append([LogUpdate(RANGE, hard_state=HardState(6, 1, 35), entries=more)])()
+        host.catalog.reincarnate(replica, LogUpdate(RANGE, compact=CompactLog(20, 6)))
+        assert host.wal.groups[RANGE].hard_state == HardState(6, 1, kept)
+
+
+async def test_a_split_leaves_nothing_of_a_right_half_that_has_ended_here(autojump_clock: MockClock) -> None:
+    """Its keys stood in the left half's span, which ends before them from now on: nobody else would remove them."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        late.catalog.log([LogUpdate(RIGHT, tombstone=Tombstone(ReplicaId(103)))])
+        assert late.value(b"z") == b"2"
+        hosts.passes = lambda source, target, range_id, message: range_id == 1
+        await hosts.until(lambda: late.machine().descriptor.span.end == b"m", "the split on node 3")
+        assert RIGHT not in late.catalog.replicas
+        assert list(late.engine.scan(user_key(b"m"), keys.USER_END)) == []
 
 
 async def test_trap_20_the_data_of_a_bootstrap_are_durable_before_the_log_knows_of_them(
