@@ -353,6 +353,41 @@ def test_a_transfer_that_does_not_succeed_is_given_up_after_an_election_timeout(
     assert (cluster[1].transferee, cluster[1].role) == (0, Role.LEADER)
 
 
+def test_a_transfer_that_is_asked_for_again_and_again_takes_no_longer() -> None:
+    """etcd-io/raft: the one under way goes on. Proposals wait for it, so whoever is impatient must not prolong that."""
+    cluster = Cluster()
+    cluster.elect(1)
+    cluster.isolate(3)
+    cluster[1].propose(b"x")
+    cluster.settle()
+    for _ in range(10):
+        cluster[1].transfer_leader(3)
+        assert cluster[1].transferee == 3
+        cluster.tick(1)
+    assert (cluster[1].transferee, cluster[1].role) == (0, Role.LEADER)
+
+
+def test_who_has_given_its_vote_waits_a_whole_timeout_for_what_comes_of_it() -> None:
+    """Paper 5.2: granting a vote restarts the timeout; the candidate needs time to be elected and say so."""
+    node = fresh(terms=[1])
+    while node.raft.election_elapsed < node.raft.randomized_election_timeout - 1:
+        node.tick()
+    assert node.role is Role.FOLLOWER
+    node.step(Message(M.VOTE, 1, 2, 1, index=1, log_term=1))
+    assert node.vote == 2
+    node.tick()
+    assert (node.role, node.term) == (Role.FOLLOWER, 1)
+
+
+def test_no_pre_vote_for_a_term_in_which_another_has_the_vote() -> None:
+    """The vote itself would be refused: the campaign could only depose whoever is being elected."""
+    node = fresh(pre_vote=True)
+    node.step(Message(M.VOTE, 1, 2, 4))
+    node.ready()
+    node.step(Message(M.PRE_VOTE, 1, 3, 4))
+    assert [message.reject for message in after_write(node.ready())] == [True]
+
+
 def test_forgetting_the_leader_lets_others_be_elected() -> None:
     """etcd-io/raft, MsgForgetLeader: a follower that forgot its leader grants votes again, and does not campaign."""
     cluster = Cluster(check_quorum=True, pre_vote=True)
@@ -426,6 +461,15 @@ def test_doubt_ends_when_the_leader_is_heard_of_again() -> None:
     assert not cluster[slow].raft.doubted
     cluster.tick(count=30)
     assert cluster.leaders() == [1]
+
+
+def test_without_a_leader_there_is_nothing_to_doubt() -> None:
+    """An election that is due comes at its time; haste would only make it collide with another's."""
+    node = fresh(pre_vote=True)
+    for _ in range(STAGGER_TICKS * 3):
+        node.doubt(0)
+        node.tick()
+    assert (node.role, node.raft.doubted) == (Role.FOLLOWER, False)
 
 
 def test_one_follower_that_doubts_alone_does_not_depose_the_leader() -> None:

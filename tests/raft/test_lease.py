@@ -49,6 +49,17 @@ def test_heartbeats_renew_the_lease_and_silence_ends_it() -> None:
     assert not valid(cluster)
 
 
+def test_trap_07_what_was_promised_before_a_restart_is_not_shortened_by_a_later_promise() -> None:
+    """The settings of before the start may have asked for more, and of a leader that still counts on it."""
+    voter = fresh(2, terms=[1], lease=LEASE, vote_refusal_ns=3 * PROMISE * TICK_NS)
+    refuses_until = voter.raft.refuse_until
+    voter.step(Message(M.HEARTBEAT, 2, 1, 1, lease_stamp=1, lease_promise=PROMISE * TICK_NS), TICK_NS)
+    assert voter.raft.refuse_until == refuses_until
+    late = refuses_until - PROMISE * TICK_NS + 1
+    voter.step(Message(M.HEARTBEAT, 2, 1, 1, lease_stamp=2, lease_promise=PROMISE * TICK_NS), late)
+    assert voter.raft.refuse_until == refuses_until + 1
+
+
 def test_without_settings_there_is_no_lease_and_nothing_on_the_wire() -> None:
     """etcd's behaviour exactly, for the transcripts."""
     cluster = led(lease=None)

@@ -477,3 +477,14 @@ def test_local_messages_are_not_taken_from_the_network() -> None:
     assert (node.role, node.applied) == (Role.FOLLOWER, 0)
     node.step(Message(M.VOTE_RESP, 1, 99, 5))
     assert node.term == 0, "an answer from a stranger"
+
+
+def test_acknowledged_entries_alone_show_a_leader_that_it_has_a_quorum() -> None:
+    """Thesis 6.2: a leader steps down when it hears of no quorum, whatever it is that it hears."""
+    cluster = Cluster(check_quorum=True)
+    cluster.elect(1)
+    cluster.dropped = lambda message: message.type is M.HEARTBEAT_RESP
+    for _ in range(50):
+        cluster[1].propose(b"x")
+        cluster.tick(1)
+    assert cluster.leaders() == [1]

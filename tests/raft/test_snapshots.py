@@ -34,6 +34,18 @@ def test_a_follower_that_needs_compacted_entries_is_sent_a_snapshot() -> None:
     assert cluster.hosts[3].applied == [b"a", b"b", b"c"]
 
 
+@pytest.mark.parametrize("arrived", [True, False])
+def test_news_of_a_snapshot_that_come_late_do_not_disturb_a_follower_that_goes_on_with_the_log(arrived: bool) -> None:
+    """It may have answered before the host did, and takes entries again: a probe would only hold it up."""
+    cluster = led()
+    cluster[1].report_snapshot(3, arrived)
+    assert cluster[1].status().progress[3].state is ProgressState.REPLICATE
+    for value in (b"a", b"b"):
+        cluster[1].propose(value)
+    cluster.settle()
+    assert cluster.hosts[3].storage.last_index() == cluster[1].last_index
+
+
 def test_trap_11_a_follower_one_entry_behind_needs_no_snapshot() -> None:
     """The entry before the first still has a known term, so a log may begin right behind what a follower has."""
     cluster = led()
