@@ -257,6 +257,7 @@ class MemoryIngestBuilder:
         self._path = path
         self._pairs: dict[bytes, bytes] = {}
         self._last: bytes | None = None
+        self._abandoned = False
         self.written_bytes = 0
         self.paths: tuple[str, ...] = ()
 
@@ -268,7 +269,9 @@ class MemoryIngestBuilder:
 
     def finish(self) -> None:
         assert self._pairs, "an ingest file needs at least one pair"
+        assert not self._abandoned, f"{self._path} was given up"
         self._built[self._path] = self._pairs
 
     def abandon(self) -> None:
+        self._abandoned = True
         self._built.pop(self._path, None)

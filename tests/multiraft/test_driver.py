@@ -6,14 +6,15 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from shardkv.errors import Busy, EpochMismatch, OutOfSpace
+from shardkv.errors import Busy, EpochMismatch, NotLeader, OutOfSpace
 from shardkv.machine.machine import INITIAL_TERM
 from shardkv.multiraft.applier import APPLIES_LATER_MAX
 from shardkv.multiraft.log_writer import FULL_DISK_RETRY_TICKS
+from shardkv.multiraft.replica import Proposal, Replica, WaitingRead, WriteGroup
 from shardkv.multiraft.turn import Turn
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
 from shardkv.raft.messages import Entry, EntryType, Message, MessageType
-from tests.multiraft.world import TICK_SECONDS, world
+from tests.multiraft.world import RANGE, SESSION, TICK_SECONDS, Answer, world
 
 
 async def test_a_confirmed_read_of_an_idle_range_is_served_at_once(autojump_clock: MockClock) -> None:
@@ -296,3 +297,59 @@ async def test_a_follower_acknowledges_before_it_applies_what_was_committed_befo
         assert both
         for turn in both:
             assert "flush" in turn[turn.index("send") : turn.index("apply")], turn
+
+
+async def test_only_ranges_that_the_lost_node_leads_doubt_their_leader(autojump_clock: MockClock) -> None:
+    """Doubt is an election at hand; where another node leads, the loss of a connection says nothing."""
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        one, other = (host for host in hosts.values() if host is not leader)
+        one.driver.doubt_node(other.node_id)
+        leader.driver.doubt_node(one.node_id)
+        assert not any(host.replica().raft.raft.doubted for host in hosts.values())
+        assert leader.replica().leads
+        one.driver.doubt_node(leader.node_id)
+        assert one.replica().raft.raft.doubted
+
+
+@pytest.mark.parametrize("what", ["waiting", "proposals", "reads", "open_reads"])
+async def test_whoever_waits_at_a_replica_that_follows_another_is_told_at_once(
+    autojump_clock: MockClock, what: str
+) -> None:
+    """However short it led, and if it did not: the leader that its reads were handed to may be gone."""
+    async with world(3) as hosts:
+        follower = hosts.follower()
+        driver, replica = follower.driver, follower.replica()
+        answer = Answer()
+        read = WaitingRead(answer, 0, lambda replica: None)
+        match what:
+            case "waiting":
+                replica.waiting = [WriteGroup(answer, 0, SESSION, b"", [])]
+            case "proposals":
+                replica.proposals[1 << 40] = Proposal(9, ((answer, 0),))
+            case "reads":
+                replica.reads = {b"context.": (0, [read])}
+            case "open_reads":
+                replica.open_reads = [read]
+                replica.led = True
+        driver._perform(Turn(changed=[replica]))
+        assert answer.count == 1
+        assert isinstance(answer.error, NotLeader)
+        assert answer.error.hint == hosts.leader().node_id
+
+
+async def test_what_a_replaced_replica_had_synced_is_told_to_nobody(autojump_clock: MockClock) -> None:
+    """Its successor may have begun the log anew; and the turns must not go on with the one that is gone."""
+    async with world(3) as hosts:
+        await hosts.agreed()
+        follower = hosts.follower()
+        driver, replaced = follower.driver, follower.replica()
+        term, index = replaced.raft.term, replaced.raft.last_index
+        successor = Replica(RANGE, replaced.replica_id, replaced.raft, replaced.log, replaced.machine)
+        follower.catalog.replicas[RANGE] = successor
+        follower.peers.frames.clear()
+        answer = Message(MessageType.APP_RESP, replaced.raft.leader, replaced.replica_id, term, index=index)
+        driver._synced([(replaced, Message(MessageType.STORAGE_APPEND, responses=(answer,)))])
+        assert not follower.peers.frames
+        driver._synced([(successor, Message(MessageType.STORAGE_APPEND, responses=(answer,)))])
+        assert [node_id for node_id, _ in follower.peers.frames] == [hosts.leader().node_id]

@@ -321,6 +321,25 @@ async def test_no_second_snapshot_of_a_range_is_begun_before_the_first_is_in_pla
         await hosts.agreed()
 
 
+async def test_a_replica_that_asks_again_while_it_is_sent_a_snapshot_is_sent_no_other(
+    autojump_clock: MockClock,
+) -> None:
+    """It asks at every tick until the first is in place."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts.leader()
+        dialled: list[int] = []
+        hosts.opens = lambda source, target: bool(dialled.append(target)) or True
+        hosts.heal()
+        replica = leader.replica()
+        for _ in range(3):
+            leader.driver.snapshot_needed(RANGE, replica.replica_id, 3, late.node_id)
+        await hosts.agreed()
+        assert late.value(b"new4") == b"2"
+        assert dialled == [3]
+        assert not leader.snapshots._sending
+
+
 async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_nothing(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         late = await behind(hosts)
