@@ -220,7 +220,7 @@ class Catalog:
                 f"range {machine.range_id} has applied {applied}, but its log begins after {log.compact_index}: data "
                 "of this node are lost. Remove the data directory and let the node join anew."
             )
-        term, vote, commit = log.hard_state
+        term, vote, commit = log.hard_state  # no entry of the log has a higher term
         if applied > log.last_index() or log.term(applied) != machine.applied_term:
             if applied < commit:
                 raise Corruption(
@@ -232,8 +232,6 @@ class Catalog:
             reset = ResetLog(applied, machine.applied_term, machine.conf_state)
             return [LogUpdate(machine.range_id, reset=reset)]
         if commit < applied:
-            if machine.applied_term > term:
-                term, vote = machine.applied_term, NONE
             return [LogUpdate(machine.range_id, hard_state=HardState(term, vote, applied))]
         return []
 

@@ -260,17 +260,16 @@ class Driver:
         """The connections to a node broke: groups that it leads campaign as soon as their promise has run out."""
         now = self.environment.clock.monotonic_ns()
         for replica in self.catalog.replicas.values():
-            leader = replica.raft.leader
-            if leader != NONE and not replica.leads and replica.node_of(leader) == node_id:
+            if replica.node_of(replica.raft.leader) == node_id:
                 replica.raft.doubt(now)
                 self.touch(replica)
 
     def snapshot_needed(self, range_id: RangeId, to: int, from_: int, sender: NodeId) -> None:
         """A replica whose install was interrupted asks this one, if it leads, for the snapshot again."""
         replica = self.catalog.replicas.get(range_id)
-        if replica is None or replica.replica_id != to or not replica.leads or replica.machine is None:
+        if replica is None or replica.replica_id != to or replica.machine is None:
             return
-        if from_ in replica.raft.status().progress:
+        if from_ in replica.raft.status().progress:  # it is empty unless this replica leads
             replica.learn_node(from_, sender)
             self.snapshots.send(replica, Message(MessageType.SNAP, from_, to, replica.raft.term))
 

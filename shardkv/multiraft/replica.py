@@ -253,17 +253,12 @@ class Replica:
     def can_read(self, now_ns: int) -> bool:
         """Whether a read of the applied state, done before anything else happens, is linearizable.
 
-        All of it is needed: the lease (which ends with a transfer), an entry of the own term applied, and nothing
-        committed that is not applied, for a follower may have applied and shown it already, or it may be a split that
-        has taken keys away from this range.
+        All of it is needed: the lease (which ends with a transfer, and begins with an entry of the own term committed),
+        and nothing committed that is not applied, for a follower may have applied and shown it already, or it may be a
+        split that has taken keys away from this range.
         """
         machine, raft = self.machine, self.raft
-        return (
-            machine is not None
-            and raft.lease_valid(now_ns)
-            and machine.applied_index >= raft.committed
-            and machine.applied_term == raft.term
-        )
+        return machine is not None and raft.lease_valid(now_ns) and machine.applied_index >= raft.committed
 
     def age_us(self, now_ns: int) -> int | None:
         """By how much the applied state lags at most behind what is committed, in microseconds; None: nobody knows.

@@ -432,7 +432,7 @@ class Snapshots:
     def _answer_leader(self, begin: Begin, sender: NodeId) -> None:
         """What is not taken may not be needed: a split brought the state, and the sender's log goes on from there."""
         replica = self._catalog.replicas.get(begin.range_id)
-        if replica is None or replica.machine is None or replica.needs_snapshot or replica.installing:
+        if replica is None or replica.machine is None or replica.installing:
             return
         message = begin.message
         if replica.replica_id == message.to and replica.node_of(message.from_) == sender:
