@@ -266,6 +266,19 @@ def test_a_cancelled_write_of_which_nothing_came_is_not_sent_again(error):
     assert world.cluster.data[b"k"][0] == b"v"
 
 
+def test_a_cancelled_read_gives_its_place_to_the_next_at_once():
+    """Nothing follows from it: whoever waits for a place must not wait for an answer that nobody wants."""
+    world = World(nodes=1, settings=Settings(calls_in_flight_max=1))
+    world.run(world.put(b"k", b"v"))
+    world.mute.add(1)
+    first, second = world.get(b"k"), world.get(b"k")
+    world.core.flush(world.now)
+    assert (first.attempts, second.admitted) == (1, False)
+    world.core.cancel(first)
+    assert first.done
+    assert second.admitted
+
+
 def test_a_cancelled_write_that_was_not_sent_never_is():
     world = World(nodes=1)
     call = world.put(b"k", b"w")

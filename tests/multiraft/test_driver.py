@@ -9,12 +9,13 @@ from trio.testing import MockClock
 from shardkv.errors import Busy, EpochMismatch, NotLeader, OutOfSpace
 from shardkv.machine.machine import INITIAL_TERM
 from shardkv.multiraft.applier import APPLIES_LATER_MAX
+from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.log_writer import FULL_DISK_RETRY_TICKS
 from shardkv.multiraft.replica import Proposal, Replica, WaitingRead, WriteGroup
 from shardkv.multiraft.turn import Turn
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
 from shardkv.raft.messages import Entry, EntryType, Message, MessageType
-from tests.multiraft.world import RANGE, SESSION, TICK_SECONDS, Answer, world
+from tests.multiraft.world import RANGE, SESSION, TICK_SECONDS, Answer, descriptor_on, world
 
 
 async def test_a_confirmed_read_of_an_idle_range_is_served_at_once(autojump_clock: MockClock) -> None:
@@ -310,6 +311,19 @@ async def test_only_ranges_that_the_lost_node_leads_doubt_their_leader(autojump_
         assert leader.replica().leads
         one.driver.doubt_node(leader.node_id)
         assert one.replica().raft.raft.doubted
+
+
+async def test_after_a_start_no_stamp_is_below_what_the_ranges_here_have_applied(autojump_clock: MockClock) -> None:
+    """Who answers from their state does so with a stamp no lower than the versions in it, however little has come."""
+    async with world(1, replicas=0, started=False) as hosts:
+        host = hosts[1]
+        applied = host.hybrid_clock.now() + (1 << 20)
+        host.catalog.bootstrap([descriptor_on(1)], applied)
+        host.catalog.recover()
+        hooks = DriverHooks(leadership=lambda replica: None, descriptor=lambda replica: None, flush=lambda: None)
+        parts = (host.catalog, host.wal, host.engine, host.environment, host.hybrid_clock, host.peers, hooks)
+        Driver(*parts, tick_seconds=TICK_SECONDS, read_expiry_seconds=1.0)
+        assert host.hybrid_clock.last >= applied
 
 
 @pytest.mark.parametrize("what", ["waiting", "proposals", "reads", "open_reads"])

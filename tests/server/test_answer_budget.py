@@ -448,6 +448,8 @@ async def test_every_request_of_a_client_that_reads_late_is_answered_once(autoju
             assert all(isinstance(each.error, Busy) or len(each.result) == MIB for each in answers)
         assert served.held_bytes_max <= BOUND + RESERVE_BYTES
         assert served.budget.untaken_bytes == 0
+        # One that counted for ever would in the end keep its connection from being read.
+        assert [client._inflight for client in served.clients] == [0] * CLIENTS
 
 
 async def test_who_stands_still_is_dropped_for_a_large_answer_that_waits(autojump_clock: MockClock) -> None:

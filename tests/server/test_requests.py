@@ -34,10 +34,10 @@ from shardkv.server.peers import receive_messages
 from shardkv.server.requests import GET_BYTES_MAX, GET_SLICE_KEYS
 from shardkv.storage.engine import Engine
 from shardkv.storage.wal import Wal
-from shardkv.types import VALUE_BYTES_MAX, NodeId, timestamp_at
-from shardkv.wire import raft_codec
+from shardkv.types import VALUE_BYTES_MAX, NodeId, RangeId, timestamp_at
+from shardkv.wire import commands, raft_codec
 from shardkv.wire.frames import Frame, FrameKind
-from shardkv.wire.requests import Method, Request
+from shardkv.wire.requests import Consistency, Method, Request
 from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
 from tests.multiraft.world import descriptor_on
 from tests.server.world import Cluster, Recorder, SimulatedNode, world
@@ -141,6 +141,32 @@ async def test_a_delete_range_without_an_end_goes_on_behind_a_split_that_its_cli
         await cluster.ask(other, Method.SPLIT, b"m", key=b"m")
         await kv.delete_range(b"a")
         assert await other.get_many([b"a", b"n", b"z"]) == {}
+
+
+async def test_trap_04_what_belongs_to_another_range_is_refused_before_it_is_logged(
+    autojump_clock: MockClock,
+) -> None:
+    """At the end of the span too, which is the other's first key; and by whoever knows an older range than this."""
+    async with world(1) as cluster, cluster.client() as kv:
+        await kv.put(b"a", b"1")
+        await cluster.ask(kv, Method.SPLIT, b"m", key=b"m")
+        node = cluster.nodes["n1"]
+        replica = node.inside.catalog.replicas[RangeId(1)]
+        last = replica.raft.last_index
+        generation = replica.machine.descriptor.epoch.span
+        for key, stated in ((b"m", generation), (b"z", generation), (b"a", generation - 1)):
+            blob = commands.seal(commands.Op.PUT, commands.pack_put(key, b"2", None), 1, 0, 1)
+            recorder = Recorder()
+            arguments = [b"another session.", commands.join([blob])]
+            node.inside.listener._requests.dispatch(recorder, Request(1, Method.WRITE, 1, stated, 0, arguments))
+            assert isinstance(recorder.error, EpochMismatch)
+        assert not replica.waiting
+        assert replica.raft.last_index == last
+        for consistency in Consistency:
+            recorder = Recorder()
+            asked = Request(1, Method.GET, 1, generation - 1, 0, [int(consistency), [b"z"]])
+            node.inside.listener._requests.dispatch(recorder, asked)
+            assert isinstance(recorder.error, EpochMismatch), "the key is with the other half now"
 
 
 async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it(autojump_clock: MockClock) -> None:

@@ -219,6 +219,22 @@ def test_a_turn_too_large_for_one_record_is_read_back_all_the_same(monkeypatch: 
         assert [found.data for found in again.groups[group].entries(1, 3, 1 << 30)] == [data, b"x"]
 
 
+def test_what_one_group_logs_at_once_is_one_record_however_much_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be halved: its entries and the hard state that goes with them are durable together or not at all."""
+    monkeypatch.setattr(wal_module, "RECORD_DATA_BYTES_MAX", 10_000)
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1), create(R2)])()
+    before = wal.statistics().sequence
+    data = bytes(6_000)
+    large = LogUpdate(R1, HardState(1), (entry(1, data), entry(2, data)))
+    wal.append([LogUpdate(R2, HardState(1), (entry(1),)), large])()
+    assert wal.statistics().sequence >= before + 2
+    again = opened(disk.lost())
+    assert [found.data for found in again.groups[R1].entries(1, 3, 1 << 30)] == [data, data]
+    assert again.groups[R2].last_index() == 1
+
+
 def test_a_record_that_could_not_be_read_back_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """One group's entries are bounded far below it; if they were not, the node would rather end."""
     monkeypatch.setattr(record, "DATA_BYTES_MAX", 20_000)

@@ -332,6 +332,25 @@ def test_no_stragglers_are_moved_into_the_reserve_and_dead_segments_still_go() -
     wal.check()
 
 
+@pytest.mark.parametrize("spare", [True, False], ids=["made-ahead", "made-now"])
+def test_a_segment_that_finds_no_room_for_its_name_gives_back_its_file(spare: bool) -> None:
+    """It is tried again and again, each time with another file: on a full disk nobody would ever have that room."""
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    before = set(disk.names)
+    while spare and (prepare := wal.prepare()) is not None:
+        prepare()
+    job = wal.append([LogUpdate(R1, HardState(1), (Entry(1, 1, EntryType.NORMAL, bytes(1990)),))])
+    for _ in range(3):
+        fail_at(disk, disk.operations, full, ("rename",))
+        with pytest.raises(OutOfSpace):
+            job()
+        assert len(set(disk.names) - before) == spare, "only the reserve is left"
+    job()
+    assert Wal.open(disk.lost(), DIRECTORY, SMALL, token=TOKEN).groups[R1].last_index() == 1
+
+
 def test_closing_a_log_without_room_closes_its_files_and_loses_nothing_acknowledged() -> None:
     driver = Driver(MemoryDisk(), Random(0))
     driver.append(LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState())))
