@@ -15,6 +15,7 @@ from shardkv.multiraft.replica import Proposal, Replica, WaitingRead, WriteGroup
 from shardkv.multiraft.turn import Turn
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
 from shardkv.raft.messages import Entry, EntryType, Message, MessageType
+from shardkv.types import PLACEMENT_RANGE, KeyRange
 from tests.multiraft.world import RANGE, SESSION, TICK_SECONDS, Answer, descriptor_on, world
 
 
@@ -324,6 +325,25 @@ async def test_after_a_start_no_stamp_is_below_what_the_ranges_here_have_applied
         parts = (host.catalog, host.wal, host.engine, host.environment, host.hybrid_clock, host.peers, hooks)
         Driver(*parts, tick_seconds=TICK_SECONDS, read_expiry_seconds=1.0)
         assert host.hybrid_clock.last >= applied
+
+
+async def test_a_full_node_still_takes_what_the_placement_group_decides(autojump_clock: MockClock) -> None:
+    """Room is made by what it decides; and it is little."""
+    async with world(1, replicas=0, started=False) as hosts:
+        host = hosts[1]
+        host.begin(descriptor_on(3))
+        host.begin(descriptor_on(3, range_id=PLACEMENT_RANGE, span=KeyRange(b"", b"")))
+        host.catalog.recover()
+        host.driver.space.failed("a test", OutOfSpace("full"))
+        taken = []
+        for range_id in (RANGE, PLACEMENT_RANGE):
+            replica = host.replica(range_id)
+            last = replica.raft.last_index
+            entries = (Entry(INITIAL_TERM, last + 1, data=b"data"),)
+            message = Message(MessageType.APP, 1, 2, INITIAL_TERM, log_term=INITIAL_TERM, index=last, entries=entries)
+            host.driver.step(replica, message)
+            taken.append(replica.raft.last_index - last)
+        assert taken == [0, 1]
 
 
 @pytest.mark.parametrize("what", ["waiting", "proposals", "reads", "open_reads"])

@@ -203,3 +203,32 @@ async def test_a_data_directory_that_is_removed_under_a_node_ends_it_and_the_err
         maintenance = Maintenance(host.driver, environment, structlog.get_logger(), "/data")
         with pytest.raises(StorageError, match=f"is not there any more .*{gone}.*put it back"):
             await maintenance._watch_room()
+
+
+async def test_the_newest_entries_stay_in_the_log_though_every_follower_has_them(autojump_clock: MockClock) -> None:
+    """The next leader may have a follower that is a little behind; and none may go that is not applied here."""
+    async with world(3) as hosts:
+        for number in range(20):
+            await hosts.write(b"k%d" % number, b"v")
+        await hosts.agreed()
+        await trio.sleep(1)
+        leader = hosts.leader()
+        leader.maintenance.kept = (5, 100)
+        await leader.maintenance.flush_and_compact()
+        assert leader.replica().log.compact_index == leader.machine().applied_index - 5
+
+
+async def test_a_log_whose_old_segments_cannot_be_removed_ends_the_node(autojump_clock: MockClock) -> None:
+    """It takes nothing more, and a node at rest would find that out only at its next write."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        hosts.tolerant = True
+
+        def fail() -> None:
+            raise StorageError("the disk is broken")
+
+        host.wal.collect = lambda: fail  # type: ignore[method-assign]
+        host.maintenance._collect()
+        with trio.fail_after(1):
+            await host.ended.wait()
+        assert "the disk is broken" in repr(host.error)

@@ -10,6 +10,7 @@ from trio.testing import MockClock
 from shardkv import codec
 from shardkv.environment import Stream
 from shardkv.errors import (
+    Busy,
     ClientClosed,
     Corruption,
     DataDirectoryError,
@@ -17,6 +18,7 @@ from shardkv.errors import (
     MalformedRequest,
     NotFound,
     OutcomeUnknown,
+    OutOfSpace,
     ProtocolError,
     RequestError,
     ShardKVError,
@@ -167,6 +169,48 @@ async def test_trap_04_what_belongs_to_another_range_is_refused_before_it_is_log
             asked = Request(1, Method.GET, 1, generation - 1, 0, [int(consistency), [b"z"]])
             node.inside.listener._requests.dispatch(recorder, asked)
             assert isinstance(recorder.error, EpochMismatch), "the key is with the other half now"
+
+
+async def test_a_read_that_comes_due_while_its_client_leaves_its_answers_unread_is_not_done(
+    autojump_clock: MockClock,
+) -> None:
+    class Crowded(Recorder):
+        crowded = True
+
+    async with world(3) as cluster, cluster.client() as kv:
+        await cluster.formed(kv)
+        leader = await cluster.leader_of(kv, b"k")
+        follower = next(node for node in cluster.nodes.values() if node is not leader)
+        generation = follower.inside.catalog.replicas[RangeId(1)].machine.descriptor.epoch.span
+        asked = Request(1, Method.GET, 1, generation, 0, [int(Consistency.FOLLOWER), [b"k"]])
+        busy, free = Crowded(), Recorder()
+        for recorder in (busy, free):
+            follower.inside.listener._requests.dispatch(recorder, asked)
+        await trio.sleep(1)
+        assert isinstance(busy.error, Busy)
+        assert free.result == [None]
+
+
+@pytest.mark.parametrize(("full", "taken"), [(False, True), (True, False)])
+async def test_a_node_that_is_low_takes_deletes_and_a_full_one_nothing(
+    autojump_clock: MockClock, full: bool, taken: bool
+) -> None:
+    async with world(1) as cluster, cluster.client() as kv:
+        await kv.put(b"k", b"v")
+        node = cluster.nodes["n1"]
+        space = node.inside.driver.space
+        issued = node.environment.clock.wall_ms()
+        for body, expected in (
+            ((commands.Op.PUT, commands.pack_put(b"k", b"w", None)), False),
+            ((commands.Op.DELETE, commands.pack_delete(b"k", None)), taken),
+        ):
+            blob = commands.seal(*body, 1, issued, 1)
+            space.low, space.full = True, full
+            recorder = await ask(node, Method.WRITE, b"another session.", commands.join([blob]))
+            await trio.sleep(0.2)
+            assert isinstance(recorder.error, OutOfSpace) is not expected
+            assert (recorder.result == [True]) is expected
+        assert (await kv.get(b"k") is None) is taken
 
 
 async def test_an_answer_carries_a_stamp_no_lower_than_the_versions_in_it(autojump_clock: MockClock) -> None:
