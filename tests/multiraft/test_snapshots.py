@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -18,12 +19,13 @@ from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, un
 from shardkv.machine.snapshot import installing, replace_rows, snapshot_rows
 from shardkv.multiraft import maintenance, snapshot_install, snapshots
 from shardkv.multiraft.replica import Replica
+from shardkv.multiraft.snapshot_install import Arrived
 from shardkv.raft import ProgressState, Role
 from shardkv.raft.messages import Message, MessageType
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate
 from shardkv.types import KeyRange, NodeId, RangeDescriptor, RangeId, ReplicaId
-from tests.multiraft.test_catalog import led_by_another, split_on_two
+from tests.multiraft.test_catalog import led_by_another, split_on_two, with_log
 from tests.multiraft.world import RANGE, Host, Hosts, descriptor_on, world
 
 
@@ -338,6 +340,58 @@ async def test_a_replica_that_asks_again_while_it_is_sent_a_snapshot_is_sent_no_
         assert late.value(b"new4") == b"2"
         assert dialled == [3]
         assert not leader.snapshots._sending
+
+
+@pytest.mark.parametrize(("index", "taken"), [(19, False), (20, True), (40, True)])
+async def test_trap_19_a_replica_that_has_lost_its_data_takes_no_state_below_what_it_once_had_applied(
+    autojump_clock: MockClock, index: int, taken: bool
+) -> None:
+    """It has acknowledged entries up to there, and others count on them; its log cannot bring them any more."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        replica = with_log(host, commit=30)
+        replica.machine = None
+        replica.needs_snapshot = True
+        host.catalog.log([LogUpdate(RANGE, compact=CompactLog(20, 6))])
+        begun: list[object] = []
+        nursery: Any = SimpleNamespace(start_soon=lambda *arguments: begun.append(arguments))
+        host.snapshots.use(nursery)
+        arrived = Arrived("/ingest/incoming", descriptor_on(1), index, 6)
+        message = Message(MessageType.SNAP, 1, 2, 6)
+        assert host.snapshots._take(replica, message, arrived) is taken
+        assert (len(begun), replica.installing) == (taken, taken)
+
+
+async def test_what_arrives_for_a_replica_that_was_replaced_meanwhile_is_not_taken(autojump_clock: MockClock) -> None:
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        replica = with_log(host, commit=30)
+        replica.machine = None
+        replica.needs_snapshot = True
+        del host.catalog.replicas[RANGE]
+        arrived = Arrived("/ingest/incoming", descriptor_on(1), 40, 6)
+        assert not host.snapshots._take(replica, Message(MessageType.SNAP, 1, 2, 6), arrived)
+        assert not host.snapshots._arrived
+
+
+@pytest.mark.parametrize(("term", "kept"), [(6, 30), (8, 25)])
+async def test_a_reinstalled_replica_keeps_the_log_behind_its_state_only_if_that_is_of_one_history(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, term: int, kept: int
+) -> None:
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        replica = with_log(host, commit=15)
+        replica.machine = None
+
+        async def replace_data(replica: Replica, arrived: Arrived) -> None:
+            replica.machine = RangeMachine.create(arrived.descriptor, applied_index=arrived.index, applied_term=term)
+
+        monkeypatch.setattr(host.snapshots._installer, "replace_data", replace_data)
+        host.snapshots._arrived[RANGE] = Arrived("/ingest/incoming", descriptor_on(1), 25, term)
+        await host.snapshots._reinstall(replica)
+        log = host.wal.groups[RANGE]
+        assert (log.compact_index, log.compact_term, log.last_index()) == (25, term, kept)
+        assert host.replica() is not replica
 
 
 async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_nothing(autojump_clock: MockClock) -> None:
