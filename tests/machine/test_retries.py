@@ -71,6 +71,35 @@ def test_a_retry_in_the_same_entry_is_applied_once() -> None:
     assert outcomes[0][0] == outcomes[1][0]
 
 
+def test_a_record_is_kept_for_as_long_as_the_youngest_command_of_its_entry_may_come_again() -> None:
+    """A request may hold one that was issued long before: the row must not go when only that one has grown too old."""
+    range_, client = World(), Client()
+    aged = client.put(b"a", b"1")
+    client.now_ms += SESSION_AGE_MS_MAX // 2
+    range_.now_ms = client.now_ms
+    young = client.put(b"k", b"1")
+    first = range_.do(client, aged, young)
+    other = Client(b"bob", now_ms=client.now_ms)
+    range_.now_ms += SESSION_AGE_MS_MAX // 2 + 1_000
+    other.now_ms = range_.now_ms
+    range_.do(other, other.put(b"k", b"2"))
+    assert range_.do(client, young) == first[1]
+    assert range_.value(b"k") == b"2"
+
+
+def test_each_command_of_a_group_must_lie_in_the_window_that_it_states_itself() -> None:
+    """Also where all are plain puts, and a later one states that more is settled."""
+    range_, client = World(), Client()
+    client.sequence = SESSION_WINDOW_MAX + 1
+    beyond = client.put(b"a", b"1")
+    client.below = 10
+    within = client.put(b"b", b"1")
+    refused, done = range_.do(client, beyond, within)
+    assert isinstance(errors.from_wire(refused), errors.MalformedRequest)
+    assert type(done) is int
+    assert (range_.value(b"a"), range_.value(b"b")) == (None, b"1")
+
+
 def test_a_late_first_attempt_after_its_retry_does_not_apply() -> None:
     """TRAPS 12: the first attempt lingers in the network while its retry is applied and another client writes."""
     range_, client, other = World(), Client(b"a"), Client(b"b")
