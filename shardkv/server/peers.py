@@ -11,7 +11,7 @@ from typing import Any, Final
 import trio
 
 from shardkv import codec
-from shardkv.environment import Environment, Workers
+from shardkv.environment import Environment, Stream, Workers
 from shardkv.errors import ProtocolError
 from shardkv.multiraft.driver import Driver
 from shardkv.raft import Inconsistent
@@ -33,6 +33,8 @@ from shardkv.wire.frames import (
 from shardkv.wire.handshake import Hello, Role
 from shardkv.wire.raft_codec import ReplicaNotice
 
+DIAL_SECONDS_MAX: Final = 2.0
+"""The system would try for minutes, and as many snapshots as may be sent at once would hold up all others."""
 SNAPSHOT_FRAME_BYTES_MAX: Final = 16 * 1024 * 1024
 _NOT_PASSED_ON: Final = frozenset({MessageType.PROP, MessageType.TRANSFER_LEADER})
 """Asked of a range's leader by requests, where they are checked; no node passes them on to another's group. That a node
@@ -132,7 +134,12 @@ class SnapshotDialler:
         if address is None:
             raise OSError(f"the address of node {node_id} is not known")
         environment = self._environment
-        connection = Connection(await environment.network.dial(address), clock=environment.clock)
+        stream: Stream | None = None
+        with environment.clock.deadline(DIAL_SECONDS_MAX):
+            stream = await environment.network.dial(address)
+        if stream is None:
+            raise TimeoutError(f"no answer from {address} within {DIAL_SECONDS_MAX:g} s")
+        connection = Connection(stream, clock=environment.clock)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.run_writer)

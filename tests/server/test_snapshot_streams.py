@@ -11,6 +11,7 @@ from trio.testing import MockClock
 from shardkv.config import SnapshotsConfig
 from shardkv.multiraft import maintenance
 from shardkv.multiraft.snapshots import Snapshots
+from shardkv.server.peers import DIAL_SECONDS_MAX
 from shardkv.types import FIRST_RANGE
 from shardkv_client import Client
 from tests.server.world import Cluster, SimulatedNode, world
@@ -94,6 +95,16 @@ async def test_a_range_arrives_after_a_partition_in_the_middle(
         await whole(leader, late, 30)
         assert service(leader).statistics().resumed == 1
         assert service(late).statistics().chunks_received <= VALUES * VALUE_BYTES // (128 * 1024) + 2
+
+
+async def test_a_dial_that_nobody_answers_is_given_up_soon(autojump_clock: MockClock) -> None:
+    """The system tries for minutes, at growing intervals; meanwhile the ranges of every other node would wait."""
+    async with world(3) as cluster:
+        one, two, _ = cluster.nodes.values()
+        cluster.network.partition([one.name], [two.name])
+        dial = service(one)._dial(two.inside.catalog.node_id)
+        with trio.fail_after(2 * DIAL_SECONDS_MAX), pytest.raises(TimeoutError, match="no answer from n2"):
+            await dial.__aenter__()
 
 
 async def test_a_receiver_that_is_killed_in_the_middle_begins_anew_and_keeps_no_file(
