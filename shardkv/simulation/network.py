@@ -283,6 +283,7 @@ class SimulatedNetwork:
         for stream in self.streams.values():
             if stream.outgoing.carrier is not None:
                 stream.outgoing.carrier.rest()
+            stream.outgoing.hurry()
 
     def drop(self, one: str, two: str) -> int:
         """Reset every connection between two nodes; how many there were."""

@@ -205,6 +205,14 @@ class Pipe:
             for moment in dict.fromkeys(moment for moment, _ in self.pieces):
                 determinism.call_at(moment, self.arrive)
 
+    def hurry(self) -> None:
+        """The link is what it was: what crept along it, or waited to be sent again, is there after a fresh delay."""
+        soon = determinism.now() + self.link.delay_seconds_max
+        if self.free_at > soon:
+            self.free_at = soon
+            self.pieces = deque((min(moment, soon), data) for moment, data in self.pieces)
+            determinism.call_at(soon, self.arrive)
+
     def release_credit(self) -> None:
         if self.credit_held:
             self.under_way -= self.credit_held

@@ -73,6 +73,26 @@ async def test_a_slow_link_takes_its_time(nursery: trio.Nursery) -> None:
 
 
 @simulated
+async def test_what_crept_along_a_link_does_so_no_longer_once_the_link_is_restored(nursery: trio.Nursery) -> None:
+    """In its order. Else a cluster that is said to be healed would be deaf for as long as the slow link had taken."""
+    world = World()
+    one, two = await world.pair(nursery)
+    link = world.network.link("a", "b")
+    link.bytes_per_second = 10
+    await one.send_all(b"first ")
+    await one.send_all(bytes(500))
+    world.network.restore_links()
+    assert link.bytes_per_second is None
+    await one.send_all(b"last")
+    start = trio.current_time()
+    received = b""
+    while len(received) < 510:
+        received += await two.receive(1000)
+    assert received == b"first " + bytes(500) + b"last"
+    assert trio.current_time() - start < 0.1
+
+
+@simulated
 async def test_a_reader_that_does_not_read_fills_the_window(nursery: trio.Nursery) -> None:
     one, two = await World().pair(nursery)
     assert one.send_nowait(bytes(WINDOW_BYTES + 5)) == WINDOW_BYTES
