@@ -74,10 +74,10 @@ def connect(addresses: str, *, environment: Environment | None = None, settings:
 class Client:
     """See :func:`connect`. Every method but :meth:`scan` is a coroutine.
 
-    ``timeout`` is in seconds and covers one call. At its end a read, or a write of which nothing was ever sent, raises
-    Unavailable, another write OutcomeUnknown. Beside what a method names, each may raise TypeError for an argument of
-    the wrong type, RequestError (KeyTooLarge, ValueTooLarge, InvalidRange) for one out of bounds, both before anything
-    is sent; StorageError (OutOfSpace) when a node's disk does not let it; and ClientClosed.
+    ``timeout`` is in seconds and covers one call. At its end a read, or a write that no leader can have logged,
+    raises Unavailable, another write OutcomeUnknown. Beside what a method names, each may raise TypeError for an
+    argument of the wrong type, RequestError (KeyTooLarge, ValueTooLarge, InvalidRange) for one out of bounds, both
+    before anything is sent; StorageError (OutOfSpace) when a node's disk does not let it; and ClientClosed.
     """
 
     def __init__(self, addresses: str, *, environment: Environment | None, settings: Settings | None) -> None:

@@ -92,7 +92,7 @@ class HybridClock:
             self._ahead_ms += too_far_ms
 
     def follow(self, ms: int) -> bool:
-        """Set the time to ``ms``. False: a range here is further ahead than the bound, nothing changed."""
+        """Set the time to ``ms``. False: a range here is further ahead than the bound, and time goes on as it is."""
         self._held = False
         if timestamp_ms(self._applied) > ms + self._offset_ms_max:
             return False

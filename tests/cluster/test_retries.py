@@ -218,7 +218,7 @@ async def test_a_retry_after_the_leaders_crash_finds_its_outcome_at_the_new_lead
 
 
 async def test_a_write_whose_outcome_cannot_be_known_says_so_and_nothing_else(world: LocalCluster) -> None:
-    """DESIGN 2.4: once bytes were handed to a connection only OutcomeUnknown is true, whether it was applied or not."""
+    """DESIGN 2.4: of bytes that were handed to a connection and not answered nothing else is true, applied or not."""
     async with both(world) as (cut, direct, proxies):
 
         async def put() -> None:

@@ -148,13 +148,14 @@ def test_a_range_that_splits_while_the_disks_fill_up_has_two_halves_that_serve_r
 
         async def main(moment: int = moment) -> None:
             async with world(3, seed=6, storage=STORAGE) as cluster, cluster.client() as kv:
-                await fill_up_around_a_split(cluster, kv, moment / 1000, left)
+                await check_halves_serve_when_filled_up(cluster, kv, moment / 1000, left)
 
         simulated(main, seed=6)
 
 
-async def fill_up_around_a_split(cluster: Cluster, kv: Any, moment: float, left: Sequence[int]) -> None:
-    """Leave the nodes so much room so long after a split is asked for, while a client writes."""
+async def check_halves_serve_when_filled_up(cluster: Cluster, kv: Any, moment: float, left: Sequence[int]) -> None:
+    """Leave the nodes so much room so long after a split is asked for, while a client writes; what is read then, and
+    after there is room again, is what was written, and every key takes writes again."""
     values = {b"k%02d" % number: {b"old"} for number in range(20)}
     for key in values:
         await kv.put(key, b"old")

@@ -1,8 +1,8 @@
 """What an error means for the call that met it. Pure decisions; the engine acts on them.
 
 The rule of DESIGN §2.4: ``Unavailable`` promises that nothing was applied, so it is only raised for reads and for
-writes no byte of which was ever handed to a connection. Everything that was refused before it could be recorded and
-may succeed elsewhere or later is tried again, with the same bytes, until the deadline.
+writes of which every attempt was refused before it could be logged. What was refused and may succeed elsewhere or later
+is tried again until the deadline: with the same bytes while an attempt is in doubt, else as a new command.
 """
 
 from collections.abc import Sequence

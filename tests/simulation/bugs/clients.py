@@ -86,7 +86,7 @@ BUGS = (
     ),
     Bug(
         "unknown-told-as-not-applied",
-        "Unavailable only if nothing was ever sent (DESIGN 2.4)",
+        "Unavailable only if nothing can have been logged (DESIGN 2.4)",
         certainly_not_applied,
         ("depose", "stall", "slow"),
         4,
