@@ -17,7 +17,7 @@ import trio
 from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
 from shardkv.simulation.calls import Calls
 from shardkv.simulation.determinism import SeededRandom
-from shardkv.simulation.files import Directory, Entry, Inode, Unsynced
+from shardkv.simulation.files import Content, Directory, Entry, Inode, Unsynced
 from shardkv.simulation.trace import Trace
 
 SECTOR_BYTES: Final = 512
@@ -150,7 +150,7 @@ class SimulatedFile:
         # The power may go in the middle of a write: it is on its way before the call is counted, and may be torn.
         if self._disk._changes_nothing:
             return
-        self._disk._check_space(self._path, max(0, offset + len(content) - len(self._inode.present)))
+        self._disk._check_space(self._path, max(0, offset + len(content) - self._inode.present.size))
         cut = self._disk._count_or_cut("pwrite", self._path, offset, len(content))
         change = Unsynced(self._path, offset, content)
         self._disk._last = change
@@ -163,12 +163,12 @@ class SimulatedFile:
     def pread(self, count: int, offset: int) -> bytes:
         self._check_open()
         self._disk._count("pread", self._path, offset, count)
-        found = bytes(self._inode.present[offset : offset + count])
+        found = self._inode.present.read(offset, count)
         return self._disk.on_read(self._path, found) if self._disk.on_read is not None else found
 
     def size(self) -> int:
         self._check_open()
-        return len(self._inode.present)
+        return self._inode.present.size
 
     def allocate(self, size: int) -> None:
         present = self.size()
@@ -179,7 +179,7 @@ class SimulatedFile:
         if self._disk.fenced:
             return
         if size > present:
-            self._inode.change(Unsynced(self._path, present, bytes(size - present)))
+            self._inode.change(Unsynced(self._path, size, None))
         self._settle()
 
     def truncate(self, size: int) -> None:
@@ -456,7 +456,7 @@ class SimulatedDisk:
     # What both need
 
     def _copied(
-        self, content: Callable[[Inode], bytearray], names: Callable[[Directory], dict[str, Inode]]
+        self, content: Callable[[Inode], Content], names: Callable[[Directory], dict[str, Inode]]
     ) -> "SimulatedDisk":
         disk = SimulatedDisk(capacity_bytes=self.capacity_bytes)
         copies: dict[int, Inode] = {}
@@ -488,7 +488,7 @@ class SimulatedDisk:
 
     def _used(self) -> int:
         return sum(
-            len(inode.present) for directory in self._directories.values() for inode in directory.present.values()
+            inode.present.size for directory in self._directories.values() for inode in directory.present.values()
         )
 
     def _check_space(self, path: str, more_bytes: int) -> None:

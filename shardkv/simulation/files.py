@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Unsynced(NamedTuple):
-    """One change of a file's content that no sync has covered yet. ``data`` None is a truncation to ``offset``."""
+    """One change of a file's content that no sync has covered yet. ``data`` None cuts or extends it to ``offset``."""
 
     path: str
     offset: int
@@ -19,70 +19,105 @@ class Unsynced(NamedTuple):
     """The write that was issued last before the crash."""
 
 
+class Content:
+    """The bytes of a file: what was written, then zeros up to its size.
+
+    The zeros are not held, so a file that was allocated and is yet to be written to costs nothing.
+    """
+
+    __slots__ = ("_written", "size")
+
+    def __init__(self, written: bytes = b"") -> None:
+        self._written = bytearray(written)
+        """Never longer than ``size``."""
+        self.size = len(written)
+
+    def apply(self, change: Unsynced) -> None:
+        if change.data is None:
+            del self._written[change.offset :]
+            self.size = change.offset
+        else:
+            self.write(change.offset, change.data)
+
+    def write(self, offset: int, data: bytes) -> None:
+        if offset > len(self._written):
+            self._written.extend(bytes(offset - len(self._written)))
+        self._written[offset : offset + len(data)] = data
+        self.size = max(self.size, len(self._written))
+
+    def read(self, offset: int, count: int) -> bytes:
+        count = max(0, min(count, self.size - offset))
+        return bytes(self._written[offset : offset + count]).ljust(count, b"\0")
+
+    def copy(self) -> "Content":
+        copy = Content()
+        copy._written = self._written.copy()
+        copy.size = self.size
+        return copy
+
+    def check(self) -> None:
+        assert len(self._written) <= self.size, f"{len(self._written)} bytes of a file whose size is {self.size}"
+
+    def __bytes__(self) -> bytes:
+        return self.read(0, self.size)
+
+
 class Inode:
     """The content of one file: as reads see it, and as it stood at the last sync."""
 
     __slots__ = ("durable", "present", "sync_failed", "unsynced")
 
     def __init__(self) -> None:
-        self.present = bytearray()
-        self.durable = bytearray()
+        self.present = Content()
+        self.durable = Content()
         self.unsynced: list[Unsynced] = []
         self.sync_failed = False
 
     @classmethod
-    def holding(cls, content: bytes | bytearray) -> "Inode":
+    def holding(cls, content: Content) -> "Inode":
         """A file whose content is synced."""
         inode = cls()
-        inode.present = bytearray(content)
-        inode.durable = bytearray(content)
+        inode.present = content.copy()
+        inode.durable = content.copy()
         return inode
 
     def change(self, change: Unsynced) -> None:
         self.unsynced.append(change)
-        _apply(self.present, change.offset, change.data)
+        self.present.apply(change)
 
     def settle(self) -> None:
         """A sync: what is present is durable."""
         for change in self.unsynced:
-            _apply(self.durable, change.offset, change.data)
+            self.durable.apply(change)
         self.unsynced.clear()
 
     def crash(self, spans: Callable[[Unsynced], Iterable[tuple[int, int]]]) -> None:
-        """Of what is not synced, keep the ``spans`` of each change: of a write's bytes, any of a truncation."""
+        """Of what is not synced, keep the ``spans`` of each change: of a write's bytes, any of a change of size."""
         for change in self.unsynced:
             for start, end in spans(change):
                 if change.data is None:
-                    _apply(self.durable, change.offset, None)
+                    self.durable.apply(change)
                 elif start < end:
-                    _apply(self.durable, change.offset + start, change.data[start:end])
+                    self.durable.write(change.offset + start, change.data[start:end])
         self.unsynced.clear()
 
     def check(self) -> None:
-        content = bytearray(self.durable)
+        self.present.check()
+        self.durable.check()
+        content = self.durable.copy()
         for change in self.unsynced:
-            _apply(content, change.offset, change.data)
-        assert content == self.present, "what is present is not what is durable plus what was written since"
+            content.apply(change)
+        assert bytes(content) == bytes(self.present), (
+            "what is present is not what is durable plus what was written since"
+        )
 
     def copy(self) -> "Inode":
         """The same with what is not synced; that a sync failed only the process knew that saw it."""
         copy = Inode()
-        copy.present = bytearray(self.present)
-        copy.durable = bytearray(self.durable)
+        copy.present = self.present.copy()
+        copy.durable = self.durable.copy()
         copy.unsynced = list(self.unsynced)
         return copy
-
-
-def _apply(content: bytearray, offset: int, data: bytes | None) -> None:
-    if data is None:
-        if offset < len(content):
-            del content[offset:]
-        else:
-            content.extend(bytes(offset - len(content)))
-        return
-    if offset > len(content):
-        content.extend(bytes(offset - len(content)))
-    content[offset : offset + len(data)] = data
 
 
 class Entry(NamedTuple):
