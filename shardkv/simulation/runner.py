@@ -228,6 +228,7 @@ class Run:
                 for key in workload.keys("l", LEDGERS, generation):
                     await self._surely(workload.ledger_get(kv, key), key)
             await self._surely(workload.scan(kv, None), b"")
+            await self._surely(workload.scan(kv, None, reverse=True, near=True), b"")
         await self._agree(cluster)
         observing.look_deeper()
         observing.check()

@@ -337,17 +337,21 @@ class Workload:
                 self._seen(key, found.get(key), floors[key])
 
     async def _scan(self, kv: Client, chance: determinism.SeededRandom) -> None:
-        await self.scan(kv, chance.choice([None, 7, 50]))
+        limit = chance.choice([None, 7, 50])
+        await self.scan(kv, limit, reverse=chance.random() < 0.3, near=chance.random() < 0.3)
 
-    async def scan(self, kv: Client, limit: int | None) -> bool:
+    async def scan(self, kv: Client, limit: int | None, *, reverse: bool = False, near: bool = False) -> bool:
         """Strict order, nothing twice, every ledger key that was acknowledged before it began, and bulk keys as they
-        can be at a moment of the scan."""
+        can be at a moment of the scan; of followers no less than of leaders."""
         called = self.cluster.now
         floors = {key: self.ledger.floor(key) for key in self.ledger.keys}
 
         async def collect() -> list[Any]:
             found = []
-            async with kv.scan(limit=limit, timeout=CALL_SECONDS / 4) as entries:
+            consistency = "follower" if near else "linearizable"
+            async with kv.scan(
+                limit=limit, reverse=reverse, consistency=consistency, timeout=CALL_SECONDS / 4
+            ) as entries:
                 async for entry in entries:
                     found.append(entry)
             return found
@@ -356,16 +360,19 @@ class Workload:
         if how != "ok":
             return False
         keys = [entry.key for entry in entries]
-        if any(one >= two for one, two in pairwise(keys)):
-            raise Violation("scan-order", f"a scan gave {keys}")
+        if any(one >= two for one, two in pairwise(keys[::-1] if reverse else keys)):
+            raise Violation("scan-order", f"a scan in {'reverse' if reverse else 'order'} gave {keys}")
         whole = limit is None or len(keys) < limit
-        reached = None if whole else keys[-1]
+
+        def covered(key: bytes) -> bool:
+            return whole or (key >= keys[-1] if reverse else key <= keys[-1])
+
         found = {entry.key: entry for entry in entries}
         for key, floor in floors.items():
-            if reached is None or key <= reached:
+            if covered(key):
                 self._seen(key, found.get(key), floor)
         for key, history in self.batches.items():
-            if reached is None or key <= reached:
+            if covered(key):
                 entry = found.get(key)
                 outcome = Outcome((entry.value, entry.version) if entry is not None else None)
                 history.append(Operation("get", called=called, returned=self.cluster.now, outcome=outcome, key=key))

@@ -66,6 +66,20 @@ def scan_says_that_is_all() -> Patches:
     return [patch.object(reads, "scan_page", scan_page)]
 
 
+def downwards_from_the_wrong_end() -> Patches:
+    """A page of a reverse scan is made as any other, and then turned round."""
+    original = reads.scan_page
+
+    def scan_page(*arguments: Any) -> tuple[list[Any], bool]:
+        *where, reverse, keys_only = arguments
+        found, more = original(*where, False, keys_only)
+        if reverse:
+            found = [part for place in range(len(found) - 3, -1, -3) for part in found[place : place + 3]]
+        return found, more
+
+    return [patch.object(reads, "scan_page", scan_page)]
+
+
 def range_delete_ends_with_the_range() -> Patches:
     return [patch.object(engine, "next_start", lambda call: None)]
 
@@ -114,6 +128,15 @@ BUGS = (
         "scan-ends-early",
         "a scan says whether more keys remain (DESIGN 2.3)",
         scan_says_that_is_all,
+        ("transfer",),
+        1,
+        workload="ledger",
+        tuning=small_pages,
+    ),
+    Bug(
+        "reverse-scan-from-the-wrong-end",
+        "a key that nobody touches is in a scan exactly once (DESIGN 2.3)",
+        downwards_from_the_wrong_end,
         ("transfer",),
         1,
         workload="ledger",
