@@ -144,7 +144,7 @@ class Driver:
             self.space,
             synced=self._synced,
             failed=self.fail,
-            no_room=self._refuse_waiting,
+            no_room=self._found_no_room,
         )
         self.applier = Applier(
             catalog,
@@ -447,7 +447,10 @@ class Driver:
         """The log has no room, and that may take long: refuse the writes that only wait to be proposed."""
         for replica in self._proposing.values():
             replica.refuse_waiting(self.space.refusal())
-        self._awake.set()
+
+    def _found_no_room(self) -> None:
+        self._refuse_waiting()
+        self._awake.set()  # for the turn that sends the refusals
 
     def log_snapshot(self, replica: Replica, update: LogUpdate, message: Message) -> None:
         """A snapshot is in the engine: log it, after which its group goes on."""

@@ -11,7 +11,7 @@ from shardkv.machine.machine import INITIAL_TERM
 from shardkv.multiraft.applier import APPLIES_LATER_MAX
 from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.log_writer import FULL_DISK_RETRY_TICKS
-from shardkv.multiraft.replica import Proposal, Replica, WaitingRead, WriteGroup
+from shardkv.multiraft.replica import CONFIRMATIONS_MAX, Proposal, Replica, WaitingRead, WriteGroup
 from shardkv.multiraft.turn import Turn
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
 from shardkv.raft.messages import Entry, EntryType, Message, MessageType
@@ -103,6 +103,25 @@ async def test_writes_that_wait_when_the_disk_turns_out_to_be_full_are_refused(a
         await first.wait()
         with pytest.raises(OutOfSpace, match="no room for the next log segment"):
             await second.wait()
+
+
+async def test_reads_that_cannot_be_asked_for_yet_keep_no_full_node_busy(autojump_clock: MockClock) -> None:
+    """So many confirmations are under way that the next must wait; refusing the writes that wait is no reason to turn."""
+    async with world(3) as hosts:
+        await hosts.agreed()
+        follower = hosts.follower()
+        hosts.isolate(follower.node_id)
+        for under_way in range(CONFIRMATIONS_MAX):
+            follower.read(b"k")
+            await hosts.until(lambda: len(follower.replica().reads or ()) > under_way, "a confirmation under way")  # noqa: B023
+        follower.read(b"k")
+        assert follower.replica().open_reads
+        follower.driver.space.failed("a test", OutOfSpace("full"))
+        follower.driver.wake()
+        turns = follower.driver.statistics().turns
+        for _ in range(100):
+            await trio.lowlevel.checkpoint()
+        assert follower.driver.statistics().turns - turns < 5
 
 
 async def test_a_log_without_room_counts_as_full_until_what_found_none_is_written(autojump_clock: MockClock) -> None:
