@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 IO_POLL_ROUNDS: Final = 1_024
 """How often the scheduler goes round before it looks whether the system wants something: an interrupt by its user."""
+STANDSTILL_ROUNDS: Final = 64 * IO_POLL_ROUNDS
+"""So often the scheduler goes round at one moment only when some task wakes itself for ever."""
 
 
 SLEEP_STEPS_PER_SECOND: Final = 1_000_000
@@ -25,6 +27,10 @@ SLEEP_STEPS_PER_SECOND: Final = 1_000_000
 
 LOOK_SECONDS: Final = 0.0003
 """Between two looks at what may pass as soon as a message arrives: about what one takes, so that none is missed."""
+
+
+class Standstill(Exception):
+    """Tasks run, and time does not pass. A real node would keep a processor busy with nothing."""
 
 
 class Timer:
@@ -59,6 +65,8 @@ class VirtualClock(trio.abc.Clock):
         self._timers: list[tuple[float, int, Timer]] = []
         self._made = 0
         self._runner: Any = None
+        self.standstill: Standstill | None = None
+        """What the run has been cancelled for."""
 
     def start_clock(self) -> None:
         """It starts at 0. Called when the scheduler is about to begin, which is the moment to make it quicker."""
@@ -131,12 +139,31 @@ class _NoIO(_IOManager):
     """Simulated tasks wait for nothing of the real world, so the scheduler need not ask the system each time round."""
 
     rounds = 0
+    moved_at: tuple[float, int] = (-1.0, 0)
+    """The last moment that was looked at, and the round at which it was new."""
 
     def get_events(self, timeout: float) -> Any:
         self.rounds += 1
-        if timeout > 0 or self.rounds % IO_POLL_ROUNDS == 0:
+        if timeout > 0:
             return super().get_events(timeout)
+        if self.rounds % IO_POLL_ROUNDS == 0:
+            self._look_at_time()
+            return super().get_events(0)
         return []
+
+    def _look_at_time(self) -> None:
+        assert _clock is not None, "simulated without a clock"
+        moment, since = self.moved_at
+        if _clock.now != moment:
+            self.moved_at = (_clock.now, self.rounds)
+        elif self.rounds - since >= STANDSTILL_ROUNDS:
+            self.moved_at = (moment, self.rounds)
+            runner = scheduler.GLOBAL_RUN_CONTEXT.runner
+            busy = ", ".join(sorted({task.name for task in runner.runq}))
+            if _clock.standstill is not None:
+                raise _clock.standstill  # cancelling has not ended it
+            _clock.standstill = Standstill(f"time has stood still at {moment:.6f} s; what runs all the while: {busy}")
+            runner.main_task.parent_nursery.cancel_scope.cancel()
 
 
 class _Order(random.Random):
@@ -170,10 +197,16 @@ def _deterministic(seed: int | str) -> Iterator[VirtualClock]:
 def run_deterministically(function: Callable[..., Awaitable[T]], *args: object, seed: int | str) -> T:
     """Like ``trio.run``, in virtual time that jumps whenever all tasks wait; the same seed gives the same run.
 
+    Raises Standstill when tasks run for ever without waiting for anything.
+
     Nothing inside may wait for the real world (threads, sockets): the clock would run away from it.
     """
     with _deterministic(seed) as clock:
-        return trio.run(function, *args, clock=clock)
+        try:
+            return trio.run(function, *args, clock=clock)
+        finally:
+            if clock.standstill is not None:
+                raise clock.standstill
 
 
 def seeded_random(*parts: object) -> random.Random:

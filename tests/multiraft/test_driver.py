@@ -106,7 +106,7 @@ async def test_writes_that_wait_when_the_disk_turns_out_to_be_full_are_refused(a
 
 
 async def test_reads_that_cannot_be_asked_for_yet_keep_no_full_node_busy(autojump_clock: MockClock) -> None:
-    """So many confirmations are under way that the next must wait; refusing the writes that wait is no reason to turn."""
+    """With as many confirmations under way as may be, the next must wait; what is refused meanwhile wakes nobody."""
     async with world(3) as hosts:
         await hosts.agreed()
         follower = hosts.follower()

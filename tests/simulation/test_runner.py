@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from shardkv.multiraft.replica import Replica
-from shardkv.simulation import run_deterministically, simulated_cluster
+from shardkv.simulation import determinism, run_deterministically, simulated_cluster
 from shardkv.simulation import swarm as swarm_module
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.faults import KINDS, Faults
@@ -32,6 +33,20 @@ def test_everything_holds_under_all_faults(seed: int) -> None:
     assert result.violation is None, f"{result.violation}\nto repeat it: {settings.command()}"
     assert result.answered > 50
     assert result.faults > 5
+
+
+def test_a_run_in_which_time_stands_still_ends_and_says_who_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(determinism, "STANDSTILL_ROUNDS", 2 * determinism.IO_POLL_ROUNDS)
+
+    async def spin(faults: Faults, seconds: float) -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(Faults, "run", spin)
+    result = run(RunSettings(1, minutes=0.1))
+    assert result.violation is not None
+    assert result.violation.startswith("Standstill: time has stood still at ")
+    assert "runner.Run.main" in result.violation, "the task that spins"
 
 
 @pytest.mark.parametrize("option, names", [("--workload", WORKLOADS), ("--faults", ("all", "none", *KINDS))])

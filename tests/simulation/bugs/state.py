@@ -319,6 +319,21 @@ class _WithoutDirectories:
         pass
 
 
+def refusals_call_for_a_turn() -> Patches:
+    """Each turn refuses what waits on a full disk, and each refusal wants a turn."""
+    original = Driver._refuse_waiting
+
+    def refuse_waiting(driver: Driver) -> None:
+        original(driver)
+        driver.wake()
+
+    return [patch.object(Driver, "_refuse_waiting", refuse_waiting)]
+
+
+def one_confirmation_at_once() -> Patches:
+    return [patch.object(replica_module, "CONFIRMATIONS_MAX", 1)]
+
+
 def short_logs() -> Patches:
     """Who is away for a moment needs a snapshot, in every run."""
     return [
@@ -506,5 +521,13 @@ BUGS = (
         2,
         workload="bulk",
         tuning=small_segments,
+    ),
+    Bug(
+        "refusals-call-for-a-turn",
+        "a node that waits keeps no processor busy (DESIGN 4.2)",
+        refusals_call_for_a_turn,
+        ("full", "stall", "slow", "partition"),
+        5,
+        tuning=one_confirmation_at_once,
     ),
 )
