@@ -148,11 +148,76 @@ def test_a_write_that_is_issued_too_far_ahead_is_tried_now_and_then():
     assert world.core.session.unsettled == set()
 
 
+def issued_an_hour_ahead() -> World:
+    """A client whose last command was issued an hour ahead of what its node says: most nodes stood still so long."""
+    world = World(nodes=2)
+    world.cluster.split(b"m", leader=2)
+    world.run(world.put(b"k", b"v"), world.put(b"z", b"v"))
+    session = world.core.session
+    session.rebase(world.cluster.clock + timestamp_at(3_600_000), world.now)
+    session.issued_at_ms(world.now)
+    return world
+
+
+def test_a_client_goes_by_the_nodes_time_again_once_they_have_refused_its_own():
+    """Else nothing that it writes is executed until they are where it was, for as long as they stood still."""
+    world = issued_an_hour_ahead()
+    world.run(*[world.put(b"%d" % number, b"w") for number in range(3)])
+    assert world.now < 101.0
+    ahead, *later = [issued_at for _, issued_at in world.cluster.issued[-6::3]]
+    assert later[0] < ahead
+
+
+def test_a_client_goes_by_the_nodes_earlier_time_only_after_all_its_commands_are_settled():
+    """So whatever was issued by the later time is below what the first command after it says is settled."""
+    world = issued_an_hour_ahead()
+    world.mute.add(2)
+    doubtful = world.put(b"z", b"w", timeout=2.0)
+    calls = [world.put(b"%d" % number, b"w") for number in range(3)]
+    world.run(*calls)
+    assert isinstance(doubtful.error, errors.OutcomeUnknown)
+    ahead_ms = BASE_MS + 3_600_000
+    issued = world.cluster.issued[2:]
+    first = next(number for number, (_, issued_at) in enumerate(issued) if issued_at < ahead_ms)
+    assert all(issued_at < ahead_ms for _, issued_at in issued[first:])
+    sequence, below = world.cluster.windows[2:][first]
+    assert sequence == below == calls[0].sequence
+    assert doubtful.sequence < below
+
+
+def test_a_client_that_is_little_ahead_waits_for_the_nodes_time_and_not_for_a_command_in_doubt():
+    world = World(nodes=2)
+    world.cluster.split(b"m", leader=2)
+    world.run(world.put(b"k", b"v"), world.put(b"z", b"v"))
+    world.core.session.rebase(world.cluster.clock + timestamp_at(2_000), world.now)
+    world.mute.add(2)
+    doubtful = world.put(b"z", b"w", timeout=60.0)
+    calls = [world.put(b"%d" % number, b"w") for number in range(3)]
+    world.run(*calls)
+    assert [call.error for call in calls] == [None] * 3
+    assert not doubtful.done
+    assert world.now < 103.0
+
+
+def test_a_command_that_is_refused_as_too_old_moves_no_stamp_back():
+    """A client that was suspended is behind, and a server whose clock is a little behind is not believed for that."""
+    session = Session(b"s" * 16)
+    session.rebase(timestamp_at(BASE_MS), 0.0)
+    session.issued_at_ms(0.0)
+    session.rebase(timestamp_at(BASE_MS + 90_000), 1.0)
+    session.too_old(1.0)
+    assert session.open
+    assert session.issued_at_ms(1.0) == BASE_MS + 90_000
+    session.rebase(timestamp_at(BASE_MS), 1.0)
+    assert session.issued_at_ms(1.0) == BASE_MS + 90_000
+
+
 def test_a_write_that_waits_to_be_issued_anew_can_be_cancelled_and_times_out():
     world = World(nodes=1)
     world.run(world.put(b"k", b"v"))
-    world.core.session.rebase(world.cluster.clock + timestamp_at(60_000), world.now)
-    world.core.session.issued_at_ms(world.now)
+    world.cluster.nodes[1].faults.append(
+        lambda request: errors.TooOld("old") if request.method == Method.WRITE else None
+    )
     call = world.put(b"k", b"w", timeout=3.0)
     world.pass_time(0.3)
     world.core.cancel(call)
@@ -361,24 +426,31 @@ def test_a_call_that_waits_for_its_turn_ends_by_its_deadline():
     assert not first.done
 
 
-@given(st.lists(st.tuples(st.sampled_from(["issue", "settle", "rebase", "wait"]), st.integers(0, 2_000)), max_size=80))
-def test_stamps_never_decrease_while_sequences_grow(steps):
+STEPS = ["issue", "settle", "rebase", "wait", "too old"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 2_000)), max_size=80))
+def test_stamps_decrease_while_sequences_grow_only_where_all_before_are_settled(steps):
     """DESIGN §4.6, whatever the servers' clocks say and in whatever order commands are settled."""
     session = Session(b"s" * 16)
     session.rebase(timestamp_at(BASE_MS), 0.0)
-    now, last = 0.0, 0
+    now, last, refused = 0.0, 0, False
     for action, amount in steps:
-        if action == "issue" and session.open:
+        if action == "issue":
             stamp = session.issued_at_ms(now)
-            session.issue()
-            assert stamp >= last
-            last = stamp
+            if session.open:
+                assert stamp >= last or (refused and not session.unsettled)
+                session.issue()
+                last, refused = stamp, False
         elif action == "settle" and session.unsettled:
             session.settle(sorted(session.unsettled)[amount % len(session.unsettled)])
         elif action == "rebase":
             session.rebase(timestamp_at(BASE_MS + amount - 1_000), now)
         elif action == "wait":
             now += amount / 1_000
+        elif action == "too old":
+            session.too_old(now)
+            refused = True
         session.check()
 
 

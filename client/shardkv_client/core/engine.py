@@ -19,6 +19,7 @@ from shardkv.errors import (
     RangeNotFound,
     RequestError,
     ShardKVError,
+    TooOld,
 )
 from shardkv.errors import from_wire as error_from_wire
 from shardkv.types import EVERY_KEY
@@ -104,9 +105,9 @@ class Core:
         """Calls for any node, while none is connected."""
         self._anywhere_at = inf
         """When they are looked at again, whatever happens."""
-        self._anew: list[Any] = []
-        """Commands to be issued anew, together and not at once: one that is ahead of its node's time is so for a while,
-        and each attempt is in the range's log."""
+        self._later: list[Any] = []
+        """Commands to be issued together and not at once: one that is ahead of its node's time is so for a while, and
+        each attempt is in the range's log."""
 
     def _backoff(self, failures: int) -> float:
         settings = self.settings
@@ -233,7 +234,11 @@ class Core:
             peer.waiting.extend(calls)
         elif kind is Kind.WRITE:
             held, rest = packer.writes(link, route, calls, now)
-            self.ledger.held.extend(held)
+            if held:
+                if self.session.ahead:
+                    self._issue_later(held, now)
+                else:
+                    self.ledger.held.extend(held)
             peer.waiting.extend(rest)
         elif kind is Kind.READ:
             peer.waiting.extend(packer.reads(link, route, calls, consistency, now))
@@ -453,11 +458,11 @@ class Core:
             self.ledger.finish(call, None, unknown)
             return
         if verdict is Verdict.ANEW:
+            if isinstance(error, TooOld):
+                self.session.too_old(now)
             self.ledger.renew(call)
             self.links.problem = f"{link.address}: {error}"
-            if not self._anew:
-                self.timers.at(now + self.settings.backoff_seconds_max, self._issue_anew)
-            self._anew.append(call)
+            self._issue_later([call], now)
             return
         if call.kind is Kind.WRITE and not recorded and answers.came_to_nothing(error):
             self.ledger.take_back(call)
@@ -471,8 +476,13 @@ class Core:
             self.router.busy(sent.route, sent.mark, now, consistency=sent.consistency)
         self.ledger.requeue([call])
 
-    def _issue_anew(self, now: float) -> None:
-        calls, self._anew = self._anew, []
+    def _issue_later(self, calls: list[Any], now: float) -> None:
+        if not self._later:
+            self.timers.at(now + self.settings.backoff_seconds_max, self._issue_now)
+        self._later += calls
+
+    def _issue_now(self, now: float) -> None:
+        calls, self._later = self._later, []
         self.ledger.requeue(calls)
 
     def _failed_anywhere(self, link: Link, call: AdminCall, error: ShardKVError, now: float) -> None:

@@ -1,7 +1,8 @@
 """A client's session: which sequence numbers are out, and when a command was issued (DESIGN §4.6).
 
 Rules that the server relies on: a sequence is used for one command only; ``acknowledged_below`` never passes a command
-that may still be retried; ``issued_at`` never decreases while the sequence grows, and never comes from our wall clock.
+that may still be retried; ``issued_at`` never comes from our wall clock, and decreases while the sequence grows only
+where every command before is settled and a server has refused one that was issued ahead of its time.
 """
 
 from typing import Final
@@ -9,10 +10,12 @@ from typing import Final
 from shardkv.types import SESSION_BYTES, SESSION_WINDOW_MAX, timestamp_ms
 
 FIRST_SEQUENCE: Final = 1
+_NOTHING: Final = -1
+"""A window that is not even open to the first command."""
 
 
 class Session:
-    __slots__ = ("_base_at", "_base_ms", "_issued_at_ms", "id", "lowest", "next_sequence", "unsettled")
+    __slots__ = ("_base_at", "_base_ms", "_issued_at_ms", "_window_max", "id", "lowest", "next_sequence", "unsettled")
 
     def __init__(self, session_id: bytes) -> None:
         assert len(session_id) == SESSION_BYTES, f"a session id has {SESSION_BYTES} bytes, not {len(session_id)}"
@@ -24,11 +27,18 @@ class Session:
         self._base_ms: int | None = None
         self._base_at = 0.0
         self._issued_at_ms = 0
+        self._window_max = SESSION_WINDOW_MAX
+        """Or ``_NOTHING``."""
 
     @property
     def open(self) -> bool:
         """Whether another command may be issued: the server knows a window's sequences only."""
-        return self.next_sequence - self.lowest <= SESSION_WINDOW_MAX
+        return self.next_sequence - self.lowest <= self._window_max
+
+    @property
+    def ahead(self) -> bool:
+        """Whether no command may be issued, for the next would come to nothing; see :meth:`too_old`."""
+        return self._window_max == _NOTHING
 
     def rebase(self, timestamp: int, now: float) -> None:
         """A server answered with ``timestamp`` at ``now``, seconds of the client's monotonic clock."""
@@ -39,10 +49,22 @@ class Session:
         """What to stamp a command with that is issued now."""
         assert self._base_ms is not None, "a command was issued before any server told the time"
         stamp = self._base_ms + int((now - self._base_at) * 1_000)
-        if stamp < self._issued_at_ms:
+        if stamp < self._issued_at_ms and (not self.ahead or self.unsettled):
             return self._issued_at_ms
+        self._window_max = SESSION_WINDOW_MAX
         self._issued_at_ms = stamp
         return stamp
+
+    def too_old(self, now: float) -> None:
+        """A server has refused to execute a command for the time at which it was issued, and then told its own.
+
+        If that is the earlier one (most nodes stood still for a while, and this client did not), it may be so for as
+        long as they stood still. So no command is issued until all are settled, and then by the servers' time; or
+        until that has caught up, if it is sooner.
+        """
+        assert self._base_ms is not None, "a command was refused before any server told the time"
+        if self._base_ms + int((now - self._base_at) * 1_000) < self._issued_at_ms:
+            self._window_max = _NOTHING
 
     def issue(self) -> int:
         """A new sequence, unsettled from here on."""
