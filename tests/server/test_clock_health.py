@@ -284,6 +284,31 @@ async def test_a_machine_that_was_paused_finds_the_time_again(autojump_clock: Mo
         await kv.put(b"k", b"1")
 
 
+async def test_clocks_that_are_corrected_all_at_once_are_followed_when_all_nodes_start_together(
+    autojump_clock: MockClock,
+) -> None:
+    """As docs/admin.md says: until then nothing is wrong but what versions look like as dates."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await cluster.formed(kv)
+        before = await kv.put(b"k", b"1")
+        for node in cluster.nodes.values():
+            node.environment.clock.wall_offset_ms += HOUR_MS
+        await trio.sleep(3 * ASK_SECONDS)
+        for node in cluster.nodes.values():
+            await node.shut_down()
+            await node.start()
+        after = await kv.put(b"k", b"2")
+        assert timestamp_ms(after) - timestamp_ms(before) < 60_000
+        for node in cluster.nodes.values():
+            await node.shut_down()
+        for node in cluster.nodes.values():
+            await node.start()
+        async with cluster.client() as other:
+            followed = await other.put(b"k", b"3")
+            assert HOUR_MS <= timestamp_ms(followed) - timestamp_ms(before) < HOUR_MS + 60_000
+        assert await kv.put(b"k", b"4") > followed
+
+
 async def test_a_node_whose_peers_leave_the_cluster_before_they_answer_goes_by_its_wall_clock(
     autojump_clock: MockClock,
 ) -> None:
