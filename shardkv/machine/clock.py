@@ -9,7 +9,7 @@ its peers' are kept together is :mod:`shardkv.server.clock_health`'s. The rules 
 - A stamp from outside that lies further ahead of this node's own time than the bound is refused and leaves no trace, so
   that one bad peer or token cannot carry a cluster into the future.
 - What a range has applied cannot be refused any more (replicas would differ). A node's time never lies further behind
-  it than the bound: it would tell clients a time by which their commands are too old.
+  it than the bound, and what rounding adds: it would tell clients a time by which their commands are too old.
 """
 
 from typing import Final
@@ -19,6 +19,9 @@ from shardkv.types import TIMESTAMP_COUNTER_BITS, TIMESTAMP_MAX, timestamp_ms
 
 CLOCK_OFFSET_MS_MAX: Final = 500
 """The default of the setting ``clock_offset_max_ms``."""
+_COUNTED_MS_MAX: Final = 2
+"""By so much more than the bound a stamp that was counted on from one at the bound may seem to be ahead, for another
+node reads its clock in whole milliseconds, too. Time that gave way to that would run faster with each write."""
 _NS_PER_MS: Final = 1_000_000
 
 
@@ -87,7 +90,7 @@ class HybridClock:
         self._applied = timestamp
         if timestamp > self._last:
             self._last = timestamp
-        too_far_ms = self._behind_applied_ms() - self._offset_ms_max
+        too_far_ms = self._behind_applied_ms() - self._offset_ms_max - _COUNTED_MS_MAX
         if too_far_ms > 0:
             self._ahead_ms += too_far_ms
 
@@ -112,4 +115,6 @@ class HybridClock:
         assert 0 <= self._last <= TIMESTAMP_MAX, f"the clock stands at {self._last}"
         assert self._applied <= self._last, f"{self._applied} was applied, and {self._last} is the highest stamp seen"
         behind_ms = self._behind_applied_ms()
-        assert behind_ms <= self._offset_ms_max, f"the time is {behind_ms} ms behind what a range has applied"
+        assert behind_ms <= self._offset_ms_max + _COUNTED_MS_MAX, (
+            f"the time is {behind_ms} ms behind what a range has applied"
+        )

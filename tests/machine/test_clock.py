@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardkv.machine.clock import HybridClock
-from shardkv.types import TIMESTAMP_MAX, timestamp_at, timestamp_ms
+from shardkv.types import TIMESTAMP_COUNTER_BITS, TIMESTAMP_MAX, timestamp_at, timestamp_ms
 
 
 @dataclass
@@ -81,15 +81,45 @@ def test_trap_23_a_stamp_beyond_the_offset_bound_is_refused_and_never_absorbed()
     clock.check()
 
 
+class FineHands(Hands):
+    """Its monotonic side is read between two milliseconds, too."""
+
+    def __init__(self, ms: int, running_us: int) -> None:
+        super().__init__(ms, running_us // 1_000)
+        self.running_us = running_us
+
+    def monotonic_ns(self) -> int:
+        return self.running_us * 1_000
+
+
+def test_trap_23_a_client_that_is_always_as_far_ahead_as_it_may_be_carries_no_clock_with_it() -> None:
+    """TRAPS 23. What a leader gives out after it is the stamp counted on, which may be the next millisecond's, and by
+    another node's clock that has only begun: a step with each write would be a time that runs as fast as clients write.
+    """
+    hands: Any = [FineHands(1_000, 77_000), FineHands(1_000, 77_950)]
+    clocks = [HybridClock(each) for each in hands]
+    for _ in range(500):
+        for leader in clocks:
+            assert leader.observe(timestamp_at(leader.ms() + 500, (1 << TIMESTAMP_COUNTER_BITS) - 1))
+            stamp = leader.now()
+            for each in hands:
+                each.running_us += 100
+            for clock in clocks:
+                clock.absorb(stamp)
+                clock.check()
+    assert [clock.ms() for clock in clocks] == [1_100, 1_100]
+
+
 def test_what_a_range_has_applied_takes_the_time_with_it_as_far_as_the_bound() -> None:
     """It cannot be refused; and a node whose time is further behind would make every command of its clients too old."""
     clock, hands = clock_at(1_000)
     clock.absorb(timestamp_at(1_400))
     assert (clock.last, clock.ms()) == (timestamp_at(1_400), 1_000), "clocks differ by so much"
     clock.absorb(timestamp_at(61_000, 3))
-    assert (clock.last, clock.ms()) == (timestamp_at(61_000, 3), 60_500)
+    assert (clock.last, clock.ms()) == (timestamp_at(61_000, 3), 60_498)
     clock.check()
     hands.go_on(1_000)
+    hands.go_on(2)
     assert clock.now() == timestamp_at(61_500), "and goes on from there: a time that stands still ages no session"
 
 
