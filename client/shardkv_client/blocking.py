@@ -207,7 +207,7 @@ class BlockingClient:
             on_age=on_age,
             timeout=timeout,
         )
-        return BlockingScan(lambda: self._perform(scan.next_page), scan)
+        return BlockingScan(self._perform, scan)
 
     def call(
         self,
@@ -243,8 +243,9 @@ class BlockingClient:
 class BlockingScan:
     """An iterator over a scan's entries, a page for each hand-over between threads. One thread at a time."""
 
-    def __init__(self, next_page: Callable[[], list[Entry]], scan: Scan) -> None:
-        self._next_page = next_page
+    def __init__(self, perform: Callable[[Callable[[], Awaitable[None]]], None], scan: Scan) -> None:
+        self._perform = perform
+        self._scan = scan
         self._page: list[Entry] = []
         self._closed = False
 
@@ -255,11 +256,17 @@ class BlockingScan:
         if not self._page:
             if self._closed:
                 raise StopIteration
-            self._page = self._next_page()
-            self._page.reverse()
+            self._perform(self._fetch)
             if not self._page:
                 raise StopIteration
         return self._page.pop()
+
+    async def _fetch(self) -> None:
+        """In the client's thread. What an interrupted caller did not wait for is here when it goes on."""
+        page = await self._scan.next_page()
+        page.reverse()
+        if not self._closed:
+            self._page = page
 
     def close(self) -> None:
         """End the scan: the next entry asked for is its end."""

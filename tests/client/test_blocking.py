@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import trio
 
 from shardkv import errors
 from shardkv_client import Settings, connect_blocking
@@ -96,6 +97,26 @@ def test_the_exception_of_the_block_leaves_as_itself(server):
     with pytest.raises(ZeroDivisionError), connect_blocking(server.addresses) as kv:
         kv.put(b"k", b"v")
         1 / 0  # noqa: B018
+
+
+def test_a_scan_that_goes_on_after_an_interrupt_has_missed_nothing(server, monkeypatch):
+    """DESIGN §2.3: an untouched key exactly once. The interrupt comes when the page does."""
+    perform = trio.from_thread.run
+
+    def interrupted(*args, **options):
+        perform(*args, **options)
+        raise KeyboardInterrupt
+
+    with connect_blocking(server.addresses, settings=Settings(scan_page_entries_max=3)) as kv:
+        kv.put_many((b"%02d" % number, b"v") for number in range(10))
+        scan = kv.scan()
+        keys = [next(scan).key for _ in range(3)]
+        monkeypatch.setattr(trio.from_thread, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(scan)
+        monkeypatch.undo()
+        keys += [entry.key for entry in scan]
+        assert keys == [b"%02d" % number for number in range(10)]
 
 
 def test_an_interrupt_ends_a_put_many_and_not_only_the_wait_for_it(server):
