@@ -68,6 +68,10 @@ class File(Protocol):
         """Make every completed write durable (fdatasync). A failure is final: the file must not be trusted again."""
         ...
 
+    def is_at(self, path: str) -> bool:
+        """Whether ``path`` names this file, as it is now; not once the file is closed."""
+        ...
+
     def close(self) -> None: ...
 
 

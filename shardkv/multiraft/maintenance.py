@@ -105,7 +105,7 @@ class Maintenance:
         """Look how much room is left, and say when what the node takes changes by it."""
         space = self._driver.space
         if self._directory is not None and self._worth_measuring():
-            space.measured(await self._environment.workers.run(self._environment.disk.free_bytes, self._directory))
+            space.measured(await self._environment.workers.run(self._look, self._directory))
         # An engine that found no room goes on when it is asked, and nobody else may have a reason to ask it.
         engine = self._driver.engine
         engine.stalled()
@@ -122,6 +122,11 @@ class Maintenance:
                 self._log.error("the disk is nearly full: writes are refused", reason=str(space.refusal()))
             else:
                 self._log.info("the disk has room again: writes are taken")
+
+    def _look(self, directory: str) -> int:
+        """How much room is left; in a worker thread. Raises FileNotFoundError if the log is not where it was."""
+        self._driver.wal.require_in_place()
+        return self._environment.disk.free_bytes(directory)
 
     def _worth_measuring(self) -> bool:
         """At every look while this node writes or lacks room; what others write, it may learn of a little later."""

@@ -208,6 +208,13 @@ class SimulatedFile:
             raise StorageError(f"an earlier sync of {self._path} failed; what it holds cannot be trusted")
         self._inode.settle()
 
+    def is_at(self, path: str) -> bool:
+        if self._disk._changes_nothing:
+            return True
+        directory, name = posixpath.split(path)
+        found = self._disk._directories.get(directory)
+        return not self._closed and found is not None and found.present.get(name) is self._inode
+
     def close(self) -> None:
         self._closed = True
 

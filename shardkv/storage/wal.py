@@ -446,6 +446,18 @@ class Wal:
             self._failure = error
             raise
 
+    def require_in_place(self) -> None:
+        """Raise FileNotFoundError if the segment that is written to lies no more where a start will look for it.
+
+        For any worker thread. A file that was removed or replaced takes every write, and a start would never see them.
+        """
+        segments = self._state.segments
+        segment = segments.get(self._synced_place >> PLACE_SEGMENT_SHIFT)
+        if segment is None or segment.file is None or segment.file.is_at(segment.path):
+            return
+        if segment.id in segments:  # else it was dropped a moment ago
+            raise FileNotFoundError(f"{segment.path} was removed, or another file was put in its place")
+
     def statistics(self) -> WalStatistics:
         segments = self._state.segments
         return WalStatistics(

@@ -270,6 +270,23 @@ def test_after_a_failed_sync_no_later_sync_counts(disk: RealDisk, tmp_path: Path
     file.close()
 
 
+def test_a_file_knows_whether_it_is_at_its_path(disk: RealDisk, tmp_path: Path) -> None:
+    path = str(tmp_path / "d" / "f")
+    disk.make_directory(str(tmp_path / "d"))
+    file = disk.open(path, create=True)
+    assert file.is_at(path)
+    (tmp_path / "d").rename(tmp_path / "e")
+    assert not file.is_at(path)
+    assert file.is_at(str(tmp_path / "e" / "f"))
+    (tmp_path / "e").rename(tmp_path / "d")
+    disk.unlink(path)
+    assert not file.is_at(path)
+    disk.open(path, create=True).close()
+    assert not file.is_at(path), "that is another file"
+    file.close()
+    assert not file.is_at(path)
+
+
 def test_a_short_write_is_completed(disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pwrite(2) may write less than asked, at a signal or a full disk."""
     real = os.pwrite

@@ -1,5 +1,6 @@
 """When a node's housekeeping looks how much room its disk has left."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from shardkv.multiraft.maintenance import (
     Maintenance,
 )
 from shardkv.multiraft.space import Space
+from shardkv.transport.groups import main_error
 from tests.multiraft.world import RANGE, world
 
 
@@ -203,6 +205,37 @@ async def test_a_data_directory_that_is_removed_under_a_node_ends_it_and_the_err
         maintenance = Maintenance(host.driver, environment, structlog.get_logger(), "/data")
         with pytest.raises(StorageError, match=f"is not there any more .*{gone}.*put it back"):
             await maintenance._watch_room()
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "moved away with its directory"])
+async def test_a_log_file_that_is_taken_away_under_a_node_ends_it_before_it_is_full(
+    autojump_clock: MockClock, how: str
+) -> None:
+    """An open file takes every write, wherever it lies or if it has no name any more, and no start would find them."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        await hosts.write(b"k", b"v")
+        maintenance = Maintenance(host.driver, host.environment, structlog.get_logger(), "/data")
+        with pytest.raises(ExceptionGroup) as caught:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(maintenance.run)
+                await trio.sleep(2 * INTERVAL_SECONDS)
+                [segment] = [name for name in host.disk.list("/wal") if name.endswith(".wal")]
+                if how == "moved away with its directory":
+                    host.disk._directories["/elsewhere"] = host.disk._directories.pop("/wal")
+                    host.disk.make_directory("/wal")
+                else:
+                    host.disk.unlink(f"/wal/{segment}")
+                if how == "replaced":
+                    host.disk.open(f"/wal/{segment}", create=True).close()
+                await trio.sleep((IDLE_MEASURES + 1) * INTERVAL_SECONDS)
+                nursery.cancel_scope.cancel()
+        error = main_error(caught.value)
+        assert isinstance(error, StorageError)
+        assert re.search(
+            r"not there any more \(/wal/0+1.wal was removed, .* put in its place\).*put it back", str(error)
+        )
 
 
 async def test_the_newest_entries_stay_in_the_log_though_every_follower_has_them(autojump_clock: MockClock) -> None:

@@ -215,6 +215,9 @@ class MemoryFile:
         self._node.durable[:] = self._node.current
         self._node.pending.clear()
 
+    def is_at(self, path: str) -> bool:
+        return not self._closed and self._disk.names.get(path) is self._node
+
     def close(self) -> None:
         self._closed = True
 

@@ -18,7 +18,7 @@ from shardkv.storage.wal import Wal, WalSettings
 from shardkv.types import RangeId, ReplicaId
 
 from .model import DIRECTORY, SMALL, Driver, state_of
-from .support import MemoryDisk
+from .support import MemoryDisk, MemoryFile
 
 R1, R2, R3 = RangeId(1), RangeId(2), RangeId(3)
 NODES = ConfState((1, 2, 3))
@@ -362,6 +362,33 @@ def test_one_collection_moves_no_more_than_set(bound: dict[str, int]) -> None:
         driver.sync()
         assert driver.wal.statistics().moved_entries == moved
     assert driver.wal.statistics().oldest_segment_id > 1
+
+
+def test_a_segment_that_is_dropped_while_it_is_looked_for_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look is taken in another thread; a node must not end for what it removed itself."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    wal.require_in_place()
+    is_at = MemoryFile.is_at
+
+    def after_a_while(file: MemoryFile, path: str) -> bool:
+        monkeypatch.undo()
+        wal.append([LogUpdate(R1, HardState(1, 0, 1), (entry(1, bytes(1990)),), compact=CompactLog(1, 1))])()
+        assert wal.statistics().segments == 2
+        drop = wal.collect()
+        assert drop is not None
+        drop()
+        assert not is_at(file, path)
+        return False
+
+    monkeypatch.setattr(MemoryFile, "is_at", after_a_while)
+    wal.require_in_place()
+    wal.require_in_place()
+    assert wal.statistics().oldest_segment_id == 2
+    disk.unlink(segment_path(DIRECTORY, 2))
+    with pytest.raises(FileNotFoundError, match="was removed"):
+        wal.require_in_place()
 
 
 def test_metadata_alone_holds_back_no_segment() -> None:

@@ -113,6 +113,14 @@ class RealFile:
             self._failed = True
             raise storage_error(error, "sync", self._path) from error
 
+    def is_at(self, path: str) -> bool:
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._descriptor))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EBADF):
+                return False
+            raise storage_error(error, "inspect", path) from error
+
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
