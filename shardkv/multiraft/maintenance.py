@@ -15,7 +15,6 @@ from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
 from shardkv.raft import ProgressState
 from shardkv.storage.wal import CompactLog, LogUpdate
-from shardkv.types import RangeId
 
 INTERVAL_SECONDS: Final = 0.25
 IDLE_MEASURES: Final = 4
@@ -155,11 +154,11 @@ class Maintenance:
 
     async def flush_and_compact(self) -> None:
         """Make the applied state durable in the engine, then let go of the log that it covers. Raises OutOfSpace."""
-        applied = {
-            range_id: replica.machine.applied_index
-            for range_id, replica in self._driver.catalog.replicas.items()
+        applied = [
+            (replica, replica.machine.applied_index)
+            for replica in self._driver.catalog.replicas.values()
             if replica.machine is not None and not replica.installing
-        }
+        ]
         self._driver.catalog.forget_promises()
         log = self._driver.wal.statistics()
         self._flushed_segment = log.oldest_segment_id + log.segments
@@ -175,17 +174,18 @@ class Maintenance:
         self._flushed_ns = self._environment.clock.monotonic_ns()
         long = self._driver.wal.statistics().segments > LOG_SEGMENTS_MAX
         updates = []
-        for range_id, index in applied.items():
-            update = self._compaction(range_id, index, long)
+        for replica, index in applied:
+            update = self._compaction(replica, index, long)
             if update is not None:
                 updates.append(update)
         if updates:
             self._driver.log_writer.append(updates)
 
-    def _compaction(self, range_id: RangeId, applied: int, long: bool) -> LogUpdate | None:
+    def _compaction(self, replica: Replica, applied: int, long: bool) -> LogUpdate | None:
         """What to let go of; ``long``: the log has grown so that less is kept for those who are a little behind."""
-        replica = self._driver.catalog.replicas.get(range_id)
-        if replica is None or replica.machine is None or replica.installing or replica.needs_snapshot:
+        if self._driver.catalog.replicas.get(replica.range_id) is not replica:
+            return None  # another one is in its place since: what that one has applied was not flushed
+        if replica.machine is None or replica.installing or replica.needs_snapshot:
             return None
         entries_kept, lag_entries_max = self.kept or (ENTRIES_KEPT, LAG_ENTRIES_MAX)
         last = min(applied, replica.log.hard_state.commit)
@@ -199,7 +199,7 @@ class Maintenance:
             index = min(index, self._needed_after_snapshots(replica, applied))
         if index <= replica.log.compact_index:
             return None
-        return LogUpdate(range_id, compact=CompactLog(index, replica.log.term(index)))
+        return LogUpdate(replica.range_id, compact=CompactLog(index, replica.log.term(index)))
 
     def _needed_after_snapshots(self, replica: Replica, applied: int) -> int:
         """The highest index below which no receiver of a snapshot will ask for an entry (trap 11)."""

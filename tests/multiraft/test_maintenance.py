@@ -20,8 +20,10 @@ from shardkv.multiraft.maintenance import (
     LOG_SEGMENTS_MAX,
     Maintenance,
 )
+from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.space import Space
 from shardkv.transport.groups import main_error
+from shardkv.types import ReplicaId
 from tests.multiraft.world import RANGE, world
 
 
@@ -249,6 +251,33 @@ async def test_the_newest_entries_stay_in_the_log_though_every_follower_has_them
         leader.maintenance.kept = (5, 100)
         await leader.maintenance.flush_and_compact()
         assert leader.replica().log.compact_index == leader.machine().applied_index - 5
+
+
+async def test_what_a_replica_had_applied_is_not_said_of_the_one_in_its_place(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 20: an entry leaves the log only after a flush that covers its batch. A replica that takes the place of
+    another one while the engine is flushed may have applied less, or what the flush has not seen."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        for number in range(20):
+            await hosts.write(b"k%d" % number, b"v")
+        host.maintenance.kept = (5, 100)
+        former = host.replica(RANGE)
+        begin = former.log.compact_index
+        run = host.workers.run
+
+        async def replaced_meanwhile(function: Any, *args: Any) -> Any:
+            host.catalog.replicas[RANGE] = Replica(RANGE, ReplicaId(99), former.raft, former.log, former.machine)
+            return await run(function, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(host.workers, "run", replaced_meanwhile)
+            await host.maintenance.flush_and_compact()
+        assert former.log.compact_index == begin
+        await host.maintenance.flush_and_compact()
+        assert former.log.compact_index > begin
 
 
 async def test_a_log_whose_old_segments_cannot_be_removed_ends_the_node(autojump_clock: MockClock) -> None:
