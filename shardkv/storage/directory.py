@@ -13,7 +13,8 @@ from typing import Final
 from zlib import crc32
 
 from shardkv.environment import DirectoryLock, Disk, Ids
-from shardkv.errors import Corruption, DataDirectoryError, StorageError
+from shardkv.errors import Corruption, DataDirectoryError, OutOfSpace, StorageError
+from shardkv.storage.segment import remove_spares
 from shardkv.types import NodeId
 
 FORMAT: Final = 1
@@ -180,7 +181,14 @@ def open_directory(disk: Disk, ids: Ids, path: str) -> DataDirectory:
         except FileNotFoundError:
             identity = Identity(ids.random_bytes(TOKEN_BYTES), 0)
         directory = DataDirectory(disk, path, identity, lock)
-        directory._store(replace(identity, boot=identity.boot + 1))
+        started = replace(identity, boot=identity.boot + 1)
+        try:
+            directory._store(started)
+        except OutOfSpace:
+            # The log's next segment was made ahead of time; it is made again once there is room.
+            if not disk.exists(directory.wal_path) or not remove_spares(disk, directory.wal_path):
+                raise
+            directory._store(started)
         for child in (directory.wal_path, directory.engine_path, directory.ingest_path):
             disk.make_directory(child)
     except BaseException:

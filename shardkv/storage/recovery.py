@@ -93,14 +93,7 @@ class Recovered:
 
 def recover(disk: Disk, directory: str, seed: int, segment_bytes: int, *, create: bool) -> Recovered:
     """Open the log in ``directory``, or begin one. Blocks. Raises Corruption, StorageError, OutOfSpace."""
-    disk.make_directory(directory)
-    ids = []
-    for name in disk.list(directory):
-        segment_id = segment_id_of(name)
-        if segment_id is not None:
-            ids.append(segment_id)
-        elif name.startswith(SPARE_PREFIX):
-            disk.unlink(f"{directory}/{name}")
+    ids = [segment_id for name in disk.list(directory) if (segment_id := segment_id_of(name)) is not None]
     if not ids:
         if not create:
             raise Corruption(f"{directory} holds no segment of the log, and this node had one; {_ADVICE}")

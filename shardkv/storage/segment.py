@@ -17,8 +17,11 @@ from shardkv.types import RangeId
 
 SEGMENT_SUFFIX: Final = ".wal"
 SPARE_PREFIX: Final = "spare-"
+"""Of a file that is to become a segment, and may go whenever no process has it."""
+RESERVE_PREFIX: Final = "reserve-"
 
 _NAME: Final = re.compile(r"([0-9a-f]{16})\.wal")
+_RESERVE: Final = re.compile(RESERVE_PREFIX + "([0-9]+)")
 
 # A place is one int: segment id (32 bits), offset of the data in the segment (32 bits), checksum of the data (32 bits).
 PLACE_SEGMENT_SHIFT: Final = 64
@@ -108,11 +111,20 @@ class Places:
         return (where >> shift for where in self._where[:end])
 
 
+def remove_spares(disk: Disk, directory: str) -> bool:
+    """Give back the room of the files that a process before this one meant for segments; whether there were any."""
+    spares = [name for name in disk.list(directory) if name.startswith(SPARE_PREFIX)]
+    for name in spares:
+        disk.unlink(f"{directory}/{name}")
+    return bool(spares)
+
+
 class Spares:
     """Makes segment files: ahead of time in a background job, or on the spot if none is ready.
 
     One more, the reserve, is made ahead of time and taken only when no other can be had. So the disk is known to be
-    full while there still is room for the records that were on their way, and for Raft's own after them.
+    full while there still is room for the records that were on their way, and for Raft's own after them. It stays for
+    the next process: one that starts on a full disk could make no other.
     """
 
     def __init__(self, disk: Disk, directory: str, segment_bytes: int, reserve_bytes: int) -> None:
@@ -127,7 +139,23 @@ class Spares:
         self.taken = 0
         """How many files have become segments."""
         self.shortage: OutOfSpace | None = None
-        """Why the reserve was taken, until there is another."""
+        """Why the reserve was taken, or could not be made, until there is another."""
+
+    def inherit(self) -> None:
+        """Take over the reserve of the process before this one, and remove what else it has left. Before all else."""
+        remove_spares(self._disk, self._directory)
+        for name in self._disk.list(self._directory):
+            match = _RESERVE.fullmatch(name)
+            if match is None:
+                continue
+            path = f"{self._directory}/{name}"
+            file = self._disk.open(path)
+            if self._reserve is None and file.pread(self._reserve_bytes + 1, 0) == bytes(self._reserve_bytes):
+                self._reserve = path, file
+                self._made = int(match[1])
+            else:
+                file.close()
+                self._disk.unlink(path)  # unfinished, or of another size
 
     @property
     def ready(self) -> bool:
@@ -141,20 +169,24 @@ class Spares:
         """
         if self._busy:
             return None
+        number = self._made + 1
         if self._reserve is None:
-            job = self._prepare_reserve
+            job = partial(self._prepare_reserve, f"{RESERVE_PREFIX}{number}")
         elif self._ready is None:
-            job = self._prepare
+            job = partial(self._prepare, f"{SPARE_PREFIX}ahead-{number}")
         else:
             return None
         self._busy = True
-        self._made += 1
-        return partial(job, f"ahead-{self._made}")
+        self._made = number
+        return job
 
     def _prepare_reserve(self, name: str) -> None:
         try:
             self._reserve = self._make_ahead(name, self._reserve_bytes)
             self.shortage = None
+        except OutOfSpace as error:
+            self.shortage = error
+            raise
         finally:
             self._busy = False
 
@@ -176,7 +208,7 @@ class Spares:
 
     def _make(self, name: str, size: int) -> tuple[str, File]:
         """Two threads may be in here at once, each with a name of its own."""
-        path = f"{self._directory}/{SPARE_PREFIX}{name}"
+        path = f"{self._directory}/{name}"
         file = self._disk.open(path, create=True)
         try:
             file.truncate(0)
@@ -219,7 +251,9 @@ class Spares:
             # Else it is not touched: this moment the other thread may have one ready.
             self._ready = None
         try:
-            path, file = ready if ready is not None else self._make(f"now-{segment.id}", self._segment_bytes)
+            if ready is None:
+                ready = self._make(f"{SPARE_PREFIX}now-{segment.id}", self._segment_bytes)
+            path, file = ready
             if segment.size > self._segment_bytes:
                 try:
                     file.allocate(segment.size)

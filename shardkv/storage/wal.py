@@ -178,7 +178,13 @@ class Wal:
         assert 0 < settings.segment_bytes <= SEGMENT_BYTES_MAX, f"{settings.segment_bytes} bytes a segment"
         seed = seed_of(token)
         spares = Spares(disk, directory, settings.segment_bytes, settings.reserve_bytes)
-        recovered = recover(disk, directory, seed, settings.segment_bytes, create=create)
+        disk.make_directory(directory)
+        try:
+            spares.inherit()
+            recovered = recover(disk, directory, seed, settings.segment_bytes, create=create)
+        except BaseException:
+            spares.close()
+            raise
         wal = cls(disk, directory, settings, seed, spares, recovered.state, recovered.sequence)
         wal._cut_bytes = recovered.cut_bytes
         return wal
@@ -366,7 +372,8 @@ class Wal:
 
     @property
     def shortage(self) -> OutOfSpace | None:
-        """Why the reserve is written to now, or was, and there is no other yet; None if it is there, or never was."""
+        """Why there is no reserve: it is written to now, or was, or could not be made. None if it is there, or is made
+        for the first time."""
         return self._spares.shortage
 
     def collect(self) -> Callable[[], None] | None:

@@ -126,6 +126,7 @@ def calls_of_a_life() -> dict[str, list[int]]:
 
 KINDS = [
     "allocate N.wal",
+    "allocate reserve-N",
     "allocate spare-N",
     "allocate spare-ahead-N",
     "allocate spare-now-N",
@@ -134,6 +135,7 @@ KINDS = [
     "open identity.temporary",
     "open peers",
     "open peers.temporary",
+    "open reserve-N",
     "open spare-N",
     "open spare-ahead-N",
     "open spare-now-N",
@@ -154,6 +156,7 @@ KINDS = [
     "sync_directory wal",
     "truncate identity.temporary",
     "truncate peers.temporary",
+    "truncate reserve-N",
     "truncate spare-ahead-N",
     "truncate spare-now-N",
     "unlink N.wal",

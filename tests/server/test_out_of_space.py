@@ -287,6 +287,36 @@ def test_a_sync_that_finds_no_room_ends_the_node(operation: str) -> None:
     simulated(main, seed=5)
 
 
+def test_nodes_that_start_on_full_disks_elect_a_leader_and_serve_reads() -> None:
+    """Not a byte is left. A start has the room of the log's next segment, made ahead of time, and the reserve stays."""
+
+    async def main() -> None:
+        async with world(3, seed=3, storage=STORAGE) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            await trio.sleep(2)
+            for node in cluster.nodes.values():
+                leave(node, 0)
+                await node.kill()
+            for node in cluster.nodes.values():
+                await node.start()
+            for _ in range(3):
+                entry = await kv.get(b"k", timeout=20)
+                assert entry is not None
+                assert entry.value == b"v"
+                leader = await cluster.leader_of(kv, b"k")
+                await leader.kill()
+                await leader.start()
+            for node in cluster.nodes.values():
+                assert node.error is None
+                assert "reserve-1" in node.environment.disk.list(f"/{node.name}/wal")
+                leave(node, 0)
+                node.check()
+            error = await until_refused(kv, b"k")
+            assert "reads are served" in str(error)
+
+    simulated(main, seed=3)
+
+
 @pytest.mark.parametrize("value_bytes", [2_000, 20_000, 200_000])
 def test_a_disk_that_is_full_at_once_under_a_load_leaves_room_for_votes(value_bytes: int) -> None:
     """However fast the log is written and however small its segments are: the spare is not for client data."""

@@ -164,7 +164,7 @@ def test_a_spare_that_gets_ready_while_a_segment_is_made_on_the_spot_is_not_lost
     spares.install(segment)
     assert segment.file is not None
     assert spares.ready
-    assert disk.list(DIRECTORY) == ["0000000000000002.wal", "spare-ahead-1", "spare-ahead-2"]
+    assert disk.list(DIRECTORY) == ["0000000000000002.wal", "reserve-1", "spare-ahead-2"]
 
 
 def test_a_full_disk_while_preparing_is_no_failure_yet() -> None:

@@ -103,6 +103,7 @@ def test_an_io_error_at_any_call_of_a_start_loses_nothing_and_the_next_start_goe
     driver.steps(60)
     driver.append(LogUpdate(RangeId(9), create=CreateGroup(ReplicaId(1), 0, 0, ConfState(), bytes(300))))
     driver.prepare()
+    driver.prepare()
     torn = driver.disk.copy()
     last = max(name for name in torn.names if name.endswith(".wal"))
     end = len(bytes(torn.names[last].current).rstrip(b"\0"))
@@ -291,6 +292,91 @@ def test_the_reserve_takes_what_is_on_its_way_when_no_segment_can_be_made_and_wh
     assert state_of(again) == state_of(wal)
 
 
+def test_the_reserve_stays_for_the_next_start_which_may_find_the_disk_full() -> None:
+    """Its records have nowhere else to go: it could not even vote, nor take part in what gives back room."""
+    disk, wal = prepared()
+    wal.append([LogUpdate(R1, HardState(1), (Entry(1, 1, EntryType.NORMAL, bytes(1500)),))])()
+    for _ in range(3):
+        disk.kill()
+        disk = disk.restart()
+        wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+        assert [name for name in disk.list(DIRECTORY) if not name.endswith(".wal")] == ["reserve-1"]
+        prepare = wal.prepare()
+        assert prepare is not None
+        prepare()  # the spare: the reserve is there
+        assert wal.statistics().spare_ready
+    disk.kill()
+    disk = disk.restart()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    disk.leave(0)
+    wal.append([LogUpdate(R1, HardState(2), (Entry(2, 2, EntryType.NORMAL, bytes(1500)),))])()
+    assert wal.shortage is not None
+    prepare = wal.prepare()
+    assert prepare is not None
+    with pytest.raises(OutOfSpace):
+        prepare()
+    disk.leave(1 << 20)
+    while (job := wal.prepare()) is not None:
+        job()
+    wal.append([LogUpdate(R1, HardState(3), (Entry(3, 3, EntryType.NORMAL, bytes(1900)),))])()
+    wal.check()
+    disk.kill()
+    assert state_of(Wal.open(disk.restart(), DIRECTORY, SMALL, token=TOKEN)) == state_of(wal)
+
+
+@pytest.mark.parametrize("left", ["cut off", "longer", "written to"])
+def test_what_is_not_a_whole_reserve_is_not_taken_for_one(left: str) -> None:
+    """Of an attempt that a crash came before, of other settings, or by whomever: it goes, and another is made."""
+    disk, wal = prepared()
+    wal.close()
+    file = disk.open(f"{DIRECTORY}/reserve-1")
+    if left == "cut off":
+        file.truncate(SMALL.reserve_bytes - 1)
+    elif left == "longer":
+        file.allocate(SMALL.reserve_bytes + 1)
+    else:
+        file.pwrite(b"x", SMALL.reserve_bytes - 1)
+    file.sync()
+    disk.kill()
+    disk = disk.restart()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    assert disk.list(DIRECTORY) == ["0000000000000001.wal"]
+    while (job := wal.prepare()) is not None:
+        job()
+    assert disk.list(DIRECTORY) == ["0000000000000001.wal", "reserve-1", "spare-ahead-2"]
+
+
+def test_a_start_on_a_full_disk_without_a_reserve_moves_no_stragglers() -> None:
+    """What room the segment has that is written to is not for copies either."""
+    settings = replace(SMALL, closed_segments_max=1, move_live_fraction_max=1.0, moved_per_new_byte=1000)
+    disk, wal = prepared(settings)
+    for index in range(1, 4):
+        wal.append([LogUpdate(R1, HardState(1, 0, index), (Entry(1, index, EntryType.NORMAL, bytes(1000)),))])()
+    disk.unlink(f"{DIRECTORY}/reserve-1")
+    disk.kill()
+    disk = disk.restart()
+    wal = Wal.open(disk, DIRECTORY, settings, token=TOKEN)
+    disk.leave(0)
+    prepare = wal.prepare()
+    assert prepare is not None
+    with pytest.raises(OutOfSpace):
+        prepare()
+    collected(wal)
+    assert wal.statistics().moved_entries == 0
+    disk.leave(1 << 20)
+    while (job := wal.prepare()) is not None:
+        job()
+    collected(wal)
+    assert wal.statistics().moved_entries > 0
+
+
+def collected(wal: Wal) -> None:
+    for _ in range(5):
+        job = wal.collect()
+        if job is not None:
+            job()
+
+
 def test_the_reserve_is_made_anew_once_there_is_room_and_not_touched_before_it_must() -> None:
     disk, wal = prepared()
     for index in range(1, 8):
@@ -304,7 +390,7 @@ def test_the_reserve_is_made_anew_once_there_is_room_and_not_touched_before_it_m
         wal.append([LogUpdate(R1, HardState(1), (Entry(1, index, EntryType.NORMAL, bytes(1500)),))])()
         assert (wal.shortage is None) == (index != 3), index
         wal.check()
-    assert sum(name.startswith("spare-") for name in disk.list(DIRECTORY)) == 1
+    assert sum(not name.endswith(".wal") for name in disk.list(DIRECTORY)) == 1
 
 
 def test_no_stragglers_are_moved_into_the_reserve_and_dead_segments_still_go() -> None:
