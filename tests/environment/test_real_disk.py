@@ -287,6 +287,32 @@ def test_a_file_knows_whether_it_is_at_its_path(disk: RealDisk, tmp_path: Path) 
     assert not file.is_at(path)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no such call")
+def test_after_a_failed_sync_the_next_start_reads_what_is_on_the_disk(
+    disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux keeps the pages that it could not write, and counts them as clean: read back, a record would look as sound
+    as if it were on the disk, its sync would succeed, and a power cut would take it after others were told of it."""
+    forgotten = []
+
+    def advise(descriptor: int, offset: int, count: int, advice: int) -> None:
+        assert (offset, count, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        forgotten.append(descriptor)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    file = disk.open(str(tmp_path / "f"), create=True)
+    file.pwrite(b"x", 0)
+    file.sync()
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    assert not forgotten
+    with pytest.raises(StorageError, match="the disk reports an error"):
+        file._synced_by(fail)
+    assert forgotten == [file._descriptor]
+    file.close()
+
+
 def test_a_short_write_is_completed(disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pwrite(2) may write less than asked, at a signal or a full disk."""
     real = os.pwrite

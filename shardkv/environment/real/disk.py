@@ -111,7 +111,16 @@ class RealFile:
             call(self._descriptor)
         except OSError as error:
             self._failed = True
+            self._forget()
             raise storage_error(error, "sync", self._path) from error
+
+    def _forget(self) -> None:
+        """Have the system drop what it keeps of the file in memory and takes for written: after a failed sync, that is
+        also what never got to the disk. The next start would read it there, and no sync would write it any more."""
+        advise = getattr(os, "posix_fadvise", None)
+        if advise is not None:
+            with suppress(OSError):
+                advise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def is_at(self, path: str) -> bool:
         try:
