@@ -17,7 +17,7 @@ from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.cluster import Cluster
 from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX
 from shardkv.wire.frames import FrameKind, encode_frame
-from shardkv.wire.handshake import MAGIC
+from shardkv.wire.handshake import MAGIC, Hello, Role, encode_hello
 from shardkv.wire.requests import Method
 from shardkv_client import Client, Settings, connect
 
@@ -30,6 +30,8 @@ SPLIT_EVERY: Final = 8
 SPLITS_END_SECONDS: Final = 60.0
 """in the beginning of a run. Ranges are never merged, and each makes every later second dearer."""
 STRANGER_BYTES: Final = 300
+UNFINISHED: Final = encode_frame(FrameKind.REQUEST, bytes(5 * 1024 * 1024))[:1_000]
+"""The begin of a frame of which a node lets only one arrive at a time."""
 SMALL: Final = Settings(
     calls_in_flight_max=4,
     keys_per_get_max=3,
@@ -259,8 +261,32 @@ async def _stranger(cluster: Cluster, kv: Client, chance: determinism.SeededRand
         await stream.aclose()
 
 
+async def _unfinished(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
+    """Clients that have begun to send much and never end, while another has much to send, too."""
+    address = chance.choice([node.address for node in cluster.nodes.values()])
+    hello = encode_hello(Hello(Role.CLIENT))
+
+    async def begin() -> None:
+        with determinism.deadline_after(SECONDS):
+            try:
+                stream = await cluster.client_environment().dial(address)
+            except (OSError, ShardKVError):
+                return
+            try:
+                await stream.send_all(hello + UNFINISHED)
+                await determinism.sleep(chance.uniform(0, SECONDS / 2))
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+            await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(begin)
+        await _quietly(_large(cluster, kv, chance, prefix))
+
+
 ERRANDS: Final[tuple[Errand, ...]] = (
-    *(_many, _large, _scans, _near, _hasty, _nonsense, _malformed, _operators, _visitor, _text, _stranger),
+    *(_many, _large, _scans, _near, _hasty, _nonsense, _malformed, _operators, _visitor, _text, _stranger, _unfinished),
 )
 VALID: Final = frozenset({_many, _scans, _near, _hasty})
 """Errands that ask for nothing that could be refused as wrong."""
