@@ -47,7 +47,8 @@ class Content:
 
     def read(self, offset: int, count: int) -> bytes:
         count = max(0, min(count, self.size - offset))
-        return bytes(self._written[offset : offset + count]).ljust(count, b"\0")
+        written = bytes(self._written[offset : offset + count])
+        return written + bytes(count - len(written))
 
     def copy(self) -> "Content":
         copy = Content()
