@@ -5,8 +5,9 @@ import sys
 import click
 
 from shardkv.cli.root import Example, ExampleGroup
-from shardkv.cli.session import Seconds, connect_option, json_option, required
+from shardkv.cli.session import connect_option, json_option, required
 from shardkv.cli.table import render
+from shardkv.program import Finite
 
 WORKLOAD_NAMES = ("a", "b", "c", "d", "e", "f", "write", "read", "bulk")
 
@@ -26,8 +27,8 @@ def bench() -> None:
 @connect_option
 @click.option("--workload", type=click.Choice(WORKLOAD_NAMES), default="a", show_default=True, help="What to do.")
 @click.option("--inflight", type=click.IntRange(1, 65_536), default=64, show_default=True, help="Operations at a time.")
-@click.option("--seconds", type=Seconds(0.1), default=10.0, show_default=True, help="How long to measure.")
-@click.option("--warmup", type=Seconds(0), default=1.0, show_default=True, help="Seconds before that.")
+@click.option("--seconds", type=Finite(0.1), default=10.0, show_default=True, help="How long to measure.")
+@click.option("--warmup", type=Finite(0), default=1.0, show_default=True, help="Seconds before that.")
 @click.option("--records", type=click.IntRange(1), default=100_000, show_default=True, help="Records in the data set.")
 @click.option("--value-bytes", type=click.IntRange(0, 1 << 20), default=100, show_default=True, help="Size of a value.")
 @click.option("--connections", type=click.IntRange(1, 1024), default=4, show_default=True, help="Clients to share.")

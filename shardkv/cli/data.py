@@ -9,7 +9,6 @@ from shardkv.cli import text
 from shardkv.cli.root import Example
 from shardkv.cli.session import (
     Client,
-    Seconds,
     Session,
     base64_option,
     connected,
@@ -19,6 +18,7 @@ from shardkv.cli.session import (
     shown_json,
 )
 from shardkv.cli.table import TableWriter
+from shardkv.program import Finite
 
 consistency_option = click.option(
     "--consistency",
@@ -27,7 +27,7 @@ consistency_option = click.option(
 )
 max_age_option = click.option(
     "--max-age",
-    type=Seconds(min=0),
+    type=Finite(min=0),
     metavar="SECONDS",
     help="With --consistency stale: how old the answer may be.  [default: any age]",
 )

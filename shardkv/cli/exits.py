@@ -7,13 +7,12 @@ The codes are part of the contract: 0 done, 1 the cluster answered with an error
 from typing import Final
 
 from shardkv import errors
+from shardkv.program import DONE, FAILED, INTERRUPTED, USAGE, leaf
 
-DONE: Final = 0
-FAILED: Final = 1
-USAGE: Final = 2
+__all__ = ["DONE", "FAILED", "INTERRUPTED", "UNKNOWN", "UNREACHABLE", "USAGE", "code_of", "leaf", "message_of"]
+
 UNREACHABLE: Final = 3
 UNKNOWN: Final = 4
-INTERRUPTED: Final = 130
 
 _USAGE_ERRORS: Final = (
     errors.ConfigError,
@@ -23,18 +22,6 @@ _USAGE_ERRORS: Final = (
     errors.TransactionTooLarge,
 )
 """Found before anything is sent: the arguments are wrong, whatever the cluster holds."""
-
-
-def leaf(error: BaseException) -> BaseException:
-    """The error that matters in an exception group: an interrupt if there is one, else the first."""
-    leaves = list(_leaves(error))
-    return next((each for each in leaves if isinstance(each, KeyboardInterrupt)), leaves[0])
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    if not isinstance(error, BaseExceptionGroup):
-        return [error]
-    return [found for inner in error.exceptions for found in _leaves(inner)]
 
 
 def code_of(error: BaseException) -> int | None:

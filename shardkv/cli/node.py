@@ -18,9 +18,10 @@ from typing import Any, Final
 import click
 import trio
 
-from shardkv.cli.root import Example, let_go_of
+from shardkv.cli.root import Example
 from shardkv.config import SETTINGS, Kind, NodeConfig, Setting, load_node_config
 from shardkv.errors import ConfigError
+from shardkv.program import let_go_of
 
 MAIN_SETTINGS: Final = ("name", "data", "listen", "advertise", "admin", "bootstrap", "join", "label", "log_level")
 """Shown first in the help; the rest is tuning."""

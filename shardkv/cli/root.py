@@ -4,16 +4,15 @@ Exit codes: 0 done, 1 the cluster answered with an error or the key is absent, 2
 be reached in time, 4 outcome unknown, 130 interrupted. Commands raise; only this module turns errors into codes.
 """
 
-import contextlib
 import importlib
 import io
-import os
 import sys
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import click
 
 from shardkv.cli import exits, text
+from shardkv.program import let_go_of, tell
 
 COMMANDS: Final[dict[str, str]] = {
     "node": "shardkv.cli.node:node",
@@ -100,7 +99,7 @@ class Root(ExampleGroup):
             code = exits.code_of(error)
             if code is None:
                 raise
-            _tell(error)
+            tell(exits.message_of(error))
             ctx.exit(code)
 
 
@@ -124,27 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(exits.INTERRUPTED)
     except OSError as error:  # before or after the command itself: the group's own help, the version, the completion
         if not isinstance(error, BrokenPipeError):
-            _tell(error)
+            tell(exits.message_of(error))
         sys.exit(exits.FAILED)
     finally:
         let_go_of(sys.stdout)
         let_go_of(sys.stderr)
-
-
-def _tell(error: BaseException) -> None:
-    """Say on stderr what went wrong. Where that cannot be written either, the exit code says it alone."""
-    with contextlib.suppress(OSError):
-        click.echo(exits.message_of(error), err=True)
-
-
-def let_go_of(stream: IO[str] | None) -> None:
-    """Write what is buffered, and where that fails let it and whatever comes go nowhere.
-
-    The interpreter would try once more at its end, and end with an exit code of its own.
-    """
-    if stream is None:
-        return
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -6,7 +6,6 @@ one place that opens a client; tests put a fake there.
 
 import codecs
 import functools
-import math
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -16,8 +15,8 @@ import click
 from click.core import ParameterSource
 
 from shardkv.cli import text
-from shardkv.cli.exits import leaf
 from shardkv.json_rules import to_json
+from shardkv.program import Finite, leaf
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -64,16 +63,6 @@ class OneShot:
             raise leaf(group) from group
 
 
-class Seconds(click.FloatRange):
-    """A length of time, which has an end."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        found = super().convert(value, param, ctx)
-        if not math.isfinite(found):
-            self.fail(f"{value} is no finite number of seconds.", param, ctx)
-        return found
-
-
 connect_option: Final = click.option(
     "--connect",
     "addresses",
@@ -83,7 +72,7 @@ connect_option: Final = click.option(
     help="Any node's address.",
 )
 timeout_option: Final = click.option(
-    "--timeout", type=Seconds(min=0.001), metavar="SECONDS", help="For each request.  [default: 10]"
+    "--timeout", type=Finite(min=0.001), metavar="SECONDS", help="For each request.  [default: 10]"
 )
 
 

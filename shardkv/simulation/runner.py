@@ -14,6 +14,7 @@ import trio
 
 from shardkv.config import StorageConfig
 from shardkv.errors import ShardKVError
+from shardkv.program import leaf, leaves_of
 from shardkv.server.inside import Inside
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.linearizability import Operation
@@ -57,16 +58,22 @@ class RunSettings:
 
     def command(self) -> str:
         """The shell command that repeats this run."""
-        parts = ["python -m shardkv.simulation", f"--seed {self.seed}", f"--minutes {self.minutes:g}"]
+        parts = ["python -m shardkv.simulation", f"--seed {self.seed}", f"--minutes {_exact(self.minutes)}"]
         if self.nodes != 3:
             parts.append(f"--nodes {self.nodes}")
         if self.workload != "mixed":
             parts.append(f"--workload {self.workload}")
         if self.rate != 20:
-            parts.append(f"--rate {self.rate:g}")
+            parts.append(f"--rate {_exact(self.rate)}")
         if self.faults != tuple(KINDS):
             parts.append(f"--faults {','.join(self.faults) or 'none'}")
         return " ".join(parts)
+
+
+def _exact(number: float) -> str:
+    """As short as it may be and still be that number: another number is another run."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +101,10 @@ class RunResult:
 class Run:
     """One run under way."""
 
-    def __init__(self, settings: RunSettings, trace: Trace) -> None:
+    def __init__(self, settings: RunSettings, trace: Trace, progress: Callable[[float], object] | None = None) -> None:
         self.settings = settings
         self.trace = trace
+        self.progress = progress
         self.heal_seconds = 0.0
         self.ended_at = 0.0
         self.faults: Faults | None = None
@@ -153,6 +161,8 @@ class Run:
             else:
                 self.observing.look_deeper()
                 self.workload.judge()
+            if self.progress is not None:
+                self.progress(determinism.now())
 
     async def _liveness(self, cluster: Cluster) -> None:
         """A quorum is healed and stays so; whoever is not in it is down. It must get on with the work by itself."""
@@ -250,13 +260,18 @@ class Run:
             raise Violation("replicas-agree", f"{AGREE_SECONDS_MAX:g} s after all was healed {reason}")
 
 
-def run(settings: RunSettings, *, lines: Lines | None = None) -> RunResult:
+def run(
+    settings: RunSettings, *, lines: Lines | None = None, progress: Callable[[float], object] | None = None
+) -> RunResult:
     """Make one run. Never raises for what went wrong inside it: that is the result's ``violation``.
 
-    ``lines``: somewhere to write every event to, to compare two runs.
+    ``lines``: somewhere to write every event to, to compare two runs. ``progress``: told once in a virtual second or
+    so how many have passed.
+
+    Raises KeyboardInterrupt: that somebody has had enough is no violation.
     """
     trace = Trace(lines)
-    state = Run(settings, trace)
+    state = Run(settings, trace, progress)
     violation: str | None = None
     thresholds = gc.get_threshold()
     gc.collect()
@@ -264,9 +279,9 @@ def run(settings: RunSettings, *, lines: Lines | None = None) -> RunResult:
     gc.set_threshold(ALLOCATIONS_PER_COLLECTION)
     try:
         determinism.run_deterministically(state.main, seed=settings.seed)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001  # whatever ended the run is what the run found
+    except BaseException as error:  # noqa: BLE001  # whatever else ended the run is what the run found
+        if isinstance(interrupt := leaf(error), KeyboardInterrupt):
+            raise interrupt from None
         violation = _reason(error)
     finally:
         gc.set_threshold(*thresholds)
@@ -290,7 +305,7 @@ def run(settings: RunSettings, *, lines: Lines | None = None) -> RunResult:
 
 def _reason(error: BaseException) -> str:
     """The first violation in a group of errors, else the first error that is none of the cluster's own."""
-    found = list(_leaves(error))
+    found = leaves_of(error)
     for wanted in (Violation, AssertionError):
         for each in found:
             if isinstance(each, wanted):
@@ -299,12 +314,6 @@ def _reason(error: BaseException) -> str:
         if not isinstance(each, ShardKVError):
             return _described(each)
     return _described(found[0])
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for each in error.exceptions for leaf in _leaves(each)]
-    return [error]
 
 
 def _described(error: BaseException) -> str:

@@ -10,8 +10,10 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import click
 import trio
 
+from shardkv.program import run_program
 from shardkv_client.client import Client
 from tests.cluster import kills, partitions, soak_snapshot, stops
 from tests.cluster.flood import FLOODS, GROWTH_MAX, MIB, flood
@@ -127,11 +129,14 @@ OWN: dict[str, Callable[[Sequence[str]], None]] = {
 """Those that make their own cluster and take arguments of their own."""
 
 
-if __name__ == "__main__":
-    name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+def main(name: str = "", *arguments: str) -> None:
     if name in OWN:
         OWN[name](arguments)
     elif name in SOAKS and not arguments:
         trio.run(run, name)
     else:
-        sys.exit(f"usage: python -m tests.cluster.soak {'|'.join((*SOAKS, *OWN))}")
+        raise click.UsageError(f"python -m tests.cluster.soak {'|'.join((*SOAKS, *OWN))}")
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(*sys.argv[1:]))

@@ -13,6 +13,7 @@ import gc
 import sys
 import time
 
+from shardkv.program import run_program
 from tests.fuzz.run import GROWTH_BYTES_MAX, Report, fuzz, resident_bytes
 from tests.fuzz.targets import TARGETS
 
@@ -55,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -14,6 +14,8 @@ from typing import Final
 import click
 import coverage
 
+from shardkv.program import run_program
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "multiraft": ("shardkv/multiraft/*.py",),
@@ -106,4 +108,4 @@ def _report(counting: coverage.Coverage, name: str, paths: list[Path], *, missin
 
 
 if __name__ == "__main__":
-    main()
+    run_program(lambda: main.main(prog_name="python -m tests.simulation.coverage", standalone_mode=False))

@@ -9,6 +9,7 @@ import time
 
 import click
 
+from shardkv.program import run_program
 from tests.simulation.bugs import ALL
 from tests.simulation.bugs.table import Bug, checker
 
@@ -66,4 +67,4 @@ def _search(bug: Bug, seeds: range, minutes: float | None, *, all_faults: bool) 
 
 
 if __name__ == "__main__":
-    main()
+    run_program(lambda: main.main(prog_name="python -m tests.simulation.bugs", standalone_mode=False))
