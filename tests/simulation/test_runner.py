@@ -3,19 +3,23 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import trio
+from click.testing import CliRunner
 
 from shardkv.multiraft.replica import Replica
 from shardkv.simulation import determinism, run_deterministically, simulated_cluster
 from shardkv.simulation import swarm as swarm_module
 from shardkv.simulation.checkers.violation import Violation
+from shardkv.simulation.command import simulation
 from shardkv.simulation.faults import KINDS, Faults
 from shardkv.simulation.observing import apart
 from shardkv.simulation.runner import RunSettings, run
@@ -220,3 +224,129 @@ def test_a_violation_ends_a_swarm_with_the_command_that_repeats_it(tmp_path: Pat
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "python -m shardkv.simulation --seed 1 --minutes 0.01 --faults none" in done.stdout
+
+
+def test_an_interrupted_run_is_no_violation() -> None:
+    """What leaves the simulation is a group with the interrupt in it; it was the run's finding."""
+    with pytest.raises(KeyboardInterrupt):
+        run(RunSettings(1, minutes=0.1), progress=lambda seconds: signal.raise_signal(signal.SIGINT))
+
+
+def test_an_interrupted_swarm_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def one(self: object, run: RunSettings) -> dict[str, Any]:
+        if run.seed == 2:
+            signal.raise_signal(signal.SIGINT)
+            await trio.sleep_forever()
+        return {"seed": run.seed, "violation": None, **dict.fromkeys(LINE, 0), "digest": ""}
+
+    monkeypatch.setattr(swarm_module._Swarm, "_one", one)
+    path = tmp_path / "swarm.jsonl"
+    arguments = ["--swarm", "3", "--minutes", "0.01", "--faults", "none", "--jobs", "1", "--resume", str(path)]
+    with pytest.raises(click.Abort) as raised:
+        simulation.main(arguments, standalone_mode=False)
+    assert str(raised.value.__cause__) == f"the same command goes on from what {path} has"
+    assert load(settings_of(path, 3)).keys() == {1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+async def test_a_run_that_somebody_ended_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    async def run_process(command: object, **options: Any) -> "subprocess.CompletedProcess[bytes]":
+        assert options["process_group"] == 0, "the terminal's interrupt would reach it, too"
+        return subprocess.CompletedProcess([], 128 + number, b"", b"interrupted")
+
+    monkeypatch.setattr(trio, "run_process", run_process)
+    path = tmp_path / "swarm.jsonl"
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await swarm(settings_of(path, 1), lambda text: None)
+    assert raised.group_contains(KeyboardInterrupt)
+    assert load(settings_of(path, 1)) == {}
+
+
+NO_RESULTS = [b"hello", b"hello\n", b"[]\n", b"\x93\xfa\x00", b"root:x:0\nbin:x:1\n", b'{"version": 1}']
+
+
+@pytest.mark.parametrize("found", NO_RESULTS)
+async def test_a_file_that_has_no_results_is_refused_and_left_as_it_is(tmp_path: Path, found: bytes) -> None:
+    """A file of one line was taken for one that a crash had cut short, and overwritten."""
+    path = tmp_path / "notes.txt"
+    path.write_bytes(found)
+    with pytest.raises(SwarmFileError, match=r"notes\.txt .*--resume"):
+        await swarm(settings_of(path, 1), lambda text: None)
+    assert path.read_bytes() == found
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "swarm.jsonl"
+    path.write_text(json.dumps(settings_of(path, 1).parameters()) + '\n{"found": 7}\n')
+    with pytest.raises(SwarmFileError, match=r"line 2 of .* is no result of a swarm"):
+        load(settings_of(path, 1))
+
+
+async def test_a_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent" / "swarm.jsonl", Path("/dev/full")):
+        with pytest.raises(SwarmFileError, match=r"cannot be written: .*; name another with --resume"):
+            await swarm(settings_of(path, 1), lambda text: None)
+
+
+async def test_two_swarms_do_not_write_to_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def one(self: object, run: RunSettings) -> dict[str, Any]:
+        with pytest.raises(SwarmFileError, match="another swarm is writing"):
+            await swarm(settings_of(path, 4), lambda text: None)
+        return {"seed": run.seed, "violation": None, **dict.fromkeys(LINE, 0), "digest": ""}
+
+    monkeypatch.setattr(swarm_module._Swarm, "_one", one)
+    path = tmp_path / "swarm.jsonl"
+    assert len(await swarm(settings_of(path, 1), lambda text: None)) == 1
+
+
+async def test_results_of_other_seeds_stay_and_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def one(self: object, run: RunSettings) -> dict[str, Any]:
+        return {"seed": run.seed, "violation": None, **dict.fromkeys(LINE, 0), "digest": ""}
+
+    monkeypatch.setattr(swarm_module._Swarm, "_one", one)
+    path = tmp_path / "swarm.jsonl"
+    await swarm(settings_of(path, 3), lambda text: None)
+    shown: list[str] = []
+    other = SwarmSettings(RunSettings(9, minutes=0.01, faults=()), 2, jobs=1, path=path)
+    assert [each["seed"] for each in await swarm(other, shown.append)] == [9, 10]
+    assert [text.split()[0] for text in shown] == ["[1/2]", "[2/2]"]
+    assert load(other).keys() == {1, 2, 3, 9, 10}
+
+
+@pytest.mark.parametrize("minutes", [0.1234567, 5.0, 1234567.5, 1e20])
+def test_the_command_that_repeats_a_run_names_its_length_to_the_last_digit(minutes: float) -> None:
+    """Six digits were kept, and another length is another run."""
+    words = RunSettings(1, minutes=minutes).command().split()
+    assert float(words[words.index("--minutes") + 1]) == minutes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--minutes", "nan"], "nan is no finite number"),
+        (["--minutes", "inf"], "inf is no finite number"),
+        (["--rate", "nan"], "nan is no finite number"),
+        (["--rate", "1e300"], "not in the range"),
+        (["--resume", "x"], "--resume goes with --swarm"),
+        (["--jobs", "2"], "--jobs goes with --swarm"),
+        (["--keep-going"], "--keep-going goes with --swarm"),
+        (["--swarm", "1", "--json"], "--json is of one run"),
+        (["--swarm", "1", "--trace", "x"], "--trace is of one run"),
+        (["--trace", "/absent/x"], "/absent/x cannot be written: No such file or directory"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(arguments: list[str], said: str) -> None:
+    found = CliRunner().invoke(simulation, arguments)
+    assert (found.exit_code, said in found.output) == (2, True), found.output
+
+
+def test_a_trace_that_cannot_be_written_is_no_violation() -> None:
+    """The seed held; that the disk was full has nothing to do with it."""
+    found = CliRunner().invoke(
+        simulation, ["--seed", "1", "--minutes", "0.05", "--faults", "none", "--trace", "/dev/full"]
+    )
+    assert found.exit_code == 1
+    assert "seed 1 ok" in found.output
+    assert "Error: /dev/full is not whole: No space left on device" in found.output
