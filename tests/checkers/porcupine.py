@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from shardkv.program import run_program
 from shardkv.simulation.checkers.failing_window import explain
 from shardkv.simulation.checkers.linearizability import STEPS_MAX, Model, Operation, Outcome, Result, Verdict, check
 
@@ -100,7 +101,9 @@ def read_case(path: Path) -> Case:
     text = path.read_text()
     if path.suffix == ".log":
         return Case(path, jepsen_history(text), JepsenRegister(), _expected(path))
-    expected = {"ok": Verdict.LINEARIZABLE, "bad": Verdict.NOT_LINEARIZABLE}[path.stem.rpartition("-")[2]]
+    expected = {"ok": Verdict.LINEARIZABLE, "bad": Verdict.NOT_LINEARIZABLE}.get(path.stem.rpartition("-")[2])
+    if expected is None:
+        raise ValueError("its name says no verdict: it ends neither in -ok nor in -bad")
     return Case(path, store_history(text), AppendStore(), expected)
 
 
@@ -127,7 +130,7 @@ def jepsen_history(text: str) -> list[Operation]:
             argument = {"read": None, "write": numbers[0] if numbers else None, "cas": tuple(numbers)}[kind]
             open_calls[process] = Operation(kind, argument, called=moment, client=process)
             continue
-        operation = open_calls.pop(process)
+        operation = _called(open_calls, process, moment)
         if event == "info" or value == ":timed-out":
             if event == "info" and kind != "read":
                 operations.append(operation)
@@ -150,10 +153,16 @@ def store_history(text: str) -> list[Operation]:
         if event == "invoke":
             open_calls[process] = Operation(kind, value, called=moment, key=key, client=process)
             continue
-        operation = open_calls.pop(process)
+        operation = _called(open_calls, process, moment)
         operation.outcome, operation.returned = Outcome(value), moment
         operations.append(operation)
     return operations + [each for each in open_calls.values() if each.kind != "get"]
+
+
+def _called(open_calls: dict[str, Operation], process: str, moment: int) -> Operation:
+    if process not in open_calls:
+        raise ValueError(f"line {moment + 1} answers a call that process {process} has not made")
+    return open_calls.pop(process)
 
 
 def history_files(paths: Sequence[Path]) -> list[Path]:
@@ -175,6 +184,9 @@ def history_files(paths: Sequence[Path]) -> list[Path]:
 def main(arguments: Sequence[str]) -> int:
     explaining = "--explain" in arguments
     files = history_files([Path(each) for each in arguments if each != "--explain"])
+    if "--help" in arguments:
+        print(__doc__)
+        return 0
     missing = [path for path in files if not path.is_file()]
     if missing or not files:
         print(
@@ -184,7 +196,11 @@ def main(arguments: Sequence[str]) -> int:
     matching, slowest, begin = 0, 0.0, time.process_time()
     for path in files:
         before = time.process_time()
-        case = read_case(path)
+        try:
+            case = read_case(path)
+        except (OSError, ValueError) as problem:
+            print(f"{path}: is no history with a published verdict: {problem}")
+            continue
         found = case.judge()
         seconds = time.process_time() - before
         slowest = max(slowest, seconds)
@@ -200,4 +216,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(lambda: main(sys.argv[1:]))

@@ -80,6 +80,27 @@ def test_the_command_refuses_what_is_no_history(folder: Path, capsys: pytest.Cap
         porcupine.read_case(folder / "unjudged.log")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.txt", b"", "its name says no verdict"),
+        ("a-ok.txt", b"hello\n", "line 1 is none of the store's"),
+        ("a-ok.txt", b'{:process 3, :type :ok, :f :get, :key "a", :value nil}\n', "line 1 answers a call"),
+        ("good.log", b"\x93\xfa\x00", "can't decode"),
+        ("good.log", b"INFO  jepsen.util - 4\t:ok\t:read\t1\n", "line 1 answers a call"),
+    ],
+)
+def test_the_command_goes_on_behind_a_file_that_is_no_history(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, why: str
+) -> None:
+    (folder / name).write_bytes(content)
+    assert porcupine.main([str(folder / name), str(folder / "bad.log")]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert "is no history with a published verdict" in shown[0]
+    assert why in shown[0]
+    assert shown[1].startswith("bad.log: match")
+
+
 STORE = """{:process 0, :type :invoke, :f :append, :key "a", :value "x"}
 {:process 0, :type :ok, :f :append, :key "a", :value "x"}
 {:process 1, :type :invoke, :f :put, :key "b", :value "z"}

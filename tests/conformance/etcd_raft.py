@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from shardkv.program import run_program
 from tests.conformance.datadriven import Case, parse_file
 from tests.conformance.interaction import World
 from tests.conformance.tables import MembershipTable, QuorumTable
@@ -77,8 +78,13 @@ def without_log_lines(text: str) -> list[str]:
 
 
 def replay(path: Path) -> Difference | None:
-    """Run a file from its beginning; None when everything it prints is as published."""
+    """Run a file from its beginning; None when everything it prints is as published.
+
+    Raises ValueError for a file of another format, or without a command.
+    """
     cases = parse_file(path)
+    if not cases:
+        raise ValueError("it has no command")
     runner = runner_for(cases)
     for case in cases:
         expected = without_log_lines(case.expected)
@@ -100,9 +106,9 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments:
-        print(__doc__, file=sys.stderr)
-        return 2
+    if not arguments or "--help" in arguments:
+        print(__doc__, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
     files = data_files([Path(argument) for argument in arguments])
     missing = [path for path in files if not path.is_file()]
     if missing or not files:
@@ -110,15 +116,16 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     matching = 0
     for path in files:
-        difference = replay(path)
+        try:
+            difference: object = replay(path)
+        except (OSError, ValueError) as problem:
+            difference = f"{path}: is no data-driven file: {problem}"
         if difference is None:
             matching += 1
-            print(f"{path}: match")
-        else:
-            print(difference)
+        print(f"{path}: match" if difference is None else difference)
     print(f"{matching} of {len(files)} files match")
     return 0 if matching == len(files) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(lambda: main(sys.argv[1:]))

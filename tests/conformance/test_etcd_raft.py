@@ -92,6 +92,19 @@ def test_the_exit_code_tells_whether_every_file_matches(tmp_path: Path, capsys: 
     assert etcd_raft.main([str(tmp_path / "absent.txt")]) == 2
 
 
+@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"hello world\n", b"\x93\xfa\x00"])
+def test_a_file_that_is_not_of_the_format_does_not_match(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    """An empty one was said to match, and another ended in a traceback before the files behind it."""
+    (tmp_path / "a.txt").write_bytes(content)
+    (tmp_path / "b.txt").write_bytes(content)
+    assert etcd_raft.main([str(tmp_path)]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2].partition(":")[0] for line in shown[:2]] == ["is no data-driven file"] * 2
+    assert shown[2] == "0 of 2 files match"
+
+
 def test_the_parser_reads_every_form_of_the_format(tmp_path: Path) -> None:
     """cockroachdb/datadriven: comments, continued lines, input, values in parentheses, doubled dashes."""
     file = tmp_path / "forms.txt"
