@@ -1,9 +1,9 @@
-"""``host:port`` as users write it: what listens and what dials takes it apart here.
+"""``host:port`` as users write it: what listens, what dials, options and settings take it apart here and nowhere else.
 
-Pure text; nothing is resolved here. An IPv6 host stands in brackets, as in a URL. A node's configuration looks at its
-addresses by itself, so that its messages name the setting: :func:`shardkv.config.parse_address`.
+Pure text; nothing is resolved here. An IPv6 host stands in brackets, as in a URL.
 """
 
+from ipaddress import ip_address
 from typing import Final, NamedTuple, cast
 
 from shardkv.errors import ConfigError
@@ -21,6 +21,14 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it means every interface, so that nobody can connect to it as it stands."""
+        try:
+            return ip_address(self.host).is_unspecified
+        except ValueError:
+            return False
 
 
 def parse_address(text: str, *, port_zero: bool = False) -> Address:

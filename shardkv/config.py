@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
+from shardkv.address import parse_address
 from shardkv.errors import ConfigError
 
 ENVIRONMENT_PREFIX: Final = "SHARDKV_"
@@ -230,9 +231,13 @@ class NodeConfig:
         check_bounds(self)
         if self.bootstrap and self.join:
             raise ConfigError("bootstrap and join exclude each other: a node starts a cluster or joins one")
-        if self.advertise is None and is_wildcard(self.listen):
+        if self.advertise is None and parse_address(self.listen, port_zero=True).is_wildcard:
             raise ConfigError(
                 f"advertise must be given: listen is {self.listen!r}, every interface, which others cannot connect to"
+            )
+        if self.advertise is not None and parse_address(self.advertise).is_wildcard:
+            raise ConfigError(
+                f"advertise must be where others connect to, not {self.advertise!r}, which is every interface"
             )
 
 
@@ -302,22 +307,6 @@ def check_bounds(config: Any) -> None:
             raise ConfigError(f"{setting.name} {problem}")
 
 
-def parse_address(text: str, *, port_low: int = 1) -> tuple[str, int]:
-    """``host:port`` or ``[v6]:port`` as its parts. Raises ValueError that says what is wrong."""
-    host, colon, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not host or (":" in host and not bracketed) or any(c.isspace() or c == "," for c in host):
-        raise ValueError(f"must be HOST:PORT, not {text!r}")
-    if not port.isascii() or not port.isdigit() or not port_low <= int(port) <= 65_535:
-        raise ValueError(f"must have a port from {port_low} to 65535, not {port!r}")
-    return (host[1:-1] if bracketed else host), int(port)
-
-
-def is_wildcard(address: str) -> bool:
-    """Whether ``address`` means every interface, so that nobody can connect to it as it stands."""
-    return address.rpartition(":")[0] in ("0.0.0.0", "[::]")
-
-
 def _problem(setting: Setting, value: Any) -> str | None:
     """What is wrong with a value of the right type, as the end of a sentence, or None."""
     match setting.kind:
@@ -341,9 +330,9 @@ def _problem(setting: Setting, value: Any) -> str | None:
         case Kind.ADDRESS | Kind.LISTEN_ADDRESS | Kind.ADDRESSES:
             for address in value if setting.kind is Kind.ADDRESSES else (value,):
                 try:
-                    parse_address(address, port_low=0 if setting.kind is Kind.LISTEN_ADDRESS else 1)
-                except ValueError as problem:
-                    return str(problem)
+                    parse_address(address, port_zero=setting.kind is Kind.LISTEN_ADDRESS)
+                except ConfigError as problem:
+                    return f"must be an address: {problem}"
         case Kind.LABELS:
             if len(value) > LABELS_MAX or len(dict(value)) != len(value):
                 return f"must be at most {LABELS_MAX} labels, each key once"
@@ -515,6 +504,10 @@ def _texts(value: object) -> list[str]:
     return [part.strip() for each in value for part in each.split(",") if part.strip()]
 
 
+def _read_address(value: object) -> str:
+    return _read_text(value).strip()
+
+
 def _read_addresses(value: object) -> tuple[str, ...]:
     return tuple(_texts(value))
 
@@ -542,8 +535,8 @@ _READERS: Final[dict[Kind, Callable[[object], Any]]] = {
     Kind.CHOICE: _read_text,
     Kind.COUNT: _read_count,
     Kind.BYTES: _read_bytes,
-    Kind.ADDRESS: _read_text,
-    Kind.LISTEN_ADDRESS: _read_text,
+    Kind.ADDRESS: _read_address,
+    Kind.LISTEN_ADDRESS: _read_address,
     Kind.ADDRESSES: _read_addresses,
     Kind.LABELS: _read_labels,
 }

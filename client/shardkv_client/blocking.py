@@ -13,9 +13,9 @@ from typing import Any, Final, Self, TypeVar
 
 import trio
 
+from shardkv.address import parse_addresses
 from shardkv.errors import ClientClosed
 from shardkv.types import Entry, RangeDescriptor
-from shardkv.wire.address import parse_addresses
 from shardkv_client.batches import Pairs, Progress
 from shardkv_client.client import connect
 from shardkv_client.core import TIMEOUT_SECONDS, NodeInfo, Settings

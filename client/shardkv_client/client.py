@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
+from shardkv.address import parse_addresses
 from shardkv.errors import ClientClosed, InvalidRange, NotFound, OutcomeUnknown, ShardKVError
 from shardkv.types import PLACEMENT_RANGE, Entry, RangeDescriptor
-from shardkv.wire.address import parse_addresses
 from shardkv.wire.commands import Op, pack_delete, pack_increment, pack_put
 from shardkv.wire.requests import Method
 from shardkv_client.batches import Gathering, Pairs, Progress, PutMany, check_pairs, get_many

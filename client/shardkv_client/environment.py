@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import anyio
 
-from shardkv.wire.address import parse_address
+from shardkv.address import parse_address
 
 RECEIVE_BUFFER_BYTES: Final = 64 * 1024
 ADDRESS_SECONDS: Final = 0.5

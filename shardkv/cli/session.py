@@ -14,7 +14,9 @@ from typing import Any, Final, Protocol, TypeVar
 import click
 from click.core import ParameterSource
 
+from shardkv.address import parse_addresses
 from shardkv.cli import text
+from shardkv.errors import ConfigError
 from shardkv.json_rules import to_json
 from shardkv.program import Finite, leaf
 
@@ -98,15 +100,12 @@ def connected(function: Function) -> Function:
 
 def required(ctx: click.Context, addresses: str | None) -> str:
     """The addresses to connect to. Raises a usage error when there are none, or one is no address."""
-    from shardkv.config import parse_address
-
     if not addresses:
         raise click.UsageError("give --connect HOST:PORT or set SHARDKV_CONNECT", ctx)
-    for address in addresses.split(","):
-        try:
-            parse_address(address.strip())
-        except ValueError as problem:
-            raise click.BadParameter(str(problem), ctx, param_hint="--connect") from None
+    try:
+        parse_addresses(addresses)
+    except ConfigError as problem:
+        raise click.BadParameter(str(problem), ctx, param_hint="--connect") from None
     return addresses
 
 

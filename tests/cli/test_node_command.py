@@ -274,7 +274,7 @@ def test_an_unknown_option_and_a_bad_address_are_wrong_usage(tmp_path: Path) -> 
     assert run("--colour", "blue")[0] == 2
     code, output = run("--name", "n", "--data", str(tmp_path), "--listen", "somewhere")
     assert code == 2
-    assert "listen must be HOST:PORT, not 'somewhere' (from --listen)" in output
+    assert "listen must be an address: 'somewhere' has no port; write it as HOST:PORT" in output
 
 
 def test_a_relative_data_directory_lies_where_the_command_was_typed(

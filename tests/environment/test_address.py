@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardkv.address import Address, parse_address, parse_addresses
 from shardkv.errors import ConfigError
-from shardkv.wire.address import Address, parse_address, parse_addresses
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, LifespanState
 from hypercorn.utils import wrap_app
 
-from shardkv.config import parse_address
+from shardkv.address import Address, parse_address
 from shardkv.environment import Environment
 from shardkv.errors import ConfigError
 from shardkv.server.admin.app import Application, NodeParts
@@ -110,7 +110,7 @@ def _web_server() -> Config:
 
 async def _bind(address: str) -> tuple[trio.socket.SocketType, str]:
     """A bound socket and its address. Raises ConfigError that says what to do."""
-    host, port = parse_address(address, port_low=0)
+    host, port = parse_address(address, port_zero=True)
     try:
         found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM, flags=trio.socket.AI_PASSIVE)
     except OSError as error:
@@ -131,8 +131,7 @@ async def _bind(address: str) -> tuple[trio.socket.SocketType, str]:
     except BaseException:
         listening.close()
         raise
-    bound_host, bound_port = listening.getsockname()[:2]
-    return listening, f"[{bound_host}]:{bound_port}" if ":" in bound_host else f"{bound_host}:{bound_port}"
+    return listening, str(Address(*listening.getsockname()[:2]))
 
 
 def _advice(error: OSError, port: int) -> str:
