@@ -94,4 +94,5 @@ def run(
     for kind, count in result.error_kinds.items():
         click.echo(f"note: {count:,} operations failed with {kind}", err=True)
     if not result.ops:
+        click.echo(f"note: nothing ended within {seconds:g} s; give more --seconds, or less --inflight", err=True)
         ctx.exit(1)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, cast
 
 import click
 
@@ -22,6 +22,7 @@ from shardkv.cli.progress import Progress
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, base64_option, connected
 from shardkv.json_rules import to_json
+from shardkv.program import tell
 from shardkv.types import KEY_BYTES_MAX
 
 BATCH_KEYS_MAX: Final = 5_000
@@ -54,7 +55,9 @@ class Checkpoint:
             raise click.UsageError(f"{self.path} is damaged; remove it to start anew") from None
         differing = [name for name, value in self._identity.items() if saved.get(name) != value]
         if differing:
-            raise click.UsageError(f"{self.path} belongs to a command with another {', '.join(differing)}")
+            raise click.UsageError(
+                f"{self.path} belongs to a command with another {', '.join(differing)}; start anew without --resume"
+            )
         return saved
 
     def save(self, **state: object) -> None:
@@ -66,6 +69,17 @@ class Checkpoint:
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """While the command works: at its end the file is removed, and where it does not get there it says what for."""
+        try:
+            yield
+        except BaseException:
+            if self.path is not None:
+                tell(f"how far it came is noted in {self.path}; with --resume the same command carries on")
+            raise
+        self.remove()
 
 
 def _is_stream(file_name: str) -> bool:
@@ -114,11 +128,10 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
                 " import from stdin (-) to do without"
             ) from None
         total = None if _is_stream(file_name) else os.fstat(file.fileno()).st_size
-        with Progress("import", unit="bytes", total=total) as progress:
+        with checkpoint.kept(), Progress("import", unit="bytes", total=total) as progress:
             count = session.run(
                 _importer(session, file, file_format, start=start, checkpoint=checkpoint, progress=progress)
             )
-    checkpoint.remove()
     click.echo(f"imported {count:,} keys", err=True)
 
 
@@ -237,11 +250,10 @@ def export(
         elif saved["last_key_hex"] is not None:
             start_after = _least_above(bytes.fromhex(saved["last_key_hex"]))
             span |= {"limit": 0} if start_after is None else {"start": start_after}
-        with Progress("export") as progress:
+        with checkpoint.kept(), Progress("export") as progress:
             count = session.run(
                 _exporter(session, file, file_format, span=span, saved=saved, checkpoint=checkpoint, progress=progress)
             )
-    checkpoint.remove()
     click.echo(f"exported {count:,} keys", err=True)
 
 
@@ -293,7 +305,7 @@ def _open_output(file_name: str, saved: Mapping[str, Any] | None, resume: bool, 
         return
     path = Path(file_name)
     if saved is not None:
-        with path.open("r+b") as file:
+        with _opened(path, "r+b") as file:
             if file.seek(0, os.SEEK_END) < saved["offset"]:
                 raise click.UsageError(f"{file_name} is shorter than it was; export it anew with --overwrite")
             file.truncate(saved["offset"])
@@ -303,5 +315,12 @@ def _open_output(file_name: str, saved: Mapping[str, Any] | None, resume: bool, 
     if path.exists() and not overwrite:
         why = "and there is nothing to resume" if resume else "; give --overwrite to replace it"
         raise click.UsageError(f"{file_name} exists{'' if why.startswith(';') else ' '}{why}")
-    with path.open("wb") as file:
+    with _opened(path, "wb") as file:
         yield file
+
+
+def _opened(path: Path, mode: str) -> BinaryIO:
+    try:
+        return cast(BinaryIO, path.open(mode))
+    except OSError as problem:
+        raise click.UsageError(f"cannot write {path}: {problem.strerror}; name another file") from None

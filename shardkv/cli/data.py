@@ -18,7 +18,9 @@ from shardkv.cli.session import (
     shown_json,
 )
 from shardkv.cli.table import TableWriter
+from shardkv.errors import ValueTooLarge
 from shardkv.program import Finite
+from shardkv.types import VALUE_BYTES_MAX
 
 consistency_option = click.option(
     "--consistency",
@@ -105,7 +107,12 @@ def get(
 
 def _value(typed: str, base64_text: bool) -> bytes:
     if typed == "-":
-        return sys.stdin.buffer.read()
+        value = sys.stdin.buffer.read(VALUE_BYTES_MAX + 1)
+        if len(value) > VALUE_BYTES_MAX:
+            raise ValueTooLarge(
+                f"a value may have {VALUE_BYTES_MAX} bytes; stdin has more: spread it over several keys"
+            )
+        return value
     return read_bytes(typed, base64_text, "VALUE")
 
 

@@ -18,6 +18,9 @@ from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX
 FORMATS: Final = ("jsonl", "csv")
 CSV_COLUMNS: Final = ("key", "key_base64", "value", "value_base64", "version")
 
+LINE_BYTES_MAX: Final = 64 * 1024 * 1024
+"""Far above the largest record however it is escaped. A file that is none may have no second line."""
+
 
 class Record(NamedTuple):
     key: bytes
@@ -77,9 +80,11 @@ class _Lines:
             file.seek(offset)
 
     def __iter__(self) -> Iterator[str]:
-        for raw in self._file:
+        while raw := self._file.readline(LINE_BYTES_MAX + 1):
             self.offset += len(raw)
             self.line += 1
+            if len(raw) > LINE_BYTES_MAX:
+                raise BadRecord(f"line {self.line}: longer than {LINE_BYTES_MAX:,} bytes, which no record is")
             try:
                 yield raw.decode("utf-8")
             except UnicodeDecodeError as problem:
@@ -102,7 +107,7 @@ def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
     if resumed_at:
         file.seek(0)
     top = _Lines(file, 0, 0)
-    csv.field_size_limit(64 * 1024 * 1024)
+    csv.field_size_limit(LINE_BYTES_MAX)
     try:
         header = next(csv.reader(top), [])
     except csv.Error as problem:

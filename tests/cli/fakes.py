@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import trio
@@ -178,7 +178,7 @@ class World:
     def __init__(self, client: FakeClient) -> None:
         self.client = client
 
-    def run(self, *arguments: str, input: bytes | str | None = None, connect: bool = True) -> Result:
+    def run(self, *arguments: str, input: bytes | str | IO[bytes] | None = None, connect: bool = True) -> Result:
         env = {"SHARDKV_CONNECT": "127.0.0.1:7001"} if connect else {}
         return CliRunner(env=env).invoke(shardkv, list(arguments), input=input)
 

@@ -78,7 +78,9 @@ def test_an_interrupted_import_carries_on_where_it_stopped(world: World, tmp_pat
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"".join(records.write_record("jsonl", b"k%d" % number, b"v", 1) for number in range(10)))
     world.client.fail, world.client.fail_after = errors.Unavailable("no leader"), 2
-    assert world.run("import", str(path)).exit_code == 3
+    stopped = world.run("import", str(path))
+    assert stopped.exit_code == 3
+    assert f"how far it came is noted in {path}.progress; with --resume the same command carries on" in stopped.stderr
     assert len(world.client.data) == 6
     world.client.fail = None
     world.client.batches.clear()
@@ -199,7 +201,7 @@ def test_resuming_something_else_is_refused(world: World, tmp_path: Path) -> Non
     path.write_bytes(b"".join(reversed(lines)))
     result = world.run("import", str(path), "--resume")
     assert result.exit_code == 2
-    assert "another fingerprint" in result.stderr
+    assert "another fingerprint; start anew without --resume" in result.stderr
     path.with_name("in.jsonl.progress").write_text("{")
     assert "damaged" in world.run("import", str(path), "--resume").stderr
 
@@ -280,3 +282,25 @@ def test_a_csv_file_without_a_header_is_refused(world: World, tmp_path: Path) ->
     assert result.exit_code == 2
     assert "header" in result.stderr
     assert world.run("import", str(tmp_path / "absent")).exit_code == 2
+
+
+@pytest.mark.parametrize("file_format", records.FORMATS)
+def test_a_file_without_line_ends_is_not_read_into_memory(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str
+) -> None:
+    monkeypatch.setattr(records, "LINE_BYTES_MAX", 1000)
+    path = tmp_path / f"in.{file_format}"
+    path.write_bytes(records.write_header(file_format) + records.write_record(file_format, b"a", b"1", 7))
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(1001))
+    result = world.run("import", str(path))
+    assert result.exit_code == 2
+    assert f"line {whole.count(10) + 1}: longer than 1,000 bytes" in result.stderr
+    assert list(world.client.data) == [b"a"]
+
+
+def test_a_file_that_cannot_be_written_is_wrong_usage(world: World, tmp_path: Path) -> None:
+    for name, why in ((tmp_path / "absent" / "out.jsonl", "No such file or directory"), (tmp_path, "Is a directory")):
+        result = world.run("export", str(name), "--overwrite")
+        assert result.exit_code == 2
+        assert f"cannot write {name}: {why}; name another file" in result.stderr

@@ -1,14 +1,17 @@
 """The data commands against a fake client: output, the JSON rules and the exit codes of DESIGN 2.2."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from shardkv import errors
 from shardkv.cli import text
+from shardkv.types import VALUE_BYTES_MAX
 from tests.cli.fakes import FIRST_VERSION, World, world
 from tests.cli.test_node_command import SECONDS
 
@@ -42,6 +45,24 @@ def test_get_shows_bytes_escaped_raw_or_as_base64(world: World) -> None:
         "value_base64": "YVxiCv4=",
         "version": str(FIRST_VERSION + 1),
     }
+
+
+def test_put_does_not_read_more_of_stdin_than_a_value_may_have(world: World) -> None:
+    class Endless(io.RawIOBase):
+        taken = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            self.taken += len(buffer)
+            assert self.taken < 4 * VALUE_BYTES_MAX, "who reads to the end of this never gets there"
+            return len(buffer)
+
+    result = world.run("put", "k", "-", input=io.BufferedReader(Endless()))
+    assert result.exit_code == 2
+    assert "stdin has more: spread it over several keys" in result.stderr
+    assert not world.client.data
 
 
 def test_put_reads_a_value_of_dash_from_stdin_byte_for_byte(world: World) -> None:
