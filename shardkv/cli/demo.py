@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -57,12 +57,19 @@ def demo(
 def run_demo(nodes: int, data: str | None, base_port: int | None, *, with_shell: bool, with_tour: bool) -> int:
     """The exit code: 1 when the tour found an acknowledged write missing, or a node failed to start."""
     signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run_demo(nodes, data, base_port, with_shell=with_shell, with_tour=with_tour)
+    except Terminated:  # wherever it was: the nodes have been stopped and a temporary directory is gone
+        return exits.DONE
+
+
+def _run_demo(nodes: int, data: str | None, base_port: int | None, *, with_shell: bool, with_tour: bool) -> int:
     with _directory(data) as directory, _cluster(directory, nodes, base_port, with_tour) as cluster:
         started = time.monotonic()
         try:
             cluster.start()
         except NodeFailed as failure:
-            click.echo(f"Error: {failure}", err=True)
+            click.echo(f"Error: {failure}".rstrip(), err=True)
             return exits.FAILED
         click.secho(f"{nodes} nodes serve after {time.monotonic() - started:.1f} s", bold=True)
         rows = [
@@ -71,10 +78,7 @@ def run_demo(nodes: int, data: str | None, base_port: int | None, *, with_shell:
         ]
         sys.stdout.write(render(["node", "address", "pid", "log"], rows))
         click.echo(f"\nconnect from another terminal with  shardkv shell --connect {cluster.connect}")
-        try:
-            return _use(cluster, with_shell, with_tour)
-        except Terminated:
-            return exits.DONE
+        return _use(cluster, with_shell, with_tour)
 
 
 def _use(cluster: LocalCluster, with_shell: bool, with_tour: bool) -> int:
@@ -160,6 +164,16 @@ def _directory(data: str | None) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _saved(path: Path) -> dict[str, Any]:
+    """Raises a usage error for a file that is not what a demo leaves, as after a power cut."""
+    with contextlib.suppress(ValueError):
+        saved = json.loads(path.read_bytes())
+        match saved:
+            case {"nodes": int(), "addresses": {"n1": str()}}:
+                return dict(saved)
+    raise click.UsageError(f"{path} is damaged, which knows the nodes' addresses; give another --data")
+
+
 def _cluster(directory: Path, nodes: int, base_port: int | None, with_tour: bool) -> LocalCluster:
     """A cluster on the directory. A second start on the same data takes the same ports, which the nodes know."""
     from shardkv.cli.tour import SPLIT_BYTES
@@ -167,7 +181,7 @@ def _cluster(directory: Path, nodes: int, base_port: int | None, with_tour: bool
     saved_path = directory / "demo.json"
     options = ["--split-bytes", str(SPLIT_BYTES)] if with_tour else []
     if saved_path.exists():
-        saved = json.loads(saved_path.read_text())
+        saved = _saved(saved_path)
         if saved["nodes"] != nodes or (base_port is not None and saved["addresses"]["n1"] != f"127.0.0.1:{base_port}"):
             raise click.UsageError(
                 f"{directory} holds a cluster of {saved['nodes']} nodes, the first at {saved['addresses']['n1']};"

@@ -115,7 +115,7 @@ def shardkv() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Ends the process."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors=text.ESCAPES)
     try:
         shardkv(arguments, prog_name="shardkv")

@@ -22,6 +22,7 @@ from shardkv.cli.root import Example
 from shardkv.cli.root import shardkv as root
 from shardkv.cli.session import Body, ShellSession
 from shardkv.cli.shell_language import ALIASES, BUILT_IN, COMMANDS, SyntaxProblem, parse, quoted
+from shardkv.program import tell
 
 COMPLETION_KEYS_MAX: Final = 20
 COMPLETION_SECONDS: Final = 1.0
@@ -286,6 +287,7 @@ async def _interrupts(
         task_status.started()
         async for _ in signals:
             if not shell.interrupt() and give_up is not None:
+                tell("interrupted")
                 give_up()
 
 

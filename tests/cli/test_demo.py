@@ -64,6 +64,32 @@ def test_the_nodes_end_with_the_demo_however_it_ends(tmp_path: Path, number: sig
         os.close(descriptor)
 
 
+def test_a_demo_that_is_told_to_end_while_its_nodes_start_ends_cleanly(tmp_path: Path) -> None:
+    told = SCRIPT.replace(
+        "from shardkv.cli.root",
+        "import signal\ndemo.LocalCluster.func.start = lambda self: signal.raise_signal(15)\nfrom shardkv.cli.root",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", told, "demo", "--no-shell"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=SECONDS,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"nodes": 3}', '{"nodes": 3, "addresses": {}}', "\0\0"])
+def test_a_demo_names_a_file_of_its_own_that_is_damaged(tmp_path: Path, content: str) -> None:
+    (tmp_path / "demo.json").write_text(content)
+    with start("--no-shell", "--data", str(tmp_path)) as child:
+        _, said = child.communicate(timeout=SECONDS)
+    assert child.returncode == 2
+    assert f"{tmp_path}/demo.json is damaged" in said
+    assert "Traceback" not in said
+
+
 def test_a_demo_whose_shell_is_open_ends_cleanly_when_it_is_told_to(tmp_path: Path) -> None:
     """Without a complaint of the loop, and with the terminal as it was, so that what is typed next can be seen."""
     ours, theirs = pty.openpty()

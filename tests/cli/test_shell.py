@@ -215,14 +215,16 @@ def test_an_interrupt_of_the_commands_given_is_exit_code_130() -> None:
 
 @pytest.mark.parametrize("typed", [b"put a 1\n", b"put a 1\nput b -\n"], ids=["by the shell", "by a command"])
 def test_an_interrupt_while_stdin_is_read_is_exit_code_130(typed: bytes) -> None:
-    with start([], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    with start([], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stdout is not None
+        assert child.stderr is not None
         child.stdin.write(typed)
         child.stdin.flush()
         assert child.stdout.readline()
         child.send_signal(signal.SIGINT)
         assert child.wait(SECONDS) == 130
+        assert child.stderr.read() == b"interrupted\n"
 
 
 def test_a_terminal_gets_a_prompt_results_and_a_history(tmp_path: Path) -> None:
