@@ -10,17 +10,36 @@ which, a digest of all outcomes in order, the memory before and after, and for e
 
 import argparse
 import gc
+import signal
 import sys
 import time
+from types import FrameType
 
 from shardkv.program import run_program
 from tests.fuzz.run import GROWTH_BYTES_MAX, Report, fuzz, resident_bytes
 from tests.fuzz.targets import TARGETS
 
 
+def _count(typed: str) -> int:
+    if not typed.isascii() or not typed.isdigit() or int(typed) == 0:
+        raise argparse.ArgumentTypeError(f"{typed!r} is no count of inputs; give 1 or more")
+    return int(typed)
+
+
+class Interrupts:
+    """Lets the input that is under way end; at the second interrupt it is given up."""
+
+    received = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=100_000, help="how many inputs")
+    parser.add_argument("--frames", type=_count, default=100_000, help="how many inputs")
     parser.add_argument("--seed", default="1")
     parser.add_argument("--target", action="append", choices=[each.name for each in TARGETS])
     arguments = parser.parse_args()
@@ -35,7 +54,10 @@ def main() -> int:
             file=sys.stderr,
         )
 
-    report = fuzz(arguments.frames, arguments.seed, targets, progress)
+    interrupts = Interrupts()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupts)
+    report = fuzz(arguments.frames, arguments.seed, targets, progress, stopped=lambda: interrupts.received)
     gc.collect()
     for failure in report.failures.values():
         print(failure.describe())

@@ -74,13 +74,20 @@ def fuzz(
     targets: Sequence[Target] = TARGETS,
     progress: Callable[[Report], None] | None = None,
     progress_every: int = 50_000,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Report:
-    """Try ``count`` inputs."""
+    """Try ``count`` inputs.
+
+    Raises KeyboardInterrupt once ``stopped`` says so, between two of them: what is tried may swallow one of its own, or
+    make an exit code of it.
+    """
     chance = random.Random(f"fuzz {seed}")
     wheel = [target for target in targets for _ in range(target.weight)]
     report, digest = Report(), sha256()
     warm = max(1, int(count * WARM_SHARE))
     for number in range(count):
+        if stopped():
+            raise KeyboardInterrupt
         if number == warm:
             report.resident_warm = resident_bytes()
         target = chance.choice(wheel)

@@ -1,6 +1,7 @@
 """Every decoder against a fixed choice of damaged input, and the fuzzer itself: it must see what is wrong."""
 
 import random
+import sys
 import tracemalloc
 
 import pytest
@@ -9,6 +10,7 @@ from shardkv import codec
 from shardkv.config import load_node_config
 from shardkv.errors import MalformedRequest, ProtocolError
 from tests.fuzz import samples
+from tests.fuzz.__main__ import Interrupts, main
 from tests.fuzz.mutation import mutated
 from tests.fuzz.run import fuzz
 from tests.fuzz.targets import TARGETS, Target
@@ -45,6 +47,30 @@ def test_every_sample_is_valid_before_it_is_damaged(target: Target) -> None:
 def test_a_run_repeats_itself() -> None:
     assert fuzz(1_500, 5).digest == fuzz(1_500, 5).digest
     assert fuzz(1_500, 5).digest != fuzz(1_500, 6).digest
+
+
+def test_an_interrupt_ends_a_run_between_two_inputs_and_at_once_when_it_is_repeated() -> None:
+    """A command line that is tried made an exit code of it, and the run went on."""
+    interrupts, tried = Interrupts(), []
+
+    def parse(data: bytes, chance: random.Random) -> None:
+        tried.append(data)
+        interrupts(2, None)
+
+    with pytest.raises(KeyboardInterrupt):
+        fuzz(5, 1, [Target("one", (b"a",), parse, ())], stopped=lambda: interrupts.received)
+    assert len(tried) == 1
+    with pytest.raises(KeyboardInterrupt):
+        interrupts(2, None)
+
+
+@pytest.mark.parametrize("typed", ["0", "-5", "x", ""])
+def test_a_run_without_inputs_is_refused(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory was said to have grown."""
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--frames", typed])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
 
 
 def test_an_error_that_nobody_expects_is_a_failure_that_shows_its_input() -> None:
