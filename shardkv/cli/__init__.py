@@ -6,6 +6,8 @@ paying for the node, the shell or the load generator.
 
 
 def main() -> None:
-    from shardkv.cli.root import main as run
-
+    try:
+        from shardkv.cli.root import main as run
+    except KeyboardInterrupt:  # what comes later the command sees to
+        raise SystemExit(130) from None
     run()

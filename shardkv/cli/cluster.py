@@ -100,7 +100,10 @@ def status(session: Session, as_json: bool) -> None:
 @json_option
 @connected
 def nodes(session: Session, as_json: bool) -> None:
-    """List the nodes, with how many replicas each holds and how many ranges it leads."""
+    """List the nodes, with how many replicas each holds and how many ranges it leads.
+
+    A node is live; suspect, when it has been silent for 2 s; down, after 10 s; or its disk stalls (slow disk).
+    """
 
     async def body(client: Client) -> list[dict[str, Any]]:
         return await fetch_nodes(client, session.timeout)
