@@ -226,21 +226,22 @@ class Wal:
             half = len(updates) // 2
             self.append(updates[:half])
             return self.append(updates[half:])
-        segment, base = self._queue_record(meta, pieces, data_bytes)
+        write, base = self._place_record(meta, pieces, data_bytes)
         self._moves_paid += (HEADER_BYTES + len(meta) + data_bytes) * self._settings.moved_per_new_byte
         try:
-            self._apply(updates, segment, base, crcs)
+            self._apply(updates, write.segment, base, crcs)
         except BaseException as error:
-            # The record is queued, and it says something that cannot be: it must not reach the disk.
+            # The record says something that cannot be: it must not reach the disk.
             self._failure = error
             raise
+        self._queue.append(write)  # not before: the writer takes whatever it finds there
         # Both are the writer's: read in the opposite order, the sequence number is never ahead of the place.
         synced_sequence = self._synced_sequence
         self._cache.trim(synced_sequence, self._synced_place)
         return partial(self._write_through, self._sequence)
 
-    def _queue_record(self, meta: bytes, pieces: Sequence[bytes], data_bytes: int) -> tuple[Segment, int]:
-        """Queue a record, in a new segment if it does not fit; its segment, and the place of its data."""
+    def _place_record(self, meta: bytes, pieces: Sequence[bytes], data_bytes: int) -> tuple[_Write, int]:
+        """A record that is to be queued, in a new segment if it does not fit, and the place of its data."""
         record_bytes = HEADER_BYTES + len(meta) + data_bytes
         segment = self._segment
         if segment.end + record_bytes > segment.size:
@@ -249,11 +250,11 @@ class Wal:
         header = pack_header(self._seed, meta, data_bytes, segment.id, sequence, self._synced_sequence)
         self._sequence = sequence
         offset = segment.end
-        self._queue.append(_Write(segment, offset, b"".join((header, meta, *pieces)), sequence))
+        write = _Write(segment, offset, b"".join((header, meta, *pieces)), sequence)
         segment.end = offset + record_bytes
         self._records += 1
         data_offset = offset + HEADER_BYTES + len(meta)
-        return segment, _place(segment, data_offset)
+        return write, _place(segment, data_offset)
 
     def _rotate(self, record_bytes: int) -> Segment:
         """Begin a segment with a checkpoint and room for a record. Its file comes to be when the writer gets there."""
@@ -419,7 +420,8 @@ class Wal:
             entries: Sequence[Entry] = move.log.entries(move.first, move.last + 1, 1 << 62)
             updates.append(LogUpdate(move.log.range_id, entries=entries))
         meta, pieces, crcs, data_bytes = encode_turn(updates, rewritten=True)
-        segment, base = self._queue_record(meta, pieces, data_bytes)
+        write, base = self._place_record(meta, pieces, data_bytes)
+        self._queue.append(write)
         number = 0
         for update in updates:
             places = []
@@ -428,7 +430,7 @@ class Wal:
                 number += 1
                 base += len(entry.data) << PLACE_OFFSET_SHIFT
             first = update.entries[0].index
-            log = state.move(update.range_id, segment, first, update.entries, places)
+            log = state.move(update.range_id, write.segment, first, update.entries, places)
             moved_bytes = sum(len(entry.data) for entry in update.entries)
             self._cache.add(self._sequence, log, first, first + len(update.entries) - 1, moved_bytes)
         self._moved_entries += number

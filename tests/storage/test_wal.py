@@ -11,6 +11,7 @@ from shardkv.raft.errors import SnapshotTemporarilyUnavailable
 from shardkv.raft.messages import ConfState, Entry, EntryType, HardState, Snapshot, SnapshotMetadata
 from shardkv.storage import record
 from shardkv.storage import wal as wal_module
+from shardkv.storage.log_state import LogState
 from shardkv.storage.record import CompactLog, CreateGroup, LogUpdate, ResetLog, Tombstone
 from shardkv.storage.recovery import FIRST_SEGMENT_BYTES
 from shardkv.storage.segment import Segment, Spares, segment_path
@@ -523,6 +524,27 @@ def test_an_update_that_cannot_be_never_reaches_the_disk() -> None:
     with pytest.raises(StorageError, match="failed before"):
         wal.append([LogUpdate(R1, HardState(1))])
     assert opened(disk.copy()).groups[R1].last_index() == 0
+
+
+def test_an_update_that_cannot_be_never_reaches_the_disk_with_what_came_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The writer may begin an earlier job at any moment, and takes whatever it finds queued. No start could read it."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    earlier = wal.append([LogUpdate(R1, HardState(5, 1, 0))])
+    apply = LogState.apply
+
+    def apply_while_the_writer_works(*arguments: Any) -> Any:
+        earlier()
+        return apply(*arguments)
+
+    monkeypatch.setattr(LogState, "apply", apply_while_the_writer_works)
+    with pytest.raises(AssertionError, match="the term moves back"):
+        wal.append([LogUpdate(R1, HardState(4, 1, 0))])
+    monkeypatch.undo()
+    assert opened(disk.lost()).groups[R1].hard_state == HardState(5, 1, 0)
 
 
 def test_the_owner_answers_for_snapshots_and_the_applied_configuration() -> None:
