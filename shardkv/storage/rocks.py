@@ -101,6 +101,9 @@ def _translated(error: Exception, what: str) -> StorageError:
     if "No space left" in text or "NoSpace" in text:
         return OutOfSpace(f"engine: {what}: {text}; free some space on the node's disk")
     advice = "check the system's log and replace the disk if it reports errors; then restart the node"
+    if "quota exceeded" in text:
+        # Not OutOfSpace: RocksDB takes it for a broken disk, and does not go on by itself as after a full one.
+        advice = "raise the quota of the node's user or free some of it; then restart the node"
     return StorageError(f"engine: {what}: {text}; {advice}")
 
 

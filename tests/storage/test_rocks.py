@@ -223,6 +223,16 @@ def test_a_full_disk_and_other_errors_keep_their_kind() -> None:
     assert "replace the disk" in str(_translated(Exception("IO error: Input/output error"), "flushing"))
 
 
+def test_a_quota_that_the_engine_meets_is_not_said_to_be_a_broken_disk() -> None:
+    """As RocksDB words it when a write of a flush fails with EDQUOT. The node ends all the same."""
+    error = _translated(
+        Exception("IO error: While appending to file: /data/engine/000009.sst: Disk quota exceeded"), "flushing"
+    )
+    assert type(error) is StorageError
+    assert "raise the quota" in str(error)
+    assert "replace" not in str(error)
+
+
 @pytest.mark.parametrize("stopped, delayed", [(0, 0), (1, 0), (0, 1000)])
 def test_a_stall_shows_before_a_write_would_wait(path: str, stopped: int, delayed: int) -> None:
     """A stalled write blocks with the interpreter lock held (LIBRARIES), so the caller asks first."""
