@@ -6,6 +6,7 @@ from shardkv.cli import text
 from shardkv.cli.cluster import resolve_node
 from shardkv.cli.root import Example, ExampleGroup
 from shardkv.cli.session import Client, Session, base64_option, connected, read_key
+from shardkv.errors import InvalidRange
 from shardkv.types import RangeDescriptor
 from shardkv.wire.requests import Method
 
@@ -24,7 +25,10 @@ def split(session: Session, key: str, base64_text: bool) -> None:
     wanted = read_key(key, base64_text)
 
     async def body(client: Client) -> list[RangeDescriptor]:
-        answer = await client.call(Method.SPLIT, wanted, key=wanted, timeout=session.timeout)
+        try:
+            answer = await client.call(Method.SPLIT, wanted, key=wanted, timeout=session.timeout)
+        except InvalidRange as refused:  # which is the cluster's answer here, not what was typed
+            raise click.ClickException(str(refused)) from None
         return [RangeDescriptor.from_wire(fields) for fields in answer]
 
     left, right = session.run(body)

@@ -8,6 +8,7 @@ import sys
 import click
 import pytest
 
+from shardkv import errors
 from shardkv.cli.reference import commands, help_of
 from shardkv.cli.root import Example, ExampleGroup
 from shardkv.cli.table import WIDTH_ROWS_MAX, TableWriter, render, width
@@ -87,6 +88,14 @@ def test_operations_name_what_they_are_about(world: World) -> None:
     result = world.run("admin", "transfer", "3", "n9")
     assert result.exit_code == 2
     assert "there are 1 (n1), 2 (n2)" in result.stderr
+
+
+def test_a_split_where_a_range_begins_already_is_the_clusters_answer(world: World) -> None:
+    """DESIGN 2.2: 1 the cluster answered with an error, 2 wrong usage; a script that splits may be run again."""
+    world.client.fail = errors.InvalidRange("there is a range that starts at this key already")
+    result = world.run("admin", "split", "m")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: there is a range that starts at this key already\n"
 
 
 @pytest.mark.parametrize("name, command", list(commands()), ids=[name for name, _ in commands()])
