@@ -55,13 +55,37 @@ async def connect_cluster(
         yield client.call
 
 
+Membership = tuple[bytes, int, list[list[Any]]]
+"""The cluster's id, the id that it gave this node, and ``[[node id, name, address], ...]``."""
+
+
 async def join_cluster(
     environment: Environment, seeds: Sequence[str], arguments: list[Any], *, log: Any, stop: trio.Event
-) -> tuple[bytes, int, list[list[Any]]]:
-    """Ask for a node id: the cluster's id, this node's, and ``[[node id, name, address], ...]``.
+) -> Membership | None:
+    """Ask for a node id, until ``stop``: then the result is None.
 
     Raises the refusal, or Unavailable when nobody answered in time.
     """
+    membership: Membership | None = None
+    refusal: ShardKVError | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def give_up() -> None:
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(give_up)
+        try:
+            membership = await _ask_to_join(environment, seeds, arguments, log)
+        except ShardKVError as error:
+            refusal = error
+        nursery.cancel_scope.cancel()
+    if refusal is not None:
+        raise refusal
+    return membership
+
+
+async def _ask_to_join(environment: Environment, seeds: Sequence[str], arguments: list[Any], log: Any) -> Membership:
     clock = environment.clock
     async with connect_cluster(environment, seeds) as call:
         started = clock.monotonic_ns()
@@ -71,13 +95,10 @@ async def join_cluster(
                 nodes = await call(Method.NODES, timeout=ATTEMPT_SECONDS)
                 return cluster_id, node_id, nodes
             except (Unavailable, RoutingError, OSError) as error:
-                if stop.is_set() or clock.monotonic_ns() - started > JOIN_SECONDS * 1e9:
+                if clock.monotonic_ns() - started > JOIN_SECONDS * 1e9:
                     raise Unavailable(
                         f"could not join the cluster at {', '.join(seeds)}: {error}; check that it runs and can be "
                         "reached from here"
                     ) from error
                 log.info("joining", seeds=list(seeds), problem=str(error))
-            except ShardKVError:
-                raise
-            with clock.deadline(RETRY_SECONDS):
-                await stop.wait()
+            await clock.sleep(RETRY_SECONDS)

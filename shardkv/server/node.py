@@ -202,12 +202,12 @@ class _Node:
             listener = await nursery.start(self._environment.network.listen, self._config.listen, self._handle)
             self._address = self._config.advertise or listener.address
             await self._start_admin(nursery)
-            await self._become_member()
-            self._compose()
-            # Connections may ask for such tasks until the last of them has ended, which is in this nursery.
-            self._snapshots.use(nursery)
-            self._operations.use(nursery)
-            await self._run_services()
+            if await self._become_member():
+                self._compose()
+                # Connections may ask for such tasks until the last of them has ended, which is in this nursery.
+                self._snapshots.use(nursery)
+                self._operations.use(nursery)
+                await self._run_services()
             nursery.cancel_scope.cancel()
 
     async def _handle(self, stream: Stream) -> None:
@@ -229,8 +229,8 @@ class _Node:
 
     # Membership
 
-    async def _become_member(self) -> None:
-        """Make sure that the directory belongs to a node of a cluster."""
+    async def _become_member(self) -> bool:
+        """Make sure that the directory belongs to a node of a cluster; False if told to stop before one lets it in."""
         identity = self._directory.identity
         workers = self._environment.workers
         if identity.assigned:
@@ -240,17 +240,21 @@ class _Node:
             await workers.run(self._directory.assign, cluster_id, FIRST_NODE, self._config.name)
         else:
             labels = [[key, value] for key, value in self._config.label]
-            cluster_id, node_id, nodes = await join_cluster(
+            membership = await join_cluster(
                 self._environment,
                 self._config.join,
                 [self._config.name, self._address, identity.token, labels],
                 log=self._log,
                 stop=self._stop,
             )
+            if membership is None:
+                return False
+            cluster_id, node_id, nodes = membership
             # The addresses first: once the directory is a node's, a start may be told no other.
             self._address_book.joined(nodes)
             await self._known_nodes.store()
             await workers.run(self._directory.assign, cluster_id, NodeId(node_id), self._config.name)
+        return True
 
     # Composition
 

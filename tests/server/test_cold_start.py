@@ -206,3 +206,21 @@ async def test_a_crash_at_any_moment_of_joining_leaves_a_node_that_finds_its_clu
     assert len(moments) > 8, "not every call of a join was seen"
     for at_call in range(moments[0], moments[-1] + 2):
         await _joins_and_crashes(at_call, [])
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.3, 3.0])
+async def test_a_node_that_is_told_to_stop_while_it_waits_to_join_stops_at_once_and_without_an_error(
+    autojump_clock: MockClock, moment: float
+) -> None:
+    """Whoever stops it does not want to hear that it could not join."""
+    async with empty(*NODES) as cluster:
+        node = cluster.nodes["n2"]
+        node.start_soon()
+        await cluster.sleep(moment)
+        told = cluster.now
+        await node.shut_down()
+        assert cluster.now - told < 0.5
+        assert node.error is None
+        node.start_soon()
+        await cluster.nodes["n1"].start()
+        await node.ready.wait()
