@@ -248,6 +248,7 @@ class _Node:
                 stop=self._stop,
             )
             if membership is None:
+                self._log.info("told to stop before it had joined the cluster")
                 return False
             cluster_id, node_id, nodes = membership
             # The addresses first: once the directory is a node's, a start may be told no other.
