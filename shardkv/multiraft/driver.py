@@ -292,6 +292,7 @@ class Driver:
             for replica in unfinished:
                 self._ready[replica.range_id] = replica
             self._perform(turn)
+        self.log_writer.write()  # what waited for writes that were refused after all
         if self._ready:
             self._awake.set()
         self._turning = False
@@ -389,8 +390,12 @@ class Driver:
         self._send(outgoing)
         if self._turning:
             return  # in the middle of a turn, which goes on with what this has made ready
-        self.log_writer.write()
-        if self._ready or any(map(self._worth_a_turn, self._proposing.values())):
+        # Writes that have waited for this belong into the next record. Else what other leaders send, of which there may
+        # always be some, would keep them out.
+        proposes = any(replica.waiting and replica.may_propose(now) for replica in self._proposing.values())
+        if not proposes:
+            self.log_writer.write()
+        if proposes or self._ready or any(map(self._worth_a_turn, self._proposing.values())):
             self._awake.set()
         else:
             self.peers.flush()

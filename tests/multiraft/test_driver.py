@@ -140,6 +140,31 @@ async def test_a_log_without_room_counts_as_full_until_what_found_none_is_writte
         await hosts.agreed()
 
 
+async def test_writes_that_wait_for_a_sync_join_the_next_one(autojump_clock: MockClock) -> None:
+    """DESIGN 4.2: when it ends, all that has collected is proposed and appended as one record. The record must not go
+    without them: where other leaders always send something, a node with a slow disk would never propose anything."""
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        await leader.split(b"m", 2).wait()
+        other = await hosts.led(2)
+        target = hosts.follower()
+        other.replica(2).raft.transfer_leader(target.replica(2).replica_id)
+        other.driver.touch(other.replica(2))
+        await hosts.until(lambda: target.replica(2).leads, "another leader of the other range")
+        await hosts.write(b"m", b"0", 2)
+        leader.workers.hold_log()
+        await hosts.write(b"m", b"1", 2)
+        await hosts.until(lambda: leader.driver.log_writer.syncing, "a sync of what the other leader sent")
+        waits = leader.put(b"a", b"1")
+        await hosts.write(b"m", b"2", 2)
+        await hosts.until(lambda: leader.driver.log_writer.must_sync, "more of it")
+        leader.workers.release()
+        leader.workers.hold_log()  # the sync under way ends, and the next one does not
+        await hosts.until(lambda: leader.replica().proposals, "the write is in that one")
+        leader.workers.release()
+        await waits.wait()
+
+
 async def test_that_more_is_committed_costs_no_sync_of_its_own(autojump_clock: MockClock) -> None:
     """The commit index may be forgotten by a crash; it rides with the next record that somebody waits for."""
     async with world(3) as hosts:
