@@ -304,10 +304,14 @@ class Catalog:
         raft = self._raft_node(log, machine, promised_ns=promised_ns)
         right = Replica(range_id, member.replica_id, raft, log, machine)
         self._add(right, claim=False)
-        if existing is not None and existing.raft.leader != NONE:
-            # Nobody would wait for a snapshot that is not needed, nor may there be room for one.
+        if existing is not None:
             right.nodes = existing.nodes
-            right.answer_leader(existing.raft.leader, existing.raft.term, self._environment.clock.monotonic_ns())
+            leader, vote, term = existing.raft.leader, existing.raft.vote, existing.raft.term
+            if leader != NONE:
+                # Nobody would wait for a snapshot that is not needed, nor may there be room for one.
+                right.answer_leader(leader, term, self._environment.clock.monotonic_ns())
+            elif vote != NONE:
+                right.answer_candidate(vote, term, self._environment.clock.monotonic_ns())
         return right
 
     def _begin_log(self, range_id: RangeId, replica_id: ReplicaId, machine: RangeMachine) -> GroupLog:
@@ -356,6 +360,7 @@ class Catalog:
             lease=LeaseSettings(promise_ns=timing.promise_ns),
             vote_refusal_ns=max(self._refuse_until_ns - now, promised_ns - now, 0),
             reluctant=self.reluctant,
+            patient_elections=True,
             commit_broadcast=False,
             uncommitted_bytes_max=UNCOMMITTED_BYTES_MAX,
             inflight_bytes_max=INFLIGHT_BYTES_MAX,

@@ -183,6 +183,17 @@ class Replica:
         assert self.raft.committed, f"range {self.range_id} has nothing that its leader could go on from"
         self.raft.step(Message(MessageType.APP, self.replica_id, leader, term), now_ns)
 
+    def answer_candidate(self, candidate: int, term: int, now_ns: int) -> None:
+        """Give a candidate once more the vote of ``term``, which it got before a split gave this replica its state.
+
+        The first answer may have been waiting for the disk: then it went with the replica that this one replaces.
+        """
+        log = self.raft.raft.log
+        vote = MessageType.VOTE
+        self.raft.step(
+            Message(vote, self.replica_id, candidate, term, log_term=log.last_term, index=log.last_index), now_ns
+        )
+
     # Writes
 
     def enqueue(self, group: WriteGroup) -> None:

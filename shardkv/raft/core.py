@@ -98,6 +98,7 @@ _FOLLOWER: Final[dict[MessageType, Handler]] = {
     _M.TIMEOUT_NOW: election.follower_timeout_now,
     _M.FORGET_LEADER: election.follower_forget_leader,
     _M.READ_INDEX: election.follower_read_index,
+    _M.VOTE_RESP: election.follower_vote_response,
     _M.READ_INDEX_RESP: replication.follower_read_index_response,
 }
 _CANDIDATE: Final[dict[MessageType, Handler]] = {

@@ -18,6 +18,8 @@ STAGGER_TICKS: Final = 2
 
 RELUCTANCE: Final = 4
 """How many election timeouts a reluctant replica waits: long enough for anybody else to be elected before it."""
+PATIENCE: Final = 4
+"""How many election timeouts, at most, a replica goes on waiting whose vote has taken long to get to the disk."""
 
 
 class Campaign(Enum):
@@ -36,9 +38,12 @@ def start(raft: Raft, campaign: Campaign) -> None:
     """Begin an election, if this replica may. One that is promised away begins when the promise has run out."""
     if raft.role == Role.LEADER or not raft.promotable or _has_unapplied_conf_change(raft):
         return
-    if campaign is not Campaign.TRANSFER and lease.refuses(raft):
-        raft.eager_ticks = stagger_ticks(raft)
-        return
+    if campaign is not Campaign.TRANSFER:
+        if raft.voting:
+            return
+        if lease.refuses(raft):
+            raft.eager_ticks = stagger_ticks(raft)
+            return
     run(raft, campaign)
 
 
@@ -81,11 +86,15 @@ def run(raft: Raft, campaign: Campaign) -> None:
     context = CAMPAIGN_TRANSFER if campaign is Campaign.TRANSFER else b""
     log = raft.log
     for id_ in all_voters(raft.configuration):
-        if id_ == raft.id:
-            # Its own vote counts when it is on disk, as anybody's does.
-            raft.send(Message(answer, id_, term=term))
-        else:
+        if id_ != raft.id:
             raft.send(Message(request, id_, term=term, log_term=log.last_term, index=log.last_index, context=context))
+    own = Message(answer, raft.id, raft.id, term)
+    if campaign is Campaign.PRE_ELECTION and raft.settings.patient_elections:
+        candidate_vote_response(raft, own)
+    else:
+        # Its own vote counts when it is on disk, as anybody's does.
+        raft.send(own)
+        raft.voting = raft.settings.patient_elections
 
 
 def ignores_request(raft: Raft, request: Message) -> bool:
@@ -125,12 +134,23 @@ def handle_vote_request(raft: Raft, message: Message) -> None:
     if kind == MessageType.VOTE:
         raft.election_elapsed = 0
         raft.vote = candidate
+        if raft.settings.patient_elections and raft.id in raft.progress:
+            raft.voting = True
+            raft.send(Message(answer, raft.id, term=raft.term))
+
+
+def follower_vote_response(raft: Raft, message: Message) -> None:
+    """Its own, that is: the vote that was given is on disk."""
+    if message.from_ == raft.id:
+        raft.voting = False
 
 
 def candidate_vote_response(raft: Raft, message: Message) -> None:
     wanted = MessageType.PRE_VOTE_RESP if raft.role == Role.PRE_CANDIDATE else MessageType.VOTE_RESP
     if message.type != wanted:
         return  # an answer to the other half of this campaign
+    if message.from_ == raft.id:
+        raft.voting = False
     raft.votes.setdefault(message.from_, not message.reject)
     configuration = raft.configuration
     result = joint_vote_result(configuration.voters, configuration.voters_outgoing, raft.votes)
@@ -151,6 +171,10 @@ def candidate_vote_response(raft: Raft, message: Message) -> None:
 
 def tick_election(raft: Raft) -> None:
     """A tick on any role but leader."""
+    if raft.voting:
+        # The other votes may take as long. To ask anew would only queue behind them.
+        raft.election_elapsed = max(raft.election_elapsed - 1, -PATIENCE * raft.settings.election_ticks)
+        return
     raft.election_elapsed += 1
     if raft.eager_ticks >= 0:
         _tick_eager(raft)

@@ -496,6 +496,7 @@ class RaftNode:
         assert leads == (raft.leader == raft.id), f"{raft.role!r} follows {raft.leader}"
         assert leads or raft.transferee == NONE, f"{raft.role!r} hands over to {raft.transferee}"
         assert leads or raft.reads is None, f"{raft.role!r} confirms reads"
+        assert not raft.voting or raft.vote != NONE, f"a vote of term {raft.term} that nobody has"
         assert raft.role != Role.CANDIDATE or raft.vote == raft.id, f"a candidate voted for {raft.vote}"
         assert raft.term >= self._hard_state.term, f"term {raft.term} after {self._hard_state.term}"
         if leads:

@@ -1,8 +1,8 @@
 """What a Raft group is told once, when it is made. Nothing here changes afterwards and nothing here decides anything.
 
 Every bound of the core has its name here. The settings of etcd-io/raft keep their meaning; what is added to them
-(``lease``, ``vote_refusal_ns``, ``reluctant``, ``commit_broadcast``) is off or neutral unless asked for, so that the
-published transcripts replay.
+(``lease``, ``vote_refusal_ns``, ``reluctant``, ``patient_elections``, ``commit_broadcast``) is off or neutral unless
+asked for, so that the published transcripts replay.
 """
 
 from collections.abc import Callable
@@ -62,6 +62,10 @@ class RaftSettings:
     reluctant: Callable[[], bool] = never
     """Whether this replica should leave leading to others for now, because its host is in no state for it (trap 14). It
     then takes no transfer and waits longer before it campaigns. Nobody's safety rests on the answer."""
+
+    patient_elections: bool = False
+    """Whether an election may take as long as the disks take for a vote. A pre-vote, which promises nothing, then waits
+    for no disk; and while a replica's vote is on its way to the disk, and for as long again, it begins no election."""
 
     election_ticks: int = 10
     """A follower that hears nothing campaigns after this many ticks, or up to twice as many."""

@@ -74,6 +74,7 @@ class Raft:
         "uncommitted_bytes",
         "vote",
         "votes",
+        "voting",
     )
 
     def __init__(self, settings: RaftSettings, storage: RaftStorage, *, applied: int = 0, now: int = 0) -> None:
@@ -101,6 +102,8 @@ class Raft:
         self.heartbeat_elapsed = 0
         self.randomized_election_timeout = settings.election_ticks
         self.votes: dict[int, bool] = {}
+        self.voting = False
+        """Whether a vote is on its way to the disk; always False without ``patient_elections``."""
         self.transferee = NONE
         """Who is to lead next, while a transfer is under way (thesis 3.10)."""
         self.pending_conf_index = 0
@@ -169,7 +172,8 @@ class Raft:
         """Queue a message, with sender and term filled in.
 
         Answers about votes and appends wait until what they rest on is on disk (paper 5, figure 2; thesis 3.8).
-        Rejections wait too: they are rare, and nobody has proved that they need not.
+        Rejections wait too: they are rare, and nobody has proved that they need not. With ``patient_elections`` answers
+        about pre-votes do not wait: they promise nothing.
         """
         if message.from_ == NONE:
             message.from_ = self.id
@@ -181,7 +185,7 @@ class Raft:
             # These two are a local request that may be passed on to the leader of whatever term.
             if kind not in _NO_TERM:
                 message.term = self.term
-        if kind in _DURABLE:
+        if kind in _DURABLE and not (kind is MessageType.PRE_VOTE_RESP and self.settings.patient_elections):
             self.messages_after_append.append(message)
         else:
             assert message.to != self.id, f"{kind!r} to itself"
@@ -225,6 +229,7 @@ class Raft:
         self.randomized_election_timeout = ticks + self.settings.randrange(ticks)
         self.transferee = NONE
         self.votes.clear()
+        self.voting = False
         next_index = self.log.last_index + 1
         for id_, peer in self.progress.items():
             peer.restart(next_index, self.log.last_index if id_ == self.id else 0)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from shardkv.raft import Role, encode_conf_change
-from shardkv.raft.election import CAMPAIGN_TRANSFER, STAGGER_TICKS
-from shardkv.raft.messages import ConfState, Entry, EntryType, Message
+from shardkv.raft import RaftNode, Role, encode_conf_change
+from shardkv.raft.election import CAMPAIGN_TRANSFER, PATIENCE, STAGGER_TICKS
+from shardkv.raft.messages import ConfState, Entry, EntryType, Message, Snapshot, SnapshotMetadata
 from tests.raft.cluster import TICK_NS, Cluster, M, after_write, change, fresh, sent
 
 
@@ -495,6 +495,107 @@ def test_a_doubting_follower_waits_for_its_promise_to_run_out() -> None:
     for elapsed in range(5, 5 + 3 * STAGGER_TICKS):
         node.tick(start + elapsed * TICK_NS)
     assert node.role is Role.PRE_CANDIDATE
+
+
+# Elections where disks are slow.
+
+
+def patient(**changed: Any) -> RaftNode:
+    return fresh(pre_vote=True, check_quorum=True, patient_elections=True, **changed)
+
+
+def ticked(node: RaftNode, ticks: int) -> list[Message]:
+    """What it has sent meanwhile without waiting for its disk."""
+    messages = []
+    for _ in range(ticks):
+        node.tick()
+        messages += node.ready().messages
+    return messages
+
+
+def test_a_pre_vote_waits_for_no_disk() -> None:
+    """It promises nothing. Where syncs take long, answers that wait for them come to all who campaign at the same
+    moment, and the votes are split."""
+    node = patient()
+    node.step(Message(M.PRE_VOTE, 1, 2, 1))
+    ready = node.ready()
+    assert [(answer.to, answer.reject) for answer in sent(ready, M.PRE_VOTE_RESP)] == [(2, False)]
+    assert not after_write(ready)
+    node.campaign()
+    assert not after_write(node.ready()), "nor does its own"
+    node.step(Message(M.PRE_VOTE_RESP, 1, 3, 1))
+    ready = node.ready()
+    assert (node.role, node.term) == (Role.CANDIDATE, 1)
+    assert [answer.type for answer in after_write(ready)] == [M.VOTE_RESP], "but its vote does"
+    alone = patient(voters=1)
+    alone.campaign()
+    assert alone.role is Role.CANDIDATE
+
+
+@pytest.mark.parametrize("ticks", [5, 30, 300])
+def test_a_candidate_whose_own_vote_takes_long_to_the_disk_waits_for_it_and_as_long_again(ticks: int) -> None:
+    """The other votes may take as long; an election that is begun anew makes void those on their way."""
+    node = patient()
+    node.campaign()
+    node.step(Message(M.PRE_VOTE_RESP, 1, 2, 1))
+    (own,) = after_write(node.ready())
+    assert not ticked(node, ticks)
+    node.campaign()
+    assert node.role is Role.CANDIDATE, "nor when its host asks for an election"
+    node.step(own)
+    waits = min(ticks, PATIENCE * 10) + node.raft.randomized_election_timeout
+    assert not ticked(node, waits - 1)
+    node.step(Message(M.VOTE_RESP, 1, 3, 1))
+    assert (node.role, node.term) == (Role.LEADER, 1)
+
+
+@pytest.mark.parametrize("ticks", [20, 300])
+def test_a_candidate_asks_anew_when_the_others_have_had_their_time(ticks: int) -> None:
+    node = patient()
+    node.campaign()
+    node.step(Message(M.PRE_VOTE_RESP, 1, 2, 1))
+    (own,) = after_write(node.ready())
+    ticked(node, ticks)
+    node.step(own)
+    waits = min(ticks, PATIENCE * 10) + node.raft.randomized_election_timeout
+    assert {message.type for message in ticked(node, waits)} == {M.PRE_VOTE}
+    assert (node.role, node.term) == (Role.PRE_CANDIDATE, 1)
+
+
+def test_who_has_given_its_vote_begins_no_election_before_that_is_on_disk() -> None:
+    """It would depose whom it has just helped to be elected."""
+    node = patient()
+    node.step(Message(M.VOTE, 1, 2, 1))
+    answers = after_write(node.ready())
+    assert [answer.to for answer in answers] == [2, 1]
+    node.step(Message(M.VOTE_RESP, 1, 3, 1))
+    assert not ticked(node, 30), "a late answer of another says nothing of its own disk"
+    node.step(answers[1])
+    assert not ticked(node, 30 + node.raft.randomized_election_timeout - 1)
+    assert {message.type for message in ticked(node, 1)} == {M.PRE_VOTE}
+
+
+def test_a_leader_may_hand_over_to_one_whose_vote_is_not_on_disk_yet() -> None:
+    node = patient()
+    node.step(Message(M.VOTE, 1, 2, 1))
+    node.ready()
+    node.step(Message(M.TIMEOUT_NOW, 1, 2, 1))
+    assert (node.role, node.term) == (Role.CANDIDATE, 2)
+
+
+def test_who_voted_before_it_was_a_member_campaigns_like_any_other_once_it_is() -> None:
+    """Its own answer never came back to it, for it did not know itself."""
+    node = patient(voters=0)
+    node.step(Message(M.VOTE, 1, 2, 1))
+    for answer in after_write(node.ready()):
+        if answer.to == 1:
+            node.step(answer)
+    metadata = SnapshotMetadata(7, 1, ConfState((1, 2, 3)))
+    node.step(Message(M.SNAP, 1, 2, 1, snapshot=Snapshot(metadata)))
+    for response in after_write(node.ready()):
+        if response.to == 1:
+            node.step(response)
+    assert M.PRE_VOTE in {message.type for message in ticked(node, 20)}
 
 
 # Trap 14: a replica whose host is in no state to lead.

@@ -1,7 +1,7 @@
 """A disk whose syncs stall: how it is judged, and who leads meanwhile (DESIGN 4.11; trap 14)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 
+from shardkv.errors import OutcomeUnknown
 from shardkv.server.admin.metrics import _disk
 from shardkv.server.disk_health import (
     WELL_SECONDS,
@@ -344,6 +345,35 @@ def test_trap_14_a_slow_leader_that_dies_is_replaced_though_all_are_slow() -> No
                 assert await cluster.leader_of(kv, key) is not leader
 
     run_deterministically(main, seed=18)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 0.9])
+def test_a_leader_that_dies_is_replaced_where_a_sync_takes_longer_than_an_election_timeout(seconds: float) -> None:
+    """No disk counts as slow by these. A campaign must not be given up while the votes for it are on their way."""
+
+    async def main() -> None:
+        async with world(3, seed=20) as cluster, cluster.client() as kv, trio.open_nursery() as nursery:
+            leader = await spread(cluster, kv)
+            for node in cluster.nodes.values():
+                slowed(node, seconds)
+
+            async def writer(key: bytes) -> None:
+                while True:
+                    with suppress(OutcomeUnknown):
+                        await kv.put(key, b"more", timeout=60)
+
+            for key in KEYS * 2:
+                nursery.start_soon(writer, key + b"more")
+            await trio.sleep(5)
+            assert not any(node.inside.disk_health.slow for node in cluster.nodes.values())
+            await leader.kill()
+            began = trio.current_time()
+            for key in KEYS:
+                await kv.put(key, b"after", timeout=60)
+            assert trio.current_time() - began < 1.0 + 8 * seconds, "doubt, a vote, a first entry, two writes"
+            nursery.cancel_scope.cancel()
+
+    run_deterministically(main, seed=20)
 
 
 async def test_the_metrics_show_a_slow_disk() -> None:
