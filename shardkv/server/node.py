@@ -33,6 +33,7 @@ from shardkv.server.introduction import FIRST_NODE, Introduction, first_ranges
 from shardkv.server.known_nodes import KnownNodesFile
 from shardkv.server.listener import Listener
 from shardkv.server.loop_health import LoopProbe
+from shardkv.server.missing_data import tell_of_missing_data
 from shardkv.server.operations import Operations
 from shardkv.server.peers import PoolPeers, SnapshotDialler
 from shardkv.server.placement_service import PlacementExtension, PlacementService
@@ -467,6 +468,7 @@ class _Node:
                 nursery.start_soon(self._placement.run)
                 nursery.start_soon(self._introduction.register, self._stop)
                 nursery.start_soon(self._known_nodes.run)
+                nursery.start_soon(tell_of_missing_data, self._catalog, self._environment.clock, self._log)
                 await nursery.start(self._maintenance.run)
                 await nursery.start(self._splitter.run)
                 await nursery.start(self._probe.run)

@@ -16,10 +16,12 @@ from trio.testing import MockClock
 from shardkv.errors import Corruption
 from shardkv.machine.keys import user_key
 from shardkv.multiraft import maintenance
+from shardkv.server import missing_data
 from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.simulation.disk import Call
 from shardkv.simulation.workers import SimulatedWorkers
 from shardkv.storage.memory import MemoryEngine
+from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE
 from tests.server.test_io_errors import Life, in_a_cluster, live, started
 from tests.server.world import world
 
@@ -125,6 +127,45 @@ async def test_a_node_whose_engine_is_gone_gets_its_ranges_from_the_others_and_s
             await cluster.sleep(5)
             assert node.engine.get(user_key(b"k")) is not None
     assert len([line for line in lines if "are copied from other nodes" in line["event"]]) == 1
+
+
+async def test_ranges_whose_data_nobody_has_are_named_again_and_again(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their only replicas were here. Another node is known, so it might have had one; they waited for ever, quietly."""
+    monkeypatch.setattr(missing_data, "LOOK_SECONDS", 4.0)
+
+    def named(lines: list[Any]) -> list[Any]:
+        return [line["ranges"] for line in lines if "no other node brings them" in line["event"]]
+
+    with capture_logs() as lines:
+        async with world(2) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            node = cluster.nodes["n1"]
+            await cluster.sleep(10)
+            await node.power_off()
+            assert not named(lines)
+            lose_engine(node)
+            await node.start()
+            await cluster.sleep(10)
+    assert named(lines) == [[PLACEMENT_RANGE, FIRST_RANGE]] * 2
+
+
+async def test_nothing_is_said_of_ranges_whose_data_are_on_their_way(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(missing_data, "LOOK_SECONDS", 4.0)
+    with capture_logs() as lines:
+        async with world(3) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            node = cluster.nodes["n1"]
+            await node.power_off()
+            lose_engine(node)
+            await node.start()
+            for replica in node.inside.catalog.replicas.values():
+                replica.needs_snapshot = True  # as if the snapshot took very long
+            await cluster.sleep(6)
+    assert not [line for line in lines if "no other node brings them" in line["event"]]
 
 
 def test_trap_20_what_is_applied_while_the_engine_is_flushed_stays_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
