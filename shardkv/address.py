@@ -53,6 +53,10 @@ def parse_address(text: str, *, port_zero: bool = False) -> Address:
         raise ConfigError(f"{text!r} has no valid host; {_EXAMPLE}")
     if len(host.encode()) > HOST_BYTES_MAX:
         raise ConfigError(f"the host of {text[:40]!r}… is longer than {HOST_BYTES_MAX} bytes; {_EXAMPLE}")
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise ConfigError(f"{text!r} has no valid host, {error}; {_EXAMPLE}") from error
     if not (port_text.isascii() and port_text.isdigit() and len(port_text) <= 5):
         raise ConfigError(f"the port of {text!r} is not a number; {_EXAMPLE}")
     port = int(port_text)

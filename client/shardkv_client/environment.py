@@ -114,7 +114,10 @@ class RealEnvironment:
     async def dial(self, address: str) -> Stream:
         host, port = parse_address(address)
         problem: OSError | None = None
-        infos = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        try:
+            infos = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise OSError(f"{host} is no name of a host: {error}") from error
         for position, (family, kind, protocol, _, target) in enumerate(infos, 1):
             # Often the first address is of a family that some firewall on the way drops without a word.
             with anyio.CancelScope(deadline=inf if position == len(infos) else anyio.current_time() + ADDRESS_SECONDS):

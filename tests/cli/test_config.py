@@ -153,7 +153,7 @@ def test_a_dataclass_made_directly_is_checked_as_well() -> None:
 
 @pytest.mark.parametrize("setting", ["listen", "advertise", "admin", "join"])
 @pytest.mark.parametrize(
-    "text", ["h", "h:x", "::1:7001", "[host]:1", "[]:1", "user@h:1", "http://h:1", "h" * 300 + ":1"]
+    "text", ["h", "h:x", "::1:7001", "[host]:1", "[]:1", "user@h:1", "http://h:1", "h" * 300 + ":1", "h..i:1", ".:1"]
 )
 def test_an_address_that_cannot_be_dialled_is_refused_with_its_setting(setting: str, text: str) -> None:
     """There were two readers of addresses: this one let pass what the other refused once the node ran."""

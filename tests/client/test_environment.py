@@ -122,6 +122,12 @@ async def test_an_exception_of_a_stream_is_a_broken_connection_whatever_its_clas
     assert len(environment.streams) == 2
 
 
+async def test_a_text_that_no_host_can_be_called_is_an_address_where_nobody_answers():
+    """A node may say so of itself; that is no bug of the client's, to be logged as one."""
+    with pytest.raises(OSError, match="is no name of a host"):
+        await RealEnvironment().dial("\u2603.example:7001")
+
+
 @pytest.mark.parametrize("silent", [0, 1, 2])
 async def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypatch, autojump_clock, silent):
     """A name with an IPv6 address that is dropped on the way and an IPv4 address that works."""

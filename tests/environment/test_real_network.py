@@ -72,6 +72,15 @@ async def test_an_address_that_is_not_ours_is_a_config_error(network: RealNetwor
         await network.listen(address, echo)
 
 
+@pytest.mark.parametrize("host", ["db..example", ".", "x" * 64, "ü" * 80, "\u2603.example"])
+async def test_what_no_host_can_be_called_is_an_address_where_nobody_answers(network: RealNetwork, host: str) -> None:
+    """One node that said so of itself, by a slip of the keyboard, ended every node that was told to dial it."""
+    with pytest.raises((OSError, ConfigError), match=r"is no name of a host|has no valid host"):
+        await network.dial(f"{host}:7001")
+    with pytest.raises(ConfigError, match=r"cannot listen|has no valid host"):
+        await network.listen(f"{host}:7001", echo)
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's")
 async def test_a_dialled_connection_does_not_outlast_a_partition(network: RealNetwork, nursery: trio.Nursery) -> None:
     """Keepalive asks only where nothing is on its way. What is, the system sends again after ever longer pauses: after

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from math import inf
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -204,7 +204,7 @@ class RealNetwork:
 
     async def dial(self, address: str) -> RealStream:
         host, port = parse_address(address)
-        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await _resolve(host, port)
         problem: OSError | None = None
         for position, (family, kind, protocol, _, target) in enumerate(found, 1):
             dialling = trio.socket.socket(family, kind, protocol)
@@ -232,11 +232,17 @@ async def _serve(stream: RealStream, handler: Callable[[Stream], Awaitable[None]
         stream.close_now()
 
 
+async def _resolve(host: str, port: int, flags: int = 0) -> list[Any]:
+    """Where a host is, as ``getaddrinfo`` has it. Raises OSError, also for a text that no host can be called."""
+    try:
+        return await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except UnicodeError as error:
+        raise OSError(errno.EINVAL, f"{host} is no name of a host: {error}") from error
+
+
 async def _bind(address: Address) -> socket.socket:
     try:
-        found = await trio.socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = await _resolve(address.host, address.port, socket.AI_PASSIVE)
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: the host {address.host} is not known ({error})") from error
     family, kind, protocol, _, target = found[0]

@@ -113,7 +113,7 @@ async def _bind(address: str) -> tuple[trio.socket.SocketType, str]:
     host, port = parse_address(address, port_zero=True)
     try:
         found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM, flags=trio.socket.AI_PASSIVE)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"the admin endpoint cannot listen on {address}: {host} is not known ({error})") from error
     family, kind, protocol, _, target = found[0]
     listening = trio.socket.socket(family, kind, protocol)
