@@ -281,9 +281,9 @@ def compacted_before_the_flush() -> Patches:
     async def flush_and_compact(self: Maintenance) -> None:
         self._driver.log_writer.write_all()
         updates = []
-        for range_id, replica in self._driver.catalog.replicas.items():
+        for replica in self._driver.catalog.replicas.values():
             if replica.machine is not None and not replica.installing:
-                update = self._compaction(range_id, replica.machine.applied_index, False)
+                update = self._compaction(replica, replica.machine.applied_index, False)
                 if update is not None:
                     updates.append(update)
         if updates:
@@ -404,7 +404,7 @@ BUGS = (
         "the epoch is checked again when an entry is applied (trap 4)",
         epoch_checked_only_when_proposed,
         ("split-retry", "split", "slow"),
-        14,
+        11,
         rate=100,
         tuning=entries_follow_at_once,
     ),
@@ -446,7 +446,7 @@ BUGS = (
         1,
         rate=100,
     ),
-    Bug("range-id-used-twice", "ids are never used twice (DESIGN 4.10)", range_id_used_twice, ("split",), 2),
+    Bug("range-id-used-twice", "ids are never used twice (DESIGN 4.10)", range_id_used_twice, ("split",), 1),
     Bug(
         "replica-id-used-twice",
         "a node on an empty disk is not who had its name (traps 3, 24)",
@@ -459,7 +459,7 @@ BUGS = (
         "a replica that comes back without its state asks for it (traps 19, 20)",
         lost_state_unnoticed,
         ("lag",),
-        20,
+        5,
         workload="registers",
         minutes=0.4,
         rate=100,
@@ -470,7 +470,7 @@ BUGS = (
         "what came before an ingest is flushed before it (trap 19)",
         ingest_without_flush,
         ("lag", "flush"),
-        31,
+        3,
         workload="registers",
         rate=100,
         tuning=short_logs,
@@ -511,14 +511,14 @@ BUGS = (
         "an entry leaves the log after the engine has flushed it (trap 20)",
         compacted_before_the_flush,
         ("flush", "kill", "power"),
-        6,
+        1,
     ),
     Bug(
         "directory-not-synced",
         "a new segment's name is synced before anything in it counts (DESIGN 4.3)",
         new_segment_not_in_its_directory,
         _POWER,
-        2,
+        1,
         workload="bulk",
         tuning=small_segments,
     ),
@@ -527,7 +527,7 @@ BUGS = (
         "a node that waits keeps no processor busy (DESIGN 4.2)",
         refusals_call_for_a_turn,
         ("full", "stall", "slow", "partition"),
-        5,
+        7,
         tuning=one_confirmation_at_once,
     ),
 )

@@ -15,6 +15,8 @@ from shardkv.simulation.runner import RunResult, RunSettings, run
 
 SEEDS_TRIED: Final = 20
 """By the tests of every change, should the known seed not find a bug any more."""
+MISFIT: Final = frozenset({"AttributeError", "ImportError", "NameError", "TypeError"})
+"""What ends a run when it is not the product that is wrong, but the patch."""
 Patches = list[AbstractContextManager[object]]
 
 
@@ -73,6 +75,7 @@ def checker(result: RunResult) -> str:
     assert result.violation is not None, "nothing was found"
     first = result.violation.splitlines()[0]
     kind, _, rest = first.partition(": ")
+    assert kind not in MISFIT, f"the bug no longer fits the product: {first}"
     name = rest.partition(": ")[0]
     if kind == "Violation":
         return name
