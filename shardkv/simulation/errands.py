@@ -20,6 +20,7 @@ from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.handshake import MAGIC, Hello, Role, encode_hello
 from shardkv.wire.requests import Method
 from shardkv_client import Client, Settings, connect
+from shardkv_client.environment import Stream
 
 SECONDS: Final = 2.5
 """For each call of an errand."""
@@ -243,46 +244,44 @@ async def _text(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, 
 
 async def _stranger(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
     """Somebody who does not speak the protocol, or not to the end."""
-    address = chance.choice([node.address for node in cluster.nodes.values()])
-    with determinism.deadline_after(SECONDS):
-        try:
-            stream = await cluster.client_environment().dial(address)
-        except (OSError, ShardKVError):
-            return
+
+    async def say(stream: Stream) -> None:
         kind = chance.choice(list(FrameKind))
         noise = chance.randbytes(chance.randrange(STRANGER_BYTES))
         said = [noise, encode_frame(kind, noise), MAGIC + noise, (1 << 30).to_bytes(4, "big") + noise]
-        try:
-            await stream.send_all(chance.choice(said))
-            if chance.random() < 0.5:
-                await stream.receive(1_000)
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-        await stream.aclose()
+        await stream.send_all(chance.choice(said))
+        if chance.random() < 0.5:
+            await stream.receive(1_000)
+
+    await _call_on(cluster, chance.choice([node.address for node in cluster.nodes.values()]), say)
 
 
 async def _unfinished(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
     """Clients that have begun to send much and never end, while another has much to send, too."""
     address = chance.choice([node.address for node in cluster.nodes.values()])
-    hello = encode_hello(Hello(Role.CLIENT))
 
-    async def begin() -> None:
-        with determinism.deadline_after(SECONDS):
-            try:
-                stream = await cluster.client_environment().dial(address)
-            except (OSError, ShardKVError):
-                return
-            try:
-                await stream.send_all(hello + UNFINISHED)
-                await determinism.sleep(chance.uniform(0, SECONDS / 2))
-            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-                pass
-            await stream.aclose()
+    async def begin(stream: Stream) -> None:
+        await stream.send_all(encode_hello(Hello(Role.CLIENT)) + UNFINISHED)
+        await determinism.sleep(chance.uniform(0, SECONDS / 2))
 
     async with trio.open_nursery() as nursery:
         for _ in range(3):
-            nursery.start_soon(begin)
+            nursery.start_soon(_call_on, cluster, address, begin)
         await _quietly(_large(cluster, kv, chance, prefix))
+
+
+async def _call_on(cluster: Cluster, address: str, say: Callable[[Stream], Awaitable[None]]) -> None:
+    """Dial a node, say something to it, and leave, whatever it makes of that."""
+    with determinism.deadline_after(SECONDS):
+        try:
+            stream = await cluster.client_environment().dial(address)
+        except (OSError, ShardKVError):
+            return
+        try:
+            await say(stream)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        await stream.aclose()
 
 
 ERRANDS: Final[tuple[Errand, ...]] = (

@@ -27,10 +27,10 @@ class Content:
 
     __slots__ = ("_written", "size")
 
-    def __init__(self, written: bytes = b"") -> None:
-        self._written = bytearray(written)
+    def __init__(self) -> None:
+        self._written = bytearray()
         """Never longer than ``size``."""
-        self.size = len(written)
+        self.size = 0
 
     def apply(self, change: Unsynced) -> None:
         if change.data is None:
