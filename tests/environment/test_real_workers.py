@@ -125,21 +125,21 @@ async def test_yielding_lets_the_idle_worker_begin_the_job(
     assert isinstance(worker, RealSerialWorker)
     while not worker._idle:
         await trio.to_thread.run_sync(lambda: None)
+    began: list[bool] = []
     release = threading.Event()
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(10)
+    sys.setswitchinterval(10)  # the interpreter changes hands only where its holder waits
     try:
-        worker.submit(release.wait, lambda result, error: None)
-        assert not worker._jobs.empty()
+        worker.submit(lambda: (began.append(True), release.wait()), lambda result, error: None)
         workers.yield_interpreter()
-        assert worker._jobs.empty()
+        assert began
+        # The worker is busy now: a further job must not make the loop wait for it.
+        worker.submit(lambda: None, lambda result, error: None)
+        assert workers._handed_over is None
+        workers.yield_interpreter()
     finally:
         sys.setswitchinterval(interval)
-    # The worker is busy now: a further job must not make the loop wait for it.
-    worker.submit(lambda: None, lambda result, error: None)
-    assert workers._handed_over is None
-    workers.yield_interpreter()
-    release.set()
+        release.set()  # else the service could not end
     nursery.cancel_scope.cancel()
 
 
