@@ -7,7 +7,7 @@ must hold (``checkers``). The rule: a node is only ever touched as the world tou
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Final
 
 import structlog
@@ -450,7 +450,15 @@ async def simulated_cluster(
         trace: records what happens.
         network: one of your own making.
         changes: to each node's :class:`shardkv.config.NodeConfig`.
+
+    Raises ValueError for less than one node, TypeError for a change of what no node has.
     """
+    if nodes < 1:
+        raise ValueError(f"a simulated cluster has at least one node; nodes={nodes} is none")
+    settings = [field.name for field in fields(NodeConfig)]
+    unknown = [name for name in changes if name not in settings]
+    if unknown:
+        raise TypeError(f"a simulated cluster takes no {', '.join(unknown)}; of each node: {', '.join(settings)}")
     configured = structlog.is_configured()
     if not configured:
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(SILENT))

@@ -77,6 +77,29 @@ def test_a_test_that_waits_for_what_never_comes_ends(tmp_path: Path) -> None:
     assert "the test did not end within 30 s" in found.stdout
 
 
+MISTAKEN = """
+import pytest
+
+
+@pytest.mark.shardkv_cluster(node=5)
+async def test_with_an_option_that_there_is_not(shardkv_cluster):
+    pass
+
+
+@pytest.mark.shardkv_cluster(nodes=0)
+async def test_without_nodes(shardkv_cluster):
+    pass
+"""
+
+
+def test_a_marker_that_makes_no_cluster_is_told_what_makes_one(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(MISTAKEN)
+    found = run_pytest(tmp_path)
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "TypeError: a simulated cluster takes no node; of each node: " in found.stdout
+    assert "ValueError: a simulated cluster has at least one node" in found.stdout
+
+
 @pytest.mark.parametrize("trio_mode", ["true", "false"])
 def test_the_fixture_gets_on_with_pytest_trio(tmp_path: Path, trio_mode: str) -> None:
     """In its trio mode that takes every coroutine for its own."""
