@@ -6,6 +6,7 @@ processes are the remedy. Workers are ended by their process id.
 
 import contextlib
 import json
+import select
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,8 @@ CLIENT_BOUND_FRACTION: Final = 0.85
 """A client process busier than this was the bottleneck, or close to it."""
 GRACE_SECONDS: Final = 60.0
 """How long a worker may take beyond the time it was told to run."""
+LOOK_SECONDS: Final = 0.25
+"""How often whoever waits for client processes is told that they are still at it."""
 NS_PER_MS: Final = 1e6
 
 
@@ -107,14 +110,20 @@ def combine(results: list[Result]) -> Result:
     )
 
 
-def run(task: Task, processes: int = 1, server_cpu: Callable[[], float] = lambda: 0.0) -> Result:
+def run(
+    task: Task,
+    processes: int = 1,
+    server_cpu: Callable[[], float] = lambda: 0.0,
+    waiting: Callable[[], None] = lambda: None,
+) -> Result:
     """Run a task in so many client processes, which share its operations in flight.
 
-    ``server_cpu`` is read at both edges of the measured time. Raises WorkerFailed.
+    ``server_cpu`` is read at both edges of the measured time; ``waiting`` is called now and then while it lasts. Raises
+    WorkerFailed.
     """
     processes = min(processes, task.inflight) if task.action == "run" else processes
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(each)) for each in shares(task, processes)]
+        workers = [stack.enter_context(_worker(each, waiting)) for each in shares(task, processes)]
         for worker in workers:
             worker.expect("ready")
         for worker in workers:
@@ -160,8 +169,9 @@ def shares(task: Task, processes: int) -> list[Task]:
 
 
 class _Worker:
-    def __init__(self, child: "subprocess.Popen[str]") -> None:
+    def __init__(self, child: "subprocess.Popen[bytes]", waiting: Callable[[], None]) -> None:
         self._child = child
+        self._waiting = waiting
 
     def expect(self, wanted: str) -> None:
         line = self._line()
@@ -170,8 +180,7 @@ class _Worker:
 
     def go(self) -> None:
         assert self._child.stdin is not None
-        self._child.stdin.write("go\n")
-        self._child.stdin.flush()
+        self._child.stdin.write(b"go\n")
 
     def result(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self._line())
@@ -179,7 +188,10 @@ class _Worker:
 
     def _line(self) -> str:
         assert self._child.stdout is not None
-        line = self._child.stdout.readline()
+        # The pipe is read without a buffer, in which a line could stand that select knows nothing of.
+        while not select.select([self._child.stdout], [], [], LOOK_SECONDS)[0]:
+            self._waiting()
+        line = self._child.stdout.readline().decode()
         if not line:
             code = self._child.wait(GRACE_SECONDS)
             raise WorkerFailed(f"a client process ended with {code}", code if code > 0 else 1)
@@ -187,15 +199,15 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _worker(task: Task) -> Iterator[_Worker]:
+def _worker(task: Task, waiting: Callable[[], None]) -> Iterator[_Worker]:
     child = subprocess.Popen(
         [sys.executable, "-m", "shardkv_bench.worker", task.to_json()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        bufsize=0,
     )
     try:
-        yield _Worker(child)
+        yield _Worker(child, waiting)
         child.wait(GRACE_SECONDS)
     finally:
         child.kill()

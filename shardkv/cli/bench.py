@@ -1,9 +1,11 @@
 """``shardkv bench run``: the load generator against a cluster that runs already."""
 
+import math
 import sys
 
 import click
 
+from shardkv.cli.progress import Progress
 from shardkv.cli.root import Example, ExampleGroup
 from shardkv.cli.session import connect_option, json_option, required
 from shardkv.cli.table import render
@@ -76,9 +78,11 @@ def run(
     try:
         if load and workload != "bulk":
             click.echo(f"loading {records:,} records", err=True)
-            runner.run(runner.loading(task), processes)
+            with Progress("loading") as progress:
+                runner.run(runner.loading(task), processes, waiting=progress.update_by_time)
         click.echo(f"running workload {workload} for {seconds:g} s", err=True)
-        result = runner.run(task, processes)
+        with Progress("running", total=math.ceil(warmup + seconds)) as progress:
+            result = runner.run(task, processes, waiting=progress.update_by_time)
     except runner.WorkerFailed as failure:
         click.echo(f"Error: {failure}", err=True)
         ctx.exit(failure.code)

@@ -56,6 +56,12 @@ class Progress:
             self._printed = time.monotonic()
             click.echo(f"{self.title}: {text or self._words()}", err=True)
 
+    def update_by_time(self) -> None:
+        """For work that tells nothing of itself: done is, of ``total`` seconds, what has passed."""
+        seconds = int(time.monotonic() - self._started)
+        of = f" of {self.total:,}" if self.total is not None else ""
+        self.update(seconds, f"{seconds:,}{of} s")
+
     def _words(self) -> str:
         seconds = max(1e-9, time.monotonic() - self._started)
         of = f" of {self.total:,}" if self.total is not None else ""

@@ -31,6 +31,18 @@ def test_client_processes_run_together_and_their_counts_add_up() -> None:
     assert result.seconds >= 1.0
 
 
+def test_whoever_waits_for_client_processes_is_told_that_they_are_at_it() -> None:
+    waits = 0
+
+    def waiting() -> None:
+        nonlocal waits
+        waits += 1
+
+    with serving() as server:
+        runner.run(task(server.address), processes=2, waiting=waiting)
+    assert waits >= 2  # a second of work takes more than two looks
+
+
 def test_loading_puts_every_record_once_in_transactions() -> None:
     with serving() as server:
         result = runner.run(runner.loading(task(server.address, records=1_000)), processes=2)

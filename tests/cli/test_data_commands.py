@@ -180,6 +180,7 @@ def test_a_bug_shows_its_traceback(world: World) -> None:
         ["put", "a"],
         ["put", "a", r"\q"],
         ["cas", "a", "x", "1"],
+        ["del", "a", "--if-version", "-1"],
         ["scan", "--limit", "-1"],
         ["get", "a", "--timeout", "0"],
         ["get", "a", "--timeout", "-1"],
