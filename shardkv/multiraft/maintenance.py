@@ -5,6 +5,8 @@ only after an engine flush that covers the batch in which it was applied; what a
 but only within a bound (trap 11).
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -19,6 +21,9 @@ from shardkv.storage.wal import CompactLog, LogUpdate
 INTERVAL_SECONDS: Final = 0.25
 IDLE_MEASURES: Final = 4
 """While nothing is applied or logged, only one look in so many asks how much room is left: it costs a thread's hop."""
+MARK_LOOKS: Final = 40
+"""Every so many looks it is noted how far the log is on disk. What is lost of it beyond that, a start takes for what a
+crash left unfinished."""
 FULL_DISK_FLUSH_SECONDS: Final = 2.0
 """After a flush that found no room, the next one waits this long."""
 FLUSH_BYTES: Final = 24 * 1024 * 1024
@@ -44,11 +49,23 @@ so many segments: else a large range under load would need the next snapshot as 
 class Maintenance:
     """The node's housekeeper: a service, and :meth:`flush_and_compact` also for people."""
 
-    def __init__(self, driver: Driver, environment: Environment, log: Any, directory: str | None = None) -> None:
-        """``directory`` lies on the disk whose free space is watched."""
+    def __init__(
+        self,
+        driver: Driver,
+        environment: Environment,
+        log: Any,
+        directory: str | None = None,
+        note_log_mark: Callable[[int], None] = lambda sequence: None,
+    ) -> None:
+        """``directory`` lies on the disk whose free space is watched. ``note_log_mark`` is called in worker threads, as
+        :meth:`shardkv.storage.directory.DataDirectory.note_log_mark`."""
         self.kept: tuple[int, int] | None = None
         """Instead of ENTRIES_KEPT and LAG_ENTRIES_MAX, at any time: a simulation's short logs meet more snapshots."""
         self._directory = directory
+        self._note_log_mark = note_log_mark
+        self._marked = -1
+        self._looks = 0
+        """Since it was noted up to which record the log is on disk."""
         self._driver = driver
         self._environment = environment
         self._log = log
@@ -125,7 +142,17 @@ class Maintenance:
     def _look(self, directory: str) -> int:
         """How much room is left; in a worker thread. Raises FileNotFoundError if the log is not where it was."""
         self._driver.wal.require_in_place()
+        self._mark()
         return self._environment.disk.free_bytes(directory)
+
+    def _mark(self) -> None:
+        """Note, now and then, how far the log is on disk; in a worker thread."""
+        self._looks += 1
+        synced = self._driver.wal.synced_sequence
+        if self._looks >= MARK_LOOKS and synced != self._marked:
+            with suppress(OutOfSpace):  # the old note stays true
+                self._note_log_mark(synced)
+                self._marked, self._looks = synced, 0
 
     def _worth_measuring(self) -> bool:
         """At every look while this node writes or lacks room; what others write, it may learn of a little later."""

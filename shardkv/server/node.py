@@ -156,9 +156,10 @@ class _Node:
                     "--join HOST:PORT to join one"
                 )
             self._wal = await workers.run(self._open_log)
-            opened: list[tuple[str, Callable[[], None]]] = [("log", self._wal.close)]
+            opened: list[tuple[str, Callable[[], None]]] = [("log", self._wal.close), ("log mark", self._note_log_mark)]
             # To be cancelled is to die: nothing is tidied up, for a crash must find what a crash leaves.
             try:
+                await workers.run(self._note_log_mark)
                 self._engine: Engine = await workers.run(self._open_engine, self._config, directory.engine_path)
                 opened.append(("engine", self._engine.close))
                 await self._listen_and_run()
@@ -195,8 +196,17 @@ class _Node:
         # A directory that belongs to a node has a log; without it, its votes and promises would be forgotten.
         identity = directory.identity
         return Wal.open(
-            self._environment.disk, directory.wal_path, settings, token=identity.token, create=not identity.assigned
+            self._environment.disk,
+            directory.wal_path,
+            settings,
+            token=identity.token,
+            create=not identity.assigned,
+            mark=directory.log_mark(),
         )
+
+    def _note_log_mark(self) -> None:
+        with suppress(OutOfSpace):  # what was noted before stays true
+            self._directory.note_log_mark(self._wal.synced_sequence)
 
     async def _listen_and_run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -337,7 +347,9 @@ class _Node:
             config=config.snapshots,
         )
         self._driver.snapshots = self._snapshots
-        self._maintenance = Maintenance(self._driver, environment, self._log, self._directory.path)
+        self._maintenance = Maintenance(
+            self._driver, environment, self._log, self._directory.path, self._directory.note_log_mark
+        )
 
     def _look_for_the_data(self) -> None:
         """Where the engine is gone and the log is not, other replicas bring the data back, if there may be any.

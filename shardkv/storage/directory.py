@@ -1,8 +1,9 @@
 """Whose data directory this is: format, cluster, node, and how often it was opened.
 
 Layout: ``DATA/identity`` (this module's file), ``DATA/LOCK`` (held while a node runs), ``DATA/wal/`` (the shared Raft
-log), ``DATA/engine/`` (the ordered store), ``DATA/ingest/`` (files on their way into it; what a start finds there is
-left over), ``DATA/refused`` (why the cluster will not have this directory, if so). Does not live here: what those hold.
+log), ``DATA/log-mark`` (how far that is known to have been on disk), ``DATA/engine/`` (the ordered store),
+``DATA/ingest/`` (files on their way into it; what a start finds there is left over), ``DATA/refused`` (why the cluster
+will not have this directory, if so). Does not live here: what those hold.
 The rule: a directory that is not certainly ours, of a format that we know and free for us to use, is refused before
 anything in it is changed.
 """
@@ -26,6 +27,7 @@ WAL_NAME: Final = "wal"
 ENGINE_NAME: Final = "engine"
 INGEST_NAME: Final = "ingest"
 REFUSED_NAME: Final = "refused"
+MARK_NAME: Final = "log-mark"
 
 TOKEN_BYTES: Final = 16
 CLUSTER_ID_BYTES: Final = 16
@@ -36,6 +38,9 @@ _START: Final = Struct("<8sII")
 """magic, format, checksum of what follows. These stay where they are in every format."""
 _FIELDS: Final = Struct("<16sQ16sQH")
 """directory token, boot counter, cluster id (zeros: none yet), node id (0: none yet), bytes of the name."""
+_MARK: Final = Struct("<16sQ")
+"""directory token, number of a record. The checksum of both follows."""
+_MARK_CRC: Final = Struct("<I")
 
 _NO_CLUSTER: Final = bytes(CLUSTER_ID_BYTES)
 _HARMLESS: Final = frozenset((LOCK_NAME, f"{IDENTITY_NAME}.temporary", "lost+found"))
@@ -151,6 +156,30 @@ class DataDirectory:
     def _store(self, identity: Identity) -> None:
         self._disk.write_atomically(f"{self.path}/{IDENTITY_NAME}", encode_identity(identity))
         self.identity = identity
+
+    def log_mark(self) -> int:
+        """Up to which record the log is known to have been on disk; 0 if nobody has noted it. Blocks.
+
+        Raises Corruption if the note is damaged, or another directory's.
+        """
+        path = f"{self.path}/{MARK_NAME}"
+        try:
+            data = self._disk.read(path)
+        except FileNotFoundError:
+            return 0
+        if len(data) == _MARK.size + _MARK_CRC.size:
+            token, sequence = _MARK.unpack_from(data)
+            if data[_MARK.size :] == _MARK_CRC.pack(crc32(data[: _MARK.size])) and token == self.identity.token:
+                return int(sequence)
+        raise Corruption(
+            f"{path} is damaged, or another directory's. It says how far the log was on disk, so that a start can tell "
+            f"if a part of it is gone: remove {path} only if nothing of {self.wal_path} was removed or put back"
+        )
+
+    def note_log_mark(self, sequence: int) -> None:
+        """Note, durably, that the log is on disk up to this record. Blocks. Raises StorageError, OutOfSpace."""
+        body = _MARK.pack(self.identity.token, sequence)
+        self._disk.write_atomically(f"{self.path}/{MARK_NAME}", body + _MARK_CRC.pack(crc32(body)))
 
     def condemn(self, reason: str) -> None:
         """Let no start use the directory any more. Blocks.

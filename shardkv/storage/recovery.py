@@ -2,8 +2,8 @@
 
 The rule: a record that was known to be synced is never given up. Every record says up to which sequence number the log
 was synced when it was written. Reading stops at the first record that does not sum up. If any sound record further on
-says that the missing one was synced, that is Corruption; if none does, the rest is a torn tail, which nobody was told
-about, and is cut off before anything is appended.
+says that the missing one was synced, or the mark that the data directory keeps does, that is Corruption; if none does,
+the rest is a torn tail, which nobody was told about, and is cut off before anything is appended.
 
 Memory: one window, one meta section and one entry's data at a time; entries stay on disk until they are asked for, and
 of each about 20 bytes are kept: 1 GiB of log, be it of the smallest entries, is recovered within 256 MiB.
@@ -91,11 +91,14 @@ class Recovered:
     """How much of a torn tail held something and was cut off."""
 
 
-def recover(disk: Disk, directory: str, seed: int, segment_bytes: int, *, create: bool) -> Recovered:
-    """Open the log in ``directory``, or begin one. Blocks. Raises Corruption, StorageError, OutOfSpace."""
+def recover(disk: Disk, directory: str, seed: int, segment_bytes: int, *, create: bool, mark: int) -> Recovered:
+    """Open the log in ``directory``, which was on disk up to record ``mark``, or begin one. Blocks.
+
+    Raises Corruption, StorageError, OutOfSpace.
+    """
     ids = [segment_id for name in disk.list(directory) if (segment_id := segment_id_of(name)) is not None]
     if not ids:
-        if not create:
+        if not create or mark:
             raise Corruption(f"{directory} holds no segment of the log, and this node had one; {_ADVICE}")
         return _begin(disk, directory, seed, segment_bytes)
     ids.sort()
@@ -103,7 +106,7 @@ def recover(disk: Disk, directory: str, seed: int, segment_bytes: int, *, create
     run = [segment_id for position, segment_id in enumerate(ids) if ids[-1] - segment_id == len(ids) - 1 - position]
     recovery = _Recovery(disk, directory, seed)
     try:
-        return recovery.run(run, leftovers=ids[: len(ids) - len(run)])
+        return recovery.run(run, leftovers=ids[: len(ids) - len(run)], mark=mark)
     except BaseException:
         recovery.close()
         raise
@@ -142,7 +145,7 @@ class _Recovery:
         for file in self._opened:
             file.close()
 
-    def run(self, ids: list[int], leftovers: list[int]) -> Recovered:
+    def run(self, ids: list[int], leftovers: list[int], mark: int) -> Recovered:
         segments = []
         for segment_id in ids:
             path = segment_path(self._directory, segment_id)
@@ -160,6 +163,12 @@ class _Recovery:
                 f"(and {len(absent) - 1} more ranges miss entries); {_ADVICE}"
             )
         self._read_again(damage, later)
+        if self._sequence < mark:
+            raise Corruption(
+                f"{self._directory}: the log ends with record {self._sequence} at offset {damage.offset} of "
+                f"{damage.segment.path}, and was on disk up to record {mark}: the last ones are damaged, newer "
+                f"segments were removed, or this is an older copy. Put back what was there, if you can; else {_ADVICE}"
+            )
         cut_bytes = self._cut(damage, later)
         for segment_id in leftovers:
             self._disk.unlink(segment_path(self._directory, segment_id))

@@ -168,11 +168,13 @@ class Wal:
         *,
         token: bytes = b"",
         create: bool = True,
+        mark: int = 0,
     ) -> "Wal":
         """Recover the log in ``directory``, or begin one. Blocks; run it in a worker thread.
 
         ``token`` is the data directory's own; every checksum starts from it. Say ``create=False`` for a directory that
-        is a node's already: an empty log there has been lost, and with it votes (trap 24). Raises Corruption (the
+        is a node's already: an empty log there has been lost, and with it votes (trap 24). ``mark`` is a
+        :attr:`synced_sequence` of before: a log that ends earlier has lost what others count on. Raises Corruption (the
         message says where and what to do), StorageError, OutOfSpace.
         """
         assert 0 < settings.segment_bytes <= SEGMENT_BYTES_MAX, f"{settings.segment_bytes} bytes a segment"
@@ -181,7 +183,7 @@ class Wal:
         disk.make_directory(directory)
         try:
             spares.inherit()
-            recovered = recover(disk, directory, seed, settings.segment_bytes, create=create)
+            recovered = recover(disk, directory, seed, settings.segment_bytes, create=create, mark=mark)
         except BaseException:
             spares.close()
             raise

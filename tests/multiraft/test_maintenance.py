@@ -18,12 +18,15 @@ from shardkv.multiraft.maintenance import (
     INTERVAL_SECONDS,
     KEPT_BYTES_MAX,
     LOG_SEGMENTS_MAX,
+    MARK_LOOKS,
     Maintenance,
 )
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.space import Space
+from shardkv.raft.messages import ConfState
+from shardkv.storage.wal import CreateGroup, LogUpdate
 from shardkv.transport.groups import main_error
-from shardkv.types import ReplicaId
+from shardkv.types import RangeId, ReplicaId
 from tests.multiraft.world import RANGE, world
 
 
@@ -294,3 +297,24 @@ async def test_a_log_whose_old_segments_cannot_be_removed_ends_the_node(autojump
         with trio.fail_after(1):
             await host.ended.wait()
         assert "the disk is broken" in repr(host.error)
+
+
+async def test_how_far_the_log_is_on_disk_is_noted_now_and_then_and_never_ahead_of_it(
+    autojump_clock: MockClock,
+) -> None:
+    """A start refuses a log that ends before what was noted."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        noted: list[int] = []
+        maintenance = Maintenance(host.driver, host.environment, structlog.get_logger(), "/data", noted.append)
+        create = CreateGroup(ReplicaId(9), 0, 0, ConfState())
+        write = host.wal.append([LogUpdate(RangeId(5), create=create)])
+        before = host.wal.synced_sequence
+        assert before < host.wal.statistics().sequence
+        for _ in range(3 * MARK_LOOKS):
+            maintenance._look("/")
+        assert noted == [before]
+        write()
+        maintenance._look("/")
+        assert noted == [before, host.wal.synced_sequence]

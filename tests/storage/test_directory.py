@@ -32,6 +32,10 @@ def restarted(disk: MemoryDisk) -> DataDirectory:
     return start(disk.lost())
 
 
+def flipped(data: bytes, position: int, bit: int) -> bytes:
+    return data[:position] + bytes((data[position] ^ 1 << bit,)) + data[position + 1 :]
+
+
 def test_a_new_directory_gets_a_token_and_counts_its_starts() -> None:
     disk = MemoryDisk()
     first = start(disk)
@@ -161,10 +165,8 @@ def test_every_flipped_bit_and_every_cut_of_an_identity_is_noticed() -> None:
     assert decode_identity(data, "identity") == identity
     for position in range(len(data)):
         for bit in range(8):
-            broken = bytearray(data)
-            broken[position] ^= 1 << bit
             with pytest.raises((Corruption, DataDirectoryError)):
-                decode_identity(bytes(broken), "identity")
+                decode_identity(flipped(data, position, bit), "identity")
         with pytest.raises(Corruption, match="empty data directory"):
             decode_identity(data[:position], "identity")
 
@@ -176,3 +178,34 @@ def test_a_damaged_identity_gives_the_lock_back() -> None:
     with pytest.raises(Corruption, match="checksum"):
         start(disk)
     assert not disk.locks
+
+
+def test_how_far_the_log_was_on_disk_is_noted_durably() -> None:
+    disk = MemoryDisk()
+    directory = start(disk)
+    assert directory.log_mark() == 0
+    for sequence in (7, 9):
+        directory.note_log_mark(sequence)
+    disk = disk.lost()
+    assert start(disk).log_mark() == 9
+
+
+def test_every_flipped_bit_and_every_cut_of_a_log_mark_is_noticed_and_so_is_another_directorys() -> None:
+    disk = MemoryDisk()
+    directory = start(disk)
+    directory.note_log_mark(7)
+    mark = disk.names["/data/log-mark"].current
+    data = bytes(mark)
+    broken = [data[:size] for size in range(len(data))]
+    broken += [flipped(data, position, bit) for position in range(len(data)) for bit in range(8)]
+    ids = CountingIds()
+    ids.random_bytes(1)
+    other = MemoryDisk()
+    start(other, ids).note_log_mark(7)
+    broken.append(bytes(other.names["/data/log-mark"].current))
+    for content in broken:
+        mark[:] = content
+        with pytest.raises(Corruption, match="remove /data/log-mark only if"):
+            directory.log_mark()
+    mark[:] = data
+    assert directory.log_mark() == 7

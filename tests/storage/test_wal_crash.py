@@ -319,7 +319,7 @@ def test_the_files_of_a_log_with_a_past_cut_at_any_byte_are_corruption_or_end_at
 
 @pytest.mark.parametrize("which", range(4))
 def test_a_missing_segment_is_corruption(which: int) -> None:
-    """Nobody removes a segment but the log itself, oldest first. (The newest leaves no witness; see the docs.)"""
+    """Nobody removes a segment but the log itself, oldest first. (Of the newest only the mark tells; see below.)"""
     disk = MemoryDisk()
     driver = Driver(disk, Random(1))
     while driver.wal.statistics().segments < 5:
@@ -464,6 +464,55 @@ def test_corruption_changes_nothing_on_disk() -> None:
     with pytest.raises(Corruption):
         Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
     assert {name: bytes(node.current) for name, node in disk.names.items()} == before
+
+
+def refuse(disk: MemoryDisk, settings: WalSettings, mark: int) -> None:
+    """The log is not opened for what its mark says, and nothing on disk is changed."""
+    before = {name: bytes(node.current) for name, node in disk.names.items()}
+    with pytest.raises(Corruption, match=rf"on disk up to record {mark}: .*Put back|no segment of the log"):
+        Wal.open(disk, DIRECTORY, settings, token=TOKEN, mark=mark)
+    assert {name: bytes(node.current) for name, node in disk.names.items()} == before
+
+
+def test_a_last_record_that_no_other_vouches_for_is_missed_by_the_mark() -> None:
+    """Without it, the damage looks like what a crash leaves of a record that nobody was told about."""
+    disk, driver, path = small_log()
+    settings = WalSettings(segment_bytes=1024)
+    mark = driver.wal.synced_sequence
+    assert Wal.open(disk.copy(), DIRECTORY, settings, token=TOKEN, mark=mark).synced_sequence == mark
+    start, end, sequence, _ = records_in(bytes(disk.names[path].current))[-1]
+    assert sequence == mark
+    for position in range(start, end):
+        broken, cut = disk.copy(), disk.copy()
+        broken.names[path].current[position] ^= 1
+        refuse(broken, settings, mark)
+        del cut.names[path].current[position:]
+        refuse(cut, settings, mark)
+        assert Wal.open(cut, DIRECTORY, settings, token=TOKEN, mark=mark - 1).synced_sequence == mark - 1
+
+
+@pytest.mark.parametrize("lost", ["the newest segment", "all that came after a copy was made", "all segments"])
+def test_a_log_of_which_the_end_was_taken_away_is_missed_by_the_mark(lost: str) -> None:
+    """A node that went on without it would have forgotten votes, and writes that others count on (trap 24)."""
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(1))
+    older = disk.copy()
+    while driver.wal.statistics().segments < 5:
+        driver.append(*(driver.update(RangeId(range_id)) for range_id in (1, 2, 3)))
+        driver.sync()
+        if driver.wal.statistics().segments == 3:
+            older = disk.copy()
+    mark = driver.wal.synced_sequence
+    broken = disk.copy()
+    names = [name for name in sorted(disk.names) if name.endswith(".wal")]
+    if lost == "the newest segment":
+        del broken.names[names[-1]]
+    elif lost == "all segments":
+        for name in names:
+            del broken.names[name]
+    else:
+        broken = older
+    refuse(broken, SMALL, mark)
 
 
 @pytest.mark.parametrize("operation", ["pwrite", "sync", "rename", "sync_directory"])

@@ -103,7 +103,7 @@ BUGS = (
         "Unavailable only if nothing can have been logged (DESIGN 2.4)",
         certainly_not_applied,
         ("depose", "stall", "slow"),
-        4,
+        1,
         workload="counters",
         rate=100,
     ),
