@@ -410,8 +410,9 @@ class Driver:
             replica.serve_confirmed()
         if replica.waiting and replica.may_propose(now):
             self._awake.set()
-        elif not replica.proposals and now < replica.answered_ns + GATHER_NS:
-            # Set before they come: those just answered need not wake the loop one by one.
+        elif replica.expected and not replica.proposals and now < replica.answered_ns + GATHER_NS:
+            # Set before they come: those just answered need not wake the loop one by one. For a single one there is
+            # nobody to wait for.
             self._gather_until(replica)
 
     def _gather_until(self, replica: Replica) -> None:

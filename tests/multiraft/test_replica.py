@@ -407,6 +407,18 @@ async def test_a_time_for_gathering_that_nobody_uses_passes_once(autojump_clock:
         assert leader.driver.statistics().turns == turns + 1, "only the one that was asked for"
 
 
+@pytest.mark.parametrize("together", [1, 2])
+async def test_a_single_writer_is_not_waited_for(autojump_clock: MockClock, together: int) -> None:
+    """It gathers with nobody, and the loop need not wake to find that out. Of several, most are waited for."""
+    async with world(1) as hosts:
+        leader = hosts.leader()
+        await trio.sleep(5 * GATHER_NS / 1e9)
+        assert leader.driver._gather_until_ns is None
+        for answer in [leader.put(b"k", b"%d" % number) for number in range(together)]:
+            await answer.wait()
+        assert (leader.driver._gather_until_ns is None) == (together == 1)
+
+
 async def test_what_arrives_a_moment_later_shares_the_turn(autojump_clock: MockClock) -> None:
     """On another connection, in the loop's next round: two entries would cost each node two turns and two syncs."""
     async with world(1) as hosts:
