@@ -6,6 +6,7 @@ requests and messages mean. Each connection has its own task; whatever goes wron
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -15,6 +16,7 @@ from shardkv.errors import Busy, ShardKVError
 from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.snapshots import Snapshots
+from shardkv.raft import Inconsistent
 from shardkv.server.answer_budget import AnswerBudget
 from shardkv.server.client_connection import ClientConnection
 from shardkv.server.clock_health import ClockHealth
@@ -24,7 +26,7 @@ from shardkv.server.requests import Requests
 from shardkv.transport.connection import Connection
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import KnownBoots, NodeIdentity, accept
-from shardkv.types import NodeId
+from shardkv.types import NodeId, RangeId
 from shardkv.wire.frames import FRAME_BYTES_MAX, Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, encode_refused
 
@@ -35,6 +37,9 @@ OTHER_CONNECTIONS_MAX: Final = 2_048
 Only its greeting tells which a connection is, and clients, however many there are, must not keep other nodes out."""
 ANSWER_BUFFER_BYTES_MAX: Final = 32 * 1024 * 1024
 """Answers to one client that are not sent yet. Its requests stop being looked at long before this."""
+
+CONTRADICTION_NS: Final = 60_000_000_000
+"""Of each range whose logs contradict each other it is spoken this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,8 @@ class Listener:
         self.dirty: dict[ClientConnection, None] = {}
         """Clients with answers to flush."""
         self.draining = False
+        self._contradictions: dict[RangeId, int] = {}
+        """When to speak of a range again whose messages contradict its log."""
 
     def flush(self) -> None:
         """Send every client what was answered since the last time: once a turn."""
@@ -187,17 +194,31 @@ class Listener:
     async def _serve_peer(
         self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], node_id: NodeId
     ) -> None:
+        contradicted = partial(self._contradicted, node_id)
         while True:
             for frame in frames:
                 if frame.kind is FrameKind.PING:
                     connection.write(encode_frame(FrameKind.PONG, self._clock_health.answer(frame.payload)))
                     connection.flush()
                 else:
-                    receive_messages(self._driver, node_id, frame)
+                    receive_messages(self._driver, node_id, frame, contradicted)
             data = await connection.receive()
             if not data:
                 return
             frames = decoder.feed(data)
+
+    def _contradicted(self, node_id: NodeId, range_id: RangeId, error: Inconsistent) -> None:
+        """Say, now and then, that a peer's message cannot be true by the log here."""
+        now = self._environment.clock.monotonic_ns()
+        if now >= self._contradictions.get(range_id, now):
+            self._contradictions[range_id] = now + CONTRADICTION_NS
+            self._log.error(
+                "a replica's log and its leader's contradict each other: one of them has lost what it had on disk. Its "
+                "messages are dropped; check the disks of both nodes",
+                range=range_id,
+                peer=node_id,
+                reason=str(error),
+            )
 
     def statistics(self) -> ListenerStatistics:
         return ListenerStatistics(self._count, len(self._clients))

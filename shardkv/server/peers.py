@@ -20,7 +20,7 @@ from shardkv.transport.connection import Connection
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import KnownBoots, NodeIdentity, greet
 from shardkv.transport.pool import PeerPool, Purpose
-from shardkv.types import NodeId
+from shardkv.types import NodeId, RangeId
 from shardkv.wire import raft_codec
 from shardkv.wire.frames import (
     COMPRESS_IN_THREAD_BYTES,
@@ -56,8 +56,13 @@ class PoolPeers:
         self._pool.flush()
 
 
-def receive_messages(driver: Driver, sender: NodeId, frame: Frame) -> None:
-    """Hand the Raft messages of a peer's frame to their groups. Raises ProtocolError or MalformedRequest."""
+def receive_messages(
+    driver: Driver, sender: NodeId, frame: Frame, contradicted: Callable[[RangeId, Inconsistent], None]
+) -> None:
+    """Hand the Raft messages of a peer's frame to their groups. Raises ProtocolError or MalformedRequest.
+
+    ``contradicted`` is told of each that cannot be true by the log here. It is dropped, and other ranges go on.
+    """
     if frame.kind is FrameKind.GOODBYE:
         return
     if frame.kind is not FrameKind.RAFT:
@@ -78,7 +83,7 @@ def receive_messages(driver: Driver, sender: NodeId, frame: Frame) -> None:
         try:
             driver.step(replica, message)
         except Inconsistent as error:
-            raise ProtocolError(f"range {range_id}: {error}") from error
+            contradicted(range_id, error)
 
 
 class FrameStream:

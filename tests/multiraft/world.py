@@ -25,6 +25,7 @@ from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.maintenance import Maintenance
 from shardkv.multiraft.replica import Replica, WaitingRead, WriteGroup
 from shardkv.multiraft.snapshots import Snapshots
+from shardkv.raft import Inconsistent
 from shardkv.raft.messages import Message
 from shardkv.ranges.split import plan_split
 from shardkv.server.peers import receive_messages
@@ -287,7 +288,8 @@ class Host:
             inbox, self.inbox = self.inbox, []
             for sender, item in inbox:
                 frame_payload = raft_codec.join([item])
-                receive_messages(self.driver, sender, FrameDecoder().feed(_frame(frame_payload))[0])
+                frame = FrameDecoder().feed(_frame(frame_payload))[0]
+                receive_messages(self.driver, sender, frame, _must_not_contradict)
 
     @asynccontextmanager
     async def _dial(self, node_id: NodeId) -> AsyncIterator[Any]:
@@ -398,6 +400,10 @@ class Host:
             self.replica(range_id), plan_split(machine.descriptor, key, RangeId(right), ids), answer, 0
         )
         return answer
+
+
+def _must_not_contradict(range_id: RangeId, error: Inconsistent) -> None:
+    raise AssertionError(f"range {range_id}: {error}")
 
 
 def _frame(payload: bytes) -> bytes:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from shardkv import codec
@@ -36,9 +37,10 @@ from shardkv.server.peers import receive_messages
 from shardkv.server.requests import GET_BYTES_MAX, GET_SLICE_KEYS
 from shardkv.storage.engine import Engine
 from shardkv.storage.wal import Wal
+from shardkv.transport.pool import Purpose
 from shardkv.types import VALUE_BYTES_MAX, NodeId, RangeId, timestamp_at
 from shardkv.wire import commands, raft_codec
-from shardkv.wire.frames import Frame, FrameKind
+from shardkv.wire.frames import Frame, FrameKind, encode_frame
 from shardkv.wire.requests import Consistency, Method, Request
 from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
 from tests.multiraft.world import descriptor_on
@@ -366,7 +368,9 @@ async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:
         item[7] = raft.last_index + 100
         item[6], item[5] = raft.last_index + 50, raft.term
     try:
-        receive_messages(node.inside.driver, replica.node_of(sender) or NodeId(9), _frame(item))
+        receive_messages(
+            node.inside.driver, replica.node_of(sender) or NodeId(9), _frame(item), lambda range_id, error: None
+        )
     except (ProtocolError, MalformedRequest):
         pass
 
@@ -379,7 +383,34 @@ async def test_a_proposal_of_a_peer_is_refused(autojump_clock: MockClock) -> Non
         for entries in ([], [[0, 0, b"x"]]):
             item[-1] = entries
             with pytest.raises(ProtocolError):
-                receive_messages(node.inside.driver, NodeId(2), _frame(item))
+                receive_messages(node.inside.driver, NodeId(2), _frame(item), lambda range_id, error: None)
+
+
+async def test_a_range_whose_logs_contradict_each_other_is_named_and_holds_up_no_other(
+    autojump_clock: MockClock,
+) -> None:
+    """The connection was closed, for all ranges, again and again, and nobody was told why."""
+    with capture_logs() as lines:
+        async with world(3) as cluster, cluster.client() as kv:
+            leader = await cluster.leader_of(kv, b"k")
+            replica = leader.inside.catalog.replicas[RangeId(1)]
+            assert replica.machine is not None
+            follower = next(
+                each for each in replica.machine.descriptor.replicas if each.replica_id != replica.replica_id
+            )
+            raft = replica.raft
+            head = [1, follower.replica_id, replica.replica_id, int(MessageType.HEARTBEAT), raft.term]
+            bad = [*head, 0, 0, raft.last_index + 100, False, 0, 0, b"", 0, 0, 0, []]
+            connects = {(each.node_id, each.purpose): each.connects for each in leader.inside.pool.statistics()}
+            for _ in range(3):
+                leader.inside.pool.send(follower.node_id, Purpose.BULK, encode_frame(*_frame(bad)))
+                leader.inside.pool.flush()
+                await cluster.sleep(1)
+            assert connects == {(each.node_id, each.purpose): each.connects for each in leader.inside.pool.statistics()}
+            await kv.put(b"k", b"v")
+    [line] = [line for line in lines if "contradict each other" in line["event"]]
+    assert (line["range"], line["peer"], line["log_level"]) == (1, leader.inside.listener._identity.node_id, "error")
+    assert "ends at" in line["reason"]
 
 
 async def test_trap_24_a_node_reborn_on_an_empty_disk_under_its_old_name_is_refused(autojump_clock: MockClock) -> None:
