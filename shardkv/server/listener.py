@@ -97,8 +97,8 @@ class Listener:
         self.dirty: dict[ClientConnection, None] = {}
         """Clients with answers to flush."""
         self.draining = False
-        self._contradictions: dict[RangeId, int] = {}
-        """When to speak of a range again whose messages contradict its log."""
+        self.contradictions: dict[RangeId, int] = {}
+        """When to speak again of a range whose messages contradict its log. Empty as long as no disk loses anything."""
 
     def flush(self) -> None:
         """Send every client what was answered since the last time: once a turn."""
@@ -210,8 +210,8 @@ class Listener:
     def _contradicted(self, node_id: NodeId, range_id: RangeId, error: Inconsistent) -> None:
         """Say, now and then, that a peer's message cannot be true by the log here."""
         now = self._environment.clock.monotonic_ns()
-        if now >= self._contradictions.get(range_id, now):
-            self._contradictions[range_id] = now + CONTRADICTION_NS
+        if now >= self.contradictions.get(range_id, now):
+            self.contradictions[range_id] = now + CONTRADICTION_NS
             self._log.error(
                 "a replica's log and its leader's contradict each other: one of them has lost what it had on disk. Its "
                 "messages are dropped; check the disks of both nodes",

@@ -99,6 +99,8 @@ class SimulatedNode:
             inside.driver.snapshots.check()
         inside.wal.check()
         inside.clock_health.check()
+        contradicted = list(inside.listener.contradictions)
+        assert not contradicted, f"{self.name} was sent what its logs of ranges {contradicted} contradict"
 
     # Starting
 

@@ -408,6 +408,8 @@ async def test_a_range_whose_logs_contradict_each_other_is_named_and_holds_up_no
                 await cluster.sleep(1)
             assert connects == {(each.node_id, each.purpose): each.connects for each in leader.inside.pool.statistics()}
             await kv.put(b"k", b"v")
+            with pytest.raises(AssertionError, match=r"its logs of ranges \[1\] contradict"):
+                next(node for node in cluster.nodes.values() if node.inside.listener.contradictions).check()
     [line] = [line for line in lines if "contradict each other" in line["event"]]
     assert (line["range"], line["peer"], line["log_level"]) == (1, leader.inside.listener._identity.node_id, "error")
     assert "ends at" in line["reason"]
