@@ -466,7 +466,7 @@ def test_corruption_changes_nothing_on_disk() -> None:
     assert {name: bytes(node.current) for name, node in disk.names.items()} == before
 
 
-def refuse(disk: MemoryDisk, settings: WalSettings, mark: int) -> None:
+def check_refused(disk: MemoryDisk, settings: WalSettings, mark: int) -> None:
     """The log is not opened for what its mark says, and nothing on disk is changed."""
     before = {name: bytes(node.current) for name, node in disk.names.items()}
     with pytest.raises(Corruption, match=rf"on disk up to record {mark}: .*Put back|no segment of the log"):
@@ -485,9 +485,9 @@ def test_a_last_record_that_no_other_vouches_for_is_missed_by_the_mark() -> None
     for position in range(start, end):
         broken, cut = disk.copy(), disk.copy()
         broken.names[path].current[position] ^= 1
-        refuse(broken, settings, mark)
+        check_refused(broken, settings, mark)
         del cut.names[path].current[position:]
-        refuse(cut, settings, mark)
+        check_refused(cut, settings, mark)
         assert Wal.open(cut, DIRECTORY, settings, token=TOKEN, mark=mark - 1).synced_sequence == mark - 1
 
 
@@ -512,7 +512,7 @@ def test_a_log_of_which_the_end_was_taken_away_is_missed_by_the_mark(lost: str) 
             del broken.names[name]
     else:
         broken = older
-    refuse(broken, SMALL, mark)
+    check_refused(broken, SMALL, mark)
 
 
 @pytest.mark.parametrize("operation", ["pwrite", "sync", "rename", "sync_directory"])
