@@ -1,10 +1,11 @@
-"""What all tests share: how hypothesis searches, and that logs are as no test before has left them.
+"""What all tests share: how hypothesis searches, that Ctrl-C works, and that logs are as no test before has left them.
 
 In the suite it is deterministic, so that a run's outcome depends on the code alone. To search further:
 ``HYPOTHESIS_PROFILE=explore make unit``.
 """
 
 import os
+import signal
 
 import pytest
 import structlog
@@ -23,6 +24,10 @@ settings.register_profile(
     "explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=2_000, print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell leaves it so to what it runs in the background; programs that tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

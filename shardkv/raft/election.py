@@ -92,7 +92,7 @@ def run(raft: Raft, campaign: Campaign) -> None:
     if campaign is Campaign.PRE_ELECTION and raft.settings.patient_elections:
         candidate_vote_response(raft, own)
     else:
-        # Its own vote counts when it is on disk, as anybody's does.
+        # Its own vote counts when it is on disk, as anybody's does; and by default nobody is asked for theirs before.
         raft.send(own)
         raft.voting = raft.settings.patient_elections
 

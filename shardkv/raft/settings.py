@@ -2,7 +2,7 @@
 
 Every bound of the core has its name here. The settings of etcd-io/raft keep their meaning; what is added to them
 (``lease``, ``vote_refusal_ns``, ``reluctant``, ``patient_elections``, ``commit_broadcast``) is off or neutral unless
-asked for, so that the published transcripts replay.
+asked for, so that the published transcripts replay; they switch off ``durable_candidacy`` alone.
 """
 
 from collections.abc import Callable
@@ -74,6 +74,12 @@ class RaftSettings:
     check_quorum: bool = True
     async_storage_writes: bool = True
     """Whether ``ready()`` hands out storage messages with responses, instead of waiting for ``advance()``."""
+    durable_candidacy: bool = True
+    """Whether votes are asked for only when the candidate's own term, vote and log are on disk.
+
+    Off for transcripts, and for hosts that sync a changed term before they send anything. Any other host's replica
+    could be elected by the votes of others alone, crash, forget that term, and be given the same votes for it again.
+    """
 
     message_bytes_max: int = 1024 * 1024
     """Entries in one append. At least one entry is always sent."""

@@ -37,7 +37,6 @@ NOT_EAGER: Final = -1
 
 _NO_TERM = frozenset({MessageType.PROP, MessageType.READ_INDEX})
 _VOTING = frozenset({MessageType.VOTE, MessageType.VOTE_RESP, MessageType.PRE_VOTE, MessageType.PRE_VOTE_RESP})
-_DURABLE = frozenset({MessageType.APP_RESP, MessageType.VOTE_RESP, MessageType.PRE_VOTE_RESP})
 
 
 class Raft:
@@ -171,9 +170,7 @@ class Raft:
     def send(self, message: Message) -> None:
         """Queue a message, with sender and term filled in.
 
-        Answers about votes and appends wait until what they rest on is on disk (paper 5, figure 2; thesis 3.8).
-        Rejections wait too: they are rare, and nobody has proved that they need not. With ``patient_elections`` answers
-        about pre-votes do not wait: they promise nothing.
+        What rests on a term, a vote or an entry waits until that is on disk; see ``_waits_for_disk``.
         """
         if message.from_ == NONE:
             message.from_ = self.id
@@ -185,11 +182,24 @@ class Raft:
             # These two are a local request that may be passed on to the leader of whatever term.
             if kind not in _NO_TERM:
                 message.term = self.term
-        if kind in _DURABLE and not (kind is MessageType.PRE_VOTE_RESP and self.settings.patient_elections):
+        if self._waits_for_disk(kind):
             self.messages_after_append.append(message)
         else:
             assert message.to != self.id, f"{kind!r} to itself"
             self.messages.append(message)
+
+    def _waits_for_disk(self, kind: MessageType) -> bool:
+        """Whether messages of this kind are held back until everything that is unstable now is on disk.
+
+        Answers about votes and appends are (paper 5, figure 2; thesis 3.8). Rejections are too: they are rare, and
+        nobody has proved that they need not. With ``patient_elections`` answers about pre-votes are not: they promise
+        nothing. Requests for votes are with ``durable_candidacy``.
+        """
+        if kind is MessageType.VOTE:
+            return self.settings.durable_candidacy
+        if kind is MessageType.PRE_VOTE_RESP:
+            return not self.settings.patient_elections
+        return kind is MessageType.APP_RESP or kind is MessageType.VOTE_RESP
 
     def append(self, entries: tuple[Entry, ...]) -> bool:
         """Give the entries their places at the end of this leader's log. False if too much is uncommitted already."""

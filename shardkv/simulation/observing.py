@@ -16,7 +16,7 @@ from shardkv.multiraft.replica import Replica
 from shardkv.raft import Role
 from shardkv.server.inside import Inside
 from shardkv.simulation.checkers.growth import NothingGrows
-from shardkv.simulation.checkers.leaders import OneLeaderPerTerm
+from shardkv.simulation.checkers.leaders import Leader, OneLeaderPerTerm
 from shardkv.simulation.checkers.logs import LogMatching, Seen
 from shardkv.simulation.checkers.machines import IdenticalMachines
 from shardkv.simulation.checkers.ranges import RangesTile, Span
@@ -71,15 +71,16 @@ class Observing:
         told = inside.driver.hooks.leadership
 
         def leadership(replica: Replica) -> None:
-            self._see_leader(replica)
+            self._see_leader(node, replica)
             told(replica)
 
         inside.driver.hooks = replace(inside.driver.hooks, leadership=leadership)
 
-    def _see_leader(self, replica: Replica) -> None:
+    def _see_leader(self, node: SimulatedNode, replica: Replica) -> None:
         raft = replica.raft
         if raft.role is Role.LEADER:
-            self.leaders.saw_leader(replica.range_id, raft.term, replica.replica_id)
+            leader = Leader(replica.replica_id, node.starts, raft.raft.term_start)
+            self.leaders.saw_leader(replica.range_id, raft.term, leader)
 
     # Looks
 
@@ -97,7 +98,7 @@ class Observing:
             whole = whole and node.serving
         for node, inside in self._running():
             for range_id, replica in inside.catalog.replicas.items():
-                self._see_leader(replica)
+                self._see_leader(node, replica)
                 self._see_log(node, range_id, replica)
                 machine = replica.machine
                 if machine is None or replica.installing or replica.needs_snapshot:

@@ -38,6 +38,9 @@ LATE_SECONDS_MAX: Final = 4.0
 """Of what clients have sent; they give a connection up that is silent for 1.5 s."""
 USURPING_SECONDS: Final = 2.5
 TURNING_SECONDS: Final = 2.5
+HANDING_OVER_SECONDS: Final = 0.05
+ASKING_SECONDS: Final = 0.0002
+"""A request for a vote is that much under way, or less."""
 
 
 def _leaders(faults: "Faults") -> dict[RangeId, tuple[int, SimulatedNode]]:
@@ -259,6 +262,48 @@ async def _turncoat(faults: "Faults", one: SimulatedNode, two: SimulatedNode) ->
     _reconnect(faults, leader)
 
 
+async def _amnesia(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """Whoever is to lead next asks for votes while its disk stalls, dies before anybody has heard that it leads, and
+    comes back to those who gave it their vote: does it know that it has had them?"""
+    leaders = _leaders(faults)
+    others = [node for node in faults.cluster.nodes.values() if node.serving]
+    if not leaders or len(others) < 3:
+        return
+    range_id = faults.chance.choice(list(leaders))
+    term, old = leaders[range_id]
+    others.remove(old)
+    next_ = faults.chance.choice(others)
+    replica, target = (node.inside.catalog.replicas.get(range_id) for node in (old, next_))
+    if replica is None or target is None:
+        return
+    disk = next_.environment.disk
+    disk.stall()
+    replica.raft.transfer_leader(target.replica_id)
+    old.inside.driver.touch(replica)
+    end = determinism.now() + HANDING_OVER_SECONDS
+    await determinism.until(lambda: target.raft.term > term, end, ASKING_SECONDS)
+    await determinism.sleep(faults.chance.uniform(0, 10 * ASKING_SECONDS))
+    network = faults.cluster.network
+    for name in _others(faults, next_):
+        network.block(next_.name, name)
+    await determinism.until(lambda: target.leads, determinism.now() + HANDING_OVER_SECONDS, ASKING_SECONDS)
+    if next_.alive:
+        await next_.power_off(chooser=LoseAll())
+    await next_.buried()
+    next_.start_soon()
+    _reconnect(faults, next_)
+    kept_apart = _others(faults, next_)
+    for name in kept_apart:
+        for other in kept_apart:
+            if other != name:
+                network.block(name, other)
+    await determinism.sleep(USURPING_SECONDS)
+    for name in kept_apart:
+        for other in kept_apart:
+            if other != name:
+                network.unblock(name, other)
+
+
 async def _handover(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
     """A leadership is handed over, and the old leader does not hear how that went."""
     node = _leading(faults)
@@ -476,6 +521,7 @@ SEQUENCES: Final[dict[str, Callable[["Faults", SimulatedNode, SimulatedNode], Aw
     "usurp": _usurp,
     "relay": _relay,
     "turncoat": _turncoat,
+    "amnesia": _amnesia,
     "handover": _handover,
     "lag": _lag,
     "lost-answers": _lost_answers,

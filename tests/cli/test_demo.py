@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -27,11 +28,16 @@ main()
 """
 
 
-def start(*arguments: str) -> "subprocess.Popen[str]":
+@contextlib.contextmanager
+def start(*arguments: str) -> "Iterator[subprocess.Popen[str]]":
     command = [sys.executable, "-u", "-c", SCRIPT, "demo", *arguments]
-    return subprocess.Popen(
+    with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    ) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
 def endpoints(child: "subprocess.Popen[str]") -> dict[str, tuple[str, int]]:

@@ -218,6 +218,7 @@ class World:
             pre_vote=False,
             check_quorum=False,
             async_storage_writes=False,
+            durable_candidacy=False,
             message_bytes_max=UNBOUNDED,
             inflight_messages_max=(1 << 31) - 1,
             inflight_bytes_max=UNBOUNDED,

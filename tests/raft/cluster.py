@@ -98,9 +98,11 @@ class Host:
         self.hold_writes = False
         """Whether storage work waits until :meth:`write` is called."""
         self.up = True
+        self.starts = 0
         self._start()
 
     def _start(self) -> None:
+        self.starts += 1
         changed = self.cluster.settings | self.cluster.own_settings.get(self.id, {})
         snapshot = self.storage.written_snapshot()
         self.applied = [part for part in snapshot.data.split(_SEPARATOR) if part]

@@ -49,8 +49,52 @@ def test_a_follower_that_hears_nothing_campaigns_and_votes_for_itself() -> None:
         node.tick()
     assert (node.role, node.term, node.vote) == (Role.CANDIDATE, 1, 1)
     ready = node.ready()
-    assert [message.to for message in sent(ready, M.VOTE)] == [2, 3, 4, 5]
-    assert [message.to for message in after_write(ready)] == [1], "its own vote counts when it is on disk"
+    assert [message.to for message in after_write(ready)] == [2, 3, 4, 5, 1], "when its own vote is on disk"
+
+
+def test_trap_10_a_candidate_that_forgets_its_term_in_a_crash_never_leads_it_twice() -> None:
+    """Paper 5.2, at most one leader a term; trap 10. Two votes of others are enough to lead with: were they asked for
+    before its own was on disk, it could lead, crash, and ask anew for the same term, to be given the same votes."""
+    cluster = Cluster()
+    candidate = cluster.hosts[1]
+    candidate.hold_writes = True
+    candidate.node.campaign()
+    cluster.settle()
+    if candidate.node.role is Role.LEADER:
+        candidate.node.propose(b"of the first time")
+        cluster.settle()
+    candidate.crash()
+    candidate.restart()
+    candidate.hold_writes = False
+    cluster.elect(1).propose(b"of the second time")
+    cluster.settle()
+    logs = [host.logged() for host in cluster.hosts.values()]
+    assert logs == [[(1, b""), (1, b"of the second time")]] * 3
+
+
+@pytest.mark.parametrize("transfer", [False, True])
+def test_trap_10_votes_are_asked_for_when_term_vote_and_log_are_on_disk(transfer: bool) -> None:
+    """DESIGN 4.2: what follows from an unsynced term, vote or entry waits. After a crash no vote may count that was
+    given for entries which are gone."""
+    node = fresh(2)
+    node.step(Message(M.APP, 2, 1, 3, entries=(Entry(3, 1),)))
+    node.ready()
+    if transfer:
+        node.step(Message(M.TIMEOUT_NOW, 2, 1, 3))
+    else:
+        node.campaign()
+    assert (node.role, node.term) == (Role.CANDIDATE, 4)
+    ready = node.ready()
+    assert not sent(ready, M.VOTE)
+    asked = [(each.to, each.index, each.log_term) for each in after_write(ready) if each.type is M.VOTE]
+    assert asked == [(1, 1, 3), (3, 1, 3)]
+
+
+def test_a_host_that_answers_for_it_may_have_votes_asked_for_at_once() -> None:
+    """As etcd does, whose hosts sync a changed term before they send anything."""
+    node = fresh(durable_candidacy=False)
+    node.campaign()
+    assert [message.to for message in sent(node.ready(), M.VOTE)] == [2, 3]
 
 
 def test_election_timeouts_are_spread_over_one_to_two_timeouts() -> None:
@@ -526,7 +570,7 @@ def test_a_pre_vote_waits_for_no_disk() -> None:
     node.step(Message(M.PRE_VOTE_RESP, 1, 3, 1))
     ready = node.ready()
     assert (node.role, node.term) == (Role.CANDIDATE, 1)
-    assert [answer.type for answer in after_write(ready)] == [M.VOTE_RESP], "but its vote does"
+    assert [each.type for each in after_write(ready)] == [M.VOTE, M.VOTE, M.VOTE_RESP], "but its vote does"
     alone = patient(voters=1)
     alone.campaign()
     assert alone.role is Role.CANDIDATE
@@ -538,7 +582,7 @@ def test_a_candidate_whose_own_vote_takes_long_to_the_disk_waits_for_it_and_as_l
     node = patient()
     node.campaign()
     node.step(Message(M.PRE_VOTE_RESP, 1, 2, 1))
-    (own,) = after_write(node.ready())
+    *_, own = after_write(node.ready())
     assert not ticked(node, ticks)
     node.campaign()
     assert node.role is Role.CANDIDATE, "nor when its host asks for an election"
@@ -554,7 +598,7 @@ def test_a_candidate_asks_anew_when_the_others_have_had_their_time(ticks: int) -
     node = patient()
     node.campaign()
     node.step(Message(M.PRE_VOTE_RESP, 1, 2, 1))
-    (own,) = after_write(node.ready())
+    *_, own = after_write(node.ready())
     ticked(node, ticks)
     node.step(own)
     waits = min(ticks, PATIENCE * 10) + node.raft.randomized_election_timeout

@@ -36,7 +36,8 @@ class Checkers:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.leader_of_term: dict[int, int] = {}
+        self.leader_of_term: dict[int, tuple[int, int]] = {}
+        """By term who leads it, and how often it had been started by then."""
         self.committed: dict[int, tuple[Entry, int]] = {}
         """By index the entry, and the term of the replica that was first seen to have committed it."""
         self.reads: dict[bytes, int] = {}
@@ -68,8 +69,9 @@ class Checkers:
         """Paper figure 3: election safety."""
         node = self.cluster[id_]
         if node.role is Role.LEADER:
-            other = self.leader_of_term.setdefault(node.term, id_)
-            assert other == id_, f"{other} and {id_} both lead term {node.term}"
+            leader = (id_, self.cluster.hosts[id_].starts)
+            other = self.leader_of_term.setdefault(node.term, leader)
+            assert other == leader, f"{other} and {leader} both lead term {node.term}"
 
     def _committed_entries(self, id_: int) -> None:
         """Paper figure 3: log matching, leader completeness and state machine safety."""

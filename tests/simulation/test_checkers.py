@@ -7,7 +7,7 @@ import pytest
 from shardkv.simulation.checkers.acknowledged import NoWriteLost
 from shardkv.simulation.checkers.counters import ExactlyOnce
 from shardkv.simulation.checkers.growth import NothingGrows
-from shardkv.simulation.checkers.leaders import OneLeaderPerTerm
+from shardkv.simulation.checkers.leaders import Leader, OneLeaderPerTerm
 from shardkv.simulation.checkers.logs import LogMatching, Seen
 from shardkv.simulation.checkers.machines import IdenticalMachines
 from shardkv.simulation.checkers.ranges import RangesTile, Span
@@ -26,12 +26,13 @@ def assert_refused(call: Callable[[], object], rule: str) -> None:
 def test_a_term_has_one_leader() -> None:
     """Raft paper 5.2."""
     leaders = OneLeaderPerTerm()
-    leaders.saw_leader(1, 5, 1)
-    leaders.saw_leader(1, 5, 1)
-    leaders.saw_leader(1, 6, 2)
-    leaders.saw_leader(2, 5, 4)
+    leaders.saw_leader(1, 5, Leader(1, 1, 10))
+    leaders.saw_leader(1, 5, Leader(1, 1, 10))
+    leaders.saw_leader(1, 6, Leader(2, 1, 15))
+    leaders.saw_leader(2, 5, Leader(4, 3, 2))
     leaders.check()
-    assert_refused(lambda: leaders.saw_leader(1, 5, 2), "one-leader-per-term")
+    for second in Leader(2, 1, 10), Leader(1, 2, 10), Leader(1, 1, 11):
+        assert_refused(lambda second=second: leaders.saw_leader(1, 5, second), "one-leader-per-term")
 
 
 def test_an_entry_of_one_index_and_term_is_the_same_everywhere() -> None:

@@ -55,6 +55,10 @@ def vote_before_sync() -> Patches:
     return early(frozenset({MessageType.VOTE_RESP}), sync=True)
 
 
+def votes_asked_for_before_sync() -> Patches:
+    return [patch.object(catalog, "RaftSettings", partial(RaftSettings, durable_candidacy=False))]
+
+
 def append_before_sync() -> Patches:
     return early(frozenset({MessageType.APP_RESP}), sync=True)
 
@@ -220,6 +224,15 @@ BUGS = (
         vote_before_sync,
         ("turncoat",),
         1,
+        minutes=0.4,
+        rate=10,
+    ),
+    Bug(
+        "votes-asked-for-before-sync",
+        "a candidate's own vote is on disk before it asks for others' (trap 10)",
+        votes_asked_for_before_sync,
+        ("amnesia",),
+        5,
         minutes=0.4,
         rate=10,
     ),
