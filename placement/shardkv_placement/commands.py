@@ -1,6 +1,6 @@
 """The placement group's commands, as typed values and as the CBOR lists that its log carries.
 
-    BOOTSTRAP         [1, cluster_id, name, address, token, labels, [descriptor, ...]]   -> node id
+    BOOTSTRAP         [1, cluster_id, name, address, token, labels, [descriptor, ...], [[name, value], ...]] -> node id
     REGISTER_NODE     [2, name, address, token, labels]                                  -> node id
     NODE_STARTED      [3, node_id, boot, start_token, address, labels]                   -> True
     DECOMMISSION_NODE [4, node_id]                                                       -> True
@@ -32,6 +32,7 @@ REPORTS_MAX: Final = 4_096
 ALLOCATED_MAX: Final = 10_000
 """Ids of each kind given out by one command."""
 MESSAGE_BYTES_MAX: Final = 500
+SETTINGS_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,15 @@ class Bootstrap:
     labels: Labels
     descriptors: tuple[RangeDescriptor, ...]
     """The ranges that the first node made with its one WAL record: the placement group's, and those of all keys."""
+    settings: tuple[tuple[str, int | bool], ...] = ()
+    """What the cluster begins with where that is not the default: here, so that no crash can come between."""
     number: ClassVar = 1
 
     def to_wire(self) -> list[Any]:
         described = [descriptor.to_wire() for descriptor in self.descriptors]
         labels = fields.labels_to_wire(self.labels)
-        return [self.number, self.cluster_id, self.name, self.address, self.directory_token, labels, described]
+        settings = [[name, value] for name, value in self.settings]
+        return [self.number, self.cluster_id, self.name, self.address, self.directory_token, labels, described, settings]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,7 @@ def encode(command: Command) -> list[Any]:
 def decode(value: Any) -> Command:
     """The command in a decoded CBOR value, every field checked. Raises MalformedRequest."""
     match value:
-        case [Bootstrap.number, cluster_id, name, address, token, labels, descriptors]:
+        case [Bootstrap.number, cluster_id, name, address, token, labels, descriptors, settings]:
             return Bootstrap(
                 fields.blob(cluster_id, "a cluster id", CLUSTER_ID_BYTES),
                 fields.name(name),
@@ -194,6 +198,7 @@ def decode(value: Any) -> Command:
                 _token(token),
                 fields.labels(labels),
                 _descriptors(descriptors),
+                tuple(_setting(each) for each in fields.array(settings, "settings", SETTINGS_MAX)),
             )
         case [RegisterNode.number, name, address, token, labels]:
             return RegisterNode(fields.name(name), fields.address(address), _token(token), fields.labels(labels))
@@ -214,8 +219,8 @@ def decode(value: Any) -> Command:
                 fields.integer(ranges, "a count of range ids", 0, ALLOCATED_MAX),
                 fields.integer(replicas, "a count of replica ids", 0, ALLOCATED_MAX),
             )
-        case [SetSetting.number, str(name), int(setting)]:
-            return SetSetting(name, setting)
+        case [SetSetting.number, name, setting]:
+            return SetSetting(*_setting([name, setting]))
         case [AddOperator.number, operator]:
             return AddOperator(Operator.from_wire(operator))
         case [AdvanceOperator.number, operator_id, step]:
@@ -241,6 +246,13 @@ def _token(value: Any) -> bytes:
 
 def _node_id(value: Any) -> NodeId:
     return NodeId(fields.integer(value, "a node id", 1))
+
+
+def _setting(value: Any) -> tuple[str, int | bool]:
+    match value:
+        case [str(name), int(setting)]:
+            return name, setting
+    raise malformed(f"not a setting and its value: {value!r:.200}")
 
 
 def _operator_id(value: Any) -> int:

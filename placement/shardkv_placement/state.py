@@ -257,12 +257,16 @@ class PlacementState:
             raise WrongCluster(f"this cluster is {self.counters.cluster_id.hex()} and bootstrapped already")
         _check_spans(command.descriptors)
         _check_all_keys(command.descriptors)
+        for name, value in command.settings:
+            self.settings.with_value(name, value)
         counters = _raised(Counters(command.cluster_id, next_node=2, nodes_version=1), command.descriptors)
         self._put_counters(batch, counters)
         node = NodeRecord(NodeId(1), command.name, command.address, command.directory_token, command.labels)
         self._put_node(batch, node)
         for descriptor in command.descriptors:
             self._accept(descriptor, batch)
+        for name, value in command.settings:
+            self._choose(name, value, batch)
         return node.node_id
 
     def _register_node(self, command: commands.RegisterNode, now_ms: int, batch: Batch) -> int:
@@ -354,10 +358,13 @@ class PlacementState:
         return [first_range, first_replica]
 
     def _set_setting(self, command: commands.SetSetting, now_ms: int, batch: Batch) -> int | bool:
-        self.settings = self.settings.with_value(command.name, command.value)
-        self._chosen[command.name] = command.value
-        batch.put(self._key(_SETTING, command.name.encode()), codec.dumps(command.value))
+        self._choose(command.name, command.value, batch)
         return command.value
+
+    def _choose(self, name: str, value: int | bool, batch: Batch) -> None:
+        self.settings = self.settings.with_value(name, value)
+        self._chosen[name] = value
+        batch.put(self._key(_SETTING, name.encode()), codec.dumps(value))
 
     def _add_operator(self, command: commands.AddOperator, now_ms: int, batch: Batch) -> int:
         asked = command.operator

@@ -26,7 +26,7 @@ from shardkv.types import (
     RangeDescriptor,
     ReplicaId,
 )
-from shardkv_placement.commands import Bootstrap, NodeStarted, SetSetting
+from shardkv_placement.commands import Bootstrap, NodeStarted
 from shardkv_placement.settings import Settings
 from shardkv_placement.state import PlacementState
 
@@ -103,6 +103,8 @@ class Introduction:
     async def _bootstrap(self) -> None:
         config, identity = self._config, self._identity
         assert identity.cluster_id is not None, "bootstrapped without a cluster id"
+        defaults = Settings()
+        wanted = (("split_bytes", config.ranges.split_bytes), ("replication_factor", config.ranges.replicas))
         await self._placement.propose(
             Bootstrap(
                 identity.cluster_id,
@@ -111,12 +113,9 @@ class Introduction:
                 directory_token=identity.token,
                 labels=config.label,
                 descriptors=first_ranges(),
+                settings=tuple((name, value) for name, value in wanted if value != defaults.value(name)),
             )
         )
-        defaults = Settings()
-        for name, value in (("split_bytes", config.ranges.split_bytes), ("replication_factor", config.ranges.replicas)):
-            if value != defaults.value(name):
-                await self._placement.propose(SetSetting(name, value))
 
     async def wait(self, stop: trio.Event) -> bool:
         """Wait until the node is ready; False if ``stop`` was set first.

@@ -60,6 +60,24 @@ def test_a_repeated_bootstrap_changes_nothing_and_another_is_refused() -> None:
         group.apply(other)
 
 
+def test_a_cluster_begins_with_the_settings_that_it_was_founded_with() -> None:
+    """In one command: a first node that dies right after it does not come back to a cluster of the default ones."""
+    settings = (("replication_factor", 5), ("split_bytes", 1 << 20))
+    group = Group(bootstrapped=False)
+    group.apply(commands.Bootstrap(b"c" * 16, "n1", "host1:7000", token(1), (), first_descriptors(), settings))
+    assert (group.state.settings.replication_factor, group.state.settings.split_bytes) == (5, 1 << 20)
+    assert group.reloaded().settings == group.state.settings
+
+
+def test_a_cluster_is_not_founded_with_settings_that_do_not_fit() -> None:
+    group = Group(bootstrapped=False)
+    settings = (("split_bytes", 1 << 20), ("replication_factor", 4))
+    with pytest.raises(ConfigError, match="odd"):
+        group.apply(commands.Bootstrap(b"c" * 16, "n1", "host1:7000", token(1), (), first_descriptors(), settings))
+    assert not group.state.bootstrapped
+    assert not group.store.rows
+
+
 @pytest.mark.parametrize(
     "ranges",
     [
