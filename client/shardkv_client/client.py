@@ -148,7 +148,9 @@ class Client:
     def forked(self) -> None:
         """This process is a child of the one that opened the client, whose session and connections it must not use."""
         self._closed_because = "the client was opened before a fork; open a new one in the child process"
-        self._host = None
+        host, self._host = self._host, None
+        if host is not None:
+            host.core.disown()
 
     def _open_host(self) -> Host:
         if self._host is None or self._host.core.closed:

@@ -330,6 +330,8 @@ class Snapshots:
                 answer = await self._hear(stream)
                 if not _acknowledges(outgoing, answer):
                     return self._refused(begin, answer)
+        if not replica.leads:
+            return self._refused(begin, "no longer the leader")  # what follows names the term as one who leads it
         end = outgoing.end
         await self._say(stream, ["end", end.chunks, end.rows, end.checksum, replica.raft.term])
         while _acknowledges(outgoing, answer := await self._hear(stream, FINISH_SECONDS_MAX)):

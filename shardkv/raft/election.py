@@ -132,6 +132,8 @@ def handle_vote_request(raft: Raft, message: Message) -> None:
     # The answer has the term of the request: a pre-candidate would take an answer of an older term for a late one.
     raft.send(Message(answer, candidate, term=message.term))
     if kind == MessageType.VOTE:
+        if raft.role == Role.PRE_CANDIDATE and raft.settings.patient_elections:
+            raft.become_follower(raft.term, NONE)  # it wants somebody else to lead now
         raft.election_elapsed = 0
         raft.vote = candidate
         if raft.settings.patient_elections and raft.id in raft.progress:
@@ -287,5 +289,6 @@ def follower_forget_leader(raft: Raft, message: Message) -> None:
 
 
 def follower_read_index(raft: Raft, message: Message) -> None:
-    if raft.leader != NONE:
-        forward(raft, message)
+    if raft.leader == NONE or (message.from_ != raft.id and raft.settings.disable_proposal_forwarding):
+        return  # another replica asks whom it takes for the leader: it will hear of the new one, and ask again
+    forward(raft, message)

@@ -202,9 +202,9 @@ class RaftNode:
             core.step(raft, Message(MessageType.PROP, from_=raft.id, entries=(entry,)))
             return raft.term, 0
         refuse_unless_open(raft)
-        if entry.type != EntryType.NORMAL:
-            raft.pending_conf_index = raft.log.last_index + 1
         append_and_send(raft, (entry,))
+        if entry.type != EntryType.NORMAL:
+            raft.pending_conf_index = raft.log.last_index
         return raft.term, raft.log.last_index
 
     def apply_conf_change(self, change: ConfChange) -> ConfState:
@@ -497,6 +497,7 @@ class RaftNode:
         assert leads or raft.transferee == NONE, f"{raft.role!r} hands over to {raft.transferee}"
         assert leads or raft.reads is None, f"{raft.role!r} confirms reads"
         assert not raft.voting or raft.vote != NONE, f"a vote of term {raft.term} that nobody has"
+        assert not raft.voting or raft.role in (Role.FOLLOWER, Role.CANDIDATE), f"{raft.role!r} waits for its vote"
         assert raft.role != Role.CANDIDATE or raft.vote == raft.id, f"a candidate voted for {raft.vote}"
         assert raft.term >= self._hard_state.term, f"term {raft.term} after {self._hard_state.term}"
         if leads:

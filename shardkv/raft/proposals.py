@@ -17,9 +17,14 @@ def leader_propose(raft: Raft, message: Message) -> None:
     entries = message.entries
     assert entries, "a proposal without entries"
     refuse_unless_open(raft)
+    pending = raft.pending_conf_index
     if any(entry.type != EntryType.NORMAL for entry in entries):
         entries = tuple(_admit(raft, entry, position) for position, entry in enumerate(entries))
-    append_and_send(raft, entries)
+    try:
+        append_and_send(raft, entries)
+    except ProposalDropped:
+        raft.pending_conf_index = pending  # there is no change under way after all
+        raise
 
 
 def refuse_unless_open(raft: Raft) -> None:

@@ -95,6 +95,7 @@ class RaftSettings:
 
     read_only: ReadOnly = ReadOnly.SAFE
     disable_proposal_forwarding: bool = False
+    """A replica that does not lead then passes on no proposals, and of requests to read only its own."""
     disable_conf_change_validation: bool = False
     """Only for a host that itself makes sure that one change is applied before the next is proposed."""
     step_down_on_removal: bool = False

@@ -25,6 +25,28 @@ def test_trap_12_a_write_whose_answer_is_lost_is_applied_once():
     assert [op for _, _, op in world.cluster.applied].count(Op.INCREMENT) == 1
 
 
+@pytest.mark.parametrize("sent_before", [False, True])
+def test_a_core_that_was_disowned_sends_nothing_more_under_its_session(sent_before):
+    """The child of a fork would issue other commands under the sequences that its parent is about to issue."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.cluster.range_of(b"k").leader = None
+    calls = [world.increment(b"a")]
+    if sent_before:
+        world.pass_time(0.5)
+        world.settle()
+    calls.append(world.increment(b"b"))
+    world.core.disown()
+    frames = len(world.frames)
+    world.cluster.range_of(b"k").leader = 1
+    world.core.flush(world.now)
+    world.core.tick(world.now + 60)
+    world.pass_time(60)
+    assert len(world.frames) == frames
+    assert not any(call.done for call in calls), "nobody is told, who may be in another process"
+    assert world.core.due > world.now + 1e9, "a loop that goes on has nothing to do"
+
+
 def test_a_retry_after_a_split_finds_its_record_in_the_other_half():
     world = World()
     world.run(world.put(b"z", b"v"))

@@ -610,6 +610,27 @@ def test_a_page_that_no_scan_can_have_costs_the_connection(page):
     assert call.attempts == 2
 
 
+@pytest.mark.parametrize(("reverse", "asked"), [(False, (b"a", b"m")), (True, (b"m", b"z"))])
+def test_a_page_is_asked_of_no_more_than_the_range_is_known_to_hold(reverse, asked):
+    """A replica that lags behind a split would answer with keys of the other half, which the next page brings again."""
+    world = World(nodes=1)
+    world.cluster.split(b"m")
+    call = ScanCall(
+        b"y" if reverse else b"a",
+        b"a",
+        b"z",
+        consistency=2,
+        limit=10,
+        bytes_max=1_000,
+        reverse=reverse,
+        keys_only=False,
+        deadline=world.now + 5,
+    )
+    world.run(world.submit(call))
+    (request,) = world.requests_to(1, Method.SCAN)
+    assert tuple(request.arguments[1:3]) == asked
+
+
 def test_the_child_of_a_split_is_sought_where_its_parent_was_led():
     """It is led there at first; guessing otherwise would cost a round trip for each split."""
     world = World()

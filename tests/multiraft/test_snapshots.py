@@ -21,7 +21,7 @@ from shardkv.multiraft import maintenance, snapshot_install, snapshots
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.snapshot_install import Arrived
 from shardkv.raft import ProgressState, Role
-from shardkv.raft.messages import Message, MessageType
+from shardkv.raft.messages import NONE, Message, MessageType
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate
 from shardkv.types import KeyRange, NodeId, RangeDescriptor, RangeId, ReplicaId
@@ -765,6 +765,40 @@ async def test_a_sender_whose_receiver_takes_nothing_gives_up(
         assert closed == 0
         await hosts.until(lambda: late.value(b"new4") == b"2", "another try", 60)
         assert closed == opened
+
+
+async def test_who_leads_no_longer_does_not_end_a_snapshot(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end names a term, and the receiver follows whoever sends it as that term's leader."""
+    monkeypatch.setattr(snapshots, "WINDOW_CHUNKS", 1)
+    async with world(3) as hosts:
+        await behind(hosts)
+        leader = hosts.leader()
+        said: list[list[Any]] = []
+
+        class Deposing(Stream):
+            async def send(self, message: list[Any]) -> None:
+                said.append(message)
+
+            async def receive(self) -> list[Any]:
+                if said[-1][0] == "begin":
+                    return ["from", 0, 0]
+                raft = leader.replica().raft.raft
+                if leader.replica().leads:
+                    raft.become_follower(raft.term + 1, NONE)
+                return ["have", said[-1][1]]
+
+        @asynccontextmanager
+        async def dial(node_id: NodeId) -> AsyncIterator[Deposing]:
+            yield Deposing()
+
+        leader.snapshots._dial = dial
+        hosts.heal()
+        await hosts.until(lambda: said, "a stream")
+        await hosts.until(lambda: not leader.snapshots._sending, "the end of the stream")
+        assert not leader.replica().leads
+        assert [message[0] for message in said] == ["begin", "rows"]
 
 
 async def test_trap_11_the_log_keeps_what_the_receiver_of_a_snapshot_needs_next(autojump_clock: MockClock) -> None:

@@ -619,6 +619,25 @@ def test_who_has_given_its_vote_begins_no_election_before_that_is_on_disk() -> N
     assert {message.type for message in ticked(node, 1)} == {M.PRE_VOTE}
 
 
+def test_a_pre_candidate_that_gives_its_vote_wants_to_lead_no_more() -> None:
+    """It would go on over the head of whom it has just helped; and as it waits for its vote to get to the disk, nothing
+    that it hears as a pre-candidate may keep it waiting for ever."""
+    node = patient()
+    node.step(Message(M.PRE_VOTE_RESP, 1, 3, 1, reject=True))
+    node.campaign()
+    assert (node.role, node.term) == (Role.PRE_CANDIDATE, 1)
+    node.ready()
+    node.step(Message(M.VOTE, 1, 2, 1))
+    assert node.role is Role.FOLLOWER
+    node.check()
+    node.step(Message(M.PRE_VOTE_RESP, 1, 3, 2))
+    assert node.term == 1, "a late answer begins no election"
+    to_candidate, own = after_write(node.ready())
+    assert (to_candidate.to, to_candidate.reject, own.to) == (2, False, 1)
+    node.step(own)
+    assert {message.type for message in ticked(node, 40)} == {M.PRE_VOTE}, "nobody came to lead, so it tries again"
+
+
 def test_a_leader_may_hand_over_to_one_whose_vote_is_not_on_disk_yet() -> None:
     node = patient()
     node.step(Message(M.VOTE, 1, 2, 1))

@@ -110,6 +110,18 @@ def test_a_follower_reads_at_the_leaders_index() -> None:
     assert cluster.hosts[3].read_states == [ReadState(2, b"r")]
 
 
+def test_a_replica_that_leads_no_longer_passes_no_read_of_another_on() -> None:
+    """Its node would speak for a replica that is not its own, for which a connection is closed."""
+    for forwarding in (True, False):
+        cluster = led(disable_proposal_forwarding=not forwarding)
+        cluster.elect(2)
+        cluster[1].step(Message(M.READ_INDEX, 1, 3, context=b"late"))
+        passed_on = sent(cluster[1].ready(), M.READ_INDEX) if cluster[1].has_ready() else []
+        assert [(each.to, each.from_) for each in passed_on] == ([(2, 3)] if forwarding else [])
+        assert cluster[1].read_index(b"its own")
+        assert [(each.to, each.from_) for each in sent(cluster[1].ready(), M.READ_INDEX)] == [(2, 1)]
+
+
 def test_a_follower_that_is_about_to_wait_for_a_commit_is_told_of_it_once() -> None:
     """Where commits are not told to all at once. An append tells it, which covers also what is in flight."""
     cluster = led(commit_broadcast=False)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from shardkv.raft import DropReason, Inconsistent, ProgressState, ProposalDropped, Role
-from shardkv.raft.messages import Entry, Message
+from shardkv.raft import DropReason, Inconsistent, ProgressState, ProposalDropped, Role, encode_conf_change
+from shardkv.raft.messages import Entry, EntryType, Message
 from shardkv.raft.storage import ENTRY_OVERHEAD_BYTES, entries_bytes
-from tests.raft.cluster import Cluster, M, after_write, fresh, sent
+from tests.raft.cluster import Cluster, M, after_write, change, fresh, sent
 
 
 def led(voters: int = 3, **changed: object) -> Cluster:
@@ -405,6 +405,20 @@ def test_proposals_are_dropped_when_too_much_is_uncommitted() -> None:
     cluster.heal()
     cluster.tick(1, count=3)
     assert cluster[1].propose(b"x" * 100) == (1, 5)
+
+
+def test_a_membership_change_that_was_dropped_for_want_of_room_bars_no_other() -> None:
+    """Trap 9 bars changes while one may be under way. In a group at rest that would have been for ever."""
+    cluster = led(uncommitted_bytes_max=10)
+    cluster[1].propose(b"x" * 10)
+    with pytest.raises(ProposalDropped) as caught:
+        cluster[1].propose_conf_change(change("l4"))
+    assert caught.value.reason is DropReason.UNCOMMITTED_LIMIT
+    entry = Entry(0, 0, EntryType.CONF_CHANGE_V2, encode_conf_change(change("l4")))
+    with pytest.raises(ProposalDropped):
+        cluster[1].step(Message(M.PROP, 1, 2, entries=(entry,)))
+    cluster.settle()
+    assert cluster[1].propose_conf_change(change("l4")) == (1, 3)
 
 
 def test_a_proposal_larger_than_the_bound_is_taken_when_nothing_else_waits() -> None:

@@ -127,12 +127,12 @@ class Core:
     @property
     def due(self) -> float:
         """When :meth:`tick` must be called at the latest."""
-        return self.timers.due
+        return inf if self.ledger.closed else self.timers.due
 
     @property
     def flush_wanted(self) -> bool:
         """Whether :meth:`flush` has something to do."""
-        return self.ledger.flush_wanted
+        return self.ledger.flush_wanted and not self.ledger.closed
 
     @property
     def closed(self) -> bool:
@@ -140,6 +140,8 @@ class Core:
 
     def tick(self, now: float) -> None:
         self._now = now
+        if self.ledger.closed:
+            return
         self.timers.run(now, self._expire)
 
     def _expire(self, call: Call) -> None:
@@ -162,12 +164,19 @@ class Core:
             link.state = LinkState.CLOSED
             self.links.drops.append(link)
 
+    def disown(self) -> None:
+        """The session belongs to another process: send nothing more under it. Nobody is told, not even who waits: the
+        call may come from any thread."""
+        self.ledger.closed = True
+
     # --- bytes out ----------------------------------------------------------------------------------------------
 
     def flush(self, now: float) -> None:
         """Send everything that is ready: the calls of one moment share requests and frames."""
         self._now = now
         ledger = self.ledger
+        if ledger.closed:
+            return
         for _ in range(FLUSH_ROUNDS_MAX):
             # Calls that were found to have nowhere to go may have started lookups; those go out in the same flush.
             ready, ledger.ready = ledger.ready, []
@@ -297,7 +306,8 @@ class Core:
     def link_up(self, link: Link, now: float) -> None:
         """The connection that ``link`` asked for stands."""
         self._now = now
-        self.links.opened(link, now)
+        if not self.ledger.closed:
+            self.links.opened(link, now)
 
     def link_down(self, link: Link, problem: str, now: float) -> None:
         """The connection could not be made, or has ended."""

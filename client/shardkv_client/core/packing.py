@@ -133,6 +133,11 @@ class Packer:
         return []
 
     def scan(self, link: Link, route: Route, call: ScanCall, now: float) -> None:
+        """Ask for a page of what lies in the range. For no more: the next page begins where the route ends, and in the
+        moment of a split a replica that lags may still have the keys behind it."""
+        end = call.end
+        if route.end is not None and (end is None or route.end < end):
+            end = route.end
         sent = Sent(next(self._ids), Kind.SCAN, [call], route, call.consistency)
         self._put(
             link,
@@ -141,8 +146,8 @@ class Packer:
             route,
             now,
             call.consistency,
-            call.start,
-            call.end,
+            max(call.start, route.start),
+            end,
             call.limit,
             call.bytes_max,
             call.reverse,
