@@ -53,8 +53,8 @@ class Bootstrap:
     def to_wire(self) -> list[Any]:
         described = [descriptor.to_wire() for descriptor in self.descriptors]
         labels = fields.labels_to_wire(self.labels)
-        settings = [[name, value] for name, value in self.settings]
-        return [self.number, self.cluster_id, self.name, self.address, self.directory_token, labels, described, settings]
+        chosen = [[name, value] for name, value in self.settings]
+        return [self.number, self.cluster_id, self.name, self.address, self.directory_token, labels, described, chosen]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,6 @@ USER_END: Final = b"\x11"
 HISTORY_PREFIX: Final = b"\x11"
 """Reserved."""
 
-PROMISE: Final = b"p"
-"""One row of the node: the longest promise that one of its replicas may have given, as nanoseconds."""
-
 APPLIED: Final = b"a"
 """One row: applied index and term, replicated time, configuration; or the mark of an unfinished install."""
 DESCRIPTOR: Final = b"d"

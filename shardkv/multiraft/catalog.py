@@ -7,8 +7,7 @@ a record in the log before anything follows from it; and what a replayed split f
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shardkv.environment import Environment
@@ -23,6 +22,7 @@ from shardkv.raft.settings import never
 from shardkv.ranges.admission import Admission, admit_message
 from shardkv.ranges.spans import SpanMap
 from shardkv.ranges.split import RightHalf, adopt
+from shardkv.storage.directory import Note
 from shardkv.storage.engine import Engine, WriteBatch
 from shardkv.storage.wal import CreateGroup, GroupLog, LogUpdate, ResetLog, Wal
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, RangeId, ReplicaId
@@ -31,9 +31,6 @@ UNCOMMITTED_BYTES_MAX: Final = 4 * 1024 * 1024
 """Payload in a leader's log that is not applied yet: what clients that send faster than disks write can fill."""
 INFLIGHT_BYTES_MAX: Final = 2 * 1024 * 1024
 """Appends on their way to one follower: a few of the largest entries."""
-
-
-_PROMISE_KEY: Final = keys.local_key(keys.PROMISE, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +57,7 @@ class Catalog:
         environment: Environment,
         timing: GroupTiming,
         make_extension: Callable[[RangeId], Extension | None],
+        promise_note: Note,
         *,
         reluctant: Callable[[], bool] = never,
     ) -> None:
@@ -74,13 +72,15 @@ class Catalog:
         self._environment = environment
         self._timing = timing
         self._make_extension = make_extension
+        self._promise_note = promise_note
         self.reluctant = reluctant
         """Whether this node's disk is so slow that its replicas had better not lead."""
         self._extensions: dict[RangeId, Extension | None] = {}
         self._refuse_until_ns = 0
         """Until then no replica of this node votes: before its start it may have promised not to (trap 7)."""
         self._promise_ns = 0
-        """The longest promise that the engine says may have been given: a restart may come with a shorter one."""
+        """The longest promise that is on record as one that may have been given: a restart may come with a shorter one.
+        No replica gives a longer one."""
 
     def extension(self, range_id: RangeId) -> Extension | None:
         """The extension of a range's machine, made once; reloading a machine reloads it."""
@@ -125,13 +125,17 @@ class Catalog:
         # What was promised before the start is forgotten; refuse for as long as it may last. That binds groups that
         # come to be within that time too: a crash may have lost the split that made them, or the record of it (trap 7).
         promise_ns = self._timing.promise_ns
-        self._promise_ns = self._recorded_promise_ns()
+        self._promise_ns = self._promise_note.read()
         if used_before:
             self._refuse_until_ns = self._environment.clock.monotonic_ns() + max(promise_ns, self._promise_ns)
         if promise_ns > self._promise_ns:
-            self._record_promise(promise_ns)
-            with suppress(OutOfSpace):  # the next flush brings it
-                self._engine.flush()
+            try:
+                self.note_promise(promise_ns)
+            except OutOfSpace:
+                if not self._promise_ns:
+                    raise
+                # Nobody would know of it after a crash, so this run promises no more than those before it.
+                self._timing = replace(self._timing, promise_ns=self._promise_ns)
         updates = self._unrecorded_groups()
         if updates:
             self._wal.append(updates)()
@@ -169,27 +173,17 @@ class Catalog:
         had = any(not log.ended and log.last_index() > 0 for log in self._wal.groups.values())
         return had and next(self._engine.scan(start, end), None) is None
 
-    def _recorded_promise_ns(self) -> int:
-        """For how long replicas may have promised their votes before the start; 0 if no start has said."""
-        row = self._engine.get(_PROMISE_KEY)
-        return 0 if row is None else int.from_bytes(row, "big")
-
-    def _record_promise(self, promise_ns: int) -> None:
-        batch = WriteBatch()
-        batch.put(_PROMISE_KEY, promise_ns.to_bytes(8, "big"))
-        self._engine.write(batch)
+    def note_promise(self, promise_ns: int) -> None:
+        """Put on record how long promises are from now on. Blocks. Raises OutOfSpace."""
+        self._promise_note.write(promise_ns)
         self._promise_ns = promise_ns
 
-    def forget_promises(self) -> None:
-        """Where promises have become shorter: the longer ones of before the start count no more once they have ended.
-
-        To be called now and then.
-        """
+    def shorter_promise_ns(self) -> int | None:
+        """What may be put on record instead: where promises have become shorter, the longer ones of before the start
+        count no more once they have ended. To be asked now and then."""
         promise_ns = self._timing.promise_ns
-        if promise_ns >= self._promise_ns or self._engine.stalled():
-            return
-        if self._environment.clock.monotonic_ns() >= self._refuse_until_ns:
-            self._record_promise(promise_ns)
+        ended = self._environment.clock.monotonic_ns() >= self._refuse_until_ns
+        return promise_ns if promise_ns < self._promise_ns and ended else None
 
     def _unrecorded_groups(self) -> list[LogUpdate]:
         """The creation of every range that the engine holds and the log does not know.

@@ -58,7 +58,7 @@ class Maintenance:
         note_log_mark: Callable[[int], None] = lambda sequence: None,
     ) -> None:
         """``directory`` lies on the disk whose free space is watched. ``note_log_mark`` is called in worker threads, as
-        :meth:`shardkv.storage.directory.DataDirectory.note_log_mark`."""
+        :attr:`shardkv.storage.directory.DataDirectory.log_mark` is written."""
         self.kept: tuple[int, int] | None = None
         """Instead of ENTRIES_KEPT and LAG_ENTRIES_MAX, at any time: a simulation's short logs meet more snapshots."""
         self._directory = directory
@@ -186,7 +186,10 @@ class Maintenance:
             for replica in self._driver.catalog.replicas.values()
             if replica.machine is not None and not replica.installing
         ]
-        self._driver.catalog.forget_promises()
+        shorter_ns = self._driver.catalog.shorter_promise_ns()
+        if shorter_ns is not None:
+            with suppress(OutOfSpace):  # the longer one stands
+                await self._environment.workers.run(self._driver.catalog.note_promise, shorter_ns)
         log = self._driver.wal.statistics()
         self._flushed_segment = log.oldest_segment_id + log.segments
         # Compaction goes only as far as the log knows entries to be committed.

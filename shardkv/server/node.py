@@ -107,6 +107,12 @@ async def run_node(
         raise main_error(group) from group
 
 
+def _of_an_old_copy(fatal: ShardKVError | None) -> bool:
+    """Whether this node has been refused as one whose log has forgotten something: it must stop at once. It neither
+    hands over what it may lead, nor waits for anything, for as long as it runs it votes and acknowledges."""
+    return isinstance(fatal, WrongCluster) and fatal.old_copy
+
+
 class _Node:
     """The composition. Attributes come to be in the order of a start."""
 
@@ -201,12 +207,12 @@ class _Node:
             settings,
             token=identity.token,
             create=not identity.assigned,
-            mark=directory.log_mark(),
+            mark=directory.log_mark.read(),
         )
 
     def _note_log_mark(self) -> None:
         with suppress(OutOfSpace):  # what was noted before stays true
-            self._directory.note_log_mark(self._wal.synced_sequence)
+            self._directory.log_mark.write(self._wal.synced_sequence)
 
     async def _listen_and_run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -309,6 +315,7 @@ class _Node:
             environment,
             timing=timing,
             make_extension=lambda range_id: self._extension,
+            promise_note=self._directory.promise,
             reluctant=self._disk_health.is_slow,
         )
         self._look_for_the_data()
@@ -348,7 +355,7 @@ class _Node:
         )
         self._driver.snapshots = self._snapshots
         self._maintenance = Maintenance(
-            self._driver, environment, self._log, self._directory.path, self._directory.note_log_mark
+            self._driver, environment, self._log, self._directory.path, self._directory.log_mark.write
         )
 
     def _look_for_the_data(self) -> None:
@@ -493,7 +500,8 @@ class _Node:
                 if self._garbage is not None:
                     await nursery.start(self._garbage.run)
                 await self._stop.wait()
-                await self._drain()
+                if not _of_an_old_copy(self._placement.fatal):
+                    await self._drain()
             nursery.cancel_scope.cancel()
         if self._placement.fatal is not None:
             await self._condemn_old_copy(self._placement.fatal)
@@ -501,7 +509,7 @@ class _Node:
 
     async def _condemn_old_copy(self, fatal: ShardKVError) -> None:
         """Whoever starts this node again and again shall not make its boot counter pass for the newest (trap 24)."""
-        if isinstance(fatal, WrongCluster) and fatal.old_copy:
+        if _of_an_old_copy(fatal):
             try:
                 await self._environment.workers.run(self._directory.condemn, str(fatal))
             except StorageError as error:

@@ -1,7 +1,8 @@
 """Whose data directory this is: format, cluster, node, and how often it was opened.
 
 Layout: ``DATA/identity`` (this module's file), ``DATA/LOCK`` (held while a node runs), ``DATA/wal/`` (the shared Raft
-log), ``DATA/log-mark`` (how far that is known to have been on disk), ``DATA/engine/`` (the ordered store),
+log), ``DATA/log-mark`` (how far that is known to have been on disk), ``DATA/promise`` (the longest promise that a
+replica here may have given, in nanoseconds), ``DATA/engine/`` (the ordered store),
 ``DATA/ingest/`` (files on their way into it; what a start finds there is left over), ``DATA/refused`` (why the cluster
 will not have this directory, if so). Does not live here: what those hold.
 The rule: a directory that is not certainly ours, of a format that we know and free for us to use, is refused before
@@ -28,6 +29,7 @@ ENGINE_NAME: Final = "engine"
 INGEST_NAME: Final = "ingest"
 REFUSED_NAME: Final = "refused"
 MARK_NAME: Final = "log-mark"
+PROMISE_NAME: Final = "promise"
 
 TOKEN_BYTES: Final = 16
 CLUSTER_ID_BYTES: Final = 16
@@ -38,13 +40,43 @@ _START: Final = Struct("<8sII")
 """magic, format, checksum of what follows. These stay where they are in every format."""
 _FIELDS: Final = Struct("<16sQ16sQH")
 """directory token, boot counter, cluster id (zeros: none yet), node id (0: none yet), bytes of the name."""
-_MARK: Final = Struct("<16sQ")
-"""directory token, number of a record. The checksum of both follows."""
-_MARK_CRC: Final = Struct("<I")
+_NOTE: Final = Struct("<16sQ")
+"""directory token, number. The checksum of both follows."""
+_NOTE_CRC: Final = Struct("<I")
 
 _NO_CLUSTER: Final = bytes(CLUSTER_ID_BYTES)
 _HARMLESS: Final = frozenset((LOCK_NAME, f"{IDENTITY_NAME}.temporary", "lost+found"))
 """What may stand in a directory that has no identity yet: what a first start that died leaves, and an empty volume."""
+
+
+class Note:
+    """One number of a data directory in a file of its own, kept durably; 0 as long as nobody has noted any."""
+
+    __slots__ = ("_advice", "_disk", "_token", "path")
+
+    def __init__(self, disk: Disk, path: str, token: bytes, advice: str) -> None:
+        """``token``: the directory's. ``advice``: what a damaged note was for, and when it may be removed."""
+        self._disk = disk
+        self._token = token
+        self._advice = advice
+        self.path = path
+
+    def read(self) -> int:
+        """Blocks. Raises Corruption if the note is damaged, or another directory's."""
+        try:
+            data = self._disk.read(self.path)
+        except FileNotFoundError:
+            return 0
+        if len(data) == _NOTE.size + _NOTE_CRC.size:
+            token, number = _NOTE.unpack_from(data)
+            if data[_NOTE.size :] == _NOTE_CRC.pack(crc32(data[: _NOTE.size])) and token == self._token:
+                return int(number)
+        raise Corruption(f"{self.path} is damaged, or another directory's. {self._advice}")
+
+    def write(self, number: int) -> None:
+        """Blocks until it is on disk. Raises StorageError, OutOfSpace; then what was noted before stays."""
+        body = _NOTE.pack(self._token, number)
+        self._disk.write_atomically(self.path, body + _NOTE_CRC.pack(crc32(body)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +150,24 @@ class DataDirectory:
         self.wal_path = f"{path}/{WAL_NAME}"
         self.engine_path = f"{path}/{ENGINE_NAME}"
         self.ingest_path = f"{path}/{INGEST_NAME}"
+        mark = f"{path}/{MARK_NAME}"
+        self.log_mark = Note(
+            disk,
+            mark,
+            identity.token,
+            "It says how far the log was on disk, so that a start can tell if a part of it is gone: remove "
+            f"{mark} only if nothing of {self.wal_path} was removed or put back",
+        )
+        """Up to which record the log is known to have been on disk."""
+        promise = f"{path}/{PROMISE_NAME}"
+        self.promise = Note(
+            disk,
+            promise,
+            identity.token,
+            "It says for how long this node may have promised its votes: remove "
+            f"{promise} once the node has been down for longer than any --promise-ms that it ever ran with",
+        )
+        """The longest promise that a replica here may have given, in nanoseconds."""
 
     def assign(self, cluster_id: bytes, node_id: NodeId, name: str) -> None:
         """Make the directory that of a node, durably. Blocks. Saying the same again does nothing.
@@ -156,30 +206,6 @@ class DataDirectory:
     def _store(self, identity: Identity) -> None:
         self._disk.write_atomically(f"{self.path}/{IDENTITY_NAME}", encode_identity(identity))
         self.identity = identity
-
-    def log_mark(self) -> int:
-        """Up to which record the log is known to have been on disk; 0 if nobody has noted it. Blocks.
-
-        Raises Corruption if the note is damaged, or another directory's.
-        """
-        path = f"{self.path}/{MARK_NAME}"
-        try:
-            data = self._disk.read(path)
-        except FileNotFoundError:
-            return 0
-        if len(data) == _MARK.size + _MARK_CRC.size:
-            token, sequence = _MARK.unpack_from(data)
-            if data[_MARK.size :] == _MARK_CRC.pack(crc32(data[: _MARK.size])) and token == self.identity.token:
-                return int(sequence)
-        raise Corruption(
-            f"{path} is damaged, or another directory's. It says how far the log was on disk, so that a start can tell "
-            f"if a part of it is gone: remove {path} only if nothing of {self.wal_path} was removed or put back"
-        )
-
-    def note_log_mark(self, sequence: int) -> None:
-        """Note, durably, that the log is on disk up to this record. Blocks. Raises StorageError, OutOfSpace."""
-        body = _MARK.pack(self.identity.token, sequence)
-        self._disk.write_atomically(f"{self.path}/{MARK_NAME}", body + _MARK_CRC.pack(crc32(body)))
 
     def condemn(self, reason: str) -> None:
         """Let no start use the directory any more. Blocks.

@@ -544,3 +544,34 @@ async def test_trap_07_a_lowered_promise_refuses_votes_for_the_longest_that_may_
         monkeypatch.setattr(world_module, "PROMISE_NS", PROMISE_NS // 4)
         await host.restart(power=True)
         assert refuses_ns(host) == PROMISE_NS
+
+
+async def test_trap_07_a_longer_promise_that_cannot_be_put_on_record_is_not_given(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a crash nobody would know of it, and with the setting put back nobody would wait for its end."""
+    async with world(3) as hosts:
+        host = hosts[3]
+        monkeypatch.setattr(world_module, "PROMISE_NS", 10 * PROMISE_NS)
+        host.disk.leave(0)
+        await host.restart()
+        lease = host.replica().raft.raft.settings.lease
+        assert lease is not None
+        assert lease.promise_ns == PROMISE_NS
+
+
+async def test_trap_07_what_was_promised_is_known_without_the_engine(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be in memory only, or have been removed, to be filled again by other nodes."""
+    async with world(3) as hosts:
+        host = hosts[3]
+        hosts.isolate(3)
+        monkeypatch.setattr(world_module, "PROMISE_NS", PROMISE_NS // 4)
+        start, end = keys.LOCAL_PREFIX, keys.SYSTEM_PREFIX
+        batch = WriteBatch()
+        batch.delete_range(start, end)
+        host.engine.write(batch)
+        host.engine.flush()
+        await host.restart()
+        assert host.replica().raft.raft.refuse_until - host.clock.monotonic_ns() == PROMISE_NS

@@ -32,6 +32,7 @@ from shardkv.server.peers import receive_messages
 from shardkv.simulation import CrashChooser, SimulatedDisk, SimulatedWorkers, SimulationClock
 from shardkv.simulation.clock import SimulatedIds, SimulatedRandom
 from shardkv.simulation.network import SimulatedNetwork
+from shardkv.storage.directory import Note
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.wal import CreateGroup, LogUpdate, Wal, WalSettings
@@ -214,7 +215,8 @@ class Host:
         self.wal = Wal.open(self.disk, "/wal", WalSettings(segment_bytes=64 * 1024))
         self.hybrid_clock = HybridClock(self.clock)
         timing = GroupTiming(ELECTION_TICKS, 2, PROMISE_NS)
-        self.catalog = Catalog(self.node_id, self.wal, self.engine, self.environment, timing, lambda range_id: None)
+        note = Note(self.disk, "/promise", bytes(16), "")
+        self.catalog = Catalog(self.node_id, self.wal, self.engine, self.environment, timing, lambda _: None, note)
         self.peers = FakePeers(self)
         hooks = DriverHooks(
             leadership=lambda replica: None,

@@ -30,6 +30,7 @@ from shardkv.errors import (
 )
 from shardkv.multiraft.replica import Replica
 from shardkv.raft.messages import MessageType
+from shardkv.server import node as node_module
 from shardkv.server.clock_health import ASK_SECONDS
 from shardkv.server.listener import Listener
 from shardkv.server.operations import _membership_changes
@@ -428,7 +429,7 @@ async def test_trap_24_a_node_reborn_on_an_empty_disk_under_its_old_name_is_refu
 
 
 async def test_trap_24_a_node_on_an_old_copy_of_its_disk_is_refused_however_often_it_is_started(
-    autojump_clock: MockClock,
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each start raises the boot counter, and a supervisor starts what has ended: the one after the next has a counter
     that nobody has seen, and a log that has forgotten what it had acknowledged."""
@@ -443,8 +444,12 @@ async def test_trap_24_a_node_on_an_old_copy_of_its_disk_is_refused_however_ofte
         await kv.put(b"k", b"w")
         await node.kill()
         node.restore(old, old_engine)
+        drained: list[object] = []
+        monkeypatch.setattr(node_module._Node, "_drain", lambda self: drained.append(self))
         with pytest.raises(WrongCluster, match="old copy"):
             await node.run_to_its_end()
+        assert not drained, "while it hands over what it leads it acknowledges what it may lose"
+        monkeypatch.undo()
         for _ in range(3):
             with pytest.raises(DataDirectoryError, match="old copy"):
                 await node.run_to_its_end()

@@ -183,17 +183,17 @@ def test_a_damaged_identity_gives_the_lock_back() -> None:
 def test_how_far_the_log_was_on_disk_is_noted_durably() -> None:
     disk = MemoryDisk()
     directory = start(disk)
-    assert directory.log_mark() == 0
+    assert directory.log_mark.read() == 0
     for sequence in (7, 9):
-        directory.note_log_mark(sequence)
+        directory.log_mark.write(sequence)
     disk = disk.lost()
-    assert start(disk).log_mark() == 9
+    assert start(disk).log_mark.read() == 9
 
 
 def test_every_flipped_bit_and_every_cut_of_a_log_mark_is_noticed_and_so_is_another_directorys() -> None:
     disk = MemoryDisk()
     directory = start(disk)
-    directory.note_log_mark(7)
+    directory.log_mark.write(7)
     mark = disk.names["/data/log-mark"].current
     data = bytes(mark)
     broken = [data[:size] for size in range(len(data))]
@@ -201,11 +201,11 @@ def test_every_flipped_bit_and_every_cut_of_a_log_mark_is_noticed_and_so_is_anot
     ids = CountingIds()
     ids.random_bytes(1)
     other = MemoryDisk()
-    start(other, ids).note_log_mark(7)
+    start(other, ids).log_mark.write(7)
     broken.append(bytes(other.names["/data/log-mark"].current))
     for content in broken:
         mark[:] = content
         with pytest.raises(Corruption, match="remove /data/log-mark only if"):
-            directory.log_mark()
+            directory.log_mark.read()
     mark[:] = data
-    assert directory.log_mark() == 7
+    assert directory.log_mark.read() == 7
