@@ -14,20 +14,24 @@ the moment of the reading and N the leader's clock reading under which the heart
 
 All delays lie between R and now, so they make the age larger and never wrong; a deposed leader has no lease and proves
 nothing. R is a reading of the same clock that the age is measured with: only its rate matters, and the age is stretched
-by the drift bound, for whoever is told it has another clock. A reading from before this replica was made is not its
-own, and one that its clock has not reached is nobody's: both are ignored.
+by the drift bound, for whoever is told it has another clock. A reading that this replica has not made since it was
+made is none of its own, and is ignored: it travels with an offset drawn at the start, for the clock of a machine that
+was started anew may show once more what it showed before.
 
 Nothing here is in etcd-io/raft; without ``LeaseSettings`` nothing here does anything.
 """
 
 from math import ceil
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from shardkv.raft.messages import Message
 from shardkv.raft.progress import Progress
 
 if TYPE_CHECKING:
     from shardkv.raft.state import Raft
+
+OFFSETS: Final = 1 << 62
+"""How many there are. With a clock's nanoseconds on top, a reading still fits into 64 bits."""
 
 
 class Proof(NamedTuple):
@@ -50,7 +54,7 @@ def learn(raft: "Raft", heartbeat: Message) -> None:
     A proof waits until its index is applied, and is not given up for a newer one meanwhile: whoever always lags a
     little would never get to the end of one.
     """
-    at = heartbeat.follower_stamp
+    at = heartbeat.follower_stamp - raft.stamp_offset
     if not raft.made_at <= at <= raft.now:
         return
     pending = raft.proof_pending

@@ -161,7 +161,7 @@ def handle_heartbeat(raft: Raft, message: Message) -> None:
     follower_stamp = promise = 0
     if message.lease_promise:
         promise = lease.accept_promise(raft, message)
-        follower_stamp = raft.now
+        follower_stamp = raft.now + raft.stamp_offset
         if message.follower_stamp:
             freshness.learn(raft, message)
     raft.messages.append(

@@ -67,6 +67,7 @@ class Raft:
         "refuse_until",
         "role",
         "settings",
+        "stamp_offset",
         "term",
         "term_start",
         "transferee",
@@ -117,6 +118,8 @@ class Raft:
         self.lease_until = 0
         self.lease_suspended = False
         """Whether a TimeoutNow was sent in this term: whoever got it need not respect the promises made to us."""
+        self.stamp_offset = settings.randrange(freshness.OFFSETS) if settings.lease is not None else 0
+        """What this replica's readings of its clock are sent with, and no other replica's nor any other start's."""
         self.proof: freshness.Proof | None = None
         """The best proof of how fresh this replica is whose index is applied (see ``freshness``)."""
         self.proof_pending: freshness.Proof | None = None

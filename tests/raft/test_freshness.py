@@ -1,5 +1,7 @@
 """How old a replica's state is at most (DESIGN 2.3, 4.5). Times are in ticks of the test's clock."""
 
+import random
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -97,7 +99,7 @@ def test_a_follower_that_always_lags_a_little_still_learns_its_age() -> None:
     term, first, begun = cluster[2].term, cluster[2].applied, cluster.now
     for tick in range(1, 21):
         cluster.now += TICK_NS
-        reading = cluster.now - TICK_NS
+        reading = cluster.now - TICK_NS + cluster[2].raft.stamp_offset
         promised = {"lease_stamp": cluster.now, "lease_promise": LEASE.promise_ns, "follower_stamp": reading}
         cluster.hosts[2].step(Message(M.HEARTBEAT, 2, 1, term, index=first + tick, **promised))
         if tick > 3:  # the entry that the leader had committed three ticks ago
@@ -158,10 +160,21 @@ def test_a_reading_that_is_not_this_replicas_own_is_ignored(reading: int) -> Non
     node = fresh(2, lease=LEASE)
     node.raft.made_at = 50 * TICK_NS
     promised = {"lease_stamp": 1, "lease_promise": TICK_NS}
-    node.step(Message(M.HEARTBEAT, 2, 1, 1, follower_stamp=reading * TICK_NS, **promised), 60 * TICK_NS)
+    offset = node.raft.stamp_offset
+    node.step(Message(M.HEARTBEAT, 2, 1, 1, follower_stamp=reading * TICK_NS + offset, **promised), 60 * TICK_NS)
     assert node.age_ns(0, 60 * TICK_NS) is None
-    node.step(Message(M.HEARTBEAT, 2, 1, 1, follower_stamp=55 * TICK_NS, **promised), 60 * TICK_NS)
+    node.step(Message(M.HEARTBEAT, 2, 1, 1, follower_stamp=55 * TICK_NS + offset, **promised), 60 * TICK_NS)
     assert node.age_ns(0, 60 * TICK_NS) == stretched(5)
+
+
+def test_a_reading_of_another_start_is_ignored_though_the_clock_shows_the_same_again() -> None:
+    """A clock that counts from the machine's start does so after each."""
+    before, node = (fresh(2, lease=LEASE, randrange=random.Random(seed).randrange) for seed in (1, 2))
+    beat = Message(M.HEARTBEAT, 2, 1, 1, lease_stamp=1, lease_promise=TICK_NS)
+    before.step(beat, 55 * TICK_NS)
+    (answer,) = sent(before.ready(), M.HEARTBEAT_RESP)
+    node.step(replace(beat, follower_stamp=answer.follower_stamp), 60 * TICK_NS)
+    assert node.age_ns(0, 60 * TICK_NS) is None
 
 
 def test_a_restarted_replica_knows_nothing_until_it_is_told() -> None:
