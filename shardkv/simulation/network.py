@@ -312,7 +312,10 @@ class SimulatedNetwork:
     def power_off(self, node: NodeNetwork) -> None:
         """The node's machine dies: it is fenced, and nobody is told. Its peers hear of it when it is back."""
         node.fence()
-        self._dead.setdefault(node.name, []).extend(self._take_streams(node))
+        streams = self._take_streams(node)
+        for stream in streams:
+            stream.outgoing.abandon()
+        self._dead.setdefault(node.name, []).extend(streams)
         self._unbind_all(node)
 
     def _take_streams(self, node: NodeNetwork) -> "list[SimulatedStream]":

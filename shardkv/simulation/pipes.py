@@ -205,6 +205,15 @@ class Pipe:
             for moment in dict.fromkeys(moment for moment, _ in self.pieces):
                 determinism.call_at(moment, self.arrive)
 
+    def abandon(self) -> None:
+        """The sender's machine is dead: of what had not arrived when the way was blocked nothing is sent again."""
+        since = self.blocked_since
+        if since is not None:
+            # That it was closed is kept: its peers find that out all the same, once the machine is back.
+            kept = [(moment, data) for moment, data in self.pieces if moment <= since or not len(data)]
+            self.under_way -= sum(len(data) for _, data in self.pieces) - sum(len(data) for _, data in kept)
+            self.pieces = deque(kept)
+
     def hurry(self) -> None:
         """The link is what it was: what crept along it, or waited to be sent again, is there after a fresh delay."""
         soon = determinism.now() + self.link.delay_seconds_max

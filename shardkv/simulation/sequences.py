@@ -273,16 +273,19 @@ async def _amnesia(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> 
     term, old = leaders[range_id]
     others.remove(old)
     next_ = faults.chance.choice(others)
-    replica, target = (node.inside.catalog.replicas.get(range_id) for node in (old, next_))
-    if replica is None or target is None:
+    replicas = {node: node.inside.catalog.replicas.get(range_id) for node in faults.cluster.nodes.values()}
+    target, leading = replicas.pop(next_), replicas[old]
+    if target is None or leading is None:
         return
-    disk = next_.environment.disk
-    disk.stall()
-    replica.raft.transfer_leader(target.replica_id)
-    old.inside.driver.touch(replica)
-    end = determinism.now() + HANDING_OVER_SECONDS
-    await determinism.until(lambda: target.raft.term > term, end, ASKING_SECONDS)
-    await determinism.sleep(faults.chance.uniform(0, 10 * ASKING_SECONDS))
+
+    def voted() -> bool:
+        rafts = [each.raft for each in replicas.values() if each is not None]
+        return all(raft.term > term and raft.vote == target.replica_id for raft in rafts)
+
+    next_.environment.disk.stall()
+    leading.raft.transfer_leader(target.replica_id)
+    old.inside.driver.touch(leading)
+    await determinism.until(voted, determinism.now() + HANDING_OVER_SECONDS, ASKING_SECONDS)
     network = faults.cluster.network
     for name in _others(faults, next_):
         network.block(next_.name, name)
@@ -292,16 +295,26 @@ async def _amnesia(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> 
     await next_.buried()
     next_.start_soon()
     _reconnect(faults, next_)
-    kept_apart = _others(faults, next_)
-    for name in kept_apart:
-        for other in kept_apart:
-            if other != name:
-                network.block(name, other)
-    await determinism.sleep(USURPING_SECONDS)
-    for name in kept_apart:
-        for other in kept_apart:
-            if other != name:
-                network.unblock(name, other)
+    apart = _others(faults, next_)
+    for name in apart:
+        for other in apart:
+            network.block(name, other)  # they elect nobody meanwhile
+    end = determinism.now() + USURPING_SECONDS
+    await determinism.until(partial(_may_campaign, next_, range_id), end, ASKING_SECONDS)
+    if _may_campaign(next_, range_id):
+        again = next_.inside.catalog.replicas[range_id]
+        again.raft.campaign(next_.environment.clock.monotonic_ns())
+        next_.inside.driver.touch(again)
+    await determinism.sleep(NOTICING_SECONDS)
+    for name in apart:
+        for other in apart:
+            network.unblock(name, other)
+
+
+def _may_campaign(node: SimulatedNode, range_id: RangeId) -> bool:
+    """Whether a node that was started again is bound no more by what it may have promised before."""
+    replica = node.inside.catalog.replicas.get(range_id) if node.serving else None
+    return replica is not None and replica.raft.raft.refuse_until <= node.environment.clock.monotonic_ns()
 
 
 async def _handover(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:

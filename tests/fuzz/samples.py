@@ -193,7 +193,7 @@ IDENTITIES: Final = (encode_identity(Identity(SESSION, 3)),)
 PLACEMENT_COMMANDS: Final = tuple(
     codec.dumps(each)
     for each in (
-        [1, SESSION, "n1", "h:7001", SESSION, [["zone", "a"]], [DESCRIPTOR.to_wire(), WHOLE.to_wire()]],
+        [1, SESSION, "n1", "h:1", SESSION, [["zone", "a"]], [DESCRIPTOR.to_wire(), WHOLE.to_wire()], [["a_bound", 5]]],
         [2, "n2", "h:7002", SESSION, []],
         [3, 2, 1, SESSION, "h:7002", [["zone", "b"], ["rack", "1"]]],
         [4, 2],

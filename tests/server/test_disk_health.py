@@ -370,7 +370,8 @@ def test_a_leader_that_dies_is_replaced_where_a_sync_takes_longer_than_an_electi
             began = trio.current_time()
             for key in KEYS:
                 await kv.put(key, b"after", timeout=60)
-            assert trio.current_time() - began < 1.0 + 8 * seconds, "doubt, a vote, a first entry, two writes"
+            took = trio.current_time() - began
+            assert took < 1.0 + 16 * seconds, "doubt, two elections at most, a first entry, two writes"
             nursery.cancel_scope.cancel()
 
     run_deterministically(main, seed=20)

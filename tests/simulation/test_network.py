@@ -369,3 +369,28 @@ def test_the_same_seed_gives_the_same_trace() -> None:
     assert trace(1) == trace(1)
     assert trace(1) != trace(2)
     assert len(trace(3)) == 45
+
+
+async def after_a_partition(nursery: trio.Nursery, *, dies: bool) -> list[bytes | None]:
+    """What arrives of what was sent before a partition and in it, where the sender's machine dies in it, or lives."""
+    world = World()
+    one, two = await world.pair(nursery)
+    one.send_nowait(b"before")
+    await trio.sleep(0.1)
+    world.network.block("a", "b")
+    one.send_nowait(b"after")
+    await trio.sleep(0.1)
+    if dies:
+        world.network.power_off(world.a)
+    world.network.unblock("a", "b")
+    return [await arrives(two, 1), await arrives(two, 1)]
+
+
+@simulated
+async def test_what_a_partition_held_up_arrives_when_it_is_over(nursery: trio.Nursery) -> None:
+    assert await after_a_partition(nursery, dies=False) == [b"before", b"after"]
+
+
+@simulated
+async def test_a_dead_machine_does_not_send_again_what_a_partition_held_up(nursery: trio.Nursery) -> None:
+    assert await after_a_partition(nursery, dies=True) == [b"before", None]

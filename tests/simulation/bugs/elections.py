@@ -232,9 +232,7 @@ BUGS = (
         "a candidate's own vote is on disk before it asks for others' (trap 10)",
         votes_asked_for_before_sync,
         ("amnesia",),
-        5,
-        minutes=0.4,
-        rate=10,
+        1,
     ),
     Bug("vote-not-logged", "term and vote survive a restart (Raft, figure 2)", vote_not_logged, _CRASHES, 1),
     Bug(
