@@ -134,15 +134,19 @@ class RangesConfig:
         Kind.BYTES,
         64 * _MIB,
         low=16 * 1024,
-        high=64 * 1024 * _MIB,
+        high=16 * 1024 * _MIB,
         help="A range is split in two once it holds more than this.",
     )
     replicas: int = _setting(
-        Kind.COUNT, 3, low=1, high=7, help="How many nodes hold each range, as far as there are nodes."
+        Kind.COUNT, 3, low=1, high=7, help="How many nodes hold each range, as far as there are nodes; an odd number."
     )
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.replicas % 2 == 0:
+            raise ConfigError(
+                f"replicas must be odd, not {self.replicas}: it survives no more failures than {self.replicas - 1}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

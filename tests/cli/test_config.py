@@ -13,6 +13,7 @@ from shardkv.config import (
     load_node_config,
 )
 from shardkv.errors import ConfigError
+from shardkv_placement.settings import Settings
 
 FLAGS = {"name": "n1", "data": "/data", "listen": "127.0.0.1:7001"}
 
@@ -174,3 +175,18 @@ def test_nobody_is_told_to_connect_to_every_interface(address: str) -> None:
         NodeConfig(name="n1", data="/d", listen=address)
     with pytest.raises(ConfigError, match="advertise must be where others connect to"):
         NodeConfig(name="n1", data="/d", listen="h:1", advertise=address)
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 6])
+def test_an_even_number_of_replicas_is_refused(replicas: int) -> None:
+    """The placement group would not have it either, and a new cluster would never begin."""
+    with pytest.raises(ConfigError, match="odd"):
+        RangesConfig(replicas=replicas)
+
+
+@pytest.mark.parametrize("name", ["split_bytes", "replicas"])
+@pytest.mark.parametrize("end", ["low", "high"])
+def test_the_settings_that_a_cluster_can_be_founded_with_are_those_that_it_can_have(name: str, end: str) -> None:
+    value = getattr(SETTINGS[name], end)
+    RangesConfig(**{name: value})
+    Settings().with_value("replication_factor" if name == "replicas" else name, value)
