@@ -68,6 +68,7 @@ def test_every_setting_can_come_from_each_of_the_three_sources() -> None:
         "join": ("h:4,h:5", '["h:4", "h:5"]'),
         "label": ("zone=a,rack=1", "{zone = 'a', rack = '1'}"),
         "engine": ("memory", '"memory"'),
+        "replicas": ("5", "5"),
         "log_level": ("error", '"error"'),
     }
     everything: dict[str, tuple[str, str]] = {}
