@@ -3,7 +3,7 @@
 Lives here: the prefixes and how keys are built from them. Does not live here: what the rows hold. The rule: formats
 here never change; a new kind of row gets a new prefix or a new kind byte.
 
-    0x01 ...                               rows of this node only; never in a snapshot
+    0x01 ...                               reserved: rows of this node only, never in a snapshot
     0x02 range id (8 bytes) kind ...       replicated rows of a range (kinds below); they travel in its snapshots
     0x10 user key                          the latest version of a user key
     0x11 ...                               reserved: older versions of user keys
@@ -22,6 +22,7 @@ from typing import Final
 from shardkv.types import KeyRange
 
 LOCAL_PREFIX: Final = b"\x01"
+"""Reserved for rows of this node only."""
 SYSTEM_PREFIX: Final = b"\x02"
 SYSTEM_END: Final = b"\x03"
 """The first key after every range's system rows."""
@@ -43,12 +44,6 @@ EXTENSION: Final = b"x"
 _SYSTEM_HEAD: Final = Struct(">cQ")
 _INDEX: Final = Struct(">Q")
 SYSTEM_HEAD_BYTES: Final = _SYSTEM_HEAD.size
-
-
-def local_key(kind: bytes, suffix: bytes) -> bytes:
-    """A row of this node only. ``kind`` is one byte."""
-    assert len(kind) == 1, f"a kind is one byte, not {kind!r}"
-    return LOCAL_PREFIX + kind + suffix
 
 
 def system_prefix(range_id: int) -> bytes:

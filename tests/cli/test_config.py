@@ -189,5 +189,6 @@ def test_an_even_number_of_replicas_is_refused(replicas: int) -> None:
 @pytest.mark.parametrize("end", ["low", "high"])
 def test_the_settings_that_a_cluster_can_be_founded_with_are_those_that_it_can_have(name: str, end: str) -> None:
     value = getattr(SETTINGS[name], end)
-    RangesConfig(**{name: value})
-    Settings().with_value("replication_factor" if name == "replicas" else name, value)
+    assert getattr(RangesConfig(**{name: value}), name) == value
+    chosen = "replication_factor" if name == "replicas" else name
+    assert Settings().with_value(chosen, value).value(chosen) == value

@@ -12,7 +12,7 @@ from shardkv.types import KEY_BYTES_MAX, Epoch, KeyRange, Member, NodeId, RangeD
 from shardkv.wire import requests
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.requests import Method
-from shardkv_client.core import ScanCall, Settings
+from shardkv_client.core import Settings
 from shardkv_client.limits import before
 from tests.client.fake_cluster import FakeNode
 from tests.client.world import World
@@ -591,19 +591,7 @@ def test_a_page_that_no_scan_can_have_costs_the_connection(page):
         return page if request.method == Method.SCAN and broken.pop() else handle(request)
 
     node._handle = lambda request: once(request) if broken else handle(request)
-    call = world.submit(
-        ScanCall(
-            b"a",
-            b"a",
-            b"d",
-            consistency=0,
-            limit=2,
-            bytes_max=1_000,
-            reverse=False,
-            keys_only=False,
-            deadline=world.now + 5,
-        )
-    )
+    call = world.scan(b"a", b"d", limit=2)
     flat, more, _ = world.run(call)
     assert flat[0] == b"b"
     assert not more
@@ -615,18 +603,7 @@ def test_a_page_is_asked_of_no_more_than_the_range_is_known_to_hold(reverse, ask
     """A replica that lags behind a split would answer with keys of the other half, which the next page brings again."""
     world = World(nodes=1)
     world.cluster.split(b"m")
-    call = ScanCall(
-        b"y" if reverse else b"a",
-        b"a",
-        b"z",
-        consistency=2,
-        limit=10,
-        bytes_max=1_000,
-        reverse=reverse,
-        keys_only=False,
-        deadline=world.now + 5,
-    )
-    world.run(world.submit(call))
+    world.run(world.scan(b"a", b"z", consistency=2, reverse=reverse))
     (request,) = world.requests_to(1, Method.SCAN)
     assert tuple(request.arguments[1:3]) == asked
 

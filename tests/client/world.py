@@ -13,7 +13,8 @@ from shardkv.wire.commands import Op, pack_delete, pack_increment, pack_put
 from shardkv.wire.frames import FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Welcome, decode_hello, encode_refused, encode_welcome
 from shardkv.wire.requests import Method, Request
-from shardkv_client.core import AdminCall, Call, Core, DeleteRangeCall, Link, ReadCall, Settings, WriteCall
+from shardkv_client.core import AdminCall, Call, Core, DeleteRangeCall, Link, ReadCall, ScanCall, Settings, WriteCall
+from shardkv_client.limits import before
 from tests.client.fake_cluster import FakeCluster, FakeNode
 
 LATENCY = 0.001
@@ -73,6 +74,24 @@ class World:
     def get(self, key: bytes, consistency: int = 0, timeout: float = 10.0, age_us_max: int | None = None) -> ReadCall:
         keys_max = self.core.settings.keys_per_get_max
         return self.submit(ReadCall(key, consistency, self.now + timeout, keys_max, age_us_max))
+
+    def scan(
+        self, start: bytes, end: bytes, *, consistency: int = 0, limit: int = 10, reverse: bool = False
+    ) -> ScanCall:
+        """One page."""
+        return self.submit(
+            ScanCall(
+                before(end) if reverse else start,
+                start,
+                end,
+                consistency=consistency,
+                limit=limit,
+                bytes_max=1_000,
+                reverse=reverse,
+                keys_only=False,
+                deadline=self.now + 5,
+            )
+        )
 
     def delete_range(self, start: bytes, end: bytes | None, timeout: float = 10.0) -> DeleteRangeCall:
         return self.submit(DeleteRangeCall(start, end, self.now + timeout))
