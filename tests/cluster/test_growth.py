@@ -27,6 +27,8 @@ from tests.cluster.harness import (
 pytestmark = pytest.mark.cluster
 
 RANGES = 8
+KEYS = 500
+"""Of about 920 bytes each with their values: too much for fewer ranges."""
 SMALL_SPLIT = ("--split-bytes", "64KiB")
 
 
@@ -75,15 +77,18 @@ async def test_ranges_split_by_size_their_leaders_spread_evenly_and_a_node_that_
         sleeper = next(name for name in world.names if name != leader)
         await kill(world, sleeper)
         written: dict[bytes, bytes] = {}
+        batches = itertools.count()
 
         async def enough_ranges() -> bool:
-            return len(await kv.ranges()) >= RANGES
-
-        while not await enough_ranges():
-            more = {b"key/%06d" % number: bytes(1000) for number in range(len(written), len(written) + 50)}
+            """Write on, around the splits: over and over the same keys, however long the splits take."""
+            batch = next(batches)
+            numbers = range(50 * batch % KEYS, 50 * batch % KEYS + 50)
+            more = {b"key/%06d" % number: b"%d " % batch * 300 for number in numbers}
             assert await kv.put_many(more, timeout=30) == len(more)
-            written |= more
-            assert len(written) < 5_000, "no split after 5 MB"
+            written.update(more)
+            return len(written) == KEYS and len(await kv.ranges()) >= RANGES
+
+        await eventually("the ranges have split", enough_ranges)
         assert [entry.key async for entry in kv.scan(prefix=b"key/", keys_only=True)] == sorted(written)
         await restart(world, sleeper)
         await settled(kv)
