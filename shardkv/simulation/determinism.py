@@ -1,4 +1,4 @@
-"""Virtual time, and runs that repeat: the only module that reaches into trio's scheduler and its clock.
+"""Virtual time, and runs that repeat.
 
 The rule: all chance in a simulated run comes from the seed that :func:`run_deterministically` is given, including the
 order in which trio runs tasks that are ready together.
@@ -6,19 +6,18 @@ order in which trio runs tasks that are ready together.
 
 import math
 import random  # noqa: TID251  # seeded here, and only here
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableSequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import trio
-from trio._core import _run
+
+from shardkv.simulation import scheduler
 
 T = TypeVar("T")
 
-IO_POLL_ROUNDS: Final = 1_024
-"""How often the scheduler goes round before it looks whether the system wants something: an interrupt by its user."""
-STANDSTILL_ROUNDS: Final = 64 * IO_POLL_ROUNDS
+STANDSTILL_ROUNDS: Final = 64 * scheduler.POLL_ROUNDS
 """So often the scheduler goes round at one moment only when some task wakes itself for ever."""
 
 
@@ -57,7 +56,7 @@ class VirtualClock(trio.abc.Clock):
     """Time that jumps to the next moment at which anything is due whenever all tasks wait.
 
     It has timers of its own beside trio's deadlines: a timer costs a tenth of a cancel scope, and a simulated second is
-    made of hundreds. Trio asks it how long to wait exactly when no task can run; that is when it jumps.
+    made of hundreds. The scheduler asks it how long to wait exactly when no task can run; that is when it jumps.
     """
 
     def __init__(self) -> None:
@@ -65,14 +64,14 @@ class VirtualClock(trio.abc.Clock):
         self._timers: list[tuple[float, int, Timer]] = []
         self._made = 0
         self._runner: Any = None
+        self._moved_at = (-1.0, 0)
+        """The last moment that was looked at, and the round at which it was new."""
         self.standstill: Standstill | None = None
         """What the run has been cancelled for."""
 
     def start_clock(self) -> None:
-        """It starts at 0. Called when the scheduler is about to begin, which is the moment to make it quicker."""
-        self._runner = scheduler.GLOBAL_RUN_CONTEXT.runner
-        if not self._runner.instruments.get("_all"):
-            self._runner.instruments = _NoInstruments(self._runner)
+        """It starts at 0."""
+        self._runner = scheduler.current_runner()
 
     def current_time(self) -> float:
         return self.now
@@ -110,68 +109,18 @@ class VirtualClock(trio.abc.Clock):
                     callback()
         return 0
 
-
-scheduler: Any = _run
-"""Trio's scheduler, of which more is needed here than it shows."""
-
-if TYPE_CHECKING:
-
-    class _IOManager:
-        def get_events(self, timeout: float) -> Any: ...
-else:
-    _IOManager = scheduler.TheIOManager
-
-
-class _NoInstruments(dict[str, Any]):
-    """In place of trio's mapping of instruments, which is slower to look into, for as long as there are none."""
-
-    def __init__(self, runner: Any) -> None:
-        super().__init__()
-        self._runner = runner
-
-    def add_instrument(self, instrument: trio.abc.Instrument) -> None:
-        runner = self._runner
-        runner.instruments = scheduler.Instruments(())
-        runner.instruments.add_instrument(instrument)
-
-
-class _NoIO(_IOManager):
-    """Simulated tasks wait for nothing of the real world, so the scheduler need not ask the system each time round."""
-
-    rounds = 0
-    moved_at: tuple[float, int] = (-1.0, 0)
-    """The last moment that was looked at, and the round at which it was new."""
-
-    def get_events(self, timeout: float) -> Any:
-        self.rounds += 1
-        if timeout > 0:
-            return super().get_events(timeout)
-        if self.rounds % IO_POLL_ROUNDS == 0:
-            self._look_at_time()
-            return super().get_events(0)
-        return []
-
-    def _look_at_time(self) -> None:
-        assert _clock is not None, "simulated without a clock"
-        moment, since = self.moved_at
-        if _clock.now != moment:
-            self.moved_at = (_clock.now, self.rounds)
-        elif self.rounds - since >= STANDSTILL_ROUNDS:
-            self.moved_at = (moment, self.rounds)
-            runner = scheduler.GLOBAL_RUN_CONTEXT.runner
-            busy = ", ".join(sorted({task.name for task in runner.runq}))
-            if _clock.standstill is not None:
-                raise _clock.standstill  # cancelling has not ended it
-            _clock.standstill = Standstill(f"time has stood still at {moment:.6f} s; what runs all the while: {busy}")
-            runner.main_task.parent_nursery.cancel_scope.cancel()
-
-
-class _Order(random.Random):
-    """The scheduler's source of chance; most of what it is to shuffle is a single task."""
-
-    def shuffle(self, x: MutableSequence[Any]) -> None:
-        if len(x) > 1:
-            super().shuffle(x)
+    def look(self, rounds: int) -> None:
+        """See whether time passes. Where it has not for very many rounds, the run is cancelled, and at last ended."""
+        moment, since = self._moved_at
+        if self.now != moment:
+            self._moved_at = (self.now, rounds)
+        elif rounds - since >= STANDSTILL_ROUNDS:
+            self._moved_at = (moment, rounds)
+            busy = ", ".join(sorted({task.name for task in self._runner.runq}))
+            if self.standstill is not None:
+                raise self.standstill  # cancelling has not ended it
+            self.standstill = Standstill(f"time has stood still at {moment:.6f} s; what runs all the while: {busy}")
+            self._runner.main_task.parent_nursery.cancel_scope.cancel()
 
 
 _clock: VirtualClock | None = None
@@ -181,17 +130,13 @@ _clock: VirtualClock | None = None
 @contextmanager
 def _deterministic(seed: int | str) -> Iterator[VirtualClock]:
     global _clock
-    before = scheduler._r, scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler.TheIOManager, _clock
-    # Trio shuffles the tasks that are ready together, so that programs do not come to rely on an order. Seeding that
-    # shuffle (and telling trio to sort before it) makes the order repeatable and yet arbitrary.
-    scheduler._r = _Order(f"scheduler {seed}")
-    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
-    scheduler.TheIOManager = _NoIO
+    before = _clock
     _clock = VirtualClock()
     try:
-        yield _clock
+        with scheduler.quickened(f"scheduler {seed}"):
+            yield _clock
     finally:
-        scheduler._r, scheduler._ALLOW_DETERMINISTIC_SCHEDULING, scheduler.TheIOManager, _clock = before
+        _clock = before
 
 
 def run_deterministically(function: Callable[..., Awaitable[T]], *args: object, seed: int | str) -> T:

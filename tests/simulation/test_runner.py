@@ -16,7 +16,7 @@ import trio
 from click.testing import CliRunner
 
 from shardkv.multiraft.replica import Replica
-from shardkv.simulation import determinism, run_deterministically, simulated_cluster
+from shardkv.simulation import determinism, run_deterministically, scheduler, simulated_cluster
 from shardkv.simulation import swarm as swarm_module
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.command import simulation
@@ -40,7 +40,7 @@ def test_everything_holds_under_all_faults(seed: int) -> None:
 
 
 def test_a_run_in_which_time_stands_still_ends_and_says_who_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(determinism, "STANDSTILL_ROUNDS", 2 * determinism.IO_POLL_ROUNDS)
+    monkeypatch.setattr(determinism, "STANDSTILL_ROUNDS", 2 * scheduler.POLL_ROUNDS)
 
     async def spin(faults: Faults, seconds: float) -> None:
         while True:
