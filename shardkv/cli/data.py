@@ -160,11 +160,7 @@ def cas(session: Session, key: str, version: int, value: str, as_json: bool, bas
     _print_version(session.run(body), as_json)
 
 
-@click.command(
-    cls=Example,
-    example="shardkv incr --connect 127.0.0.1:7001 visits\nshardkv incr stock -5",
-    context_settings={"ignore_unknown_options": True},
-)
+@click.command(cls=Example, example="shardkv incr --connect 127.0.0.1:7001 visits\nshardkv incr stock -5")
 @click.argument("key")
 @click.argument("delta", type=click.IntRange(-(1 << 63), (1 << 63) - 1), default=1)
 @json_option

@@ -20,7 +20,7 @@ Made from the commands' own help; `shardkv COMMAND --help` shows the same.
 environment variable `SHARDKV_CONNECT`.
 
 **Keys and values** are UTF-8 with two escapes, `\xNN` for a byte and `\\` for a backslash, or base64 with `--base64`.
-What is printed can be typed back in.
+What is printed can be typed back in, behind `--` if it begins with `-` and is no number.
 
 **JSON.** With `--json` a command prints one document on stdout; progress and logs go to stderr. Versions are decimal
 strings, for they exceed 2⁵³. A field that is not UTF-8 is renamed with `_base64`. An unbounded end is null.

@@ -6,6 +6,7 @@ be reached in time, 4 outcome unknown, 130 interrupted. Commands raise; only thi
 
 import importlib
 import io
+import re
 import sys
 from typing import Any, Final
 
@@ -38,12 +39,39 @@ COMMANDS: Final[dict[str, str]] = {
 """Command name to ``module:attribute``, in the order that ``--help`` shows."""
 
 
+_NEGATIVE_NUMBER: Final = re.compile(r"-[0-9.]+")
+
+
 class Example(click.Command):
-    """A command whose help ends with an example: ``example=`` holds one or more command lines."""
+    """A command whose help ends with an example: ``example=`` holds one or more command lines.
+
+    A negative number is an argument, no option: values, and what is added to them, are often numbers.
+    """
 
     def __init__(self, *args: Any, example: str = "", **more: Any) -> None:
         super().__init__(*args, **more)
         self.example = example
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        self._refuse_unknown(ctx, args)
+        ctx.ignore_unknown_options = True  # only numbers are left
+        return super().parse_args(ctx, args)
+
+    def _refuse_unknown(self, ctx: click.Context, args: list[str]) -> None:
+        options = {name: each for each in self.get_params(ctx) for name in (*each.opts, *each.secondary_opts)}
+        rest = iter(args)
+        for typed in rest:
+            if typed == "--":
+                return
+            if not typed.startswith("-") or typed == "-" or _NEGATIVE_NUMBER.fullmatch(typed):
+                continue
+            name, given, _ = typed.partition("=")
+            option = options.get(name)
+            if option is None:
+                hint = "What begins with - and is no option goes behind --."
+                raise click.NoSuchOption(name, f"No such option {name!r}. {hint}", options, ctx)
+            if not given and not (isinstance(option, click.Option) and option.is_flag):
+                next(rest, None)  # its value
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         write_example(self.example, formatter)

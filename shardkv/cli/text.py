@@ -78,7 +78,9 @@ def read(text: str, base64_text: bool = False) -> bytes:
 
 
 def show(data: bytes, base64_text: bool = False) -> str:
-    """A key or value for the terminal, such that :func:`read` gives it back."""
+    """A key or value for the terminal, such that :func:`read` gives it back; typed, a single dash would be stdin."""
+    if data == b"-" and not base64_text:
+        return _escapes("-")
     return base64.b64encode(data).decode("ascii") if base64_text else escape(data)
 
 

@@ -89,6 +89,30 @@ def test_increments_may_be_negative(world: World) -> None:
     assert world.run("incr", "n", str(1 << 63)).exit_code == 2
 
 
+def test_negative_numbers_are_values_and_unknown_options_are_neither_keys_nor_values(world: World) -> None:
+    assert world.run("put", "temperature", "-5").exit_code == 0
+    assert world.run("get", "temperature").stdout == "-5\n"
+    assert world.run("put", "-3", "-4.5").exit_code == 0
+    assert world.client.data[b"-3"].value == b"-4.5"
+    before = dict(world.client.data)
+    for line in ("incr --raw", "incr --raw -5", "put --jason v", "put k -v", "get -x"):
+        typed = line.split()
+        result = world.run(*typed)
+        assert result.exit_code == 2, typed
+        assert "No such option" in result.stderr, typed
+        assert "goes behind --" in result.stderr, typed
+    assert world.client.data == before
+    assert world.run("put", "--", "--raw", "-v").exit_code == 0
+    assert world.client.data[b"--raw"].value == b"-v"
+    assert world.run("scan", "--prefix", "-3").exit_code == 0, "an option's value may be anything"
+
+
+def test_a_value_of_one_dash_is_shown_as_it_must_be_typed(world: World) -> None:
+    assert world.run("put", "a", r"\x2d").exit_code == 0
+    assert world.client.data[b"a"].value == b"-"
+    assert world.run("get", "a").stdout == "\\x2d\n"
+
+
 def test_delete_says_whether_the_key_was_there(world: World) -> None:
     world.client.set(b"a", b"1")
     assert world.run("del", "a", "--if-version", "3").exit_code == 1
