@@ -25,7 +25,7 @@ class SimulationClock:
 
     Args:
         drift: how much faster than virtual time it runs; 0.01 is one percent, negative is slower.
-        monotonic_offset_ns: what it shows at the start; nothing may compare it with another node's.
+        monotonic_offset_ns: what it shows at the start: how long its machine is up, which is no other node's affair.
         wall_offset_ms: how far its idea of the date is ahead.
     """
 
@@ -68,6 +68,12 @@ class SimulationClock:
     def suspend(self, seconds: float) -> None:
         """The machine sleeps for so long while the rest of the world stands still: its clock goes on, it does not."""
         self._base_ns += round(seconds * 1e9)
+        self._last_time = math.nan
+
+    def reboot(self, monotonic_ns: int) -> None:
+        """The machine was off: its monotonic clock begins anew, and may show once more what it showed before."""
+        self._base_ns = self._last_ns = monotonic_ns
+        self._base_time = determinism.now()
         self._last_time = math.nan
 
     def monotonic_ns(self) -> int:

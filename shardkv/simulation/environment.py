@@ -6,6 +6,7 @@ the fence and their cancellation leaves no trace anywhere.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from shardkv.environment import Environment
 from shardkv.simulation import determinism
@@ -14,6 +15,12 @@ from shardkv.simulation.clock import SimulatedIds, SimulatedRandom, SimulationCl
 from shardkv.simulation.disk import CrashChooser, SimulatedDisk
 from shardkv.simulation.network import NodeNetwork, SimulatedNetwork
 from shardkv.simulation.workers import SimulatedWorkers
+
+
+UPTIME_SECONDS_MAX: Final = 30 * 86_400
+"""Of a machine when a run begins."""
+BOOT_SECONDS_MAX: Final = 20
+"""Of a machine when a node on it starts after a power cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,10 @@ class SimulatedEnvironment(Environment):
         self.disk.crash(chooser)
 
     def restart(self) -> "SimulatedEnvironment":
-        """What the node finds when it starts again after :meth:`kill` or :meth:`power_off`."""
+        """What the node finds when it starts again after :meth:`kill` or :meth:`power_off`. Not while it still runs."""
+        if self.network.network.is_off(self.name):
+            up = determinism.seeded_random("boot", self.seed, self.name, self.incarnation)
+            self.clock.reboot(up.randrange(BOOT_SECONDS_MAX * 10**9))
         return simulated_environment(
             self.name,
             seed=self.seed,
@@ -93,11 +103,14 @@ def simulated_environment(
         seed: of the whole run; the node's own chance follows from it, its name and its incarnation.
         network: shared by all nodes of the run.
         disk: a fresh one if not given.
-        clock: one without drift if not given.
+        clock: if not given, one without drift, of a machine that is up for some time.
         latency_seconds: called for each job of the node's workers; 50 to 500 µs by default, about a fast disk's sync.
         calls: of the node's earlier lives.
     """
     disk = disk or SimulatedDisk()
+    if clock is None:
+        up = determinism.seeded_random("uptime", seed, name)
+        clock = SimulationClock(monotonic_offset_ns=up.randrange(UPTIME_SECONDS_MAX * 10**9))
     if latency_seconds is None:
         latency_random = determinism.seeded_random("latency", seed, name, incarnation)
 
@@ -105,7 +118,7 @@ def simulated_environment(
             return 0.00005 + 0.00045 * latency_random.random()
 
     environment = SimulatedEnvironment(
-        clock=clock or SimulationClock(),
+        clock=clock,
         random=SimulatedRandom(seed, name, incarnation),
         ids=SimulatedIds(seed, name, incarnation),
         disk=disk,

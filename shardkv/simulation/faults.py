@@ -165,6 +165,29 @@ async def _reorder(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> No
     faults.cluster.network.drop(one.name, two.name)
 
 
+async def _clients(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
+    """Between a node and its clients, or one of them, nothing or not everything gets through, or not at once."""
+    network, chance = faults.cluster.network, faults.chance
+    names = {stream.owner.name for stream in network.streams.values() if stream.incoming.source == one.name}
+    clients = sorted(names - set(faults.cluster.nodes))
+    what = chance.choice(["cut off", "hears nothing", "is not heard", "slow", "loss", "cut"])
+    if clients and chance.random() < 0.5:
+        clients = [chance.choice(clients)]
+    for name in clients:
+        if what in ("cut off", "hears nothing"):
+            network.block(one.name, name)
+        if what in ("cut off", "is not heard"):
+            network.block(name, one.name)
+        for link in (network.link(one.name, name), network.link(name, one.name)):
+            if what == "slow":
+                link.delay_seconds_max = chance.choice([0.02, 0.2, 0.6])
+                link.bytes_per_second = chance.choice([None, 1_000_000.0, 20_000.0])
+            elif what == "loss":
+                link.loss_probability = chance.choice([0.01, 0.1, 0.4])
+            elif what == "cut":
+                link.cut_after_bytes = chance.randrange(2_000)
+
+
 async def _heal(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
     faults.cluster.network.heal()
     faults.cluster.network.restore_links()
@@ -359,6 +382,7 @@ KINDS: Final[dict[str, Fault]] = {
     "loss": _loss,
     "duplicate": _duplicate,
     "reorder": _reorder,
+    "clients": _clients,
     "heal": _heal,
     "kill": _kill,
     "power": _power,

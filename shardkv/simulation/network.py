@@ -231,6 +231,10 @@ class SimulatedNetwork:
         self._healed.notify()
         return NodeNetwork(self, name)
 
+    def is_off(self, name: str) -> bool:
+        """Whether the node's machine is dead, and has not come back."""
+        return name in self._dead
+
     def link(self, source: str, target: str) -> Link:
         """How bytes travel from ``source`` to ``target``; change its fields at will."""
         link = self._links.get((source, target))
