@@ -86,7 +86,7 @@ def copy(error: ShardKVError) -> ShardKVError:
 
 def next_start(call: DeleteRangeCall) -> bytes | None:
     """Where the next piece of a delete_range starts, now that this one is deleted."""
-    reached = call.piece_end
+    reached = call.sealed_end
     if reached is None or (call.end is not None and reached >= call.end):
         return None
     return reached

@@ -98,16 +98,14 @@ class DeleteRangeCall(WriteCall):
     Its result is where the next piece starts, or None when everything up to ``end`` is deleted.
     """
 
-    __slots__ = ("cut_generation", "end", "piece_end", "sealed_end")
+    __slots__ = ("cut_generation", "end", "sealed_end")
 
     def __init__(self, start: bytes, end: bytes | None, deadline: float) -> None:
         super().__init__(Op.DELETE_RANGE, start, b"", deadline)
         self.size = CALL_BYTES + len(start) + len(end or b"")
         self.end = end
-        self.piece_end: bytes | None = None
-        """The smallest end that any attempt may have deleted up to."""
         self.sealed_end: bytes | None = None
-        """The end in the sealed bytes."""
+        """The end in the sealed bytes: up to there everything is deleted, or nothing."""
         self.cut_generation = -1
         """The span generation of the range that the sealed piece was cut to."""
 

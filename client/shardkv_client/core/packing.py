@@ -161,14 +161,13 @@ class Packer:
 
 
 def _cut(call: DeleteRangeCall, route: Route) -> None:
-    """Cut the piece to the range, once; later attempts only note what a later range may have cut it to."""
+    """Cut the piece to the range, once: what was sent is sent again as it was, and done whole or not at all."""
+    if call.sealed is not None:
+        return
     end = call.end
     if route.end is not None and (end is None or route.end < end):
         end = route.end
-    if call.sealed is None:
-        assert call.key is not None, "a delete_range without a start"
-        call.body = commands.pack_delete_range(call.key, end)
-        call.piece_end = call.sealed_end = end
-        call.cut_generation = route.generation
-    elif end is not None and (call.piece_end is None or end < call.piece_end):
-        call.piece_end = end
+    assert call.key is not None, "a delete_range without a start"
+    call.body = commands.pack_delete_range(call.key, end)
+    call.sealed_end = end
+    call.cut_generation = route.generation
