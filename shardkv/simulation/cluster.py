@@ -26,6 +26,7 @@ from shardkv.simulation.network import SimulatedNetwork
 from shardkv.simulation.trace import Trace
 from shardkv.storage.engine import Engine, WriteBatch
 from shardkv.storage.memory import MemoryEngine
+from shardkv.types import RangeId
 from shardkv.wire.requests import Method
 from shardkv_client import Client, connect
 
@@ -398,9 +399,29 @@ class Cluster:
             lambda status, ranges: (
                 status["nodes"] == count
                 and status["settled"]
-                and all(len(each["replicas"]) == (3 if count >= 3 else 1) for each in ranges)
+                and all(len(each["replicas"]) == self._replicas for each in ranges)
             ),
         )
+
+    async def grown(self) -> None:
+        """Wait until every range has as many voters as it should, whoever leads. Looks at the nodes, asks nobody."""
+        while not self._all_vote():
+            await determinism.sleep(ASK_AGAIN_SECONDS)
+
+    @property
+    def _replicas(self) -> int:
+        return 3 if len(self.nodes) >= 3 else 1
+
+    def _all_vote(self) -> bool:
+        held: set[RangeId] = set()
+        complete: set[RangeId] = set()
+        for node in self.nodes.values():
+            for range_id, replica in node.inside.catalog.replicas.items() if node.composed else ():
+                held.add(range_id)
+                configuration = replica.raft.configuration
+                if replica.leads and len(configuration.voters) == self._replicas and not configuration.voters_outgoing:
+                    complete.add(range_id)
+        return bool(held) and held == complete
 
     async def leader_of(self, client: Client, key: bytes) -> SimulatedNode:
         """The node that leads the key's range now."""

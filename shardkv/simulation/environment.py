@@ -16,7 +16,6 @@ from shardkv.simulation.disk import CrashChooser, SimulatedDisk
 from shardkv.simulation.network import NodeNetwork, SimulatedNetwork
 from shardkv.simulation.workers import SimulatedWorkers
 
-
 UPTIME_SECONDS_MAX: Final = 30 * 86_400
 """Of a machine when a run begins."""
 BOOT_SECONDS_MAX: Final = 20

@@ -52,6 +52,9 @@ class Faults:
         """What was done, in words, with the moment."""
         self.count = 0
         self.healing = False
+        self.growing = False
+        """Not every node has joined, or some range has not all its replicas. Sequences, which know who can do without
+        whom, wait until it has."""
         self.slow_disks: set[str] = set()
         """The nodes whose disks are slow now."""
         self._suspects: dict[str, float] = {}
@@ -97,6 +100,8 @@ class Faults:
         nodes = list(self.cluster.nodes.values())
         one, two = self.chance.sample(nodes, 2) if len(nodes) > 1 else (nodes[0], nodes[0])
         name = self.chance.choices(self.names, self._weights)[0]
+        if self.growing and name in SEQUENCES:
+            return
         self.count += 1
         self.note(f"{name} {one.name} {two.name}")
         await KINDS[name](self, one, two)

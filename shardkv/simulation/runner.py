@@ -30,6 +30,11 @@ LIVENESS_SECONDS_MAX: Final = 10.0
 """From the moment when a quorum is healed and up to a successful write of every key."""
 AGREE_SECONDS_MAX: Final = 30.0
 """From the moment when all is healed until all replicas of a range stand at the same index."""
+GROWING_SHARE: Final = 0.3
+JOIN_SECONDS_MAX: Final = 8.0
+"""Between two nodes that join."""
+GROWN_SECONDS_MAX: Final = AGREE_SECONDS_MAX + 2 * JOIN_SECONDS_MAX
+"""From the healing of all to replicas everywhere; some node may not have been started yet."""
 LOOK_SECONDS: Final = 1.0
 LOOK_DEEPER_SECONDS: Final = 10.0
 SPLIT_BYTES: Final = 32_768
@@ -118,8 +123,10 @@ class Run:
         try:
             segment_bytes = determinism.seeded_random("segments", seed).choice([64 * 1024, 256 * 1024])
             storage = StorageConfig(engine="memory", segment_bytes=segment_bytes)
+            # In some runs the cluster grows from its first node under the faults, in the others it stands before them.
+            grows = settings.faults and determinism.seeded_random("grows", seed).random() < GROWING_SHARE
             async with simulated_cluster(
-                settings.nodes, seed=seed, split_bytes=SPLIT_BYTES, trace=self.trace, storage=storage
+                1 if grows else settings.nodes, seed=seed, split_bytes=SPLIT_BYTES, trace=self.trace, storage=storage
             ) as cluster:
                 chance = determinism.seeded_random("keys", seed)
                 workload = self.workload = Workload(cluster, seed, settings.workload, settings.rate)
@@ -130,6 +137,9 @@ class Run:
                     for number in range(CLIENTS):
                         nursery.start_soon(workload.work, number)
                     nursery.start_soon(self._look)
+                    if grows:
+                        faults.growing = True
+                        nursery.start_soon(self._grow, cluster, storage)
                     await faults.run(settings.minutes * 60)
                     await self._liveness(cluster)
                     workload.stopped = True
@@ -148,6 +158,17 @@ class Run:
         for node in cluster.nodes.values():
             if node.composed:
                 shorten(node, node.inside)
+
+    async def _grow(self, cluster: Cluster, storage: StorageConfig) -> None:
+        """The other nodes join, and every range comes to its replicas."""
+        assert self.faults is not None, "grown before there are faults"
+        chance = determinism.seeded_random("growth", self.settings.seed)
+        for number in range(1, self.settings.nodes):
+            await determinism.sleep(chance.uniform(0, JOIN_SECONDS_MAX))
+            cluster.add(f"n{number + 1}", storage=storage).start_soon()
+        await cluster.grown()
+        self.faults.note("grown")
+        self.faults.growing = False
 
     async def _look(self) -> None:
         assert self.workload is not None, "looked at before there is a workload"
@@ -169,6 +190,8 @@ class Run:
         assert self.faults is not None, "live before there were faults"
         assert self.workload is not None, "live before there is a workload"
         await self.faults.heal_for_good()
+        if self.faults.growing:
+            await self._grown(cluster)
         nodes = list(cluster.nodes.values())
         absent = determinism.seeded_random("absent", self.settings.seed).choice(nodes) if len(nodes) > 2 else None
         if absent is not None and absent.alive:
@@ -183,6 +206,17 @@ class Run:
         await determinism.sleep(2)
         for node in nodes:
             await self._up(node)
+
+    async def _grown(self, cluster: Cluster) -> None:
+        """Once all is well the cluster comes to its size."""
+        assert self.faults is not None, "grown before there are faults"
+        with determinism.deadline_after(GROWN_SECONDS_MAX):
+            while self.faults.growing:
+                for node in list(cluster.nodes.values()):
+                    await self._up(node)
+                await determinism.sleep(0.1)
+        if self.faults.growing:
+            raise Violation("liveness", f"{GROWN_SECONDS_MAX:g} s after all was healed the cluster has not grown")
 
     async def _up(self, node: SimulatedNode) -> None:
         with determinism.deadline_after(AGREE_SECONDS_MAX):
