@@ -52,6 +52,8 @@ class FakeCluster:
         self.data: SortedDict[bytes, tuple[bytes, int]] = SortedDict()
         self.now_ms = 0.0
         self._stamp = 0
+        self.told: dict[int, str] = {}
+        """Addresses that the nodes tell of themselves, where they are not those that lead to them."""
         self.nodes = {node_id: FakeNode(self, node_id, f"n{node_id}:1") for node_id in range(1, nodes + 1)}
         self.ranges: dict[int, FakeRange] = {}
         self._next_range = 1
@@ -216,7 +218,10 @@ class FakeNode:
         cluster = self.cluster
         match request.method, request.arguments:
             case Method.NODES, []:
-                return [[node.id, f"node{node.id}", node.address] for node in cluster.nodes.values()]
+                return [
+                    [node.id, f"node{node.id}", cluster.told.get(node.id, node.address)]
+                    for node in cluster.nodes.values()
+                ]
             case Method.ROUTES, [None, int()]:
                 return [[cluster.ranges[0].descriptor.to_wire(), cluster.ranges[0].leader]]
             case Method.ROUTES, [bytes() as start, int(limit)]:

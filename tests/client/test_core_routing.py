@@ -551,6 +551,44 @@ def test_clients_spread_their_follower_reads():
     assert readers == {1, 2, 3}
 
 
+@pytest.mark.parametrize("seeds", [[1], [1, 2, 3]])
+@pytest.mark.parametrize("silent", [False, True], ids=["refused", "without an answer"])
+def test_a_node_that_moved_is_found_at_its_new_address(seeds, silent):
+    """A node may come back under another address; whoever has known it before must not dial the old one for ever."""
+    world = World(seeds=seeds)
+    for range_id in world.cluster.ranges:
+        world.cluster.ranges[range_id].leader = 2
+    world.run(world.put(b"a", b"1"))
+    world.crash(2)
+    node = world.cluster.nodes[2]
+    if silent:
+        world.dead.add(node.address)
+    node.address = "elsewhere:7002"
+    world.down.remove(2)
+    dialled = len(world.dials)
+    call = world.put(b"a", b"2", timeout=10.0)
+    world.run(call)
+    assert call.error is None
+    assert "elsewhere:7002" in world.dials[dialled:]
+    assert len(world.dials) - dialled < 60
+    assert sum(request.method == Method.NODES for each in (1, 2, 3) for request in world.cluster.nodes[each].requests) < 6
+
+
+def test_a_node_that_is_known_by_another_name_than_it_tells_is_found_again_by_that_name():
+    """Seen from outside, what nodes tell of their addresses may lead nowhere."""
+    world = World(seeds=[1, 2, 3])
+    for range_id in world.cluster.ranges:
+        world.cluster.ranges[range_id].leader = 2
+    world.cluster.told = {node.id: f"inside{node.id}:7000" for node in world.cluster.nodes.values()}
+    world.run(world.put(b"a", b"1"))
+    world.crash(2)
+    world.pass_time(3.0)
+    world.down.remove(2)
+    call = world.put(b"a", b"2", timeout=10.0)
+    world.run(call)
+    assert call.error is None
+
+
 def test_addresses_of_nodes_that_are_gone_are_forgotten():
     """A client outlives any number of nodes; its seeds stay."""
     world = World(seeds=[1])

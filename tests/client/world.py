@@ -24,7 +24,8 @@ class World:
     """``put`` and the like submit a call; :meth:`run` lets time pass until it is done, :meth:`pass_time` for a while.
 
     ``lose_requests`` and ``lose_answers`` count frames to swallow, each with its connection; ``down`` are nodes that
-    accept no connection, ``mute`` nodes that accept everything and answer nothing.
+    accept no connection, ``mute`` nodes that accept everything and answer nothing, ``dead`` addresses that do not even
+    refuse a connection.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class World:
         self.now = 100.0
         self.down: set[int] = set()
         self.mute: set[int] = set()
+        self.dead: set[str] = set()
         self.lose_requests = 0
         self.lose_answers = 0
         self.refusal: errors.ShardKVError | None = None
@@ -174,6 +176,8 @@ class World:
             self._at(self.latency(), lambda link=link: self._dial(link))
 
     def _dial(self, link: Link) -> None:
+        if link.address in self.dead:
+            return
         node = next((each for each in self.cluster.nodes.values() if each.address == link.address), None)
         if node is None or node.id in self.down:
             self.core.link_down(link, "connection refused", self.now)

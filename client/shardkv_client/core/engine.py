@@ -345,6 +345,8 @@ class Core:
         """Nobody knows how far the requests came: what may be sent again goes elsewhere, with the same bytes."""
         node_id = link.peer.node_id
         self.links.another_next()
+        if link.peer.failures > 1 and self.links.nodes:
+            self.router.want_nodes(now, known=True)
         for sent in requests:
             if sent.route is not None:
                 self.router.failed(sent.route, sent.mark, now, node_id=node_id, consistency=sent.consistency)

@@ -153,12 +153,14 @@ class Links:
         self.nodes = {node.id: node for node in nodes}
         for node in self.nodes.values():
             current = self._by_node.get(node.id)
-            if current is not None and current.node_id == node.id and current.link is not None:
-                continue  # greeted under this id already, perhaps by another name than it advertises
-            peer = self.peers.get(node.address)
-            if peer is None:
-                peer = self.peers[node.address] = Peer(node.address)
-            self._by_node[node.id] = peer
+            if current is not None and current.link is not None and current.link.state is LinkState.READY:
+                continue
+            # It may have moved; or it is known by another name than it advertises, which leads nowhere from here.
+            advertised = self.peers.get(node.address)
+            if advertised is None:
+                advertised = self.peers[node.address] = Peer(node.address)
+            greeted = [peer for peer in self.peers.values() if peer.node_id == node.id]
+            self._by_node[node.id] = min((*greeted, advertised), key=lambda peer: peer.failures)
         for node_id in [known for known in self._by_node if known not in self.nodes]:
             del self._by_node[node_id]
         listed = {node.address for node in self.nodes.values()} | self._seeds

@@ -210,12 +210,13 @@ class Router:
         homeless, self.homeless = self.homeless, []
         self._requeue(homeless)
 
-    def want_nodes(self, now: float) -> None:
-        """The address of some node is not known."""
+    def want_nodes(self, now: float, *, known: bool = False) -> None:
+        """The address of some node is not known, or is ``known`` but nobody answers there: it may have moved."""
         if self._asking_nodes:
             return
         asked_at = self._nodes_asked_at
-        if asked_at is not None and now < asked_at + self._settings.backoff_seconds_max:
+        pause = self._settings.moved_seconds if known else self._settings.backoff_seconds_max
+        if asked_at is not None and now < asked_at + pause:
             return  # whoever waits blocks for as long, and asks again
         self._asking_nodes = True
         self._nodes_asked_at = now

@@ -38,6 +38,8 @@ class Settings:
     """And when it has been silent for this long, its connection is given up and its requests go elsewhere."""
     dials_at_once_max: int = 3
     """When any node will do: how many are tried at the same time."""
+    moved_seconds: float = 1.0
+    """How often nodes are asked where they all are while one of them cannot be reached."""
     dial_patience_seconds: float = 0.1
     """When any node will do: how long a dial without an answer counts among those. It goes on after that, too."""
     routes_per_lookup: int = 256
