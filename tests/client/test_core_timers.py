@@ -4,6 +4,7 @@ from math import inf
 
 from shardkv_client.core.calls import Call
 from shardkv_client.core.timers import DEAD_ENTRIES_MIN, Timers
+from tests.client.world import World
 
 
 def test_calls_that_ended_do_not_pile_up():
@@ -37,3 +38,31 @@ def test_what_is_due_is_known_and_the_timer_is_woken_only_for_something_earlier(
     timers.run(6.5, expired.append)
     assert timers.due == inf
     timers.check()
+
+
+def test_a_large_value_gets_through_a_slow_network():
+    """The node cannot answer before it has the request, nor the ping that stands behind it; that is no silence."""
+    world = World()
+    world.run(world.put(b"first", b""))
+    dials = len(world.dials)
+    world.bytes_per_second = 400_000
+    call = world.put(b"large", bytes(1_000_000), timeout=10.0)
+    world.run(call)
+    assert call.error is None
+    assert call.attempts == 1
+    assert len(world.dials) == dials
+
+
+def test_a_node_that_is_gone_is_given_up_however_much_was_sent_to_it():
+    world = World()
+    world.run(world.put(b"first", b""))
+    world.cluster.ranges[1].leader = 1
+    began = world.now
+    world.mute.add(1)
+    calls = [world.put(b"large/%d" % number, bytes(1_000_000), timeout=20.0) for number in range(8)]
+    world.pass_time(1.4)
+    world.cluster.ranges[1].leader = 2
+    for call in calls:
+        world.run(call)
+        assert call.error is None
+    assert 1.5 < world.now - began < 6.5

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
 from random import Random
 from typing import Any
 
@@ -36,6 +37,9 @@ class World:
         self.down: set[int] = set()
         self.mute: set[int] = set()
         self.dead: set[str] = set()
+        self.bytes_per_second = inf
+        """Of what the client sends on one connection."""
+        self._carried_at: dict[Link, float] = {}
         self.lose_requests = 0
         self.lose_answers = 0
         self.refusal: errors.ShardKVError | None = None
@@ -166,7 +170,9 @@ class World:
         for link in outputs:
             data = b"".join(link.output)
             link.output.clear()
-            self._at(self.latency(), lambda link=link, data=data: self._arrive(link, data))
+            free_at = max(self.now, self._carried_at.get(link, 0.0)) + len(data) / self.bytes_per_second
+            self._carried_at[link] = free_at
+            self._at(free_at - self.now + self.latency(), lambda link=link, data=data: self._arrive(link, data))
         drops, links.drops = links.drops, []
         for link in drops:
             self.open.pop(link, None)

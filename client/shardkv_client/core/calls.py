@@ -223,7 +223,7 @@ REPEATABLE_METHODS: Final = frozenset(
 class Sent:
     """A request on a connection: the calls that its answer settles, and under which routing it was sent."""
 
-    __slots__ = ("calls", "consistency", "descriptor", "id", "kind", "mark", "route")
+    __slots__ = ("calls", "consistency", "descriptor", "id", "kind", "mark", "route", "size")
 
     def __init__(
         self,
@@ -238,5 +238,7 @@ class Sent:
         self.calls = calls
         self.route = route
         self.consistency = consistency
+        self.size = 0
+        """Its bytes."""
         self.mark: int = route.mark if route is not None else 0
         self.descriptor: RangeDescriptor | None = route.descriptor if route is not None else None

@@ -19,6 +19,10 @@ from shardkv_client.core.timers import Timers
 
 LAST_LOOK_SECONDS: Final = 0.01
 """Between the end of the time that a silent node has and the end of its connection: more than one round of the loop."""
+SLOWEST_BYTES_PER_SECOND: Final = 250_000
+"""What is sent may take so long to get to the node before its silence counts."""
+CARRYING_SECONDS_MAX: Final = 4.0
+"""But no longer, however much it is: calls are to find another node before their timeout."""
 _PING: Final = encode_frame(FrameKind.PING, b"")
 
 
@@ -308,7 +312,10 @@ class Links:
             link.overdue = False
             self.write(link, _PING)
         # Counted from the question: where this program stood still, what the node said meanwhile was not read yet.
-        lost_at = link.pinged_at + settings.silence_seconds_max - settings.ping_after_seconds
+        # The question stands behind what was sent before it, which a slow network has still to carry.
+        bytes_owed = sum(sent.size for sent in link.inflight.values())
+        carrying = min(bytes_owed / SLOWEST_BYTES_PER_SECOND, CARRYING_SECONDS_MAX)
+        lost_at = link.pinged_at + settings.silence_seconds_max - settings.ping_after_seconds + carrying
         if now < lost_at:
             self._timers.at(lost_at, lambda at: self._look_after(link, at))
         elif not link.overdue:

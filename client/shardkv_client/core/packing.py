@@ -46,6 +46,7 @@ class Packer:
     def _put(self, link: Link, sent: Sent, method: int, route: Route | None, now: float, *arguments: object) -> None:
         range_id, generation = (route.range_id, route.generation) if route is not None else (0, 0)
         part = requests.encode_request(sent.id, method, range_id, generation, self.timestamp, *arguments)
+        sent.size = len(part)
         for call in sent.calls:
             call.attempts += 1
         self._links.owe(link, sent, now)
