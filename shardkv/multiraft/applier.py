@@ -120,10 +120,14 @@ class Applier:
             if machine is None or self._catalog.replicas.get(replica.range_id) is not replica:
                 # It has ended, or waits for the snapshot that alone can give it state.
                 continue
+            if replica.raft.raft.log.snapshot is not None:
+                # Its group is at the snapshot already, which has all this: a change of the members among it would be
+                # made to the snapshot's, a second time.
+                continue
             touched[replica.range_id] = replica
             for entry in message.entries:
                 if entry.index <= machine.applied_index:
-                    continue  # held back until a snapshot had brought it
+                    continue  # held back until after a snapshot that has it was installed
                 proposal = replica.proposals.pop(entry.index, None) if replica.proposals else None
                 if proposal is not None and proposal.term != entry.term:
                     _refuse(proposal, replica.not_leader())
@@ -142,7 +146,7 @@ class Applier:
         for replica, count in answered.items():
             replica.answered(count, now)
         for replica, message in applies:
-            # An install that goes on has made these entries void; unacknowledged they would stay under way for ever.
+            # An install has made these entries void, or will; unacknowledged they would stay under way for ever.
             if replica.machine is not None or replica.installing:
                 self._applied(replica, message)
 

@@ -571,7 +571,9 @@ def test_a_node_that_moved_is_found_at_its_new_address(seeds, silent):
     assert call.error is None
     assert "elsewhere:7002" in world.dials[dialled:]
     assert len(world.dials) - dialled < 60
-    assert sum(request.method == Method.NODES for each in (1, 2, 3) for request in world.cluster.nodes[each].requests) < 6
+    assert (
+        sum(request.method == Method.NODES for each in (1, 2, 3) for request in world.cluster.nodes[each].requests) < 6
+    )
 
 
 def test_a_node_that_is_known_by_another_name_than_it_tells_is_found_again_by_that_name():

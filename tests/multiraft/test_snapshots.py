@@ -14,6 +14,7 @@ from shardkv import codec
 from shardkv.config import SnapshotsConfig
 from shardkv.errors import ProtocolError
 from shardkv.machine import keys
+from shardkv.machine.entries import encode_membership
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
 from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, unpack_applied
 from shardkv.machine.snapshot import installing, replace_rows, snapshot_rows
@@ -21,12 +22,12 @@ from shardkv.multiraft import maintenance, snapshot_install, snapshots
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.snapshot_install import Arrived
 from shardkv.raft import ProgressState, Role
-from shardkv.raft.messages import NONE, Message, MessageType
+from shardkv.raft.messages import NONE, ConfChange, ConfChangeSingle, ConfChangeType, Message, MessageType
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate
 from shardkv.types import KeyRange, NodeId, RangeDescriptor, RangeId, ReplicaId
 from tests.multiraft.test_catalog import led_by_another, split_on_two, with_log
-from tests.multiraft.world import RANGE, Host, Hosts, descriptor_on, world
+from tests.multiraft.world import RANGE, Answer, Host, Hosts, descriptor_on, world
 
 
 class Stream:
@@ -491,6 +492,42 @@ async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot
         assert late.replica().raft.raft.log.applying_bytes == 0
         hosts.heal()
         await hosts.agreed()
+
+
+async def change_members(host: Host, kind: ConfChangeType, replica_id: int, node_id: int | None = None) -> None:
+    added = [] if node_id is None else [(node_id, replica_id)]
+    change = ConfChange((ConfChangeSingle(kind, replica_id),), context=encode_membership(added))
+    answer = Answer()
+    host.driver.propose_membership(host.replica(), change, answer, 0)
+    await answer.wait()
+
+
+async def test_a_membership_change_held_back_until_a_snapshot_came_does_not_change_what_the_snapshot_says(
+    autojump_clock: MockClock,
+) -> None:
+    """The replica would count other voters than everybody else, until its next start."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = await led_by_another(hosts, 3)
+        late = hosts[3]
+        late.engine.stall = late.engine.full = True  # the install does not wait for that
+        await change_members(leader, ConfChangeType.ADD_LEARNER_NODE, 14, NodeId(4))
+        await hosts.write(b"k", b"w")
+        await hosts.until(lambda: late.driver.applier.held, "a change held back")
+        hosts.isolate(3)
+        await change_members(leader, ConfChangeType.REMOVE_NODE, 14)
+        stream = Stream(*spelled(leader, 3))
+        assert not leader.replica().raft.configuration.learners
+        await late.snapshots.receive(stream, leader.node_id)
+        assert stream.answers == [["done"]]
+        assert late.driver.applier.held
+        late.engine.stall = late.engine.full = False  # before the install has begun
+        index = leader.machine().applied_index
+        await hosts.until(lambda: late.replica().machine and late.machine().applied_index == index, "the install")
+        assert late.replica().raft.configuration == leader.replica().raft.configuration
+        hosts.heal()
+        await hosts.agreed()
+        assert late.replica().raft.configuration == leader.replica().raft.configuration
 
 
 async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_good(autojump_clock: MockClock) -> None:
