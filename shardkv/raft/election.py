@@ -22,6 +22,10 @@ PATIENCE: Final = 4
 """How many election timeouts, at most, a replica goes on waiting whose vote has taken long to get to the disk."""
 
 
+DOUBLINGS_MAX: Final = 5
+"""How often a candidate's wait is doubled, from one campaign to the next."""
+
+
 class Campaign(Enum):
     PRE_ELECTION = 1
     ELECTION = 2
@@ -82,6 +86,7 @@ def run(raft: Raft, campaign: Campaign) -> None:
         term, request, answer = raft.term + 1, MessageType.PRE_VOTE, MessageType.PRE_VOTE_RESP
     else:
         raft.become_candidate()
+        raft.fruitless_campaigns += 1
         term, request, answer = raft.term, MessageType.VOTE, MessageType.VOTE_RESP
     context = CAMPAIGN_TRANSFER if campaign is Campaign.TRANSFER else b""
     log = raft.log
@@ -181,10 +186,23 @@ def tick_election(raft: Raft) -> None:
     if raft.eager_ticks >= 0:
         _tick_eager(raft)
     elif raft.election_elapsed >= raft.randomized_election_timeout and raft.promotable:
+        if raft.election_elapsed < _candidates_wait(raft):
+            return
         if raft.election_elapsed < RELUCTANCE * raft.randomized_election_timeout and is_reluctant(raft):
             return
         raft.election_elapsed = 0
         start(raft, Campaign.PRE_ELECTION if raft.settings.pre_vote else Campaign.ELECTION)
+
+
+def _candidates_wait(raft: Raft) -> int:
+    """How many ticks a candidate waits for votes, longer with each campaign that has come to nothing.
+
+    Another one's disk may take longer for a vote than an election timeout. In a new term the vote on its way there
+    would be worth nothing, and the next come as late.
+    """
+    if raft.role != Role.CANDIDATE or not raft.settings.patient_elections:
+        return 0
+    return raft.randomized_election_timeout << min(raft.fruitless_campaigns - 1, DOUBLINGS_MAX)
 
 
 def _tick_eager(raft: Raft) -> None:

@@ -117,6 +117,7 @@ def heard_from_leader(raft: Raft, message: Message) -> None:
     """A message of the leader of this term: whatever doubt there was is gone."""
     raft.election_elapsed = 0
     raft.leader = message.from_
+    raft.fruitless_campaigns = 0
     raft.doubted = False
     raft.eager_ticks = NOT_EAGER
 

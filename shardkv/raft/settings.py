@@ -65,7 +65,8 @@ class RaftSettings:
 
     patient_elections: bool = False
     """Whether an election may take as long as the disks take for a vote. A pre-vote, which promises nothing, then waits
-    for no disk; and while a replica's vote is on its way to the disk, and for as long again, it begins no election."""
+    for no disk; while a replica's vote is on its way to the disk, and for as long again, it begins no election; and a
+    candidate waits longer each time for the others'."""
 
     election_ticks: int = 10
     """A follower that hears nothing campaigns after this many ticks, or up to twice as many."""

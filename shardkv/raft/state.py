@@ -47,6 +47,7 @@ class Raft:
         "doubted",
         "eager_ticks",
         "election_elapsed",
+        "fruitless_campaigns",
         "heartbeat_elapsed",
         "id",
         "leader",
@@ -104,6 +105,8 @@ class Raft:
         self.votes: dict[int, bool] = {}
         self.voting = False
         """Whether a vote is on its way to the disk; always False without ``patient_elections``."""
+        self.fruitless_campaigns = 0
+        """Elections that this replica has stood for since it last knew a leader."""
         self.transferee = NONE
         """Who is to lead next, while a transfer is under way (thesis 3.10)."""
         self.pending_conf_index = 0
@@ -258,6 +261,8 @@ class Raft:
     def become_follower(self, term: int, leader: int) -> None:
         self._reset(term)
         self.leader = leader
+        if leader != NONE:
+            self.fruitless_campaigns = 0
         self.role = Role.FOLLOWER
 
     def become_candidate(self) -> None:
@@ -279,6 +284,7 @@ class Raft:
         self.leader = self.id
         self.role = Role.LEADER
         own = self.progress[self.id]
+        self.fruitless_campaigns = 0
         own.become_replicate()
         own.recent_active = True
         # A membership change may stand in the part that is not applied yet. Looking for it would be slow, so none is

@@ -606,6 +606,39 @@ def test_a_candidate_asks_anew_when_the_others_have_had_their_time(ticks: int) -
     assert (node.role, node.term) == (Role.PRE_CANDIDATE, 1)
 
 
+def test_a_candidate_waits_twice_as_long_for_the_others_each_time() -> None:
+    """Whoever needs longer for a vote than an election timeout would be too late in every term. A leader ends that."""
+    node = patient()
+
+    def stand() -> int:
+        """Win the pre-vote, and count the ticks until the votes are given up."""
+        node.step(Message(M.PRE_VOTE_RESP, 1, 2, node.term + 1))
+        *_, own = after_write(node.ready())
+        node.step(own)
+        assert node.role is Role.CANDIDATE
+        ticks, timeout = 0, node.raft.randomized_election_timeout
+        while node.role is Role.CANDIDATE:
+            ticked(node, 1)
+            ticks += 1
+        assert ticks % timeout == 0
+        return ticks // timeout
+
+    node.campaign()
+    assert [stand() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 32, 32]
+    node.step(Message(M.HEARTBEAT, 1, 3, node.term))
+    ticked(node, 20)
+    assert node.role is Role.PRE_CANDIDATE
+    assert [stand(), stand()] == [1, 2]
+    node.step(Message(M.PRE_VOTE_RESP, 1, 2, node.term + 1))
+    node.step(after_write(node.ready())[-1])
+    for voter in (2, 3):
+        node.step(Message(M.VOTE_RESP, 1, voter, node.term, reject=True))
+    assert node.role is Role.FOLLOWER, "it has lost, and waits for whoever has won"
+    node.step(Message(M.HEARTBEAT, 1, 3, node.term))
+    ticked(node, 20)
+    assert stand() == 1
+
+
 def test_who_has_given_its_vote_begins_no_election_before_that_is_on_disk() -> None:
     """It would depose whom it has just helped to be elected."""
     node = patient()

@@ -377,6 +377,23 @@ def test_a_leader_that_dies_is_replaced_where_a_sync_takes_longer_than_an_electi
     run_deterministically(main, seed=20)
 
 
+@pytest.mark.parametrize("seconds", [1.2, 2.5])
+def test_a_leader_that_dies_is_replaced_where_only_the_voters_disk_is_slow(seconds: float) -> None:
+    """The candidate's own vote is on disk at once; the other one's must not come too late in each of its terms."""
+
+    async def main() -> None:
+        async with world(3, seed=7) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"before", timeout=60)
+            leader = await cluster.leader_of(kv, b"k")
+            slowed(next(node for node in cluster.nodes.values() if node is not leader), seconds)
+            await leader.kill()
+            began = trio.current_time()
+            await kv.put(b"k", b"after", timeout=60)
+            assert trio.current_time() - began < 1.0 + 8 * seconds, "doubt, three elections, a first entry, a write"
+
+    run_deterministically(main, seed=7)
+
+
 async def test_the_metrics_show_a_slow_disk() -> None:
     """docs/admin.md names every one of them."""
     health, _ = judged()
