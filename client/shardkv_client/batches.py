@@ -7,7 +7,10 @@ key is never out twice: pairs of one chunk replace each other, and a key that is
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from math import inf
 from typing import Any, Final
+
+from trio.lowlevel import enable_ki_protection
 
 from shardkv.errors import BatchError
 from shardkv.wire.commands import Op, pack_put
@@ -26,35 +29,47 @@ CHUNKS_OUT_MAX: Final = 3
 
 
 class Gathering:
-    """Waits for a group of calls as if it were one: what a caller is parked on while they are out."""
+    """Waits for a group of calls as if it were one: what a caller is parked on while they are out.
+
+    Whoever interrupts a program does so between two calls, not half way into one.
+    """
 
     def __init__(self, core: Core, waiter: Waiter) -> None:
         self._core = core
         self._waiter = waiter
         self._parked: Call | None = None
         self._room = 0
+        self._room_bytes = 0.0
         self.out: dict[Call, None] = {}
+        self.bytes_out = 0
+        """Of the calls in ``out``."""
         self.ended: list[Any] = []
         """Calls that ended since the caller last looked."""
 
+    @enable_ki_protection
     def submit(self, call: Call) -> None:
         call.notify = self._end
         self._core.submit(call)
         self.out[call] = None
+        self.bytes_out += call.size
 
     def _end(self, call: Call) -> None:
         del self.out[call]
+        self.bytes_out -= call.size
         self.ended.append(call)
         parked = self._parked
-        if parked is not None and len(self.out) <= self._room:
+        if parked is not None and self._has_room():
             self._parked = None
             self._waiter.notify(parked)
 
-    async def until(self, room: int) -> None:
-        """Wait until at most ``room`` calls are out. A cancelled caller cancels every call."""
-        if len(self.out) <= room:
+    def _has_room(self) -> bool:
+        return len(self.out) <= self._room and self.bytes_out <= self._room_bytes
+
+    async def until(self, room: int, room_bytes: float = inf) -> None:
+        """Wait until at most ``room`` calls of ``room_bytes`` in all are out. A cancelled caller cancels every call."""
+        self._room, self._room_bytes = room, room_bytes
+        if self._has_room():
             return
-        self._room = room
         parked = self._parked = Call(None, 0.0, 0)
         await self._waiter.wait(parked, self._cancel)
 
@@ -67,6 +82,7 @@ class Gathering:
         for call in list(self.out):
             self._core.cancel(call)
         self.out.clear()
+        self.bytes_out = 0
 
 
 async def get_many(gathering: Gathering, calls: Sequence[Call]) -> None:
@@ -157,7 +173,7 @@ class PutMany:
         chunk, gathering = self._chunk, self._gathering
         if not chunk:
             return
-        await gathering.until(CHUNKS_OUT_MAX * CHUNK_PAIRS_MAX)
+        await gathering.until(CHUNKS_OUT_MAX * CHUNK_PAIRS_MAX, CHUNKS_OUT_MAX * CHUNK_BYTES_MAX)
         self._collect()
         if any(key in self._out for key in chunk):
             await gathering.until(0)

@@ -247,6 +247,7 @@ class BlockingScan:
         self._perform = perform
         self._scan = scan
         self._page: list[Entry] = []
+        self._fetching = trio.Lock()
         self._closed = False
 
     def __iter__(self) -> Iterator[Entry]:
@@ -262,11 +263,14 @@ class BlockingScan:
         return self._page.pop()
 
     async def _fetch(self) -> None:
-        """In the client's thread. What an interrupted caller did not wait for is here when it goes on."""
-        page = await self._scan.next_page()
-        page.reverse()
-        if not self._closed:
-            self._page = page
+        """In the client's thread. What an interrupted caller did not wait for is here, or comes, when it goes on."""
+        async with self._fetching:
+            if self._page or self._closed:
+                return
+            page = await self._scan.next_page()
+            page.reverse()
+            if not self._closed:
+                self._page = page
 
     def close(self) -> None:
         """End the scan: the next entry asked for is its end."""

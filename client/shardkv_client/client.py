@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
+from trio.lowlevel import enable_ki_protection
 
 from shardkv.address import parse_addresses
 from shardkv.errors import ClientClosed, InvalidRange, NotFound, OutcomeUnknown, ShardKVError
@@ -157,7 +158,9 @@ class Client:
             raise ClientClosed(self._closed_because)
         return self._host
 
+    @enable_ki_protection
     async def _perform(self, call: Call) -> Any:
+        # Protected: a call whose caller is interrupted before it waits would be answered to nobody.
         if self._host is None:
             raise ClientClosed(self._closed_because)
         call.notify = self._notify
@@ -270,11 +273,12 @@ class Client:
         await get_many(Gathering(host.core, self._waiter), calls)
         if on_age is not None:
             on_age(max((call.age_us for call in calls), default=0) / 1e6)
-        return {
-            key: Entry(key, call.result[0], call.result[1])
-            for key, call in zip(wanted, calls)
-            if call.result is not None
-        }
+        found = {}
+        for key, call in zip(wanted, calls):
+            result, call.result = call.result, None
+            if result is not None:
+                found[key] = Entry(key, result[0], result[1])
+        return found
 
     async def put_many(
         self, pairs: Pairs, *, timeout: float = TIMEOUT_SECONDS, progress: Progress | None = None

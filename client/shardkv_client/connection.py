@@ -81,8 +81,10 @@ class Host:
 
     def close(self, reason: str = "the client was closed") -> None:
         """End every pending call and every connection. Nothing is waited for."""
-        self.core.close(self.monotonic(), reason)
-        self._scope.cancel()
+        try:
+            self.core.close(self.monotonic(), reason)
+        finally:
+            self._scope.cancel()
 
     async def aclose(self) -> None:
         """The same, and wait until no task is left."""

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self
 
+from trio.lowlevel import enable_ki_protection
+
 from shardkv.types import Entry
 from shardkv_client.core import ScanCall, Settings
 from shardkv_client.limits import before
@@ -114,6 +116,7 @@ class Scan:
             age_us_max=self._age_us_max,
         )
 
+    @enable_ki_protection
     def _take(self, answer: Any) -> None:
         """Note a page and cut what it covers off the span."""
         flat, more, descriptor = answer

@@ -53,7 +53,8 @@ class TrioWaiter:
         call.task = None
         if call.error is not None:
             raise call.error
-        return call.result
+        result, call.result = call.result, None  # the deadline heap may keep the call for a while yet
+        return result
 
     def doorbell(self) -> Doorbell:
         return TrioDoorbell()
@@ -107,7 +108,8 @@ class AsyncioWaiter:
         call.task = None
         if call.error is not None:
             raise call.error
-        return call.result
+        result, call.result = call.result, None  # the deadline heap may keep the call for a while yet
+        return result
 
     def doorbell(self) -> Doorbell:
         return AsyncioDoorbell(self._loop)

@@ -119,6 +119,33 @@ def test_a_scan_that_goes_on_after_an_interrupt_has_missed_nothing(server, monke
         assert keys == [b"%02d" % number for number in range(10)]
 
 
+def test_a_scan_that_goes_on_while_the_page_of_an_interrupted_caller_is_under_way_has_missed_nothing(
+    server, monkeypatch
+):
+    perform = trio.from_thread.run
+    late: list[threading.Thread] = []
+
+    def interrupted(*args, **options):
+        late.append(threading.Thread(target=perform, args=args, kwargs=options))
+        late[-1].start()
+        raise KeyboardInterrupt
+
+    with connect_blocking(server.addresses, settings=Settings(scan_page_entries_max=3)) as kv:
+        kv.put_many((b"%02d" % number, b"v") for number in range(60))
+        scan = kv.scan()
+        keys = []
+        for _ in range(15):
+            keys += [next(scan).key for _ in range(3)]
+            monkeypatch.setattr(trio.from_thread, "run", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(scan)
+            monkeypatch.undo()
+        keys += [entry.key for entry in scan]
+        assert keys == [b"%02d" % number for number in range(60)]
+        for thread in late:
+            thread.join(30)
+
+
 def test_an_interrupt_ends_a_put_many_and_not_only_the_wait_for_it(server):
     """It went on in the client's thread, reading the caller's iterable, for as long as that had pairs."""
     taken: list[int] = []

@@ -4,9 +4,11 @@ import asyncio
 import gc
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from types import FrameType
 from typing import Any
 
 import anyio
@@ -16,6 +18,8 @@ import trio
 from shardkv import errors
 from shardkv.types import VALUE_BYTES_MAX, Entry
 from shardkv_client import Client, RealEnvironment, Settings, connect
+from shardkv_client.core.timers import Timers
+from shardkv_client.scan import Scan
 from tests.client.fake_server import FakeServer
 from tests.client.loopback import run, with_client
 
@@ -360,6 +364,93 @@ def test_an_interrupt_is_raised_in_the_body_and_not_in_the_clients_own_tasks(ser
 
     for task_name in ("shardkv client", "_serve", "_keep_time"):
         trio.run(main, task_name)
+
+
+@pytest.mark.parametrize("caught", [False, True], ids=["at the end", "in the body"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("method", ["put", "put_many", "get_many"])
+def test_an_interrupt_half_way_into_a_call_leaves_the_client_whole(server, monkeypatch, method, count, caught):
+    """The call is known to the client by then, and nobody waits for it yet."""
+    left = -1
+    submit = Timers.add_deadline
+
+    def interrupting(timers: Timers, call: Any) -> None:
+        nonlocal left
+        submit(timers, call)
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    async def call(kv: Client) -> None:
+        if method == "put":
+            for _ in range(5):
+                await kv.put(b"k", b"v")
+        elif method == "put_many":
+            await kv.put_many((b"%d" % number, b"v") for number in range(1_000))
+        else:
+            await kv.get_many([b"%d" % number for number in range(10)])
+
+    async def main() -> None:
+        nonlocal left
+        async with connect(server.addresses) as kv:
+            await kv.put(b"first", b"v")
+            left = count
+            if caught:
+                with pytest.raises(KeyboardInterrupt):
+                    await call(kv)
+                await kv.put(b"k", b"after")
+                assert await kv.get(b"k") is not None
+            else:
+                await call(kv)
+
+    monkeypatch.setattr(Timers, "add_deadline", interrupting)
+    if caught:
+        trio.run(main)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            trio.run(main)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_that_goes_on_after_an_interrupt_has_missed_nothing(server, reverse):
+    """Whenever it comes: also at each line by which a page is taken apart."""
+    wanted = [b"%02d" % number for number in range(40)]
+    left = -1
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code is Scan._take.__code__ and event == "line":
+            left -= 1
+            if left == 0:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    async def main(line: int) -> None:
+        nonlocal left
+        async with connect(server.addresses, settings=Settings(scan_page_entries_max=15)) as kv:
+            await kv.put_many((key, b"v") for key in wanted)
+            keys, interrupts, scan = [], 0, kv.scan(reverse=reverse)
+            left = line
+            sys.settrace(trace)
+            while interrupts <= 1:
+                try:
+                    async for each in scan:
+                        keys.append(each.key)
+                    await trio.lowlevel.checkpoint()  # one that came with the last page is raised here
+                    break
+                except KeyboardInterrupt:
+                    interrupts += 1
+            sys.settrace(None)
+            assert interrupts == (left <= 0)
+            assert keys == sorted(wanted, reverse=reverse)
+
+    before = sys.gettrace()
+    try:
+        for line in range(1, 60):
+            trio.run(main, line)
+        assert left > 0, "more lines than were tried"
+    finally:
+        sys.settrace(before)
 
 
 def test_a_list_is_checked_to_its_end_before_anything_is_sent(backend, server):

@@ -11,6 +11,7 @@ from shardkv import errors
 from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, Entry
 from shardkv.wire.requests import Method
 from shardkv_client import Client, Settings, connect
+from shardkv_client.batches import CHUNK_BYTES_MAX, Gathering
 from tests.client.loopback import with_client
 
 # --- what each method does ------------------------------------------------------------------------------------------
@@ -172,6 +173,43 @@ def test_the_last_pair_of_a_key_wins_even_when_attempts_are_repeated(backend, se
                 assert int(value) == 3_600 + int(key)
 
     with_client(backend, server, body)
+
+
+def test_a_call_that_ended_keeps_no_answer(backend, server):
+    """It stays in the heap of deadlines for as long as one with an earlier deadline waits."""
+
+    async def body(kv: Client) -> None:
+        await kv.put(b"k", bytes(10_000))
+        for _ in range(3):
+            assert await kv.get(b"k") is not None
+            assert await kv.get_many([b"k", b"l"])
+            assert [entry.key async for entry in kv.scan()] == [b"k"]
+        assert kv._host is not None
+        ended = [entry[2] for entry in kv._host.core.timers._deadlines if entry[2].done]
+        assert len(ended) >= 12, "the heap keeps them"
+        assert all(call.result is None for call in ended)
+
+    with_client(backend, server, body)
+
+
+def test_put_many_has_few_bytes_out_at_once(backend, server, monkeypatch):
+    """Of large values a generator would else be read far ahead, and all deadlines run from then on."""
+    highest = 0
+    original = Gathering.submit
+
+    def counted(gathering: Gathering, call: Any) -> None:
+        nonlocal highest
+        original(gathering, call)
+        highest = max(highest, gathering.bytes_out)
+
+    monkeypatch.setattr(Gathering, "submit", counted)
+
+    async def body(kv: Client) -> None:
+        assert await kv.put_many((b"%04d" % number, bytes(200_000)) for number in range(60)) == 60
+        assert len(server.cluster.data) == 60
+
+    with_client(backend, server, body)
+    assert 2 * CHUNK_BYTES_MAX < highest < 5 * CHUNK_BYTES_MAX
 
 
 def test_put_many_names_what_is_not_known_to_be_written(backend, server):

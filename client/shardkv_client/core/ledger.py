@@ -102,6 +102,7 @@ class Ledger:
         call.error = error
         if call.internal:
             self._internal_done(call)
+            call.result = None
             return
         if call.kind is Kind.WRITE:
             if call.sealed is not None:
@@ -116,6 +117,8 @@ class Ledger:
         if notify is not None:
             call.notify = None
             notify(call)
+        else:
+            call.result = None  # nobody will take it
 
     def settle(self, call: WriteCall) -> None:
         """The command, as it was sealed, will never be sent again."""
