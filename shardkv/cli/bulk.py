@@ -278,7 +278,7 @@ def _exporter(
                     if checkpoint.path is not None:
                         checkpoint.save(offset=file.tell(), last_key_hex=entry.key.hex(), count=count)
                     progress.update(count)
-        file.flush()
+        _sync(file, checkpoint)
         return count
 
     return body
@@ -290,7 +290,7 @@ def _least_above(key: bytes) -> bytes | None:
 
 
 def _sync(file: BinaryIO, checkpoint: Checkpoint) -> None:
-    """Before a checkpoint: what it speaks of must be in the file whatever happens next."""
+    """Before a checkpoint, and before it goes: what it speaks of must be in the file whatever happens next."""
     file.flush()
     if checkpoint.path is not None:
         os.fsync(file.fileno())

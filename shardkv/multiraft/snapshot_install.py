@@ -47,6 +47,13 @@ class Installer:
         self._environment = environment
         self._log = log
 
+    async def until_writable(self) -> None:
+        """Wait until the engine takes writes at once. Raises OutOfSpace when there is no room for an install."""
+        while self._engine.stalled() and not self._engine.full:
+            await self._environment.clock.sleep(STALL_RETRY_SECONDS)
+        if self._driver.space.full:
+            raise self._driver.space.refusal()
+
     async def replace_data(self, replica: Replica, arrived: Arrived) -> None:
         """Put the file's rows in the place of the replica's; every step may be the last before a crash."""
         engine, workers = self._engine, self._environment.workers

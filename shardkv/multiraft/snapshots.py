@@ -395,6 +395,8 @@ class Snapshots:
             await self._say(stream, ["from", incoming.chunks, incoming.checksum])
             term = await self._fill(stream, incoming)
             await self._environment.workers.run(incoming.builder.finish)
+            # Once it is offered the group rests, and neither votes nor hears its leader until all is in the engine.
+            await self._installer.until_writable()
             message = replace(begin.message, term=max(term, begin.message.term))
             index, log_term, _ = begin.metadata
             taken = self._take(replica, message, Arrived(incoming.path, begin.descriptor, index, log_term))

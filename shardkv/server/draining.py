@@ -8,6 +8,7 @@ from typing import Final
 
 from shardkv.environment import Clock
 from shardkv.multiraft.driver import Driver
+from shardkv.types import RangeId
 
 HAND_OVER_SECONDS: Final = 5.0
 POLL_SECONDS: Final = 0.02
@@ -15,13 +16,17 @@ POLL_SECONDS: Final = 0.02
 
 async def hand_over_leaderships(driver: Driver, clock: Clock) -> None:
     """Transfer every leadership that somebody else could have, and wait until they have it, or time is up."""
+    asked: dict[RangeId, set[int]] = {}
     with clock.deadline(HAND_OVER_SECONDS):
-        while _transfer_all(driver):
+        while _transfer_all(driver, asked):
             await clock.sleep(POLL_SECONDS)
 
 
-def _transfer_all(driver: Driver) -> bool:
-    """Begin a transfer of every leadership that somebody else could have; whether any is left."""
+def _transfer_all(driver: Driver, asked: dict[RangeId, set[int]]) -> bool:
+    """Begin a transfer of every leadership that somebody else could have; whether any is left.
+
+    Of those who could, each is asked once before any is asked again: one whose disk is slow declines.
+    """
     left = False
     for replica in driver.catalog.replicas.values():
         if not replica.leads:
@@ -34,6 +39,12 @@ def _transfer_all(driver: Driver) -> bool:
         if followers:
             left = True
             if not replica.raft.transferee:
-                replica.raft.transfer_leader(max(followers)[1])
+                declined = asked.setdefault(replica.range_id, set())
+                willing = [each for each in followers if each[1] not in declined]
+                if not willing:
+                    declined.clear()
+                target = max(willing or followers)[1]
+                declined.add(target)
+                replica.raft.transfer_leader(target)
                 driver.touch(replica)
     return left

@@ -29,7 +29,7 @@ SESSIONS_MAX: Final = 64
 """Clients, and nodes as clients, that write to one range within the life of a record."""
 
 LIMITS: Final = {
-    "waiting write bytes": 1024 * 1024,
+    "waiting write bytes": 5 * 1024 * 1024,
     "proposals under way": 100,
     "waiting reads": 500,
     "log bytes on disk": 24 * 1024 * 1024,

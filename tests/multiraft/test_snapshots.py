@@ -134,6 +134,32 @@ async def test_an_install_writes_nothing_while_the_engine_is_stalled(
         monkeypatch.setattr(late.engine, "write", checked)
         late.engine.stall = True
         hosts.heal()
+        await hosts.until(lambda: late.snapshots._receiving, "the snapshot")
+        await trio.sleep(2)
+        assert not late.replica().installing, "the group rests only when it can be quick"
+        leader = hosts.leader()
+        hosts.isolate(leader.node_id)
+        (other,) = (host for host in hosts.values() if host not in (leader, late))
+        await hosts.until(lambda: other.replica().leads, "a leader by its vote", seconds=5)
+        hosts.heal()
+        late.engine.stall = False
+        await hosts.agreed()
+        assert late.value(b"new4") == b"2"
+
+
+async def test_an_engine_that_stalls_once_an_install_has_begun_holds_up_that_alone(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        install = late.snapshots._install
+
+        async def stalled(*arguments: Any) -> None:
+            late.engine.stall = True
+            await install(*arguments)
+
+        monkeypatch.setattr(late.snapshots, "_install", stalled)
+        hosts.heal()
         await hosts.until(lambda: late.replica().installing, "the snapshot")
         await trio.sleep(2)
         assert late.replica().installing
