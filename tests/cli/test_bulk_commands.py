@@ -58,6 +58,25 @@ def test_what_was_exported_can_be_imported(world: World, tmp_path: Path, name: s
     assert not list(tmp_path.glob("*.progress*"))
 
 
+def test_an_export_that_says_it_is_done_is_on_disk(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing is left to carry on from."""
+    for number in range(10):
+        world.client.set(b"k%02d" % number, b"v")
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(bulk.os, "fsync", noted)
+    path = tmp_path / "all.jsonl"
+    assert world.run("export", str(path)).exit_code == 0
+    assert path.stat().st_size in synced
+
+
 def test_an_export_is_json_lines_in_order_and_of_the_span(world: World, tmp_path: Path) -> None:
     for key in (b"a", b"b1", b"b2", b"c\xff"):
         world.client.set(key, b"v")
