@@ -31,6 +31,8 @@ UNCOMMITTED_BYTES_MAX: Final = 4 * 1024 * 1024
 """Payload in a leader's log that is not applied yet: what clients that send faster than disks write can fill."""
 INFLIGHT_BYTES_MAX: Final = 2 * 1024 * 1024
 """Appends on their way to one follower: a few of the largest entries."""
+PROBE_HEARTBEATS_MAX: Final = 20
+"""A follower without room answers heartbeats alone; else each answer would be one more append that it drops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +357,7 @@ class Catalog:
             vote_refusal_ns=max(self._refuse_until_ns - now, promised_ns - now, 0),
             reluctant=self.reluctant,
             patient_elections=True,
+            probe_heartbeats_max=PROBE_HEARTBEATS_MAX,
             commit_broadcast=False,
             uncommitted_bytes_max=UNCOMMITTED_BYTES_MAX,
             inflight_bytes_max=INFLIGHT_BYTES_MAX,

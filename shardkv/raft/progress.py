@@ -86,12 +86,14 @@ class Progress:
     __slots__ = (
         "flow_paused",
         "follower_stamp",
+        "heartbeats_waited",
         "inflights",
         "is_learner",
         "lease_stamp",
         "match",
         "next",
         "pending_snapshot",
+        "probes_unanswered",
         "recent_active",
         "sent_commit",
         "state",
@@ -110,6 +112,10 @@ class Progress:
         """Whether it was heard of since the last check of the quorum."""
         self.flow_paused = False
         """Whether appends wait for the next heartbeat answer: a probe is out, or the window is full."""
+        self.probes_unanswered = 0
+        """Appends with entries that were sent as probes since it last answered one."""
+        self.heartbeats_waited = 0
+        """Heartbeats that it has answered since the last of them."""
         self.inflights = inflights
         self.is_learner = is_learner
         self.lease_stamp = NEVER
@@ -125,6 +131,8 @@ class Progress:
         other.state = self.state
         other.pending_snapshot = self.pending_snapshot
         other.flow_paused = self.flow_paused
+        other.probes_unanswered = self.probes_unanswered
+        other.heartbeats_waited = self.heartbeats_waited
         other.lease_stamp = self.lease_stamp
         other.follower_stamp = self.follower_stamp
         return other
@@ -136,6 +144,7 @@ class Progress:
         self.next = next_index
         self.sent_commit = 0
         self.recent_active = False
+        self.probes_unanswered = self.heartbeats_waited = 0
         self.lease_stamp = NEVER
         self.follower_stamp = 0
 
@@ -179,6 +188,18 @@ class Progress:
             assert self.state == _PROBE, f"an append was sent in {self.state!r}"
             if count:
                 self.flow_paused = True
+                self.probes_unanswered += 1
+                self.heartbeats_waited = 0
+
+    def heartbeat_answered(self, heartbeats_max: int) -> None:
+        """It answers: what it lacks was lost, or held back, and may be sent again.
+
+        One that answers heartbeats and no appends has no room for them, or a slow disk, or reads slowly: it is sent
+        them less often each time, up to once in ``heartbeats_max`` heartbeats.
+        """
+        self.heartbeats_waited += 1
+        if self.heartbeats_waited >= min(1 << max(self.probes_unanswered - 1, 0), heartbeats_max):
+            self.flow_paused = False
 
     def can_bump_commit(self, index: int) -> bool:
         """Whether telling the follower of this commit index now would move it, as far as is known."""

@@ -188,6 +188,7 @@ def leader_append_response(raft: Raft, message: Message) -> None:
     if peer is None:
         return
     peer.recent_active = True
+    peer.probes_unanswered = 0
     if message.reject:
         _append_rejected(raft, peer, message)
         return
@@ -241,7 +242,7 @@ def leader_heartbeat_response(raft: Raft, message: Message) -> None:
     if peer is None:
         return
     peer.recent_active = True
-    peer.flow_paused = False
+    peer.heartbeat_answered(raft.settings.probe_heartbeats_max)
     if message.lease_promise:
         lease.renew(raft, peer, message)
         peer.follower_stamp = message.follower_stamp

@@ -1,8 +1,9 @@
 """What a Raft group is told once, when it is made. Nothing here changes afterwards and nothing here decides anything.
 
 Every bound of the core has its name here. The settings of etcd-io/raft keep their meaning; what is added to them
-(``lease``, ``vote_refusal_ns``, ``reluctant``, ``patient_elections``, ``commit_broadcast``) is off or neutral unless
-asked for, so that the published transcripts replay; they switch off ``durable_candidacy`` alone.
+(``lease``, ``vote_refusal_ns``, ``reluctant``, ``patient_elections``, ``probe_heartbeats_max``, ``commit_broadcast``)
+is off or neutral unless asked for, so that the published transcripts replay; they switch off ``durable_candidacy``
+alone.
 """
 
 from collections.abc import Callable
@@ -104,6 +105,8 @@ class RaftSettings:
     lease: LeaseSettings | None = None
     vote_refusal_ns: int = 0
     """For this long after it was made a replica neither votes nor campaigns: it may have forgotten a promise."""
+    probe_heartbeats_max: int = 1
+    """How many heartbeats a follower must answer, at most, before it is sent again what it has not answered."""
     commit_broadcast: bool = True
     """Whether each advance of the commit index is told to the followers at once, in an append of its own if need be.
 

@@ -316,6 +316,33 @@ def test_a_probed_follower_is_sent_one_append_at_a_time() -> None:
     assert [message.to for message in sent(node.ready(), M.APP)] == [2]
 
 
+def test_a_follower_that_answers_heartbeats_alone_is_sent_entries_less_often_each_time() -> None:
+    """Its disk is full, say: it drops what it is sent, up to a megabyte with each answer to a heartbeat."""
+    node = fresh(1, probe_heartbeats_max=16)
+    node.campaign()
+    node.step(Message(M.VOTE_RESP, 1, 1, 1))
+    node.step(Message(M.VOTE_RESP, 1, 2, 1))
+    node.ready()
+
+    def waits(count: int) -> list[int]:
+        """How many heartbeats it answers each time until it is sent something."""
+        answered, found = 0, []
+        while len(found) < count:
+            node.step(Message(M.HEARTBEAT_RESP, 1, 2, 1))
+            answered += 1
+            if sent(node.ready(), M.APP):
+                found.append(answered)
+                answered = 0
+        return found
+
+    assert waits(7) == [1, 2, 4, 8, 16, 16, 16]
+    node.propose(b"x")
+    assert not sent(node.ready(), M.APP), "nor is it by the way"
+    node.step(Message(M.APP_RESP, 1, 2, 1, index=0, reject=True))
+    node.ready()
+    assert waits(3) == [1, 2, 4], "an answer to an append shows that it takes some"
+
+
 def test_the_window_is_bounded_in_messages() -> None:
     """A follower that does not answer is sent no more than ``inflight_messages_max`` appends."""
     cluster = led(inflight_messages_max=4)
