@@ -8,6 +8,7 @@ import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
 import click
@@ -73,6 +74,10 @@ class Failover:
 
     acknowledged: list[bytes] = field(default_factory=list)
     unknown: int = 0
+    refused: int = 0
+    """Certainly not applied."""
+    resumed: bool = False
+    """Whether writes went on under a new leader."""
     pause_seconds: float = 0.0
     missing: list[bytes] = field(default_factory=list)
 
@@ -82,17 +87,20 @@ def title(words: str) -> None:
 
 
 async def run_tour(cluster: LocalCluster) -> bool:
-    """Show everything on a cluster that serves. Whether every acknowledged write was found again."""
+    """Show everything on a cluster that serves. Whether it did what it says: every acknowledged write was found again,
+    writes went on after a leader's death, and the data lies in ranges that all nodes have a part in leading."""
     async with session.connect(cluster.connect) as client:
-        await load(client)
-        await show_ranges(client)
+        loaded = await load(client)
+        spread = await show_ranges(client)
         await show_reads(client)
         await show_compare_and_set(client)
         failover = await show_failover(client, cluster)
-    return not failover.missing
+        kept = await show_what_is_kept(client, loaded)
+    return spread and failover.resumed and not failover.missing and kept
 
 
-async def load(client: Client) -> None:
+async def load(client: Client) -> int:
+    """The count of keys written."""
     title("Loading the Unicode character database")
     total = 2 * sum(1 for number in range(0x110000) if unicodedata.name(chr(number), ""))
     started = trio.current_time()
@@ -100,11 +108,29 @@ async def load(client: Client) -> None:
         count = await client.put_many(pairs(), timeout=TIMEOUT_SECONDS, progress=progress.update)
     seconds = trio.current_time() - started
     click.echo(f"{count:,} keys in {seconds:.1f} s ({count / seconds:,.0f} a second), each on three nodes and synced")
+    return count
 
 
-async def settled(client: Client, nodes: int) -> list[dict[str, Any]]:
+async def show_what_is_kept(client: Client, loaded: int) -> bool:
+    """Count what was loaded before the leader died, and look at the ranges once more. Whether all is as it was."""
+    title("What was loaded is still there")
+    kept = 0
+    for prefix in (b"name/", b"cp/"):
+        async with client.scan(prefix=prefix, keys_only=True, timeout=TIMEOUT_SECONDS) as entries:
+            async for _ in entries:
+                kept += 1
+    whole = kept == loaded
+    click.secho(f"{kept:,} of {loaded:,} keys", fg="green" if whole else "red")
+    nodes = await fetch_nodes(client, TIMEOUT_SECONDS)
+    ranges, spread = await settled(client, len(nodes))
+    leading = len({row["leader"] for row in ranges} - {None})
+    click.secho(f"{len(ranges)} ranges, {leading} of {len(nodes)} nodes lead some", fg=None if spread else "red")
+    return whole and spread
+
+
+async def settled(client: Client, nodes: int) -> tuple[list[dict[str, Any]], bool]:
     """The ranges, once there are enough, every one has a leader and every node leads some; or as they are when the
-    time is over."""
+    time is over. And whether it is so."""
     ranges: list[dict[str, Any]] = []
     with trio.move_on_after(SETTLE_SECONDS_MAX):
         while True:
@@ -114,20 +140,25 @@ async def settled(client: Client, nodes: int) -> list[dict[str, Any]]:
                 continue
             leaders = {row["leader"] for row in ranges}
             if len(ranges) >= RANGES_MIN and None not in leaders and len(leaders) >= nodes:
-                return ranges
+                return ranges, True
             await trio.sleep(0.25)
-    return ranges
+    return ranges, False
 
 
-async def show_ranges(client: Client) -> None:
+async def show_ranges(client: Client) -> bool:
+    """Whether there are as many as there should be, led by all nodes."""
     title("The data has split into ranges; their leaders are spread over the nodes")
     nodes = await fetch_nodes(client, TIMEOUT_SECONDS)
-    ranges = await settled(client, len(nodes))
+    ranges, spread = await settled(client, len(nodes))
     names = {row["id"]: row["name"] for row in nodes}
     shown = [{**row, "leader": names.get(row["leader"], row["leader"])} for row in ranges]
     click.echo(_table(RANGE_COLUMNS, shown))
     click.echo(f"{len(ranges)} ranges, {human_bytes(sum(row['bytes'] for row in ranges))}\n")
     click.echo(_table(NODE_COLUMNS, await fetch_nodes(client, TIMEOUT_SECONDS)), nl=False)
+    if not spread:
+        wanted = f"{RANGES_MIN} ranges or more, led by all nodes"
+        click.secho(f"after {SETTLE_SECONDS_MAX:g} s these are not yet {wanted}", fg="red")
+    return spread
 
 
 def _table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
@@ -184,8 +215,10 @@ async def show_failover(client: Client, cluster: LocalCluster) -> Failover:
             number += 1
             try:
                 await client.put(key, key, timeout=TIMEOUT_SECONDS)
-            except (OutcomeUnknown, Unavailable):
+            except OutcomeUnknown:
                 found.unknown += 1
+            except Unavailable:
+                found.refused += 1
             else:
                 found.acknowledged.append(key)
                 acknowledged_at.append(trio.current_time())
@@ -204,13 +237,19 @@ async def show_failover(client: Client, cluster: LocalCluster) -> Failover:
         with trio.move_on_after(RESUME_SECONDS_MAX):
             await resumed.wait()
             await trio.sleep(WRITE_SECONDS_BEFORE)
+        ended_at = trio.current_time()
         stop.set()
-    found.pause_seconds = longest_gap([at for at in acknowledged_at if at > killed_at], killed_at)
-    click.echo(f"writes paused for {found.pause_seconds:.2f} s and went on under a new leader")
+    found.resumed = resumed.is_set()
+    found.pause_seconds = longest_gap([at for at in acknowledged_at if killed_at < at < ended_at], killed_at, ended_at)
+    if found.resumed:
+        click.echo(f"writes paused for {found.pause_seconds:.2f} s and went on under a new leader")
+    else:
+        click.secho(f"writes DID NOT GO ON within {RESUME_SECONDS_MAX:g} s", fg="red")
     found.missing = await missing(client, found.acknowledged)
     verdict = "none is missing" if not found.missing else f"{len(found.missing):,} ARE MISSING"
     click.secho(
-        f"{len(found.acknowledged):,} writes were acknowledged ({found.unknown} of unknown outcome): {verdict}",
+        f"{len(found.acknowledged):,} writes were acknowledged ({found.unknown} of unknown outcome, {found.refused} "
+        f"refused): {verdict}",
         fg="red" if found.missing else "green",
     )
     started = trio.current_time()
@@ -226,9 +265,9 @@ def _resumed(acknowledged_at: list[float], killed_at: float) -> bool:
     return len(recent) > 2 * WRITERS
 
 
-def longest_gap(moments: Sequence[float], begin: float) -> float:
-    """The longest time without one of ``moments`` (in order), from ``begin`` on."""
-    return max((later - earlier for earlier, later in zip([begin, *moments], moments)), default=0.0)
+def longest_gap(moments: Sequence[float], begin: float, end: float) -> float:
+    """The longest time without one of ``moments`` (in order), from ``begin`` to ``end``."""
+    return max(later - earlier for earlier, later in pairwise([begin, *moments, end]))
 
 
 async def leader_of(client: Client, key: bytes) -> str:

@@ -12,6 +12,7 @@ import termios
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,9 +160,34 @@ def test_every_named_character_is_there_twice_with_what_python_says_of_it() -> N
 
 
 def test_the_pause_is_the_longest_time_without_an_acknowledgement() -> None:
-    assert tour.longest_gap([1.1, 1.2, 3.0, 3.1], 1.0) == pytest.approx(1.8)
-    assert tour.longest_gap([4.0, 4.1], 1.0) == 3.0
-    assert tour.longest_gap([], 1.0) == 0.0
+    assert tour.longest_gap([1.1, 1.2, 3.0, 3.1], 1.0, 3.2) == pytest.approx(1.8)
+    assert tour.longest_gap([4.0, 4.1], 1.0, 4.2) == 3.0
+    assert tour.longest_gap([1.1, 1.2], 1.0, 9.2) == pytest.approx(8.0)
+    assert tour.longest_gap([], 1.0, 31.0) == 30.0
+
+
+async def test_keys_that_are_gone_after_the_failover_make_the_tour_fail(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client: Any = FakeClient()
+    for number in range(10):
+        client.set(b"name/%d" % number, b"")
+        client.set(b"cp/%d" % number, b"")
+    spread = True
+
+    async def settled(client: Any, nodes: int) -> tuple[list[dict[str, Any]], bool]:
+        return [{"leader": 1}], spread
+
+    async def nodes(client: Any, timeout: float) -> list[dict[str, Any]]:
+        return [{"id": 1}]
+
+    monkeypatch.setattr(tour, "settled", settled)
+    monkeypatch.setattr(tour, "fetch_nodes", nodes)
+    assert await tour.show_what_is_kept(client, 20)
+    assert not await tour.show_what_is_kept(client, 21)
+    assert "20 of 21 keys" in capsys.readouterr().out
+    spread = False
+    assert not await tour.show_what_is_kept(client, 20)
 
 
 async def test_an_acknowledged_write_that_cannot_be_read_back_is_missing() -> None:
