@@ -276,8 +276,8 @@ class PlacementState:
         named = self.node_named(command.name)
         if named is not None:
             raise WrongCluster(
-                f"the name {command.name!r} belongs to node {named.node_id} with another data directory; if that node "
-                f"is lost, decommission {named.node_id} first, or choose another name"
+                f"the name {command.name!r} belongs to node {named.node_id} with another data directory: start that "
+                "one, or choose another name; the name of a node that is lost is not given again"
             )
         if len(self.nodes) >= NODES_MAX:
             raise RequestError(f"a cluster has at most {NODES_MAX} nodes over its life")
@@ -304,7 +304,8 @@ class PlacementState:
         if command.boot < node.boot or (command.boot == node.boot and command.start_token != node.start_token):
             raise WrongCluster(
                 f"node {node.node_id} ({node.name!r}) has been started {node.boot} times, this directory says "
-                f"{command.boot}: it is an old copy; decommission the node and start on an empty directory",
+                f"{command.boot}: it is an old copy; put the newest one back, or start on an empty directory "
+                "under another name",
                 old_copy=True,
             )
         started = replace(

@@ -95,8 +95,8 @@ class Statistics:
         if heartbeat.boot < max(record.boot, 0 if heard is None else heard.boot):
             raise WrongCluster(
                 f"node {record.node_id} ({record.name!r}) has been started {record.boot} times, this heartbeat comes "
-                f"from start {heartbeat.boot}: it runs on an old copy of its data; decommission the node and start it "
-                "on an empty directory",
+                f"from start {heartbeat.boot}: it runs on an old copy of its data; put the newest one back, or start "
+                "on an empty directory under another name",
                 old_copy=True,
             )
         if heard is None or heartbeat.boot > heard.boot:

@@ -9,6 +9,8 @@ import gc
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +20,17 @@ from typing import Any, Final
 import click
 import trio
 
+from shardkv.cli import exits
 from shardkv.cli.root import Example
 from shardkv.config import SETTINGS, Kind, NodeConfig, Setting, load_node_config
 from shardkv.errors import ConfigError
-from shardkv.program import let_go_of
+from shardkv.program import let_go_of, tell
 
 MAIN_SETTINGS: Final = ("name", "data", "listen", "advertise", "admin", "bootstrap", "join", "label", "log_level")
 """Shown first in the help; the rest is tuning."""
+
+STOP_SECONDS_MAX: Final = 9.0
+"""From the signal to the end of the process."""
 
 
 def _option(setting: Setting) -> Callable[[Any], Any]:
@@ -111,7 +117,11 @@ def _print_ready(name: str, address: str) -> None:
 
 @contextlib.contextmanager
 def _signals(stop: trio.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set ``stop``; a second one ends the process at once, even if the loop is stuck."""
+    """SIGTERM and SIGINT set ``stop``; a second one ends the process at once, even if the loop is stuck.
+
+    A stop that takes too long is cut short: on a slow disk the engine's last flush may take minutes, and all that it
+    would write is in the log.
+    """
     token = trio.lowlevel.current_trio_token()
     received = 0
 
@@ -120,6 +130,7 @@ def _signals(stop: trio.Event) -> Iterator[None]:
         received += 1
         if received > 1:
             os._exit(128 + number)
+        threading.Thread(target=_end_in_time, name="stop-watch", daemon=True).start()
         token.run_sync_soon(stop.set, idempotent=True)
 
     numbers = (signal.SIGTERM, signal.SIGINT)
@@ -129,6 +140,12 @@ def _signals(stop: trio.Event) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_in_time() -> None:
+    time.sleep(STOP_SECONDS_MAX)
+    tell(f"stopping took {STOP_SECONDS_MAX:g} s: the rest is in the log, and is made up for at the next start")
+    os._exit(exits.DONE)
 
 
 def _open_standard_files() -> None:
@@ -149,7 +166,6 @@ def _end_with_parent(pipe: int) -> None:
 
     A thread, because the loop may be busy; not PR_SET_PDEATHSIG, which fires when the starting *thread* ends.
     """
-    import threading
 
     def watch() -> None:
         with contextlib.suppress(OSError):

@@ -105,7 +105,7 @@ async def load(client: Client) -> int:
     total = 2 * sum(1 for number in range(0x110000) if unicodedata.name(chr(number), ""))
     started = trio.current_time()
     with Progress("load", total=total) as progress:
-        count = await client.put_many(pairs(), timeout=TIMEOUT_SECONDS, progress=progress.update)
+        count: int = await client.put_many(pairs(), timeout=TIMEOUT_SECONDS, progress=progress.update)
     seconds = trio.current_time() - started
     click.echo(f"{count:,} keys in {seconds:.1f} s ({count / seconds:,.0f} a second), each on three nodes and synced")
     return count

@@ -113,8 +113,7 @@ class Maintenance:
             except FileNotFoundError as error:
                 raise StorageError(
                     f"a part of the data directory is not there any more ({error}), so nothing that is written now can "
-                    "be kept: put it back as it was, or remove the node from the cluster and start it anew with an "
-                    "empty data directory"
+                    "be kept: put it back as it was, or start a node under another name with an empty data directory"
                 ) from error
 
     async def _measure(self) -> None:

@@ -58,8 +58,6 @@ if TYPE_CHECKING:
 
 START_SECONDS: Final = 30.0
 """How long a connection waits for a node that is still starting."""
-FLUSH_SECONDS: Final = 5.0
-"""For the engine's flush at a stop, which only spares the next start some of the log."""
 LOG_CACHE_BYTES_MAX: Final = 8 * 1024 * 1024
 """Log entries in memory, of all ranges: followers that are further behind are served from the disk."""
 
@@ -589,5 +587,5 @@ class _Node:
         clock = self._environment.clock
         await hand_over_leaderships(self._driver, clock)
         self._listener.goodbye()
-        with clock.deadline(FLUSH_SECONDS), suppress(OutOfSpace):  # the log has what is not flushed
+        with suppress(OutOfSpace):  # the log has what is not flushed
             await self._environment.workers.run(self._engine.flush)

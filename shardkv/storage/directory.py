@@ -108,8 +108,8 @@ def encode_identity(identity: Identity) -> bytes:
 def decode_identity(data: bytes, path: str) -> Identity:
     """The inverse of :func:`encode_identity`. Raises DataDirectoryError for a newer format, Corruption for damage."""
     advice = (
-        "the directory cannot be used as it is: restore that one file from a copy, or remove the node from the cluster "
-        "and start it anew with an empty data directory"
+        "the directory cannot be used as it is: restore that one file from a copy, or start a node under another name "
+        "with an empty data directory"
     )
     if len(data) < _START.size:
         raise Corruption(f"{path} holds {len(data)} bytes, too few; {advice}")
@@ -292,7 +292,7 @@ def _refuse_foreign(disk: Disk, path: str) -> None:
     if WAL_NAME in names or ENGINE_NAME in names:
         raise DataDirectoryError(
             f"{path} holds a node's data and no {IDENTITY_NAME} file: it was lost; restore that one file from a copy, "
-            "or remove the node from the cluster and start it anew with an empty data directory"
+            "or start a node under another name with an empty data directory"
         )
     foreign = [name for name in names if name not in _HARMLESS]
     if foreign:

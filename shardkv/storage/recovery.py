@@ -48,8 +48,8 @@ STUBS_MAX: Final = 16_384
 """So many different kinds of entries (term, type, bytes) are looked for repetitions at once."""
 
 _ADVICE: Final = (
-    "this node's log cannot be trusted: do not delete anything; check the disk, then remove the node from the cluster "
-    "and start it anew with an empty data directory, so that it gets its replicas from the others"
+    "this node's log cannot be trusted: do not delete anything; check the disk, then start a node under another name "
+    "with an empty data directory"
 )
 
 

@@ -1,7 +1,8 @@
 """``shardkv node`` with a stand-in for the server, for tests of what is around it: signals, the ready line, the pipe.
 
 The stand-in serves nothing. It is ready at once and stops when told to, unless its name says otherwise: ``stubborn``
-never stops, ``broken`` fails to start, ``brief`` stops at once and leaves the number of the first file it opened.
+and ``late`` never stop, which ``late`` is given less time for, ``broken`` fails to start, ``brief`` stops at once and
+leaves the number of the first file it opened.
 """
 
 import sys
@@ -28,12 +29,14 @@ async def run_node(
         return
     await stop.wait()
     print("draining", flush=True)
-    if config.name == "stubborn":
+    if config.name in ("stubborn", "late"):
         await trio.sleep_forever()
 
 
 if __name__ == "__main__":
     shardkv.server.run_node = run_node  # type: ignore[attr-defined]
+    from shardkv.cli import node
     from shardkv.cli.root import main
 
+    node.STOP_SECONDS_MAX = 0.2 if "late" in sys.argv else 3_600.0  # type: ignore[misc]
     main()

@@ -164,6 +164,15 @@ def test_a_second_signal_ends_a_node_that_does_not_stop(
     assert process.wait(SECONDS) == 128 + number
 
 
+def test_a_stop_that_takes_too_long_is_cut_short(tmp_path: Path, processes: list[Process]) -> None:
+    """Exit 0 within 10 s: what a slow disk keeps a node from flushing is in its log."""
+    process = start(tmp_path, "late")
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS)
+    assert process.terminate(SECONDS) == 0
+    assert "is made up for at the next start" in (tmp_path / "late.log").read_text()
+
+
 def test_a_failed_start_says_why_and_exits_with_one(tmp_path: Path, processes: list[Process]) -> None:
     process = start(tmp_path, "broken")
     processes.append(process)

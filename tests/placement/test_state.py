@@ -104,7 +104,7 @@ def test_trap_24_a_node_reborn_on_an_empty_disk_under_its_old_name_is_refused() 
     """Trap 24: identity is the id allocated to a data directory, not a name."""
     group = Group()
     group.apply(register(2))
-    with pytest.raises(WrongCluster, match="decommission 2 first"):
+    with pytest.raises(WrongCluster, match="choose another name"):
         group.apply(register(99, name="n2"))
     group.apply(commands.DecommissionNode(NodeId(2)))
     assert group.apply(register(99, name="n2")) == 3  # A new id: the old one is never used again.
