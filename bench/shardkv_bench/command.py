@@ -14,7 +14,7 @@ from shardkv_bench.compare import INFLIGHT, SPREAD_RANGES, Options, compare
 from shardkv_bench.etcd import EtcdMissing, find_etcd
 from shardkv_bench.local_cluster import NodeFailed
 from shardkv_bench.machine import describe
-from shardkv_bench.report import HEADER, budgets_of, lines_of, markdown, markdown_table
+from shardkv_bench.report import HEADER, STAR, budgets_of, lines_of, markdown, markdown_table
 from shardkv_bench.runner import WorkerFailed
 
 
@@ -91,11 +91,13 @@ def compare_command(
         words = [each for each in sys.argv[1:] if each != "--json"]
         Path(output).write_text(markdown(documents, f"python -m shardkv_bench {' '.join(words)}"))
     if as_json:
-        click.echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+        # The rows stand at the top whatever was compared; leaders on all nodes, where that is more, stand beside them.
+        click.echo(json.dumps(documents[0] | ({"spread": documents[1]} if len(documents) > 1 else {}), indent=2))
         return
     for document in documents:
         click.echo(f"\n{document['ranges']} range{'s' * (document['ranges'] != 1)}\n")
         click.echo(markdown_table(HEADER, lines_of(document["rows"])))  # type: ignore[arg-type]
+        click.echo(STAR)
         for budget in budgets_of(document):
             verdict = "" if budget.met is None else "met" if budget.met else "MISSED"
             click.echo(f"{budget.what}: {budget.found}, budget {budget.budget} {verdict}")
