@@ -38,22 +38,7 @@ def proved_by_what_the_follower_has() -> Patches:
     return [patch.object(freshness, "prove", prove)]
 
 
-def readings_of_an_earlier_boot() -> Patches:
-    """They look like this boot's, since a machine's clock begins anew with it."""
-    return [patch.object(freshness, "OFFSETS", 1)]
-
-
 BUGS = (
-    Bug(
-        "age-by-an-earlier-boot",
-        "a reading that this start has not made proves nothing (DESIGN 4.5)",
-        readings_of_an_earlier_boot,
-        ("power", "one-way", "partition", "heal", "slow"),
-        1,
-        workload="stale",
-        rate=60,
-        minutes=0.5,
-    ),
     Bug(
         "stale-past-its-bound",
         "a replica without proof within the bound refuses (DESIGN 4.5)",
