@@ -329,7 +329,7 @@ async def _handover(faults: "Faults", one: SimulatedNode, two: SimulatedNode) ->
             members = [member.replica_id for member in replica.machine.descriptor.replicas]
             targets = [each for each in members if each != replica.replica_id]
             if targets:
-                with suppress(Corruption):  # what it sends along it may read from a disk that lies; the node hears of it
+                with suppress(Corruption):  # read from a disk that lies, to be sent along; the node hears of it
                     replica.raft.transfer_leader(faults.chance.choice(targets))
                 node.inside.driver.touch(replica)
 
