@@ -100,7 +100,7 @@ def test_each_command_of_a_group_must_lie_in_the_window_that_it_states_itself() 
     assert (range_.value(b"a"), range_.value(b"b")) == (None, b"1")
 
 
-def test_a_late_first_attempt_after_its_retry_does_not_apply() -> None:
+def test_trap_12_a_late_first_attempt_after_its_retry_does_not_apply() -> None:
     """TRAPS 12: the first attempt lingers in the network while its retry is applied and another client writes."""
     range_, client, other = World(), Client(b"a"), Client(b"b")
     attempt = client.put(b"k", b"old")

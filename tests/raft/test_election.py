@@ -184,7 +184,7 @@ def test_trap_10_a_single_replica_leads_only_after_its_vote_is_on_disk() -> None
     assert node.committed == 1
 
 
-def test_term_and_vote_survive_a_restart() -> None:
+def test_trap_10_term_and_vote_survive_a_restart() -> None:
     """Trap 10: they never move back. A restarted voter does not vote again in the same term."""
     cluster = Cluster(pre_vote=False)
     cluster.elect(1)
@@ -296,7 +296,7 @@ def test_a_vote_is_not_given_while_the_leader_is_heard_of() -> None:
     assert cluster[2].term == 9, "a transfer has the leader's word"
 
 
-def test_a_learner_never_campaigns_but_votes_when_it_is_asked() -> None:
+def test_trap_09_a_learner_never_campaigns_but_votes_when_it_is_asked() -> None:
     """Trap 9: it may have been made a voter and not have heard of it (etcd #7625)."""
     cluster = Cluster(voters=2, learners=1)
     learner = cluster[3]
