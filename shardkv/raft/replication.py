@@ -269,7 +269,10 @@ def leader_snapshot_status(raft: Raft, message: Message) -> None:
 def leader_unreachable(raft: Raft, message: Message) -> None:
     """What was in flight to that peer is probably lost."""
     peer = raft.progress.get(message.from_)
-    if peer is not None and peer.state == _REPLICATE:
+    if peer is None:
+        return
+    peer.probes_unanswered = 0  # no wonder
+    if peer.state == _REPLICATE:
         peer.become_probe()
 
 

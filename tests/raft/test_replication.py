@@ -341,6 +341,8 @@ def test_a_follower_that_answers_heartbeats_alone_is_sent_entries_less_often_eac
     node.step(Message(M.APP_RESP, 1, 2, 1, index=0, reject=True))
     node.ready()
     assert waits(3) == [1, 2, 4], "an answer to an append shows that it takes some"
+    node.report_unreachable(2)
+    assert waits(3) == [1, 1, 2], "what is known to be lost says nothing"
 
 
 def test_the_window_is_bounded_in_messages() -> None:
