@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -124,13 +123,15 @@ def _signals(stop: trio.Event) -> Iterator[None]:
     """
     token = trio.lowlevel.current_trio_token()
     received = 0
+    watch = threading.Timer(STOP_SECONDS_MAX, _end_in_time)
+    watch.daemon = True
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal received
         received += 1
         if received > 1:
             os._exit(128 + number)
-        threading.Thread(target=_end_in_time, name="stop-watch", daemon=True).start()
+        watch.start()
         token.run_sync_soon(stop.set, idempotent=True)
 
     numbers = (signal.SIGTERM, signal.SIGINT)
@@ -138,12 +139,12 @@ def _signals(stop: trio.Event) -> Iterator[None]:
     try:
         yield
     finally:
+        watch.cancel()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _end_in_time() -> None:
-    time.sleep(STOP_SECONDS_MAX)
     tell(f"stopping took {STOP_SECONDS_MAX:g} s: the rest is in the log, and is made up for at the next start")
     os._exit(exits.DONE)
 
