@@ -2,10 +2,18 @@
 
 from typing import Final
 
-from tests.simulation.bugs import clients, elections, growth, staleness, state
+from tests.simulation.bugs import clients, elections, growth, membership, staleness, state
 from tests.simulation.bugs.table import Bug
 
 ALL: Final[dict[str, Bug]] = {
-    bug.name: bug for bug in (*elections.BUGS, *state.BUGS, *clients.BUGS, *staleness.BUGS, *growth.BUGS)
+    bug.name: bug
+    for bug in (
+        *elections.BUGS,
+        *membership.BUGS,
+        *state.BUGS,
+        *clients.BUGS,
+        *staleness.BUGS,
+        *growth.BUGS,
+    )
 }
 """Every bug by its name."""
