@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from shardkv import codec
 from shardkv.config import SnapshotsConfig
-from shardkv.errors import ProtocolError
+from shardkv.errors import OutOfSpace, ProtocolError
 from shardkv.machine import keys
 from shardkv.machine.entries import encode_membership
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
@@ -143,6 +143,25 @@ async def test_an_install_writes_nothing_while_the_engine_is_stalled(
         await hosts.until(lambda: other.replica().leads, "a leader by its vote", seconds=5)
         hosts.heal()
         late.engine.stall = False
+        await hosts.agreed()
+        assert late.value(b"new4") == b"2"
+
+
+async def test_a_disk_that_fills_up_while_an_install_waits_for_the_engine_gets_none(autojump_clock: MockClock) -> None:
+    """Half way into it the group would rest, and its range have no data, for as long as the disk is full."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        late.engine.stall = True
+        hosts.heal()
+        await hosts.until(lambda: late.snapshots._receiving, "the snapshot")
+        await trio.sleep(2)
+        late.driver.space.failed("somebody", OutOfSpace("nothing is left"))
+        late.engine.stall = False
+        await hosts.until(lambda: not late.snapshots._receiving, "a refusal")
+        await trio.sleep(1)
+        assert late.value(b"new4") is None, "nothing is installed"
+        assert not late.replica().installing
+        late.driver.space.succeeded("somebody")
         await hosts.agreed()
         assert late.value(b"new4") == b"2"
 
