@@ -37,7 +37,7 @@ class _Seen(NamedTuple):
 
     ranges: Mapping[RangeId, RangeView]
     operators: Mapping[RangeId, Operator]
-    nodes: tuple[tuple[int, NodeState, bool, bool], ...]
+    nodes: tuple[tuple[int, NodeState, bool, bool, bool], ...]
     settings: object
     at: float
 
@@ -121,7 +121,10 @@ class Controller:
         seen = _Seen(
             view.ranges,
             view.operators,
-            tuple((node.node_id, node.state, node.draining, node.slow_disk) for node in view.nodes.values()),
+            tuple(
+                (node.node_id, node.state, node.draining, node.slow_disk, node.short_of_room)
+                for node in view.nodes.values()
+            ),
             view.settings,
             view.now,
         )

@@ -2,7 +2,7 @@
 
     heartbeat  [1, node_id, boot, sequence, since, address, full, draining, nodes_version,
                 [report, ...], [range_id, ...], [disk_total_bytes, disk_free_bytes, used_bytes],
-                slow_disk (left out when it is not)]
+                slow_disk, short_of_room (what is false at the end is left out)]
                very many reports travel as the bytes of their array
     report     [range_id, membership, span, is_leader, term, bytes, [[replica_id, lag, active], ...]]
     reply      [1, full_wanted, nodes_version, [node, ...] | None, [[name, value], ...], [range_id, ...]]
@@ -94,6 +94,8 @@ class Heartbeat:
     capacity: Capacity = NO_CAPACITY
     slow_disk: bool = False
     """Its log's syncs stall, so it gives its leaderships away and should not be given any."""
+    short_of_room: bool = False
+    """Its disk is so full that it will soon refuse writes: others should lead."""
 
 
 class NodeEntry(NamedTuple):
@@ -134,8 +136,14 @@ def encode(heartbeat: Heartbeat) -> list[Any]:
         reports if _items_of(heartbeat.ranges) <= PLAIN_ITEMS_MAX else codec.dumps(reports),
         list(heartbeat.removed),
         list(heartbeat.capacity),
-        *([True] if heartbeat.slow_disk else ()),
+        *_flags(heartbeat),
     ]
+
+
+def _flags(heartbeat: Heartbeat) -> list[bool]:
+    if heartbeat.short_of_room:
+        return [heartbeat.slow_disk, True]
+    return [True] if heartbeat.slow_disk else []
 
 
 def decode(value: Any) -> Heartbeat:
@@ -154,8 +162,8 @@ def decode(value: Any) -> Heartbeat:
             reports,
             removed,
             capacity,
-            *slow,
-        ] if len(slow) <= 1:
+            *health,
+        ] if len(health) <= 2:
             numbers = [
                 fields.integer(each, "a count of bytes") for each in fields.array(capacity, "a node's capacity", 3)
             ]
@@ -173,7 +181,8 @@ def decode(value: Any) -> Heartbeat:
                 ranges=_reports(reports),
                 removed=_range_ids(removed, REPORTS_MAX),
                 capacity=Capacity(*numbers),
-                slow_disk=bool(slow) and fields.flag(slow[0], "slow disk"),
+                slow_disk=len(health) > 0 and fields.flag(health[0], "slow disk"),
+                short_of_room=len(health) > 1 and fields.flag(health[1], "short of room"),
             )
     raise malformed(f"not a heartbeat: {value!r:.200}")
 
@@ -325,7 +334,12 @@ class Reporter:
         return told is not None and told.is_leader and range_id not in self._changed
 
     def heartbeat(
-        self, *, draining: bool = False, capacity: Capacity = NO_CAPACITY, slow_disk: bool = False
+        self,
+        *,
+        draining: bool = False,
+        capacity: Capacity = NO_CAPACITY,
+        slow_disk: bool = False,
+        short_of_room: bool = False,
     ) -> Heartbeat:
         """The next heartbeat; each has a number of its own, whether it arrives or not."""
         self._sequence += 1
@@ -344,6 +358,7 @@ class Reporter:
             removed=() if full else tuple(self._removed),
             capacity=capacity,
             slow_disk=slow_disk,
+            short_of_room=short_of_room,
         )
 
     def acknowledged(self, heartbeat: Heartbeat, reply: HeartbeatReply) -> None:

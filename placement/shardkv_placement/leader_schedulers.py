@@ -1,4 +1,4 @@
-"""Who should lead: nodes that drain lose their leaderships, and the others lead equally many ranges.
+"""Who should lead: nodes that drain or run out of room lose their leaderships, the others lead equally many ranges.
 
 Pure functions from a view. A leadership moves only when that brings two nodes closer together (a difference of two
 or more), only to a voter that follows closely, and not again within a cooldown, so nothing is moved back and forth.
@@ -27,20 +27,20 @@ OPERATORS_PER_ROUND_MAX: Final = 256
 
 
 def drain_leaders(view: ClusterView) -> tuple[Operator, ...]:
-    """Take every leadership, the placement group's too, from nodes that are about to stop."""
-    if not any(node.draining and node.live for node in view.nodes.values()):
+    """Take every leadership, the placement group's too, from nodes that are about to stop, or to refuse writes."""
+    if not any((node.draining or node.short_of_room) and node.live for node in view.nodes.values()):
         return ()
     leads = Leads.of(view)
     found: list[Operator] = []
     for range_view in view.ranges.values():
         source = None if range_view.leader is None else view.nodes.get(range_view.leader)
-        if source is None or not source.live or not source.draining:
+        if source is None or not source.live or not (source.draining or source.short_of_room):
             continue
         if len(found) >= OPERATORS_PER_ROUND_MAX or not leads.room(source.node_id):
             break
-        target = _drain_target(view, range_view, leads)
+        target = _drain_target(view, range_view, leads, roomless=source.draining)
         if target is not None:
-            reason = f"node {source.node_id} is draining"
+            reason = f"node {source.node_id} is {'draining' if source.draining else 'short of room'}"
             leads.move(source.node_id, target)
             found.append(Operator(OperatorKind.DRAIN, range_view.range_id, (TransferLeader(target),), reason))
     return tuple(found)
@@ -171,15 +171,18 @@ def _movable(view: ClusterView, leads: Leads, source: NodeId, target: NodeId) ->
             yield range_view
 
 
-def _drain_target(view: ClusterView, range_view: RangeView, leads: Leads) -> NodeId | None:
+def _drain_target(view: ClusterView, range_view: RangeView, leads: Leads, *, roomless: bool) -> NodeId | None:
+    """Who is to lead instead; ``roomless``: rather a node without room than none, for it still serves reads."""
     if _range_obstacle(view, range_view) is not None:
         return None
     targets = [
-        node.node_id
+        (node.short_of_room, leads.counts[node.node_id], node.node_id)
         for node in view.nodes.values()
-        if node.node_id != range_view.leader and _target_obstacle(range_view, node) is None and leads.room(node.node_id)
+        if node.node_id != range_view.leader
+        and _target_obstacle(range_view, node, roomless=roomless) is None
+        and leads.room(node.node_id)
     ]
-    return min(targets, key=lambda node_id: (leads.counts[node_id], node_id), default=None)
+    return min(targets)[2] if targets else None
 
 
 def _range_obstacle(view: ClusterView, range_view: RangeView) -> str | None:
@@ -197,7 +200,7 @@ def _range_obstacle(view: ClusterView, range_view: RangeView) -> str | None:
     return None
 
 
-def _target_obstacle(range_view: RangeView, node: NodeView) -> str | None:
+def _target_obstacle(range_view: RangeView, node: NodeView, *, roomless: bool = False) -> str | None:
     """Why a node cannot become the range's leader."""
     if not node.live:
         return f"it is {node.state.value}"
@@ -205,6 +208,8 @@ def _target_obstacle(range_view: RangeView, node: NodeView) -> str | None:
         return "it is draining"
     if node.slow_disk:
         return "its disk is slow"
+    if node.short_of_room and not roomless:
+        return "its disk is nearly full"
     if not range_view.has_voter_on(node.node_id):
         return "it holds no voter of the range"
     replica = range_view.descriptor.replica_on(node.node_id)

@@ -202,7 +202,7 @@ def _least_loaded(view: ClusterView, range_view: RangeView, count: int, loads: _
         node.node_id
         for node in view.live_nodes
         if not node.draining
-        and not node.slow_disk
+        and not (node.slow_disk or node.short_of_room)
         and range_view.descriptor.replica_on(node.node_id) is None
         and loads.receiving.get(node.node_id, 0) < receiving_max
     ]

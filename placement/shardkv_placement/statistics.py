@@ -58,6 +58,7 @@ class _Heard:
     full: bool = False
     draining: bool = False
     slow_disk: bool = False
+    short_of_room: bool = False
     capacity: Capacity = NO_CAPACITY
     ranges: dict[RangeId, RangeReport] = field(default_factory=dict)
 
@@ -123,15 +124,14 @@ class Statistics:
                 self._claim(node_id, report)
         for range_id in heartbeat.removed:
             self._remove(node_id, heard, range_id)
-        if (heard.draining, heard.slow_disk) != (
-            heartbeat.draining,
-            heartbeat.slow_disk,
-        ) or heard.capacity != heartbeat.capacity:
+        now_said = (heartbeat.draining, heartbeat.slow_disk, heartbeat.short_of_room, heartbeat.capacity)
+        if now_said != (heard.draining, heard.slow_disk, heard.short_of_room, heard.capacity):
             self.revision += 1
         heard.sequence = heartbeat.sequence
         heard.at = now
         heard.draining = heartbeat.draining
         heard.slow_disk = heartbeat.slow_disk
+        heard.short_of_room = heartbeat.short_of_room
         heard.capacity = heartbeat.capacity
 
     def _claim(self, node_id: NodeId, report: RangeReport) -> None:
@@ -208,6 +208,10 @@ class Statistics:
     def slow_disk(self, node_id: NodeId) -> bool:
         heard = self._heard.get(node_id)
         return heard is not None and heard.slow_disk
+
+    def short_of_room(self, node_id: NodeId) -> bool:
+        heard = self._heard.get(node_id)
+        return heard is not None and heard.short_of_room
 
     def capacity(self, node_id: NodeId) -> Capacity:
         heard = self._heard.get(node_id)

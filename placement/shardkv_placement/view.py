@@ -39,6 +39,8 @@ class NodeView:
     capacity: Capacity = NO_CAPACITY
     slow_disk: bool = False
     """Its log's syncs stall: it gives its leaderships away itself, and is given none."""
+    short_of_room: bool = False
+    """Its disk is nearly full: its leaderships are given to nodes with room, and it is given none."""
 
     @property
     def live(self) -> bool:
@@ -153,6 +155,7 @@ class ViewBuilder:
                 heard_at=statistics.heard_at(record.node_id),
                 capacity=statistics.capacity(record.node_id),
                 slow_disk=statistics.slow_disk(record.node_id),
+                short_of_room=statistics.short_of_room(record.node_id),
             )
             for record in sorted(state.nodes.values(), key=lambda each: each.node_id)
         }

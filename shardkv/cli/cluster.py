@@ -102,7 +102,8 @@ def status(session: Session, as_json: bool) -> None:
 def nodes(session: Session, as_json: bool) -> None:
     """List the nodes, with how many replicas each holds and how many ranges it leads.
 
-    A node is live; suspect, when it has been silent for 2 s; down, after 10 s; or its disk stalls (slow disk).
+    A node is live; suspect, when it has been silent for 2 s; down, after 10 s; or its disk stalls (slow disk) or
+    has little room left (nearly full): others lead its ranges then.
     """
 
     async def body(client: Client) -> list[dict[str, Any]]:

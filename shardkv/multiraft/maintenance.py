@@ -76,7 +76,8 @@ class Maintenance:
         self._measured: tuple[int, int] | None = None
         """The driver's entries and syncs when the room was last measured."""
         self._unmeasured = 0
-        self._refused = (False, False)
+        self._room = (False, False, False)
+        """What was last said of it: short, low, full."""
         self._flush_again_ns = 0
         """When to try again a flush that found no room; 0 if the last one went well."""
 
@@ -130,13 +131,19 @@ class Maintenance:
             space.failed("writes", OutOfSpace("the engine has found no room"))
         else:
             space.succeeded("writes")
-        refused = (space.low, space.full)
-        if refused != self._refused:
-            self._refused = refused
+        before, self._room = self._room, (space.short, space.low, space.full)
+        if self._room != before:
             if space.low:
                 self._log.error("the disk is nearly full: writes are refused", reason=str(space.refusal()))
-            else:
+            elif any(before[1:]):
                 self._log.info("the disk has room again: writes are taken")
+            elif space.short:
+                self._log.warning(
+                    "the disk fills up: nodes with more room are to lead, and soon writes are refused",
+                    advice="free space or enlarge the disk",
+                )
+            else:
+                self._log.info("the disk has room again")
 
     def _look(self, directory: str) -> int:
         """How much room is left; in a worker thread. Raises FileNotFoundError if the log is not where it was."""
@@ -159,7 +166,7 @@ class Maintenance:
         written = (done.entries_applied, done.syncs)
         space = self._driver.space
         self._unmeasured += 1
-        idle = written == self._measured and not (space.low or space.full)
+        idle = written == self._measured and not space.short
         if idle and self._unmeasured < IDLE_MEASURES:
             return False
         self._measured, self._unmeasured = written, 0

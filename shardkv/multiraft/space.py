@@ -5,10 +5,12 @@ refusing (``server.requests``, the driver), trying again (the driver, ``snapshot
 there still is room for what a full node must go on writing, which is Raft's own small records, the engine's flushes and
 what frees space; reads never ask.
 
-Three states. With ``free_bytes_min`` free, or more, the node takes everything. Below, it is *low*: it refuses writes,
-but not deletes, since they are how a user makes room. Below half of that, or once a call has failed for lack of room,
-it is *full*: it refuses deletes too, and takes no client data from other nodes' leaders. It leaves a state only when
-there is a quarter more than the state's bound, so that it does not flicker.
+Four states. With one and a half times ``free_bytes_min`` free, or more, the node takes everything. Below, it is *short*
+of room: it still does, and says so to the placement leader, which gives its leaderships to nodes with room, so that
+while there are such nobody is refused anything. Below ``free_bytes_min`` it is *low*: it refuses writes, but not
+deletes, since they are how a user makes room. Below half of that, or once a call has failed for lack of room, it is
+*full*: it refuses deletes too, and takes no client data from other nodes' leaders. It leaves a state only when there is
+a quarter more than the state's bound, so that it does not flicker.
 """
 
 from dataclasses import replace
@@ -17,6 +19,7 @@ from typing import Final
 from shardkv.errors import OutOfSpace
 from shardkv.raft.messages import EntryType, Message, MessageType
 
+SHORT_FRACTION: Final = 1.5
 FULL_FRACTION: Final = 0.5
 LEAVE_FRACTION: Final = 1.25
 _MIB: Final = 1024 * 1024
@@ -25,10 +28,10 @@ _MIB: Final = 1024 * 1024
 class Space:
     """Everything is called in the loop and returns at once.
 
-    Invariants: ``full`` implies ``low``; with a failed call under way, it is full.
+    Invariants: ``full`` implies ``low``, which implies ``short``; with a failed call under way, it is full.
     """
 
-    __slots__ = ("_failed", "_free_bytes", "_free_bytes_min", "_place", "full", "low")
+    __slots__ = ("_failed", "_free_bytes", "_free_bytes_min", "_place", "full", "low", "short")
 
     def __init__(self, free_bytes_min: int = 0, place: str = "the data directory") -> None:
         self._free_bytes_min = free_bytes_min
@@ -36,6 +39,8 @@ class Space:
         self._free_bytes: int | None = None
         self._failed: dict[str, str] = {}
         """What was last tried in vain, by whom, and why it failed."""
+        self.short = False
+        """Others should lead."""
         self.low = False
         """Refuse client writes that are not deletes."""
         self.full = False
@@ -56,11 +61,13 @@ class Space:
             self._judge()
 
     def _judge(self) -> None:
-        low = self._free_bytes_min * (LEAVE_FRACTION if self.low else 1)
-        full = self._free_bytes_min * FULL_FRACTION * (LEAVE_FRACTION if self.full else 1)
-        free = self._free_bytes
-        self.full = bool(self._failed) or (free is not None and free < full)
-        self.low = self.full or (free is not None and free < low)
+        self.full = bool(self._failed) or self._below(FULL_FRACTION, stay=self.full)
+        self.low = self.full or self._below(1, stay=self.low)
+        self.short = self.low or self._below(SHORT_FRACTION, stay=self.short)
+
+    def _below(self, fraction: float, *, stay: bool) -> bool:
+        bound = self._free_bytes_min * fraction * (LEAVE_FRACTION if stay else 1)
+        return self._free_bytes is not None and self._free_bytes < bound
 
     def refusal(self) -> OutOfSpace:
         """What a client is told whose write is refused."""
@@ -93,4 +100,5 @@ class Space:
 
     def check(self) -> None:
         assert self.low or not self.full, "full and not low"
+        assert self.short or not self.low, "low and not short of room"
         assert self.full or not self._failed, f"{self._failed} failed, and the node counts as having room"

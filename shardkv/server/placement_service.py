@@ -197,7 +197,10 @@ class PlacementService:
             interval = self.settings.get("heartbeat_ms", 500) / 1000
             self._observe_replicas()
             beat = self._reporter.heartbeat(
-                draining=self.draining, capacity=self._capacity(), slow_disk=self.slow_disk()
+                draining=self.draining,
+                capacity=self._capacity(),
+                slow_disk=self.slow_disk(),
+                short_of_room=self._driver.space.short,
             )
             try:
                 answer = await self.call(
@@ -508,4 +511,6 @@ def _state_of(node: NodeView) -> str:
     """In one word or two, what is most important to know of a node."""
     if node.draining:
         return "draining"
-    return "slow disk" if node.live and node.slow_disk else node.state.value
+    if node.live and (node.slow_disk or node.short_of_room):
+        return "slow disk" if node.slow_disk else "nearly full"
+    return node.state.value

@@ -159,7 +159,11 @@ class Requests:
             if not any(command[commands.OP] == commands.Op.DELETE_RANGE for command in decoded):
                 raise
         space = self._driver.space
-        if space.low and (space.full or any(command[commands.OP] not in _FREES_SPACE for command in decoded)):
+        if (
+            space.low
+            and replica.leads  # else the client is told who does, whose disk may have room
+            and (space.full or any(command[commands.OP] not in _FREES_SPACE for command in decoded))
+        ):
             raise space.refusal()
         replica.enqueue(WriteGroup(requester, request.id, session, data, decoded))
         self._driver.propose_later(replica)

@@ -27,6 +27,16 @@ def test_a_node_is_low_below_the_bound_and_full_below_half_and_leaves_both_a_qua
     assert states(space, 49, 50, 62, 63, 124, 125) == [full, full, full, low, low, room]
 
 
+def test_a_node_is_short_of_room_before_it_refuses_anything() -> None:
+    space = Space(100 * MIB)
+    found = []
+    for free in (150, 149, 150, 187, 188, 99, 125, 188):
+        states(space, free)
+        found.append(space.short)
+    assert found == [False, True, True, True, False, True, True, False]
+    assert not space.low
+
+
 def test_a_call_that_failed_counts_until_it_succeeds_however_much_is_free() -> None:
     """A quota fills up while the disk has room."""
     space = Space(100 * MIB)

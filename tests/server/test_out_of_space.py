@@ -16,6 +16,7 @@ from shardkv.errors import OutcomeUnknown, OutOfSpace, ShardKVError, StorageErro
 from shardkv.simulation import run_deterministically
 from shardkv.simulation.disk import CAPACITY_BYTES
 from shardkv.wire.requests import Method
+from shardkv_client import Client
 from tests.server.world import Cluster, SimulatedNode, world
 
 MIB = 1024 * 1024
@@ -32,6 +33,12 @@ def leave(node: SimulatedNode, free_bytes: int) -> None:
 
 def simulated(main: Any, seed: int = 1) -> None:
     run_deterministically(main, seed=seed)
+
+
+async def states(cluster: Cluster, kv: Client) -> dict[str, str]:
+    """What the cluster says of each node."""
+    status = await cluster.ask(kv, Method.STATUS)
+    return {str(row["name"]): str(row["state"]) for row in status["node_table"]}
 
 
 async def until_refused(kv: Any, key: bytes) -> OutOfSpace:
@@ -131,6 +138,31 @@ def test_a_disk_that_is_full_at_once_costs_nothing_acknowledged_and_no_node() ->
                 node.check()
 
     simulated(main, seed=2)
+
+
+def test_a_node_short_of_room_leads_nothing_while_others_have_room_and_no_write_is_refused() -> None:
+    async def main() -> None:
+        async with world(3, seed=3, storage=STORAGE) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            leader = await cluster.leader_of(kv, b"k")
+            leave(leader, FREE_BYTES_MIN + 100_000)
+            with trio.fail_after(10):
+                while any(replica.leads for replica in leader.inside.catalog.replicas.values()):
+                    await kv.put(b"k", b"on the way")
+                    await trio.sleep(0.05)
+            leave(leader, FREE_BYTES_MIN // 2 + 100_000)
+            await trio.sleep(3)
+            await kv.put(b"k", b"elsewhere")
+            assert leader.inside.driver.space.low
+            assert not any(replica.leads for replica in leader.inside.catalog.replicas.values())
+            assert await states(cluster, kv) == {**dict.fromkeys(cluster.nodes, "live"), leader.name: "nearly full"}
+            leave(leader, 8 * FREE_BYTES_MIN)
+            await trio.sleep(3)
+            assert await states(cluster, kv) == dict.fromkeys(cluster.nodes, "live")
+            for node in cluster.nodes.values():
+                node.check()
+
+    simulated(main, seed=3)
 
 
 LOW, FULL, NOTHING = FREE_BYTES_MIN * 3 // 4, FREE_BYTES_MIN // 4, 0

@@ -11,6 +11,7 @@ from trio.testing import MockClock
 
 from shardkv.errors import NotLeader, Unavailable
 from shardkv.machine.clock import HybridClock
+from shardkv.multiraft.space import Space
 from shardkv.server import placement_service
 from shardkv.server.placement_service import (
     HEARTBEAT_SECONDS_MIN,
@@ -60,7 +61,9 @@ class World:
             clock=SimulationClock(), disk=SimpleNamespace(free_bytes=lambda path: 1_000_000)
         )
         driver: Any = SimpleNamespace(
-            catalog=SimpleNamespace(replicas=self.replicas), hybrid_clock=HybridClock(environment.clock)
+            catalog=SimpleNamespace(replicas=self.replicas),
+            hybrid_clock=HybridClock(environment.clock),
+            space=Space(),
         )
         extension: Any = SimpleNamespace(state=self.group.state)
         log: Any = SimpleNamespace(debug=lambda *_, **__: None, info=lambda *_, **__: None)
