@@ -122,5 +122,5 @@ def let_go_of(stream: IO[str] | None) -> None:
     try:
         stream.flush()
     except OSError:
-        with open(os.devnull, "wb") as nowhere:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123  # the process is ending, and no node is left in it
             os.dup2(nowhere.fileno(), stream.fileno())
