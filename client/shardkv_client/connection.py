@@ -15,6 +15,7 @@ import anyio.abc
 import anyio.lowlevel
 from trio.lowlevel import enable_ki_protection
 
+from shardkv.errors import ConfigError
 from shardkv_client.core import Core, Link, Settings
 from shardkv_client.core.links import describe
 from shardkv_client.environment import RECEIVE_BUFFER_BYTES, Environment, Stream
@@ -208,7 +209,7 @@ class Host:
             self._perform_if_running()
 
     def _broken(self, link: Link, error: Exception) -> None:
-        if not isinstance(error, OSError) and type(error).__name__ not in _EXPECTED:
+        if not isinstance(error, OSError | ConfigError) and type(error).__name__ not in _EXPECTED:
             _log.error("the connection to %s ends because of a bug", link.address, exc_info=error)
         self.core.link_down(link, describe(error), self.monotonic())
 

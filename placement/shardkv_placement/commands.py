@@ -18,8 +18,9 @@ are never reused for another command.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
+from shardkv.address import parse_address
 from shardkv.codec import malformed
-from shardkv.errors import MalformedRequest
+from shardkv.errors import ConfigError, MalformedRequest
 from shardkv.types import NodeId, RangeDescriptor
 from shardkv_placement import fields
 from shardkv_placement.fields import Labels
@@ -232,10 +233,13 @@ def decode(value: Any) -> Command:
 
 
 def validate(value: Any) -> str | None:
-    """What is wrong with a command from outside, or None: what :func:`decode` would raise, as text."""
+    """What is wrong with a command from outside, or None: what :func:`decode` would raise, as text, and whatever else
+    should not come into the state."""
     try:
-        decode(value)
-    except MalformedRequest as error:
+        command = decode(value)
+        if isinstance(command, RegisterNode | NodeStarted):
+            parse_address(command.address)  # everybody dials it
+    except (MalformedRequest, ConfigError) as error:
         return str(error)
     return None
 

@@ -18,7 +18,7 @@ from shardkv_placement.operators import (
     Place,
     PromoteLearners,
     RemoveReplicas,
-    Step,
+    caught_up,
 )
 from shardkv_placement.view import ClusterView, NodeState, RangeView
 
@@ -173,7 +173,7 @@ def _shed(range_view: RangeView, members: _Members, target: int) -> Operator | s
 
 def _grow(view: ClusterView, range_view: RangeView, members: _Members, target: int, loads: _Loads) -> Operator | str:
     missing = target - len(members.kept)
-    adopted = _places(members.learners[:missing])
+    adopted = _places(_adoptable(view, range_view, members.learners)[:missing])
     fresh = _least_loaded(view, range_view, missing - len(adopted), loads)
     if (len(members.kept) + len(adopted) + len(fresh)) % 2 == 0:
         if fresh:
@@ -187,12 +187,20 @@ def _grow(view: ClusterView, range_view: RangeView, members: _Members, target: i
             f"an even number of voters is no gain"
         )
     # Learners that nobody needs are shed later: they have no vote, and their removal must not hold up the others'.
-    steps: list[Step] = [AddLearners(fresh)] if fresh else []
-    steps.append(PromoteLearners(promoted, _places(members.lost)))
+    # Those that are there already are waited for, too: a split or an operator that failed leaves learners without data,
+    # and a range whose majority has none takes no write until it has.
+    steps = (AddLearners(promoted), PromoteLearners(promoted, _places(members.lost)))
     reason = f"it has {len(members.kept)} of {target} voters; {_nodes(promoted)} join" + (
         f", {_replicas(members.lost)} go" if members.lost else ""
     )
-    return Operator(OperatorKind.GROW, range_view.range_id, tuple(steps), reason)
+    return Operator(OperatorKind.GROW, range_view.range_id, steps, reason)
+
+
+def _adoptable(view: ClusterView, range_view: RangeView, learners: list[Member]) -> list[Member]:
+    """Those that follow already come first; one that cannot get the range's data for lack of room is none."""
+    follow = [learner for learner in learners if caught_up(range_view, learner.replica_id)]
+    rest = [learner for learner in learners if not caught_up(range_view, learner.replica_id)]
+    return follow + [learner for learner in rest if not view.nodes[learner.node_id].short_of_room]
 
 
 def _least_loaded(view: ClusterView, range_view: RangeView, count: int, loads: _Loads) -> tuple[Place, ...]:

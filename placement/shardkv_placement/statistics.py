@@ -11,7 +11,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import NamedTuple
 
-from shardkv.errors import NotFound, WrongCluster
+from shardkv.errors import Busy, NotFound, WrongCluster
 from shardkv.types import NodeId, RangeId
 from shardkv_placement.heartbeat import (
     DESCRIPTORS_WANTED_MAX,
@@ -85,6 +85,7 @@ class Statistics:
 
         Raises:
             NotFound: no such node.
+            Busy: the node's start is not on record yet.
             WrongCluster: the node was decommissioned, or this is an old copy of its disk; it must stop.
         """
         record = state.nodes.get(heartbeat.node_id)
@@ -93,13 +94,16 @@ class Statistics:
         if record.decommissioned:
             raise WrongCluster(f"node {record.node_id} ({record.name!r}) was decommissioned")
         heard = self._heard.get(record.node_id)
-        if heartbeat.boot < max(record.boot, 0 if heard is None else heard.boot):
+        # Only by what the group has agreed on: a node that is told so never starts again.
+        if heartbeat.boot < record.boot:
             raise WrongCluster(
                 f"node {record.node_id} ({record.name!r}) has been started {record.boot} times, this heartbeat comes "
                 f"from start {heartbeat.boot}: it runs on an old copy of its data; put the newest one back, or start "
                 "on an empty directory under another name",
                 old_copy=True,
             )
+        if heartbeat.boot > record.boot:
+            raise Busy(f"start {heartbeat.boot} of node {record.node_id} ({record.name!r}) is not on record yet")
         if heard is None or heartbeat.boot > heard.boot:
             self._forget(record.node_id)
             heard = self._heard[record.node_id] = _Heard(heartbeat.boot)

@@ -325,10 +325,10 @@ def decode_begin(begin: list[Any]) -> Begin:
             if (
                 descriptor.range_id == range_id
                 and type(range_id) is int
-                and 0 <= range_id < 1 << 64
+                and 0 <= range_id < 1 << 63
                 and descriptor.span.empty == (range_id == PLACEMENT_RANGE)
                 and voters
-                and all(type(each) is int for each in ids)
+                and all(type(each) is int and 0 < each < 1 << 63 for each in (*ids, from_))
                 and set(ids) == members
                 and not {*learners, *learners_next} & set(voters)
                 and not set(learners) & set(outgoing)

@@ -13,6 +13,9 @@ from shardkv.raft.storage import entries_bytes, payload_bytes
 
 Handler = Callable[[Raft, Message], None]
 
+TERM_JUMP_MAX: Final = 1 << 32
+"""How far a later term may lie ahead: more than a century of elections, ten a second each second."""
+
 _M = MessageType
 _FROM_LEADER = (_M.APP, _M.HEARTBEAT, _M.SNAP)
 
@@ -35,6 +38,8 @@ def step(raft: Raft, message: Message) -> None:
 def _later_term(raft: Raft, message: Message) -> bool:
     """A message of a term that begins for this replica with it. False when it is to be ignored."""
     kind = message.type
+    if message.term - raft.term > TERM_JUMP_MAX:
+        return False  # no election got there, and whoever followed could soon campaign in no term that there is
     if kind in (_M.VOTE, _M.PRE_VOTE) and election.ignores_request(raft, message):
         return False
     # Asking about a term, and being granted that, does not begin it (thesis 9.6).

@@ -37,6 +37,7 @@ from shardkv.types import KEY_BYTES_MAX, NodeId, RangeDescriptor, RangeId, Repli
 from shardkv.wire.requests import Method, Request
 from shardkv_placement import commands as placement_commands
 from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
+from shardkv_placement.operators import CATCH_UP_LAG_MAX
 
 TASKS_MAX: Final = 256
 """Requests of this kind under way at once; more are told Busy."""
@@ -204,10 +205,23 @@ class Operations:
         if machine.descriptor.epoch.membership != membership or machine.joint:
             raise EpochMismatch(current=(machine.descriptor,))
         changes, added = _membership_changes(machine.descriptor, items)
+        for kind, replica_id in changes:
+            if kind is ConfChangeType.ADD_NODE and not _follows_closely(replica, replica_id):
+                # Whoever asked may have seen what was so a moment ago. With votes that have no data behind them the
+                # range could commit nothing until they have.
+                raise Busy(f"replica {replica_id} of range {range_id} does not follow closely yet")
         reply = Reply()
         change = ConfChange(tuple(changes), context=encode_membership(added))
         self._driver.propose_membership(replica, change, reply, 0)
         return await reply.wait(self._clock, OUTCOME_SECONDS)
+
+
+def _follows_closely(replica: Replica, replica_id: int) -> bool:
+    """Whether it answers, and has the range's data but for the last few entries."""
+    peer = replica.raft.status().progress.get(replica_id)
+    if peer is None or not peer.recent_active:
+        return False
+    return peer.match > 0 and replica.raft.last_index - peer.match <= CATCH_UP_LAG_MAX
 
 
 def _membership_changes(

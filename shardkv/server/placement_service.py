@@ -244,7 +244,7 @@ class PlacementService:
             progress = tuple(
                 Progress(
                     ReplicaId(replica_id),
-                    last - peer.match,
+                    max(0, last - peer.match),
                     replica_id == raft.replica_id or (peer.recent_active and peer.match > 0),
                 )
                 for replica_id, peer in raft.status().progress.items()

@@ -19,7 +19,9 @@ from shardkv.raft.messages import Entry, EntryType, Message, MessageType
 from shardkv.types import RangeId
 
 MESSAGES_PER_FRAME_MAX: Final = 16_384
-_INDEX_END: Final = 1 << 64
+_NUMBER_END: Final = 1 << 63
+"""Ids, terms and indexes are below it; what a group adds to one of them still travels."""
+_STAMP_END: Final = 1 << 64
 
 
 class ReplicaNotice(IntEnum):
@@ -140,8 +142,15 @@ def _message(item: object) -> GroupMessage:
     (range_id, to, from_, kind, term, log_term, index, commit, reject, hint, vote, context,
      stamp, promise, follower, entries) = item  # fmt: skip
     for number in (range_id, to, from_, kind, term, log_term, index, commit, hint, vote, stamp, promise, follower):
-        if type(number) is not int or number < 0:
-            raise codec.malformed("a Raft message's ids, terms and indexes must be unsigned integers")
+        if type(number) is not int:
+            raise codec.malformed("a Raft message's ids, terms and indexes must be integers")
+    # Of numbers that are or-ed together, the result has the sign if one has it, and the highest bit of all.
+    if not 0 <= range_id | to | from_ | term | log_term | index | commit | hint | vote < _NUMBER_END:
+        raise codec.malformed("a Raft message's ids, terms and indexes must be unsigned and below 2^63")
+    if not 0 <= stamp | promise | follower < _STAMP_END:
+        raise codec.malformed("a Raft message's stamps must be unsigned and below 2^64")
+    if not (to and from_):
+        raise codec.malformed("a Raft message goes from one replica to another, and 0 is none")
     if type(context) is not bytes or type(reject) is not bool or type(entries) is not list:
         raise codec.malformed("a Raft message has a field of the wrong type")
     message_type = _TYPES.get(kind)
@@ -176,13 +185,13 @@ def _message(item: object) -> GroupMessage:
 
 def _entries(items: list[object], index: int) -> tuple[Entry, ...]:
     entries = []
-    if index + len(items) >= _INDEX_END:
+    if index + len(items) >= _NUMBER_END:
         raise codec.malformed(f"log entries behind index {index} would pass the last index there is")
     for item in items:
         index += 1
         match item:
             case [term, kind, bytes(data)] if (
-                type(term) is int and term >= 0 and type(kind) is int and kind in _ENTRY_TYPES
+                type(term) is int and 0 <= term < _NUMBER_END and type(kind) is int and kind in _ENTRY_TYPES
             ):
                 entries.append(Entry(term, index, _ENTRY_TYPES[kind], data))
             case _:

@@ -294,6 +294,31 @@ def test_an_admin_call_that_is_not_repeatable_is_never_sent_twice():
     assert world.run(again)["node"] == 1
 
 
+@pytest.mark.parametrize(
+    "refusal", [errors.Busy("full"), errors.EpochMismatch(), errors.NotLeader(), errors.RangeNotFound("gone")]
+)
+def test_an_admin_call_that_every_node_refused_was_certainly_not_carried_out(refusal):
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.cluster.nodes[1].faults.append(lambda request: refusal if request.method == Method.SPLIT else None)
+    call = world.admin(Method.SPLIT, b"x", key=b"k", timeout=2.0)
+    with pytest.raises(errors.Unavailable):
+        world.run(call)
+    assert len(world.requests_to(1, Method.SPLIT)) > 1
+    world.core.check()
+
+
+def test_an_admin_call_whose_leader_gave_up_after_logging_it_may_have_been_carried_out():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    answers = [errors.NotLeader(logged=True)]
+    world.cluster.nodes[1].faults.append(
+        lambda request: (answers.pop() if answers else errors.Busy("full")) if request.method == Method.SPLIT else None
+    )
+    with pytest.raises(errors.OutcomeUnknown):
+        world.run(world.admin(Method.SPLIT, b"x", key=b"k", timeout=2.0))
+
+
 def test_all_seeds_are_tried_until_one_answers():
     world = World(seeds=[1, 2, 3])
     world.down = {1, 2}

@@ -122,6 +122,20 @@ async def test_an_exception_of_a_stream_is_a_broken_connection_whatever_its_clas
     assert len(environment.streams) == 2
 
 
+async def test_a_text_that_is_no_address_is_an_address_where_nobody_answers(autojump_clock, caplog):
+    """An older cluster may hold one. It is no bug of the client's."""
+    environment = VirtualEnvironment(FakeCluster(nodes=1))
+
+    async def dial(address: str) -> Any:
+        raise errors.ConfigError(f"{address!r} has no port")
+
+    environment.dial = dial
+    async with connect("n1:1", environment=environment) as kv:
+        with pytest.raises(errors.Unavailable, match="has no port"):
+            await kv.put(b"k", b"v", timeout=1)
+    assert "bug" not in caplog.text
+
+
 async def test_a_text_that_no_host_can_be_called_is_an_address_where_nobody_answers():
     """A node may say so of itself; that is no bug of the client's, to be logged as one."""
     with pytest.raises(OSError, match="is no name of a host"):

@@ -63,9 +63,18 @@ def test_a_raft_entry_with_a_term_that_is_no_unsigned_integer_is_malformed(entry
 
 
 def test_raft_entries_that_would_pass_the_last_index_are_malformed() -> None:
-    message = [7, 12, 11, 3, 5, 4, (1 << 64) - 1, 9, False, 0, 0, b"", 0, 0, [[5, 0, b"x"]]]
+    message = [7, 12, 11, 3, 5, 4, (1 << 63) - 1, 9, False, 0, 0, b"", 0, 0, [[5, 0, b"x"]]]
     with pytest.raises(MalformedRequest):
         raft_codec.decode(codec.dumps([message]))
+
+
+@pytest.mark.parametrize("sender", [-7, 0, True, 1 << 63])
+def test_a_snapshot_from_an_impossible_replica_is_refused(sender: int) -> None:
+    begin = codec.loads(samples.BEGINS[0])
+    assert decode_begin(begin)
+    begin[4] = sender
+    with pytest.raises((ProtocolError, MalformedRequest)):
+        decode_begin(begin)
 
 
 @pytest.mark.parametrize("range_id", [-7, True])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from shardkv import codec
-from shardkv.errors import MalformedRequest, NotFound, WrongCluster
+from shardkv.errors import Busy, MalformedRequest, NotFound, WrongCluster
 from shardkv.types import NodeId, RangeId, ReplicaId
 from shardkv.wire import requests
 from shardkv.wire.requests import Method
@@ -183,6 +183,18 @@ def test_the_node_table_goes_only_to_those_who_have_an_old_one() -> None:
     assert reply.settings["split_bytes"] == line.group.state.settings.split_bytes
 
 
+def test_trap_24_a_heartbeat_of_a_start_that_is_not_on_record_makes_nobody_an_old_copy() -> None:
+    """A node that is called one never starts again, so that must not rest on what a single message said."""
+    line = Line()
+    line.reporter.report(report(1))
+    line.send()
+    with pytest.raises(Busy, match="start 9"):
+        line.statistics.receive(line.group.state, Reporter(NODE, 9, "host1:7000").heartbeat(), 1.0)
+    line.reporter.report(report(2))
+    line.send()
+    assert set(line.statistics.ranges) == {1, 2}
+
+
 def test_trap_24_heartbeats_of_an_old_copy_and_of_a_decommissioned_node_are_refused() -> None:
     """Trap 24: whoever was replaced must not be listened to."""
     line = Line()
@@ -201,6 +213,7 @@ def test_a_restarted_node_is_not_known_in_full_until_it_says_everything_again() 
     line = Line()
     line.reporter.report(report(1))
     line.send()
+    line.group.apply(commands.NodeStarted(NODE, 2, token(2), "host1:7000", ()))
     line.reporter = Reporter(NODE, 2, "host1:7000")
     line.reporter.report(report(5))
     sent = line.send()

@@ -13,16 +13,11 @@ from shardkv_placement.leader_schedulers import balance_leaders, drain_leaders, 
 from shardkv_placement.operators import Operator, TransferLeader
 from shardkv_placement.replica_schedulers import place_replicas
 from shardkv_placement.view import ClusterView
-from tests.placement.worlds import a_view
+from tests.placement.worlds import a_view, short
 
 
 def slow(view: ClusterView, *ids: int) -> ClusterView:
     nodes = {key: replace(node, slow_disk=key in ids) for key, node in view.nodes.items()}
-    return replace(view, nodes=MappingProxyType(nodes))
-
-
-def short(view: ClusterView, *ids: int) -> ClusterView:
-    nodes = {key: replace(node, short_of_room=key in ids) for key, node in view.nodes.items()}
     return replace(view, nodes=MappingProxyType(nodes))
 
 

@@ -24,7 +24,7 @@ from shardkv_placement.operators import (
 from shardkv_placement.replica_schedulers import place_replicas, target_voters
 from shardkv_placement.schedulers import explain, schedule
 from shardkv_placement.view import ClusterView
-from tests.placement.worlds import WALL_MS, a_view
+from tests.placement.worlds import WALL_MS, a_view, short
 
 
 def transfers(view: ClusterView) -> dict[int, int]:
@@ -95,16 +95,42 @@ def test_a_learner_that_is_there_is_used_before_another_is_made() -> None:
     """An operator that failed half way leaves learners behind."""
     (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+ 3+"}))
     places = (Place(NodeId(2), ReplicaId(102)), Place(NodeId(3), ReplicaId(103)))
-    assert operator.steps == (PromoteLearners(places),)
+    assert operator.steps == (AddLearners(places), PromoteLearners(places))
+
+
+@pytest.mark.parametrize("members", ["1* 2+? 3+?", "1* 2+ 3+?"])
+def test_a_learner_that_is_there_gets_no_vote_before_it_follows(members: str) -> None:
+    """A split gives the right half learners that have nothing of it yet, and an operator that failed leaves such ones:
+    with their votes the majority would be without data, and no write be taken until snapshots have come through."""
+    view = a_view(nodes=3, ranges={1: members})
+    (operator,) = schedule(view)
+    assert operator.progress(view, view.ranges[RangeId(1)]) == 0
+    assert operator.steps[0].request(view.ranges[RangeId(1)]) is None, "there is nobody to be added"
+    followed = a_view(nodes=3, ranges={1: "1* 2+ 3+"})
+    assert operator.progress(followed, followed.ranges[RangeId(1)]) == 1
+
+
+def test_of_the_learners_that_are_there_those_that_follow_are_used_first() -> None:
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+? 3+ 4+"}))
+    assert joiners(operator) == [3, 4]
+
+
+def test_a_learner_that_cannot_get_the_data_for_lack_of_room_is_not_waited_for() -> None:
+    view = short(a_view(nodes=4, ranges={1: "1* 2+? 3+"}), 2)
+    (operator,) = schedule(view)
+    assert joiners(operator) == [3, 4]
+    (operator,) = schedule(short(a_view(nodes=4, ranges={1: "1* 2+ 3+"}), 2))
+    assert joiners(operator) == [2, 3], "it has the data"
 
 
 def test_growing_does_not_depend_on_the_removal_of_learners() -> None:
     """They have no vote, so it costs nothing to shed them later; what cannot be removed would stop the growth."""
     (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+ 3+"}, down=[3]))
     new = Place(NodeId(4), UNALLOCATED)
-    assert operator.steps == (AddLearners((new,)), PromoteLearners((Place(NodeId(2), ReplicaId(102)), new)))
+    both = (Place(NodeId(2), ReplicaId(102)), new)
+    assert operator.steps == (AddLearners(both), PromoteLearners(both))
     (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+ 3+ 4+"}))
-    assert operator.steps == (PromoteLearners((Place(NodeId(2), ReplicaId(102)), Place(NodeId(3), ReplicaId(103)))),)
+    assert joiners(operator) == [2, 3]
 
 
 def test_a_voter_on_a_decommissioned_node_is_replaced_in_the_same_joint_change() -> None:

@@ -1,5 +1,6 @@
 """The placement group's state machine: identity, ids, operators, and rows that hold it all (design 4.10)."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -417,3 +418,15 @@ def test_rows_stay_under_the_prefix() -> None:
     group = Group()
     assert all(key.startswith(PREFIX) for key in group.store.rows)
     assert isinstance(group.store, Rows)
+
+
+@pytest.mark.parametrize("address", ["", "nope", "host:", "host:70000", "a b:1", "[::1:7", "http://h:1"])
+def test_an_address_that_nobody_could_dial_does_not_come_into_the_node_table(address: str) -> None:
+    for command in (
+        commands.RegisterNode("n2", address, token(2), ()),
+        commands.NodeStarted(NodeId(1), 2, token(3), address, ()),
+    ):
+        problem = commands.validate(commands.encode(command))
+        assert problem is not None, address
+        good = replace(command, address="host:7000")
+        assert commands.validate(commands.encode(good)) is None

@@ -106,6 +106,12 @@ def a_view(
     )
 
 
+def short(view: ClusterView, *ids: int) -> ClusterView:
+    """The same view with the disks of these nodes nearly full."""
+    nodes = {key: replace(node, short_of_room=key in ids) for key, node in view.nodes.items()}
+    return replace(view, nodes=MappingProxyType(nodes))
+
+
 class Rows:
     """A store of rows that also is the batch: what a machine's batch leads to."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from shardkv.raft import RaftNode, Role, encode_conf_change
+from shardkv.raft.core import TERM_JUMP_MAX
 from shardkv.raft.election import CAMPAIGN_TRANSFER, PATIENCE, STAGGER_TICKS
 from shardkv.raft.messages import ConfState, Entry, EntryType, Message, Snapshot, SnapshotMetadata
 from tests.raft.cluster import TICK_NS, Cluster, M, after_write, change, fresh, sent
@@ -29,6 +30,19 @@ def test_a_message_of_a_later_term_makes_any_role_a_follower_of_it(role: Role) -
     assert node.role is role
     node.step(Message(M.APP, 1, 2, 5))
     assert (node.role, node.term, node.leader) == (Role.FOLLOWER, 5, 2)
+
+
+@pytest.mark.parametrize("kind", [M.APP, M.HEARTBEAT, M.APP_RESP, M.VOTE, M.PRE_VOTE, M.VOTE_RESP, M.TIMEOUT_NOW])
+def test_a_term_that_no_election_reaches_is_not_taken_for_one(kind: M) -> None:
+    """Whoever followed would soon campaign in a term that no message carries, and the group would be lost for good."""
+    node = fresh()
+    node.step(Message(M.APP, 1, 2, 5))
+    node.ready()
+    node.step(Message(kind, 1, 3, 5 + TERM_JUMP_MAX + 1))
+    assert (node.term, node.leader) == (5, 2)
+    assert not node.has_ready()
+    node.step(Message(M.APP, 1, 3, 5 + TERM_JUMP_MAX))
+    assert node.term == 5 + TERM_JUMP_MAX
 
 
 def test_a_message_of_an_earlier_term_changes_nothing() -> None:

@@ -1,16 +1,22 @@
 """Growing while nodes die, in virtual time: replicas that were begun must not keep a range from having enough."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import structlog
 import trio
 from trio.testing import MockClock
 
+from shardkv.config import SnapshotsConfig
 from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.simulation.network import SimulatedNetwork
 from shardkv.types import FIRST_RANGE, ReplicaRole
+from shardkv.wire.requests import Method
+from shardkv_client import Client
+from tests.server.world import world
 
+MIB = 1024 * 1024
+SLOW_SNAPSHOTS = SnapshotsConfig(snapshot_send_bytes_per_second=MIB, snapshot_receive_bytes_per_second=MIB)
 GROWING_SECONDS = 120.0
 """An operator that failed is made up for after half a minute."""
 
@@ -81,3 +87,65 @@ async def test_what_no_node_can_carry_out_is_not_begun(autojump_clock: MockClock
         await dead.start()
         await cluster.sleep(5.0)
         assert members(first, ReplicaRole.VOTER) == [1, 2, 3]
+
+
+def without_data(cluster: Cluster) -> list[tuple[int, int]]:
+    """The ranges, and their voters, of which their leader knows that they have nothing of it."""
+    return [
+        (int(replica.range_id), replica_id)
+        for node in cluster.nodes.values()
+        for replica in (node.inside.catalog.replicas.values() if node.alive else ())
+        if replica.leads
+        for replica_id, peer in replica.raft.status().progress.items()
+        if not peer.is_learner and peer.match == 0
+    ]
+
+
+async def write_for(cluster: Cluster, kv: Client, keys: Sequence[bytes], seconds: float) -> None:
+    """Each put must be answered in the time of a few elections, and no voter be without data, all along."""
+    end = cluster.now + seconds
+    while cluster.now < end:
+        for key in keys:
+            await kv.put(key, b"meanwhile", timeout=3)
+        assert not without_data(cluster)
+        await cluster.sleep(0.2)
+
+
+async def loaded(cluster: Cluster, kv: Client, seconds: int) -> None:
+    """Two nodes join, and the range's snapshots are under way; each half would take ``seconds`` alone."""
+    for half in (b"a", b"z"):
+        for number in range(2 * seconds):
+            await kv.put(half + b"%d" % number, bytes(MIB // 2))
+    first = cluster.nodes["n1"]
+    await first.inside.maintenance.flush_and_compact()
+    for name in ("n2", "n3"):
+        cluster.add(name, snapshots=SLOW_SNAPSHOTS)
+        await cluster.nodes[name].start()
+    while members(first, ReplicaRole.LEARNER) != [2, 3]:
+        await cluster.sleep(0.05)
+    await cluster.sleep(1)
+
+
+async def voters(kv: Client) -> list[int]:
+    return sorted(len(row["replicas"]) for row in await kv.call(Method.RANGES))
+
+
+async def test_the_halves_of_a_range_that_is_just_growing_take_writes_all_along(autojump_clock: MockClock) -> None:
+    """The right half has the left's learners, under new ids and without its data, and no operator of its own."""
+    async with world(1, seed=1, snapshots=SLOW_SNAPSHOTS) as cluster, cluster.client("n1") as kv:
+        await loaded(cluster, kv, 4)
+        await cluster.ask(kv, Method.SPLIT, b"m", key=b"m")
+        await write_for(cluster, kv, [b"a", b"z"], 30)
+        assert await voters(kv) == [3, 3]
+
+
+async def test_a_range_takes_writes_while_growth_that_failed_half_way_is_taken_up_again(
+    autojump_clock: MockClock,
+) -> None:
+    """The learners are there, and one of them has been restarted without anything of the range."""
+    async with world(1, seed=2, snapshots=SLOW_SNAPSHOTS) as cluster, cluster.client("n1") as kv:
+        await loaded(cluster, kv, 30)
+        await cluster.nodes["n3"].kill()
+        await write_for(cluster, kv, [b"a"], 15)
+        await cluster.nodes["n3"].start()
+        await write_for(cluster, kv, [b"a"], 60)

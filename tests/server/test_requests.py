@@ -1,6 +1,7 @@
 """What comes in from clients and peers, good and bad, on nodes of a simulated cluster."""
 
 import random
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from shardkv.errors import (
     WrongCluster,
 )
 from shardkv.multiraft.replica import Replica
-from shardkv.raft.messages import MessageType
+from shardkv.raft.messages import Message, MessageType
 from shardkv.server import node as node_module
 from shardkv.server.clock_health import ASK_SECONDS
 from shardkv.server.listener import Listener
@@ -39,7 +40,7 @@ from shardkv.server.requests import GET_BYTES_MAX, GET_SLICE_KEYS
 from shardkv.storage.engine import Engine
 from shardkv.storage.wal import Wal
 from shardkv.transport.pool import Purpose
-from shardkv.types import VALUE_BYTES_MAX, NodeId, RangeId, timestamp_at
+from shardkv.types import VALUE_BYTES_MAX, NodeId, RangeId, ReplicaId, timestamp_at
 from shardkv.wire import commands, raft_codec
 from shardkv.wire.frames import Frame, FrameKind, encode_frame
 from shardkv.wire.requests import Consistency, Method, Request
@@ -332,6 +333,65 @@ async def test_no_raft_message_of_a_peer_stops_a_node(autojump_clock: MockClock)
             assert each.alive
             for replica in each.inside.catalog.replicas.values():
                 replica.check()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Message(MessageType.VOTE, (1 << 64) - 1, 5, 7),
+        Message(MessageType.VOTE, (1 << 63) - 1, 5, 7),
+        Message(MessageType.VOTE, 0, 5, 7),
+        Message(MessageType.VOTE, 7, 0, 7),
+    ],
+    ids=["to above all", "to a large id", "to nobody", "from nobody"],
+)
+async def test_a_message_to_a_replica_that_cannot_be_ends_no_node_for_good(
+    autojump_clock: MockClock, message: Message
+) -> None:
+    """The first message to a replica makes it, and that is logged: each later start met the same impossible id."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await kv.put(b"k", b"v")
+        node = cluster.nodes["n1"]
+        with suppress(ProtocolError, MalformedRequest):
+            frame = Frame(FrameKind.RAFT, raft_codec.join([raft_codec.encode_message(777, message)]))
+            receive_messages(node.inside.driver, NodeId(9), frame, lambda range_id, error: None)
+        await trio.sleep(1)
+        assert node.alive
+        await node.kill()
+        await node.start()
+        await kv.put(b"k", b"w")
+        assert node.error is None
+
+
+@pytest.mark.parametrize("term", [(1 << 64) - 1, (1 << 63) - 1, 1 << 40])
+async def test_a_message_of_a_term_far_ahead_costs_a_range_nothing(autojump_clock: MockClock, term: int) -> None:
+    """All its replicas came to that term, and there was none after it in which anybody could be elected."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await kv.put(b"k", b"v")
+        node = await cluster.leader_of(kv, b"k")
+        replica = node.inside.catalog.replicas[RangeId(1)]
+        message = Message(MessageType.HEARTBEAT, replica.replica_id, 5000, term)
+        with suppress(ProtocolError, MalformedRequest):
+            frame = Frame(FrameKind.RAFT, raft_codec.join([raft_codec.encode_message(1, message)]))
+            receive_messages(node.inside.driver, NodeId(9), frame, lambda range_id, error: None)
+        await kv.put(b"k", b"w", timeout=5)
+        assert replica.leads
+
+
+async def test_a_replica_gets_no_vote_before_it_follows(autojump_clock: MockClock) -> None:
+    """Whatever whoever asks has last heard of it."""
+    async with world(1) as cluster:
+        node = cluster.nodes["n1"]
+        replica = node.inside.catalog.replicas[RangeId(1)]
+        assert replica.machine is not None
+        membership = replica.machine.descriptor.epoch.membership
+        await ask(node, Method.CHANGE_REPLICAS, 1, [["add_learner", 7, 70]], membership)
+        await trio.sleep(0.1)
+        assert replica.machine.descriptor.replica(ReplicaId(70)) is not None
+        recorder = await ask(node, Method.CHANGE_REPLICAS, 1, [["promote", 7, 70]], membership + 1)
+        await trio.sleep(0.1)
+        assert isinstance(recorder.error, Busy)
+        assert "does not follow closely" in str(recorder.error)
 
 
 async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from shardkv import codec
+from shardkv.errors import MalformedRequest
 from shardkv.raft.messages import Entry, EntryType, Message, MessageType
 from shardkv.wire import raft_codec
 from shardkv.wire.raft_codec import decode, encode_entries, encode_message, join
@@ -35,7 +37,9 @@ def test_the_stamps_of_heartbeats_and_their_answers_survive() -> None:
 @pytest.mark.parametrize("field", ["to", "from_", "term", "log_term", "index", "commit", "vote", "reject_hint"])
 def test_numbers_of_any_size_survive_in_either_form(field: str) -> None:
     """Usual numbers are packed at once, larger ones encoded one by one; both are the same CBOR to a reader."""
-    for value in (0, 1, 23, 24, (1 << 32) - 1, 1 << 32, (1 << 64) - 1):
+    for value in (0, 1, 23, 24, (1 << 32) - 1, 1 << 32, (1 << 63) - 1):
+        if value == 0 and field in ("to", "from_"):
+            continue  # no replica
         message = Message(MessageType.APP_RESP, 3, 1, 5, index=6, commit=6)
         setattr(message, field, value)
         ((range_id, decoded, _),) = decode(join([encode_message(9, message)]))
@@ -51,3 +55,39 @@ def test_every_kind_of_message_survives_in_either_form(range_id: int, context: b
         for reject in (False, True):
             message = Message(kind, 3, 1, 5, index=6, reject=reject, context=context, entries=entries, **stamps)  # type: ignore[arg-type]
             assert decode(join([encode_message(range_id, message)])) == [(range_id, message, None)]
+
+
+PLAIN = [9, 3, 1, int(MessageType.APP_RESP), 5, 4, 6, 6, False, 0, 0, b"", 0, 0, 0, []]
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("position", [0, 1, 2, 4, 5, 6, 7, 9, 10])
+def test_ids_terms_and_indexes_that_no_group_can_go_on_from_are_malformed(position: int, value: int) -> None:
+    """A replica id above all made a group that no start could take up again, a term above all one without elections."""
+    assert decode(codec.dumps([PLAIN]))
+    bad = list(PLAIN)
+    bad[position] = value
+    with pytest.raises(MalformedRequest, match="below 2\\^63"):
+        decode(codec.dumps([bad]))
+
+
+@pytest.mark.parametrize("position", [1, 2])
+def test_a_message_to_or_from_no_replica_is_malformed(position: int) -> None:
+    bad = list(PLAIN)
+    bad[position] = 0
+    with pytest.raises(MalformedRequest, match="0 is none"):
+        decode(codec.dumps([bad]))
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 64])
+@pytest.mark.parametrize("position", [12, 13, 14])
+def test_stamps_are_unsigned_numbers_of_64_bits(position: int, value: int) -> None:
+    bad = list(PLAIN)
+    bad[position] = value
+    with pytest.raises(MalformedRequest):
+        decode(codec.dumps([bad]))
+
+
+def test_an_entry_of_a_term_above_all_is_malformed() -> None:
+    with pytest.raises(MalformedRequest, match="a log entry"):
+        decode(codec.dumps([[*PLAIN[:15], [[1 << 63, 0, b"x"]]]]))

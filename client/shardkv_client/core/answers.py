@@ -60,9 +60,13 @@ def judge(call: Call, error: ShardKVError, *, recorded: bool) -> Verdict:
     return Verdict.FINAL
 
 
-def came_to_nothing(error: ShardKVError) -> bool:
-    """Whether a node that refuses a write so has certainly not logged it, and never will."""
-    return isinstance(error, (Busy, Unavailable)) or (isinstance(error, NotLeader) and not error.logged)
+def came_to_nothing(call: Call, error: ShardKVError) -> bool:
+    """Whether a node that refuses a write or an administrative call so has certainly not logged it, and never will."""
+    if isinstance(error, NotLeader):
+        return not error.logged
+    # A write that is refused for its range keeps its bytes: they may have been applied at an earlier attempt.
+    nothing = (Busy, Unavailable) if call.kind is Kind.WRITE else (RoutingError, Unavailable)
+    return isinstance(error, nothing)
 
 
 def may_repeat(call: Call) -> bool:

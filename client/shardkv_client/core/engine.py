@@ -40,6 +40,7 @@ from shardkv_client.core.calls import (
     ReadCall,
     ScanCall,
     Sent,
+    WriteCall,
 )
 from shardkv_client.core.ledger import Ledger
 from shardkv_client.core.links import Link, Links, LinkState
@@ -476,7 +477,7 @@ class Core:
             self.links.problem = f"{link.address}: {error}"
             self._issue_later([call], now)
             return
-        if call.kind is Kind.WRITE and not recorded and answers.came_to_nothing(error):
+        if isinstance(call, WriteCall | AdminCall) and not recorded and answers.came_to_nothing(call, error):
             self.ledger.take_back(call)
         if sent.route is None:
             self._failed_anywhere(link, call, error, now)

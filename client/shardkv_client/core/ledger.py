@@ -133,11 +133,11 @@ class Ledger:
         self.settle(call)
         call.attempts = 0
 
-    def take_back(self, call: WriteCall) -> None:
-        """An attempt came to nothing. If none is left that may not have, the command is issued anew: what waits for a
+    def take_back(self, call: WriteCall | AdminCall) -> None:
+        """An attempt came to nothing. If none is left that may not have, a command is issued anew: what waits for a
         leader does not grow too old, and when time runs out its outcome is known."""
         call.attempts -= 1
-        if not call.attempts:
+        if not call.attempts and isinstance(call, WriteCall):
             self.settle(call)
 
     def flushed(self) -> None:
