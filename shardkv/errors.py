@@ -137,7 +137,7 @@ class BatchError(ShardKVError):
 
     code = 25
 
-    def __init__(self, message: str, *, consumed: int, failed: tuple[bytes, ...]) -> None:
+    def __init__(self, message: str, *, consumed: int = 0, failed: tuple[bytes, ...] = ()) -> None:
         super().__init__(message)
         self.consumed = consumed
         self.failed = failed

@@ -5,14 +5,14 @@ key is never out twice: pairs of one chunk replace each other, and a key that is
 """
 
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from typing import Any, Final
 
 from trio.lowlevel import enable_ki_protection
 
 from shardkv.errors import BatchError
+from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX
 from shardkv.wire.commands import Op, pack_put
 from shardkv_client.core import Call, Core, WriteCall
 from shardkv_client.limits import check_key_size, check_key_type, check_value_size, check_value_type
@@ -100,10 +100,14 @@ async def get_many(gathering: Gathering, calls: Sequence[Call]) -> None:
 
 
 class PutMany:
-    """One ``put_many``: reads pairs, sends chunks, keeps the books that a BatchError needs."""
+    """One ``put_many``: takes pairs, sends chunks, keeps the books that a BatchError needs.
+
+    :meth:`run` does it all. Whoever reads the pairs in another thread adds and sends a chunk at a time instead, and
+    calls :meth:`end`; only what awaits must run in the client's loop, and one at a time.
+    """
 
     def __init__(
-        self, core: Core, waiter: Waiter, now: Callable[[], float], timeout: float, progress: Progress | None
+        self, core: Core, waiter: Waiter, now: Callable[[], float], timeout: float, progress: Progress | None = None
     ) -> None:
         self._gathering = Gathering(core, waiter)
         self._now = now
@@ -120,66 +124,52 @@ class PutMany:
         """Consumed keys that are not known to be written; a dict, for its order."""
         self._problem: Exception | None = None
         self._sending = False
-        self._written = 0
+        self.written = 0
         self.consumed = 0
 
     async def run(self, pairs: Pairs) -> int:
-        """The count of pairs, all of them written.
-
-        Raises:
-            BatchError: not all of them are.
-            Exception: whatever was wrong with the input, if nothing had been sent.
-        """
+        """The count of pairs, all of them written. Raises as :meth:`end`."""
+        problem = None
         try:
-            await self._consume(pairs)
-        except Exception as error:
-            if not self._sending:
-                raise
-            self._problem = self._problem or error
+            if isinstance(pairs, AsyncIterable):
+                async for pair in pairs:
+                    self.add(pair)
+                    if self.chunk_is_full and not await self.send():
+                        break
+            else:
+                for pair in pairs.items() if isinstance(pairs, Mapping) else pairs:
+                    self.add(pair)
+                    if self.chunk_is_full and not await self.send():
+                        break
+        except Exception as error:  # noqa: BLE001 - the caller's input may raise anything
+            problem = error
         except BaseException:
-            self._gathering.abandon()
+            self.abandon()
             raise
-        await self._gathering.until(0)
-        self._collect()
-        if self._problem is not None:
-            self._failed.update(dict.fromkeys(self._chunk))
-            raise BatchError(
-                f"put_many stopped: {self._problem}; {len(self._failed)} keys of the {self.consumed} pairs consumed "
-                "are not known to be written: put those again, then go on after the pairs consumed",
-                consumed=self.consumed,
-                failed=tuple(self._failed),
-            ) from self._problem
-        return self.consumed
+        return await self.end(problem)
 
-    async def _consume(self, pairs: Pairs) -> None:
-        """Send what the input holds, chunk by chunk, until its end or a problem."""
-        async with aclosing(_iterate(pairs)) as source:
-            async for pair in source:
-                self._add(pair)
-                if len(self._chunk) >= CHUNK_PAIRS_MAX or self._chunk_bytes >= CHUNK_BYTES_MAX:
-                    await self._send_chunk()
-                    if self._problem is not None:
-                        return
-            await self._send_chunk()
-
-    def _add(self, pair: tuple[bytes, bytes]) -> None:
-        key, value = _checked(pair)
+    def add(self, pair: tuple[bytes, bytes]) -> None:
+        """Take one pair. Raises TypeError or RequestError for one that is wrong, which then is not consumed."""
+        key, value = checked_pair(pair)
         self.consumed += 1
         self._chunk[key] = value
         self._chunk_pairs[key] += 1
         self._chunk_bytes += len(key) + len(value)
 
-    async def _send_chunk(self) -> None:
+    @property
+    def chunk_is_full(self) -> bool:
+        return len(self._chunk) >= CHUNK_PAIRS_MAX or self._chunk_bytes >= CHUNK_BYTES_MAX
+
+    async def send(self) -> bool:
+        """Send the chunk, as soon as few enough are out; whether all is well so far."""
         chunk, gathering = self._chunk, self._gathering
-        if not chunk:
-            return
         await gathering.until(CHUNKS_OUT_MAX * CHUNK_PAIRS_MAX, CHUNKS_OUT_MAX * CHUNK_BYTES_MAX)
         self._collect()
         if any(key in self._out for key in chunk):
             await gathering.until(0)
             self._collect()
         if self._problem is not None:
-            return
+            return False
         self._sending = True
         self._out.update(self._chunk_pairs)
         deadline = self._now() + self._timeout
@@ -190,27 +180,65 @@ class PutMany:
         self._chunk = {}
         self._chunk_pairs = Counter()
         self._chunk_bytes = 0
+        return True
+
+    async def finish(self, problem: Exception | None = None) -> None:
+        """Send what is left, unless there is a problem, and wait for all that is out."""
+        self._problem = self._problem or problem
+        if self._chunk and self._problem is None:
+            await self.send()
+        await self._gathering.until(0)
+        self._collect()
+
+    async def end(self, problem: Exception | None = None) -> int:
+        """The count of pairs, all of them written. ``problem``: what the input or the progress callback raised.
+
+        Raises:
+            BatchError: not all of them are, or there was a problem.
+            Exception: the problem, if nothing had been sent.
+        """
+        if problem is not None and not self._sending:
+            raise problem
+        await self.finish(problem)
+        if self._problem is None:
+            return self.consumed
+        self._failed.update(dict.fromkeys(self._chunk))
+        raise BatchError(
+            f"put_many stopped: {self._problem}; {len(self._failed)} keys of the {self.consumed} pairs consumed "
+            "are not known to be written: put those again, then go on after the pairs consumed",
+            consumed=self.consumed,
+            failed=tuple(self._failed),
+        ) from self._problem
+
+    def abandon(self) -> None:
+        """Nobody waits any more."""
+        self._gathering.abandon()
 
     def _collect(self) -> None:
         """Book what has ended."""
         ended, self._gathering.ended = self._gathering.ended, []
-        written = self._written
+        written = self.written
         for call in ended:
             pairs = self._out.pop(call.key)
             if call.error is None:
                 del self._failed[call.key]
-                self._written += pairs
+                self.written += pairs
             else:
                 self._problem = self._problem or call.error
-        if self._progress is not None and self._written > written:
-            self._progress(self._written)
+        if self._progress is not None and self.written > written:
+            try:
+                self._progress(self.written)
+            except Exception as error:  # noqa: BLE001 - the caller's function may raise anything
+                self._problem = self._problem or error
 
 
-def _checked(pair: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+def checked_pair(pair: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
     try:
         key, value = pair
     except (TypeError, ValueError):
         raise TypeError(f"put_many takes pairs of a key and a value, not {pair!r:.60}") from None
+    if type(key) is bytes and type(value) is bytes and 0 < len(key) <= KEY_BYTES_MAX and len(value) <= VALUE_BYTES_MAX:
+        return key, value
     check_key_type(key)
     check_value_type(value)
     check_key_size(key)
@@ -218,22 +246,31 @@ def _checked(pair: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
     return key, value
 
 
-async def _iterate(pairs: Pairs) -> AsyncGenerator[tuple[bytes, bytes], None]:
-    if isinstance(pairs, AsyncIterable):
-        async for pair in pairs:
-            yield pair
-        return
-    for pair in pairs.items() if isinstance(pairs, Mapping) else pairs:
-        yield pair
+def read_chunk(source: Iterator[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], Exception | None]:
+    """As many pairs as a chunk holds, none at the end, and what kept it from reading more, if anything did."""
+    chunk: list[tuple[bytes, bytes]] = []
+    size = 0
+    try:
+        for given in source:
+            pair = checked_pair(given)
+            chunk.append(pair)
+            size += len(pair[0]) + len(pair[1])
+            if len(chunk) >= CHUNK_PAIRS_MAX or size >= CHUNK_BYTES_MAX:
+                break
+    except Exception as error:  # noqa: BLE001 - the caller's input may raise anything
+        return chunk, error
+    return chunk, None
 
 
-def check_pairs(pairs: Pairs) -> None:
+def check_pairs(pairs: Pairs, progress: Progress | None) -> None:
     """Check input that can be looked at more than once as a whole, so that nothing is sent if any of it is wrong."""
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function or None, not {type(progress).__name__}")
     if isinstance(pairs, Mapping):
         for pair in pairs.items():
-            _checked(pair)
+            checked_pair(pair)
     elif isinstance(pairs, (list, tuple)):
         for pair in pairs:
-            _checked(pair)
+            checked_pair(pair)
     elif not isinstance(pairs, (Iterable, AsyncIterable)):
         raise TypeError(f"put_many takes a mapping or an iterable of pairs, not {type(pairs).__name__}")

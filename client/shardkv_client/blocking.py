@@ -6,7 +6,7 @@ event loops do not survive a fork, so a child process gets an error instead of a
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -16,11 +16,11 @@ import trio
 from shardkv.address import parse_addresses
 from shardkv.errors import ClientClosed
 from shardkv.types import Entry, RangeDescriptor
-from shardkv_client.batches import Pairs, Progress
+from shardkv_client.batches import Pairs, Progress, PutMany, check_pairs, read_chunk
 from shardkv_client.client import connect
 from shardkv_client.core import TIMEOUT_SECONDS, NodeInfo, Settings
 from shardkv_client.environment import Environment
-from shardkv_client.limits import distinct
+from shardkv_client.limits import check_timeout, distinct
 from shardkv_client.scan import OnAge, Scan
 
 T = TypeVar("T")
@@ -168,8 +168,48 @@ class BlockingClient:
         )
 
     def put_many(self, pairs: Pairs, *, timeout: float = TIMEOUT_SECONDS, progress: Progress | None = None) -> int:
-        """As :meth:`Client.put_many`. An iterable is read, and ``progress`` called, in the client's thread."""
-        return self._perform_all(self._client.put_many, pairs, timeout=timeout, progress=progress)
+        """As :meth:`Client.put_many`. An iterable is read, and ``progress`` called, in the caller's thread.
+
+        With an async iterable it is the client's thread.
+        """
+        if isinstance(pairs, AsyncIterable):
+            return self._perform_all(self._client.put_many, pairs, timeout=timeout, progress=progress)
+        check_timeout(timeout)
+        check_pairs(pairs, progress)
+        writer = self._perform(self._client.begin_put_many, timeout)
+        try:
+            return self._put_all(writer, iter(pairs.items() if isinstance(pairs, Mapping) else pairs), progress)
+        except BaseException:
+            assert self._token is not None, "an open client has a running loop"
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(writer.abandon)
+            raise
+
+    def _put_all(self, writer: PutMany, source: Iterator[tuple[bytes, bytes]], progress: Progress | None) -> int:
+        told = 0
+
+        def tell() -> Exception | None:
+            nonlocal told
+            if progress is not None and writer.written > told:
+                told = writer.written
+                try:
+                    progress(told)
+                except Exception as error:  # noqa: BLE001 - the caller's function may raise anything
+                    return error
+            return None
+
+        problem = None
+        while problem is None:
+            chunk, problem = read_chunk(source)
+            for pair in chunk:
+                writer.add(pair)
+            if problem is not None or not chunk or not self._perform_all(writer.send):
+                break
+            problem = tell()
+        if problem is None:
+            self._perform_all(writer.finish)
+            problem = tell()
+        return self._perform_all(writer.end, problem)
 
     def delete_range(
         self,

@@ -6,6 +6,7 @@ number of tasks of one event loop.
 
 import asyncio
 from collections.abc import Callable, Iterable
+from threading import get_ident  # noqa: TID251 - it starts none
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,6 +36,7 @@ from shardkv_client.environment import Environment, RealEnvironment, tell_when_f
 from shardkv_client.limits import (
     age_us_of,
     check_delta,
+    check_flag,
     check_key_size,
     check_key_type,
     check_limit,
@@ -83,10 +85,14 @@ class Client:
 
     def __init__(self, addresses: str, *, environment: Environment | None, settings: Settings | None) -> None:
         self._seeds = [str(address) for address in parse_addresses(addresses)]
+        if not isinstance(settings, Settings | None):
+            raise TypeError(f"settings must be Settings or None, not {type(settings).__name__}")
         self._environment: Environment = environment if environment is not None else RealEnvironment()
         self._settings = settings if settings is not None else Settings()
         self._host: Host | None = None
         self._closed_because = "the client is not open; use it as `async with connect(…) as kv`"
+        self._thread = 0
+        """Where its event loop runs."""
         self._task: asyncio.Task[None] | None = None
         self._nursery_manager: Any = None
         self._nursery: trio.Nursery | None = None
@@ -98,6 +104,7 @@ class Client:
         if self._host is not None:
             raise ClientClosed("a client is opened once; make another with connect()")
         waiter = self._waiter = current_waiter()
+        self._thread = get_ident()
         host = Host(self._seeds, self._settings, self._environment, waiter)
         if on_trio():
             import trio
@@ -156,6 +163,8 @@ class Client:
     def _open_host(self) -> Host:
         if self._host is None or self._host.core.closed:
             raise ClientClosed(self._closed_because)
+        if get_ident() != self._thread:
+            raise _of_another_thread()
         return self._host
 
     @enable_ki_protection
@@ -163,6 +172,8 @@ class Client:
         # Protected: a call whose caller is interrupted before it waits would be answered to nobody.
         if self._host is None:
             raise ClientClosed(self._closed_because)
+        if get_ident() != self._thread:
+            raise _of_another_thread()
         call.notify = self._notify
         self._submit(call)
         return await self._wait(call, self._cancel)
@@ -295,9 +306,12 @@ class Client:
             BatchError: it stopped early; see there what is written.
         """
         check_timeout(timeout)
-        check_pairs(pairs)
-        host = self._open_host()
-        return await PutMany(host.core, self._waiter, self._now, timeout, progress).run(pairs)
+        check_pairs(pairs, progress)
+        return await (await self.begin_put_many(timeout, progress)).run(pairs)
+
+    async def begin_put_many(self, timeout: float, progress: Progress | None = None) -> PutMany:
+        """For the blocking face, which reads the pairs in another thread."""
+        return PutMany(self._open_host().core, self._waiter, self._now, timeout, progress)
 
     async def delete_range(
         self,
@@ -316,6 +330,7 @@ class Client:
         """
         start, end = span_of(start, end, prefix)
         check_timeout(timeout)
+        self._open_host()
         if end is not None and start >= end:
             return
         cursor: bytes | None = start
@@ -354,6 +369,8 @@ class Client:
         """
         start, end = span_of(start, end, prefix)
         check_limit(limit)
+        check_flag("reverse", reverse)
+        check_flag("keys_only", keys_only)
         check_timeout(timeout)
         number = consistency_of(consistency)
         return Scan(
@@ -455,3 +472,10 @@ class Client:
                     start = max(start, descriptor.span.end or start)
             if len(page) < ROUTES_PER_PAGE or page[-1][0].span.end is None:
                 return found
+
+
+def _of_another_thread() -> RuntimeError:
+    return RuntimeError(
+        "this client belongs to the event loop of another thread: open one in this loop, or share one that "
+        "connect_blocking() opens"
+    )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import Final
 
-from shardkv.errors import InvalidRange, KeyTooLarge, RequestError, ValueTooLarge
+from shardkv.errors import InvalidRange, KeyTooLarge, MalformedRequest, RequestError, ValueTooLarge
 from shardkv.types import KEY_BYTES_MAX, TIMESTAMP_MAX, VALUE_BYTES_MAX
 from shardkv.wire.frames import FRAME_BYTES_MAX
 from shardkv.wire.requests import Consistency, decode_requests, encode_request, join
@@ -67,13 +67,20 @@ def check_request(
     for name, number in (("method", method), ("range_id", range_id), ("node_id", node_id)):
         if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
             raise TypeError(f"{name} must be an int, not {type(number).__name__}")
+        if number is not None and not 0 <= number < _INT64_END:
+            raise RequestError(f"{name} must be from 0 to {_INT64_END - 1}, not {number}")
     try:
         encoded = encode_request(0, method, 0, 0, 0, *arguments)
     except Exception as error:
         raise TypeError(f"the arguments of a call must be plain values: {error}") from error
     if len(encoded) > FRAME_BYTES_MAX // 2:
         raise RequestError(f"a call may have {FRAME_BYTES_MAX // 2} bytes; this one has {len(encoded)}")
-    decode_requests(join([encoded]))
+    try:
+        decode_requests(join([encoded]))
+    except MalformedRequest as error:
+        raise MalformedRequest(
+            f"the arguments of a call must be plain values, and integers fit in 64 bits: {error}"
+        ) from error
 
 
 def check_version(version: int) -> None:
@@ -160,6 +167,11 @@ def before(end: bytes | None) -> bytes:
     if last == 0:
         return head
     return head + bytes((last - 1,)) + b"\xff" * (KEY_BYTES_MAX - len(end))
+
+
+def check_flag(name: str, flag: bool) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, not {type(flag).__name__}")
 
 
 def check_limit(limit: int | None) -> None:

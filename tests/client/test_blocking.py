@@ -54,6 +54,74 @@ def test_every_method_works_without_await(server):
             kv.put_many((b"%04d" % i if i < 900 else i, b"v") for i in range(1_000))
 
 
+def test_put_many_reads_its_input_and_tells_its_progress_in_the_callers_thread(server):
+    """Either may use the client itself."""
+    with connect_blocking(server.addresses, settings=Settings(scan_page_entries_max=50)) as kv:
+        assert kv.put_many({b"src/%04d" % i: b"v" for i in range(700)}) == 700
+        told = []
+
+        def tell(count):
+            told.append(count)
+            kv.put(b"told", b"%d" % count)
+
+        copied = kv.put_many(((b"dst" + each.key[3:], each.value) for each in kv.scan(prefix=b"src/")), progress=tell)
+        assert copied == 700
+        assert len(list(kv.scan(prefix=b"dst/"))) == 700
+        assert told == sorted(told)
+        assert told[-1] == 700
+        assert kv.get(b"told").value == b"700"
+
+
+def test_an_input_that_waits_holds_up_no_other_thread(server):
+    with connect_blocking(server.addresses) as kv, ThreadPoolExecutor(1) as pool:
+        kv.put(b"k", b"v")
+        reading, answered = threading.Event(), threading.Event()
+
+        def slowly():
+            yield b"a", b"1"
+            reading.set()
+            assert answered.wait(20), "the other thread's call has not been answered"
+            yield b"b", b"2"
+
+        writing = pool.submit(kv.put_many, slowly())
+        assert reading.wait(20)
+        assert kv.get(b"k", timeout=10).value == b"v"
+        answered.set()
+        assert writing.result() == 2
+
+
+@pytest.mark.parametrize("count", [1, 3_000])
+def test_put_many_whose_progress_or_input_fails_says_what_is_written(server, count):
+    with connect_blocking(server.addresses) as kv:
+        with pytest.raises(errors.BatchError, match="division by zero") as caught:
+            kv.put_many(((b"%04d" % i, b"v") for i in range(count)), progress=lambda done: 1 / 0)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        written = caught.value.consumed - len(caught.value.failed)
+        assert written == len(server.cluster.data) > 0
+        with pytest.raises(errors.BatchError, match="division by zero") as caught:
+            kv.put_many((b"x%04d" % (i if i < 900 else 1 / 0), b"v") for i in range(1_000))
+        assert caught.value.consumed == 900
+        with pytest.raises(ZeroDivisionError):
+            kv.put_many((b"y%04d" % (1 / 0), b"v") for i in range(1_000))
+
+
+def test_an_interrupt_while_put_many_reads_its_input_gives_up_what_is_out(server):
+    def interrupted():
+        for number in range(600):
+            yield b"%04d" % number, b"v"
+        raise KeyboardInterrupt
+
+    with connect_blocking(server.addresses) as kv:
+        with pytest.raises(KeyboardInterrupt):
+            kv.put_many(interrupted())
+        kv.put(b"k", b"v")
+        assert kv._perform(_calls_out, kv) == 0
+
+
+async def _calls_out(kv):
+    return kv._client._host.core.ledger.calls_active
+
+
 def test_many_threads_share_one_client(server):
     with connect_blocking(server.addresses) as kv:
 

@@ -82,6 +82,8 @@ def test_later_calls_raise_client_closed_and_pending_ones_end(backend, server):
                 await anext(kv.scan())
             with pytest.raises(errors.ClientClosed):
                 await kv.put_many({b"k": b"v"})
+            with pytest.raises(errors.ClientClosed):
+                await kv.delete_range(b"a", b"a")
             await kv.aclose()
         with pytest.raises(errors.ClientClosed):
             async with kv:

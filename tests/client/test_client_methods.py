@@ -1,5 +1,6 @@
 """What each method of the client does, takes and refuses, on trio and on asyncio alike (DESIGN §2.3, §2.4)."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +253,47 @@ def test_bad_input_in_put_many_sends_nothing_or_says_what_was_sent(backend, serv
     with_client(backend, server, body)
 
 
+@pytest.mark.parametrize("count", [1, 3_000])
+def test_put_many_whose_progress_fails_says_what_is_written(backend, server, count):
+    async def body(kv: Client) -> None:
+        with pytest.raises(errors.BatchError, match="division by zero") as caught:
+            await kv.put_many(((b"%04d" % i, b"v") for i in range(count)), progress=lambda done: done / 0)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        assert caught.value.consumed - len(caught.value.failed) == len(server.cluster.data) > 0
+        server.cluster.data.clear()
+        with pytest.raises(TypeError, match="progress"):
+            await kv.put_many({b"k": b"v"}, progress=5)  # type: ignore[arg-type]
+        assert not server.cluster.data
+
+    with_client(backend, server, body)
+
+
+def test_a_client_of_another_threads_loop_is_refused_and_stays_whole(backend, server):
+    """Its tasks ended, as if by a bug, and every later call with them."""
+
+    async def body(kv: Client) -> None:
+        await kv.put(b"k", b"v")
+
+        async def abroad() -> None:
+            for call in (
+                lambda: kv.get(b"k"),
+                lambda: kv.get_many([b"k"]),
+                lambda: kv.put_many({b"k": b"w"}),
+                lambda: kv.delete_range(),
+                lambda: kv.scan().next_page(),
+            ):
+                with pytest.raises(RuntimeError, match="another thread"):
+                    await call()
+
+        for run in (trio.run, lambda main: asyncio.run(main())):
+            await anyio.to_thread.run_sync(run, abroad)
+        entry = await kv.get(b"k")
+        assert entry is not None
+        assert entry.value == b"v"
+
+    with_client(backend, server, body)
+
+
 def test_delete_range_deletes_from_range_to_range(backend, server):
     for key in (b"20", b"50", b"75"):
         server.cluster.split(key, leader=2)
@@ -381,6 +423,8 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
         (TypeError, lambda kv: kv.call(Method.STATUS, object())),
         (TypeError, lambda kv: kv.call(Method.STATUS, "\ud800")),
         (errors.RequestError, lambda kv: kv.call(Method.STATUS, 1 << 64)),
+        (errors.RequestError, lambda kv: kv.call(Method.SNAPSHOT, 1, range_id=1 << 63)),
+        (errors.RequestError, lambda kv: kv.call(Method.STATUS, node_id=-1)),
         (errors.RequestError, lambda kv: kv.call(Method.STATUS, {1, 2})),
         (errors.RequestError, lambda kv: kv.call(Method.STATUS, b"v" * (16 << 20))),
     ]
@@ -388,6 +432,8 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
         (TypeError, lambda kv: kv.scan("a")),
         (TypeError, lambda kv: kv.scan(prefix="a")),
         (TypeError, lambda kv: kv.scan(limit="a")),
+        (TypeError, lambda kv: kv.scan(reverse=1)),
+        (TypeError, lambda kv: kv.scan(keys_only="x")),
         (errors.RequestError, lambda kv: kv.scan(limit=-1)),
         (errors.RequestError, lambda kv: kv.scan(max_age=1)),
         (errors.InvalidRange, lambda kv: kv.scan(b"b", b"a")),
@@ -411,3 +457,5 @@ def test_addresses_are_checked_when_the_client_is_made():
     for bad in ("", "nowhere", "h:99999", ","):
         with pytest.raises(errors.ConfigError):
             connect(bad)
+    with pytest.raises(TypeError, match="settings"):
+        connect("127.0.0.1:1", settings={})  # type: ignore[arg-type]
