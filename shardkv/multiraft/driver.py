@@ -154,7 +154,7 @@ class Driver:
             hybrid_clock=hybrid_clock,
             applied=self._applied,
             divided=self._divided,
-            changed=hooks.descriptor,
+            changed=lambda replica: self.hooks.descriptor(replica),
         )
         for replica in catalog.replicas.values():
             if replica.machine is not None:

@@ -152,8 +152,8 @@ class Snapshots:
         self._arrived: dict[RangeId, Arrived] = {}
         """By range, until its install is over."""
         self._files = 0
-        self._send_pace = Pace(environment.clock, config.snapshot_send_bytes_per_second)
-        self._receive_pace = Pace(environment.clock, config.snapshot_receive_bytes_per_second)
+        self.send_pace = Pace(environment.clock, config.snapshot_send_bytes_per_second)
+        self.receive_pace = Pace(environment.clock, config.snapshot_receive_bytes_per_second)
         self._chunks_sent = self._chunks_received = self._resumed = 0
 
     def use(self, nursery: trio.Nursery) -> None:
@@ -323,7 +323,7 @@ class Snapshots:
         while (chunk := outgoing.next_chunk()) is not None:
             await self._say(stream, ["rows", *chunk])
             self._chunks_sent += 1
-            await self._send_pace.spend(len(chunk.rows))
+            await self.send_pace.spend(len(chunk.rows))
             if not replica.leads:
                 return self._refused(begin, "no longer the leader")
             if outgoing.unacknowledged >= WINDOW_CHUNKS:
@@ -489,7 +489,7 @@ class Snapshots:
                 case ["rows", int(number), bytes(rows), int(checksum)]:
                     incoming.absorb(number, rows, checksum)
                     self._chunks_received += 1
-                    await self._receive_pace.spend(len(rows))
+                    await self.receive_pace.spend(len(rows))
                     await self._say(stream, ["have", number])
                 case ["end", int(chunks), int(rows), int(checksum), int(term)]:
                     incoming.require_whole(chunks, rows, checksum)

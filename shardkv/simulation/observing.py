@@ -22,8 +22,9 @@ from shardkv.simulation.checkers.machines import IdenticalMachines
 from shardkv.simulation.checkers.ranges import RangesTile, Span
 from shardkv.simulation.checkers.sessions import SessionsBounded
 from shardkv.simulation.checkers.violation import Checker, Violation
+from shardkv.simulation.checkers.voters import VotersHaveData
 from shardkv.simulation.cluster import Cluster, SimulatedNode
-from shardkv.types import PLACEMENT_RANGE, RangeId, ReplicaId, timestamp_ms
+from shardkv.types import PLACEMENT_RANGE, RangeId, ReplicaId, ReplicaRole, timestamp_ms
 
 SESSIONS_MAX: Final = 64
 """Clients, and nodes as clients, that write to one range within the life of a record."""
@@ -54,6 +55,7 @@ class Observing:
         self.machines = IdenticalMachines()
         self.ranges = RangesTile()
         self.sessions = SessionsBounded(SESSIONS_MAX)
+        self.voters = VotersHaveData()
         self.growth = NothingGrows(LIMITS)
         self._cluster = cluster
         self._read_to: dict[tuple[str, int, int], tuple[int, int]] = {}
@@ -65,23 +67,40 @@ class Observing:
 
     @property
     def checkers(self) -> tuple[Checker, ...]:
-        return self.leaders, self.logs, self.machines, self.ranges, self.sessions
+        return self.leaders, self.logs, self.machines, self.ranges, self.sessions, self.voters
 
     def _attach(self, node: SimulatedNode, inside: Inside) -> None:
-        """Hear of every change of leadership."""
-        told = inside.driver.hooks.leadership
+        """Hear of every change of leadership and of members."""
+        told = inside.driver.hooks
 
         def leadership(replica: Replica) -> None:
             self._see_leader(node, replica)
-            told(replica)
+            told.leadership(replica)
 
-        inside.driver.hooks = replace(inside.driver.hooks, leadership=leadership)
+        def descriptor(replica: Replica) -> None:
+            self._see_members(replica)
+            told.descriptor(replica)
+
+        inside.driver.hooks = replace(told, leadership=leadership, descriptor=descriptor)
 
     def _see_leader(self, node: SimulatedNode, replica: Replica) -> None:
         raft = replica.raft
         if raft.role is Role.LEADER:
             leader = Leader(replica.replica_id, node.starts, raft.raft.term_start)
             self.leaders.saw_leader(replica.range_id, raft.term, leader)
+
+    def _see_members(self, replica: Replica) -> None:
+        assert replica.machine is not None, f"range {replica.range_id} changed uninitialised"
+        range_id = replica.range_id
+        for member in replica.machine.descriptor.replicas:
+            if member.role is ReplicaRole.LEARNER:
+                self.voters.saw_learner(range_id, member.replica_id)
+            elif replica.leads and self.voters.waits(range_id, member.replica_id):
+                for _, inside in self._running():
+                    if inside.catalog.node_id == member.node_id:  # of one that is down nobody can tell
+                        other = inside.catalog.replicas.get(range_id)
+                        has_data = other is not None and (other.machine is not None or other.log.last_index() > 0)
+                        self.voters.saw_vote(range_id, member.replica_id, has_data=has_data)
 
     # Looks
 

@@ -13,7 +13,9 @@ from typing import Final
 import trio
 
 from shardkv.config import StorageConfig
+from shardkv.environment import Clock
 from shardkv.errors import ShardKVError
+from shardkv.multiraft.snapshot_parts import Pace
 from shardkv.program import leaf, leaves_of
 from shardkv.server.inside import Inside
 from shardkv.simulation import determinism
@@ -31,6 +33,9 @@ LIVENESS_SECONDS_MAX: Final = 10.0
 AGREE_SECONDS_MAX: Final = 30.0
 """From the moment when all is healed until all replicas of a range stand at the same index."""
 GROWING_SHARE: Final = 0.3
+SLOW_SNAPSHOTS: Final = (None, 20_000, 2_000)
+"""Bytes a second while a cluster grows; None: as nodes are set. What a range holds here would else be there at once."""
+SLOW_STEP_SECONDS: Final = 0.1
 JOIN_SECONDS_MAX: Final = 8.0
 """Between two nodes that join."""
 GROWN_SECONDS_MAX: Final = AGREE_SECONDS_MAX + 2 * JOIN_SECONDS_MAX
@@ -115,6 +120,8 @@ class Run:
         self.faults: Faults | None = None
         self.workload: Workload | None = None
         self.observing: Observing | None = None
+        self._slow_bytes_per_second: int | None = None
+        """Of each snapshot on its way, while snapshots are slow."""
 
     async def main(self) -> None:
         settings = self.settings
@@ -154,19 +161,30 @@ class Run:
         def shorten(node: SimulatedNode, inside: Inside) -> None:
             inside.maintenance.kept = kept
 
-        cluster.observers.append(shorten)
-        for node in cluster.nodes.values():
-            if node.composed:
-                shorten(node, node.inside)
+        _for_each_start(cluster, shorten)
+
+    def _slow_snapshots(self, cluster: Cluster) -> None:
+        """Until the cluster has grown snapshots take a while, in some runs, and much happens meanwhile."""
+        self._slow_bytes_per_second = determinism.seeded_random("snapshots", self.settings.seed).choice(SLOW_SNAPSHOTS)
+
+        def slow(node: SimulatedNode, inside: Inside) -> None:
+            snapshots = inside.driver.snapshots
+            snapshots.send_pace = _SlowPace(
+                node.environment.clock, snapshots.send_pace.bytes_per_second, lambda: self._slow_bytes_per_second
+            )
+
+        _for_each_start(cluster, slow)
 
     async def _grow(self, cluster: Cluster, storage: StorageConfig) -> None:
         """The other nodes join, and every range comes to its replicas."""
         assert self.faults is not None, "grown before there are faults"
+        self._slow_snapshots(cluster)
         chance = determinism.seeded_random("growth", self.settings.seed)
         for number in range(1, self.settings.nodes):
             await determinism.sleep(chance.uniform(0, JOIN_SECONDS_MAX))
             cluster.add(f"n{number + 1}", storage=storage).start_soon()
         await cluster.grown()
+        self._slow_bytes_per_second = None
         self.faults.note("grown")
         self.faults.growing = False
 
@@ -210,6 +228,7 @@ class Run:
     async def _grown(self, cluster: Cluster) -> None:
         """Once all is well the cluster comes to its size."""
         assert self.faults is not None, "grown before there are faults"
+        self._slow_bytes_per_second = None
         with determinism.deadline_after(GROWN_SECONDS_MAX):
             while self.faults.growing:
                 for node in list(cluster.nodes.values()):
@@ -292,6 +311,28 @@ class Run:
         reason = apart(cluster)
         if reason:
             raise Violation("replicas-agree", f"{AGREE_SECONDS_MAX:g} s after all was healed {reason}")
+
+
+class _SlowPace(Pace):
+    """A node's pace, and before it one that is slower, for as long as there is one."""
+
+    def __init__(self, clock: Clock, bytes_per_second: int, slow_bytes_per_second: Callable[[], int | None]) -> None:
+        super().__init__(clock, bytes_per_second)
+        self._slow_bytes_per_second = slow_bytes_per_second
+
+    async def spend(self, count: int) -> None:
+        while count > 0 and (rate := self._slow_bytes_per_second()) is not None:
+            await determinism.sleep(SLOW_STEP_SECONDS)
+            count -= round(rate * SLOW_STEP_SECONDS)
+        await super().spend(max(0, count))
+
+
+def _for_each_start(cluster: Cluster, act: Callable[[SimulatedNode, Inside], None]) -> None:
+    """``act`` on every node that runs, and on each that is started from now on."""
+    cluster.observers.append(act)
+    for node in cluster.nodes.values():
+        if node.composed:
+            act(node, node.inside)
 
 
 def run(

@@ -344,7 +344,7 @@ async def test_a_sender_that_no_longer_leads_stops(autojump_clock: MockClock) ->
     """The new leader sends its own; two streams for one replica would be one too many."""
     async with world(3) as hosts:
         leader, late = await far_behind(hosts, chunks=40)
-        leader.snapshots._send_pace = Pace(leader.clock, 1024 * 1024)
+        leader.snapshots.send_pace = Pace(leader.clock, 1024 * 1024)
         hosts.heal()
         await hosts.until(lambda: late.snapshots._receiving, "the stream")
         other = next(host for host in hosts.values() if host not in (leader, late))
@@ -365,9 +365,9 @@ async def test_each_end_keeps_all_its_streams_under_its_rate(autojump_clock: Moc
         host = leader if end == "sender" else late
         pace = Pace(host.clock, 1024 * 1024)
         if end == "sender":
-            leader.snapshots._send_pace = pace
+            leader.snapshots.send_pace = pace
         else:
-            late.snapshots._receive_pace = pace
+            late.snapshots.receive_pace = pace
         hosts.heal()
         await hosts.until(lambda: late.snapshots._receiving, "the stream")
         began = trio.current_time()
@@ -394,7 +394,7 @@ async def test_trap_16_a_slow_stream_holds_up_no_group(autojump_clock: MockClock
     """Writes of the very range that is being sent are acknowledged as fast as ever; and there is no further stream."""
     async with world(3) as hosts:
         leader, late = await far_behind(hosts, chunks=40)
-        leader.snapshots._send_pace = Pace(leader.clock, 1024 * 1024)
+        leader.snapshots.send_pace = Pace(leader.clock, 1024 * 1024)
         cut = Cut(leader)
         hosts.heal()
         await hosts.until(lambda: late.snapshots._receiving, "the stream")
@@ -448,7 +448,7 @@ async def test_trap_11_a_range_that_grows_while_it_is_sent_needs_no_second_snaps
     monkeypatch.setattr(maintenance, "LAG_ENTRIES_MAX", 20)
     async with world(3) as hosts:
         leader, late = await far_behind(hosts, chunks=40)
-        leader.snapshots._send_pace = Pace(leader.clock, 1024 * 1024)
+        leader.snapshots.send_pace = Pace(leader.clock, 1024 * 1024)
         cut = Cut(leader)
         gate = trio.Event()
         install = late.snapshots._install

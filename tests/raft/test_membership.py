@@ -334,3 +334,14 @@ def test_every_sequence_of_changes_keeps_the_invariants(
         again = Changer(last_index=5, inflight_limits=(10, 1000))
         again.restore(after)
         assert again.configuration == after
+
+
+def test_everybody_knows_of_a_change_as_soon_as_it_is_committed() -> None:
+    """A replica acts by what it has applied: while it takes the joint configuration to be in force, it asks for the old
+    one's votes, too, and these may be those of one node that has just died."""
+    cluster = led(commit_broadcast=False)
+    cluster[1].propose_conf_change(change("l2 l3"))
+    cluster.settle()
+    for host in cluster.hosts.values():
+        configuration = host.node.configuration
+        assert (set(configuration.voters), set(configuration.voters_outgoing)) == ({1}, set())

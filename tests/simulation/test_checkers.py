@@ -14,6 +14,7 @@ from shardkv.simulation.checkers.ranges import RangesTile, Span
 from shardkv.simulation.checkers.sessions import SessionsBounded
 from shardkv.simulation.checkers.staleness import NoOlderThanSaid
 from shardkv.simulation.checkers.violation import Violation
+from shardkv.simulation.checkers.voters import VotersHaveData
 from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX
 
 
@@ -33,6 +34,19 @@ def test_a_term_has_one_leader() -> None:
     leaders.check()
     for second in Leader(2, 1, 10), Leader(1, 2, 10), Leader(1, 1, 11):
         assert_refused(lambda second=second: leaders.saw_leader(1, 5, second), "one-leader-per-term")
+
+
+def test_a_learner_has_data_when_it_gets_its_vote() -> None:
+    """Raft thesis 4.2.1."""
+    voters = VotersHaveData()
+    voters.saw_learner(1, 12)
+    voters.saw_learner(1, 13)
+    assert voters.waits(1, 12)
+    assert not voters.waits(2, 12)
+    voters.saw_vote(1, 12, has_data=True)
+    assert not voters.waits(1, 12)
+    voters.check()
+    assert_refused(lambda: voters.saw_vote(1, 13, has_data=False), "voters-have-data")
 
 
 def test_an_entry_of_one_index_and_term_is_the_same_everywhere() -> None:
