@@ -25,7 +25,7 @@ LABELS_MAX: Final = 32
 
 _MIB: Final = 1024 * 1024
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SIZE: Final = re.compile(r"([0-9][0-9_]*)\s*(B|KiB|MiB|GiB|TiB)?")
+_SIZE: Final = re.compile(r"(-?[0-9][0-9_]*)\s*(B|KiB|MiB|GiB|TiB)?")
 _UNITS: Final = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
@@ -341,8 +341,16 @@ def _problem(setting: Setting, value: Any) -> str | None:
             if len(value) > LABELS_MAX or len(dict(value)) != len(value):
                 return f"must be at most {LABELS_MAX} labels, each key once"
             for key, text in value:
-                if not _NAME.fullmatch(key) or not text or len(key) + len(text) > 2 * NAME_CHARACTERS_MAX:
-                    return f"must be KEY=VALUE, not {key!r}={text!r}"
+                label = f"{key}={text}"
+                if not key or not text:
+                    return f"must be KEY=VALUE; there is no {'value' if key else 'key'} in {label!r}"
+                if not _NAME.fullmatch(key):
+                    return (
+                        "must have a key of letters, digits, dots, dashes or underscores,"
+                        f" starting with a letter or digit, not {key!r}"
+                    )
+                if len(key) + len(text) > 2 * NAME_CHARACTERS_MAX:
+                    return f"must have at most {2 * NAME_CHARACTERS_MAX} characters in key and value, unlike {label!r}"
         case Kind.SWITCH:
             pass
     return None
@@ -485,7 +493,7 @@ def _read_switch(value: object) -> bool:
 def _read_count(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and re.fullmatch(r"[0-9][0-9_]*", value):
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9][0-9_]*", value):
         return int(value)
     raise ValueError(f"must be a whole number, not {value!r}")
 

@@ -10,6 +10,8 @@ from shardkv.errors import InvalidRange
 from shardkv.types import RangeDescriptor
 from shardkv.wire.requests import Method
 
+range_type = click.IntRange(0, (1 << 63) - 1)
+
 
 @click.group(cls=ExampleGroup, example="shardkv admin split --connect 127.0.0.1:7001 m")
 def admin() -> None:
@@ -36,7 +38,7 @@ def split(session: Session, key: str, base64_text: bool) -> None:
 
 
 @admin.command(cls=Example, example="shardkv admin transfer --connect 127.0.0.1:7001 4 n2")
-@click.argument("range_id", metavar="RANGE", type=click.IntRange(min=0))
+@click.argument("range_id", metavar="RANGE", type=range_type)
 @click.argument("node")
 @connected
 def transfer(session: Session, range_id: int, node: str) -> None:
@@ -51,7 +53,7 @@ def transfer(session: Session, range_id: int, node: str) -> None:
 
 
 @admin.command(cls=Example, example="shardkv admin snapshot --connect 127.0.0.1:7001 4")
-@click.argument("range_id", metavar="RANGE", type=click.IntRange(min=0))
+@click.argument("range_id", metavar="RANGE", type=range_type)
 @connected
 def snapshot(session: Session, range_id: int) -> None:
     """Write RANGE's state to the engine's disk now and let its Raft log be cut."""

@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +30,9 @@ from shardkv.types import KEY_BYTES_MAX
 BATCH_KEYS_MAX: Final = 5_000
 BATCH_BYTES_MAX: Final = 8 * 1024 * 1024
 FINGERPRINT_BYTES_MAX: Final = 4_096
+PACKERS: Final = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+"""What makes files with such names; each unpacks with -dc, and packs its stdin without options."""
+_HEX: Final = re.compile("([0-9a-f]{2})+")
 
 format_option = click.option(
     "--format",
@@ -44,26 +49,34 @@ class Checkpoint:
     def __init__(self, file_name: str, identity: Mapping[str, object]) -> None:
         self.path = None if _is_stream(file_name) else Path(file_name + ".progress")
         self._identity = dict(identity)
+        self._count = 0
 
     def load(self) -> dict[str, Any] | None:
         """What an earlier run left, None if it left nothing. Raises a usage error when it was another command's."""
         if self.path is None or not self.path.exists():
             return None
+        damaged = click.UsageError(f"{self.path} is damaged; remove it to start anew")
         try:
-            saved: dict[str, Any] = json.loads(self.path.read_bytes())
-        except ValueError:
-            raise click.UsageError(f"{self.path} is damaged; remove it to start anew") from None
+            saved = json.loads(self.path.read_bytes())
+        except (ValueError, RecursionError, IsADirectoryError):
+            raise damaged from None
+        if not isinstance(saved, dict):
+            raise damaged
         differing = [name for name, value in self._identity.items() if saved.get(name) != value]
         if differing:
             raise click.UsageError(
                 f"{self.path} belongs to a command with another {', '.join(differing)}; start anew without --resume"
             )
+        if not _is_whole(saved):
+            raise damaged
         return saved
 
-    def save(self, **state: object) -> None:
+    def save(self, *, count: int, **state: object) -> None:
+        """Note the keys done, and where to go on behind them."""
+        self._count = count
         if self.path is not None:
             temporary = self.path.with_name(self.path.name + ".new")
-            temporary.write_text(json.dumps({**self._identity, **state}))
+            temporary.write_text(json.dumps({**self._identity, "count": count, **state}))
             temporary.replace(self.path)
 
     def remove(self) -> None:
@@ -71,20 +84,45 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """While the command works: at its end the file is removed, and where it does not get there it says what for."""
+    def kept(self, *, count_min: int = 0) -> Iterator[None]:
+        """While the command works: at its end the file is removed, and where it does not get there it says what for.
+
+        With fewer than ``count_min`` keys done there is nothing to carry on, and it is removed as well.
+        """
         try:
             yield
         except BaseException:
-            if self.path is not None:
+            if self._count < count_min:
+                self.remove()
+            elif self.path is not None:
                 tell(f"how far it came is noted in {self.path}; with --resume the same command carries on")
             raise
         self.remove()
 
 
+def _is_whole(saved: Mapping[str, Any]) -> bool:
+    """Whether all is there that its command carries on from."""
+    match saved:
+        case {"command": "import", "offset": int(offset), "line": int(line), "count": int(count)}:
+            return min(offset, line, count) >= 0
+        case {"command": "export", "offset": int(offset), "last_key_hex": None | str() as last, "count": int(count)}:
+            return min(offset, count) >= 0 and (last is None or _HEX.fullmatch(last) is not None)
+    return False
+
+
 def _is_stream(file_name: str) -> bool:
     """Whether it is read or written once and has no place to go back to: stdin, stdout, a pipe, a device."""
     return file_name == "-" or (Path(file_name).exists() and not Path(file_name).is_file())
+
+
+def _format_of(file_name: str, given: str | None, pipe: str) -> str:
+    """The file's format. Raises a usage error for a name that says it is packed: ``pipe`` is what to do instead."""
+    path = Path(file_name)
+    packer = PACKERS.get(path.suffix.lower())
+    if packer is None:
+        return records.format_of(file_name, given)
+    instead = pipe.format(packer=packer, file=shlex.quote(file_name), format=records.format_of(path.stem, given))
+    raise click.UsageError(f"{path.suffix} files are neither read nor written; pipe the data: {instead}")
 
 
 def _file_name(ctx: click.Context, parameter: click.Parameter, typed: str) -> str:
@@ -111,8 +149,8 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
 
     Bytes that are not UTF-8 come as key_base64 and value_base64.
     """
-    file_format = records.format_of(file_name, given_format)
-    with _open_input(file_name) as file:
+    file_format = _format_of(file_name, given_format, "{packer} -dc {file} | shardkv import - --format {format}")
+    with _open_input(session, file_name) as file:
         checkpoint = Checkpoint(
             file_name, {"command": "import", "format": file_format, "fingerprint": _fingerprint(file, file_name)}
         )
@@ -128,7 +166,7 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
                 " import from stdin (-) to do without"
             ) from None
         total = None if _is_stream(file_name) else os.fstat(file.fileno()).st_size
-        with checkpoint.kept(), Progress("import", unit="bytes", total=total) as progress:
+        with checkpoint.kept(count_min=1), Progress("import", unit="bytes", total=total) as progress:
             count = session.run(
                 _importer(session, file, file_format, start=start, checkpoint=checkpoint, progress=progress)
             )
@@ -187,9 +225,9 @@ def _batches(
 
 
 @contextlib.contextmanager
-def _open_input(file_name: str) -> Iterator[BinaryIO]:
+def _open_input(session: Session, file_name: str) -> Iterator[BinaryIO]:
     if file_name == "-":
-        yield sys.stdin.buffer
+        yield session.stdin()
         return
     with contextlib.ExitStack() as stack:
         try:
@@ -233,7 +271,7 @@ def export(
     base64_text: bool,
 ) -> None:
     """Write every key from START to END with its value and version to FILE (- is stdout), as JSON lines or CSV."""
-    file_format = records.format_of(file_name, given_format)
+    file_format = _format_of(file_name, given_format, "shardkv export - --format {format} | {packer} > {file}")
     span = span_options(start, end, prefix, base64_text)
     if "prefix" in span:
         span = {"start": span["prefix"], "end": after_prefix(span["prefix"])}

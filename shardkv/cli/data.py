@@ -20,7 +20,7 @@ from shardkv.cli.session import (
 from shardkv.cli.table import TableWriter
 from shardkv.errors import ValueTooLarge
 from shardkv.program import Finite
-from shardkv.types import VALUE_BYTES_MAX
+from shardkv.types import TIMESTAMP_MAX, VALUE_BYTES_MAX
 
 consistency_option = click.option(
     "--consistency",
@@ -33,7 +33,7 @@ max_age_option = click.option(
     metavar="SECONDS",
     help="With --consistency stale: how old the answer may be.  [default: any age]",
 )
-version_type = click.IntRange(min=0)
+version_type = click.IntRange(0, TIMESTAMP_MAX)
 
 
 def _reading(session: Session, consistency: str | None, max_age: float | None, ages: list[float]) -> dict[str, Any]:
@@ -83,6 +83,8 @@ def get(
 
     How old a stale answer is at most is told on stderr.
     """
+    if raw and as_json:
+        raise click.UsageError("--raw excludes --json")
     wanted = read_key(key, base64_text)
     ages: list[float] = []
     options = _reading(session, consistency, max_age, ages)
@@ -105,9 +107,9 @@ def get(
         print(text.show(entry.value, base64_text))  # click would have its own way with an encoding that lacks something
 
 
-def _value(typed: str, base64_text: bool) -> bytes:
+def _value(session: Session, typed: str, base64_text: bool) -> bytes:
     if typed == "-":
-        value = sys.stdin.buffer.read(VALUE_BYTES_MAX + 1)
+        value = session.stdin().read(VALUE_BYTES_MAX + 1)
         if len(value) > VALUE_BYTES_MAX:
             raise ValueTooLarge(
                 f"a value may have {VALUE_BYTES_MAX} bytes; stdin has more: spread it over several keys"
@@ -132,7 +134,7 @@ def _print_version(version: int, as_json: bool) -> None:
 @connected
 def put(session: Session, key: str, value: str, if_version: int | None, as_json: bool, base64_text: bool) -> None:
     """Set KEY to VALUE and print its new version. A VALUE of - is read from stdin, byte for byte."""
-    wanted, data = read_key(key, base64_text), _value(value, base64_text)
+    wanted, data = read_key(key, base64_text), _value(session, value, base64_text)
 
     async def body(client: Client) -> Any:
         return await client.put(wanted, data, if_version=if_version, timeout=session.timeout)
@@ -150,9 +152,10 @@ def put(session: Session, key: str, value: str, if_version: int | None, as_json:
 def cas(session: Session, key: str, version: int, value: str, as_json: bool, base64_text: bool) -> None:
     """Set KEY to VALUE if KEY is at VERSION (0: if it is absent), and print its new version.
 
-    Exit code 1 when it is at another version, which is printed on stderr.
+    A VALUE of - is read from stdin, byte for byte. Exit code 1 when KEY is at another version, which is printed on
+    stderr.
     """
-    wanted, data = read_key(key, base64_text), _value(value, base64_text)
+    wanted, data = read_key(key, base64_text), _value(session, value, base64_text)
 
     async def body(client: Client) -> Any:
         return await client.put(wanted, data, if_version=version, timeout=session.timeout)

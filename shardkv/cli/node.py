@@ -63,7 +63,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     """,
 )
 @_options
-@click.option("--config", metavar="FILE.toml", help="A TOML file with these settings.")
+@click.option("--config", metavar="FILE.toml", help="A TOML file with these settings; docs/quickstart.md shows one.")
 @click.option("--parent-pipe", type=int, hidden=True, help="End at once when this inherited pipe is closed.")
 def node(config: str | None, parent_pipe: int | None, **flags: Any) -> None:
     """Run one node in the foreground.
@@ -73,7 +73,6 @@ def node(config: str | None, parent_pipe: int | None, **flags: Any) -> None:
     or --join. Every option can also be given as SHARDKV_<OPTION> in the environment or in the TOML file; an option
     wins over the environment, the environment over the file.
     """
-    _open_standard_files()
     if parent_pipe is not None:
         _end_with_parent(parent_pipe)
     loaded = _load(flags, config or os.environ.get("SHARDKV_CONFIG"))
@@ -108,9 +107,8 @@ async def _run(config: NodeConfig) -> None:
 
 def _print_ready(name: str, address: str) -> None:
     """Say so on stdout. Where nobody can hear it, the node serves all the same."""
-    if sys.stdout is not None:
-        with contextlib.suppress(OSError):
-            sys.stdout.write(f"ready {name} {address}\n")
+    with contextlib.suppress(OSError):
+        sys.stdout.write(f"ready {name} {address}\n")
     let_go_of(sys.stdout)
 
 
@@ -147,19 +145,6 @@ def _signals(stop: trio.Event) -> Iterator[None]:
 def _end_in_time() -> None:
     tell(f"stopping took {STOP_SECONDS_MAX:g} s: the rest is in the log, and is made up for at the next start")
     os._exit(exits.DONE)
-
-
-def _open_standard_files() -> None:
-    """Where this process was given no stdin, stdout or stderr, give it one that goes nowhere.
-
-    Else the node's own files would take their numbers, and what a library tells on stderr would be in the log.
-    """
-    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(opened)
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
 def _end_with_parent(pipe: int) -> None:

@@ -70,7 +70,7 @@ def read_records(file: BinaryIO, file_format: str, offset: int = 0, line: int = 
 
 
 class _Lines:
-    """The lines of a file as text, with the offset and the count of those handed out."""
+    """The lines of a file as text, with the offset and the count of those handed out, without a byte order mark."""
 
     def __init__(self, file: BinaryIO, offset: int, line: int) -> None:
         self.offset = offset
@@ -86,14 +86,14 @@ class _Lines:
             if len(raw) > LINE_BYTES_MAX:
                 raise BadRecord(f"line {self.line}: longer than {LINE_BYTES_MAX:,} bytes, which no record is")
             try:
-                yield raw.decode("utf-8")
+                yield raw.decode("utf-8-sig" if self.line == 1 else "utf-8")
             except UnicodeDecodeError as problem:
                 raise BadRecord(f"line {self.line}: not UTF-8: {problem}") from None
 
 
 def _read_json_lines(lines: _Lines) -> Iterator[Record]:
     for content in lines:
-        if content.isspace():
+        if not content.strip():
             continue
         try:
             fields = json.loads(content)
@@ -112,10 +112,11 @@ def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
         header = next(csv.reader(top), [])
     except csv.Error as problem:
         raise BadRecord(f"line {top.line}: not CSV: {problem}") from None
-    if header:
-        header[0] = header[0].removeprefix("\ufeff")
     if "key" not in header and "key_base64" not in header:
         raise BadRecord(f"line 1: a CSV file starts with a header such as key,value; this is {header!r:.200}")
+    for name in CSV_COLUMNS:
+        if header.count(name) > 1:
+            raise BadRecord(f"line {top.line}: the header names {name} more than once")
     if resumed_at:
         file.seek(resumed_at)
     else:
@@ -134,10 +135,10 @@ def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
             raise BadRecord(f"line {lines.line}: {len(row)} fields under a header of {len(header)}")
         fields: dict[str, object] = dict(zip(header, row))
         for name in ("key", "value"):
-            if fields.get(name + BASE64_SUFFIX):
-                fields.pop(name, None)
-            elif fields.get(name + BASE64_SUFFIX) == "":
-                fields.pop(name + BASE64_SUFFIX)
+            # Of each pair the empty column is no field. Where both are filled the record is refused.
+            other = name if fields.get(name + BASE64_SUFFIX) else name + BASE64_SUFFIX
+            if fields.get(other) == "":
+                del fields[other]
         yield _record(fields, lines)
 
 

@@ -6,6 +6,7 @@ be reached in time, 4 outcome unknown, 130 interrupted. Commands raise; only thi
 
 import importlib
 import io
+import os
 import re
 import sys
 from typing import Any, Final
@@ -39,7 +40,7 @@ COMMANDS: Final[dict[str, str]] = {
 """Command name to ``module:attribute``, in the order that ``--help`` shows."""
 
 
-_NEGATIVE_NUMBER: Final = re.compile(r"-[0-9.]+")
+_NEGATIVE_NUMBER: Final = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class Example(click.Command):
@@ -58,7 +59,12 @@ class Example(click.Command):
         return super().parse_args(ctx, args)
 
     def _refuse_unknown(self, ctx: click.Context, args: list[str]) -> None:
-        options = {name: each for each in self.get_params(ctx) for name in (*each.opts, *each.secondary_opts)}
+        options = {
+            name: each
+            for each in self.get_params(ctx)
+            if isinstance(each, click.Option)
+            for name in (*each.opts, *each.secondary_opts)
+        }
         rest = iter(args)
         for typed in rest:
             if typed == "--":
@@ -66,11 +72,13 @@ class Example(click.Command):
             if not typed.startswith("-") or typed == "-" or _NEGATIVE_NUMBER.fullmatch(typed):
                 continue
             name, given, _ = typed.partition("=")
-            option = options.get(name)
+            option, short = options.get(name), options.get(typed[:2])
+            if option is None and short is not None and not short.is_flag:
+                continue  # its value stands right behind it
             if option is None:
                 hint = "What begins with - and is no option goes behind --."
                 raise click.NoSuchOption(name, f"No such option {name!r}. {hint}", options, ctx)
-            if not given and not (isinstance(option, click.Option) and option.is_flag):
+            if not given and not option.is_flag:
                 next(rest, None)  # its value
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -118,8 +126,7 @@ class Root(ExampleGroup):
             result = super().invoke(ctx)
             # What is still buffered may fail to be written, and that is this command's failure. In the shell it also
             # has to come before what the next command writes, be it below the text layer.
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
             return result
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
@@ -143,6 +150,7 @@ def shardkv() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Ends the process."""
+    _open_standard_files()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors=text.ESCAPES)
     try:
@@ -156,3 +164,17 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         let_go_of(sys.stdout)
         let_go_of(sys.stderr)
+
+
+def _open_standard_files() -> None:
+    """Where this process was given no stdin, stdout or stderr, give it one: what is written goes nowhere, and to read
+    is an error, since an empty value is not what was meant.
+
+    Else a node's own files would take their numbers, and what a library tells on stderr would be in the log.
+    """
+    while (opened := os.open(os.devnull, os.O_WRONLY)) <= 2:
+        pass
+    os.close(opened)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))

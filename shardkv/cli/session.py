@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, BinaryIO, Final, Protocol, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -44,6 +44,10 @@ class Session(Protocol):
         """Run ``body`` with a client. Errors come out as they were raised."""
         ...
 
+    def stdin(self) -> BinaryIO:
+        """What the command reads where ``-`` was typed. Raises a usage error where the prompt reads it."""
+        ...
+
 
 class OneShot:
     """A session of one command: connects, runs the body, closes."""
@@ -63,6 +67,9 @@ class OneShot:
             return trio.run(connected)
         except BaseExceptionGroup as group:
             raise leaf(group) from group
+
+    def stdin(self) -> BinaryIO:
+        return sys.stdin.buffer
 
 
 connect_option: Final = click.option(
@@ -112,11 +119,15 @@ def required(ctx: click.Context, addresses: str | None) -> str:
 class ShellSession:
     """The session of commands typed in the shell: bodies run in the shell's trio loop, over its open client.
 
-    ``run_in_loop`` is called in the shell's own thread and blocks until the body is done.
+    ``run_in_loop`` is called in the shell's own thread and blocks until the body is done. ``prompts`` says that lines
+    come from a prompt: a command that read stdin there could not be interrupted, and would take the next line.
     """
 
-    def __init__(self, run_in_loop: Callable[[Body[Any]], Any], timeout: float = TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self, run_in_loop: Callable[[Body[Any]], Any], timeout: float = TIMEOUT_SECONDS, *, prompts: bool = False
+    ) -> None:
         self._run_in_loop = run_in_loop
+        self._prompts = prompts
         self.timeout = timeout
 
     def run(self, body: Body[T]) -> T:
@@ -124,7 +135,15 @@ class ShellSession:
         return result
 
     def with_timeout(self, timeout: float | None) -> "ShellSession":
-        return self if timeout is None else ShellSession(self._run_in_loop, timeout)
+        return self if timeout is None else ShellSession(self._run_in_loop, timeout, prompts=self._prompts)
+
+    def stdin(self) -> BinaryIO:
+        if self._prompts:
+            raise click.UsageError(
+                "the prompt reads stdin itself; instead of - give the value or a file's name,"
+                " or use the command outside the shell"
+            )
+        return sys.stdin.buffer
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -133,7 +152,7 @@ base64_option = click.option("--base64", "base64_text", is_flag=True, help="Keys
 
 def all_shown() -> bool:
     """Whether stdout can hold every character."""
-    return sys.stdout is None or codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    return codecs.lookup(sys.stdout.encoding).name == "utf-8"
 
 
 def shown_json(value: object, *, compact: bool = False) -> str:

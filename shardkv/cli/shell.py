@@ -40,11 +40,11 @@ class _Exit(Exception):
 class Shell:
     """Runs lines. Lives in the shell's thread; only ``interrupt`` is called from the loop's."""
 
-    def __init__(self, client: Any, token: trio.lowlevel.TrioToken) -> None:
+    def __init__(self, client: Any, token: trio.lowlevel.TrioToken, *, prompts: bool = False) -> None:
         self._client = client
         self._token = token
         self._scope: trio.CancelScope | None = None
-        self.session = ShellSession(self._run_in_loop)
+        self.session = ShellSession(self._run_in_loop, prompts=prompts)
 
     def _run_in_loop(self, body: Body[Any]) -> Any:
         result = trio.from_thread.run(self._interruptible, body, trio_token=self._token)
@@ -88,8 +88,7 @@ class Shell:
         if name == "help":
             return _help(arguments)
         if name not in COMMANDS:
-            click.echo(f"Error: no command {name!r}; try help", err=True)
-            return exits.USAGE
+            return _no_command(name)
         full = [*ALIASES.get(name, (name,)), *arguments]
         try:
             result = root.main(full, prog_name="", standalone_mode=False, obj=self.session)
@@ -123,12 +122,19 @@ class Shell:
         return found
 
 
+def _no_command(name: str) -> int:
+    click.echo(f"Error: no command {name!r}; try help", err=True)
+    return exits.USAGE
+
+
 def _help(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
         full = [*ALIASES.get(arguments[0], (arguments[0],)), "--help"]
         with contextlib.suppress(click.exceptions.Exit):
             root.main(full, prog_name="", standalone_mode=False)
         return exits.DONE
+    if arguments and arguments[0] not in (*BUILT_IN, "quit"):
+        return _no_command(arguments[0])
     context = click.Context(root)
     click.echo("Commands (help COMMAND shows its options; ; separates commands, # begins a comment):")
     for name in COMMANDS:
@@ -248,7 +254,7 @@ async def serve(addresses: str, commands: str | None, banner: str) -> int:
     interactive = commands is None and sys.stdin.isatty() and sys.stdout.isatty()
     code = exits.INTERRUPTED
     async with session.connect(addresses) as client, trio.open_nursery() as nursery:
-        shell = Shell(client, trio.lowlevel.current_trio_token())
+        shell = Shell(client, trio.lowlevel.current_trio_token(), prompts=interactive)
 
         def work(_held: object = sys.stdin) -> int:
             # An interrupt leaves this thread waiting for stdin, which the end of the process must not close under it:

@@ -85,13 +85,17 @@ def show(data: bytes, base64_text: bool = False) -> str:
 
 
 def bytes_from_json(fields: Mapping[str, object], name: str) -> bytes | None:
-    """The inverse of :func:`shardkv.json_rules.json_field` for bytes; None when they are absent. Raises ValueError."""
-    encoded = fields.get(name + BASE64_SUFFIX)
+    """The inverse of :func:`shardkv.json_rules.json_field` for bytes; None when they are absent.
+
+    Raises ValueError, also where both forms are there: which one was meant nobody knows.
+    """
+    encoded, plain = fields.get(name + BASE64_SUFFIX), fields.get(name)
+    if encoded is not None and plain is not None:
+        raise ValueError(f"give {name} or {name}{BASE64_SUFFIX}, not both")
     if encoded is not None:
         if not isinstance(encoded, str):
             raise ValueError(f"{name}{BASE64_SUFFIX} must be text")
         return read(encoded, base64_text=True)
-    plain = fields.get(name)
     if plain is None:
         return None
     if not isinstance(plain, str):

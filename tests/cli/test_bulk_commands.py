@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.cli.fakes import FakeScan, World, world
 
 __all__ = ["world"]
 
+JSON_LINE = '{"key":"a","value":"1"}\n'
 PAIRS = st.lists(st.tuples(st.binary(min_size=1), st.binary()), min_size=1, max_size=20)
 
 
@@ -199,6 +201,17 @@ def test_an_import_that_cannot_note_its_progress_says_so_before_it_writes_a_key(
     assert world.client.data == {}
 
 
+@pytest.mark.parametrize("content", ["nonsense\n", '{"key":"a","value":"1"}\n'], ids=["a bad record", "no cluster"])
+def test_an_import_that_took_nothing_leaves_nothing_to_carry_on(world: World, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(content)
+    world.client.fail = errors.Unavailable("down")
+    result = world.run("import", str(path))
+    assert result.exit_code == (2 if content == "nonsense\n" else 3)
+    assert "--resume" not in result.stderr
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_batch_error_has_the_exit_code_of_its_cause(world: World, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"key":"a","value":"1"}\n')
@@ -221,8 +234,34 @@ def test_resuming_something_else_is_refused(world: World, tmp_path: Path) -> Non
     result = world.run("import", str(path), "--resume")
     assert result.exit_code == 2
     assert "another fingerprint; start anew without --resume" in result.stderr
-    path.with_name("in.jsonl.progress").write_text("{")
-    assert "damaged" in world.run("import", str(path), "--resume").stderr
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_damaged_note_of_the_progress_is_wrong_usage(world: World, tmp_path: Path, command: str) -> None:
+    path = tmp_path / "some.jsonl"
+    progress = path.with_name("some.jsonl.progress")
+    for number in range(10):
+        world.client.set(b"k%d" % number, b"v")
+    if command == "import":
+        assert world.run("export", str(path)).exit_code == 0
+    world.client.fail, world.client.fail_after = errors.Unavailable("no leader"), 2 if command == "import" else 7
+    assert world.run(command, str(path)).exit_code == 3
+    world.client.fail = None
+    saved = json.loads(progress.read_bytes())
+    state = {"offset", "count", "line" if command == "import" else "last_key_hex"}
+    damaged: list[object] = [[], None, 7, *({**saved, name: -1} for name in state)]
+    damaged += [{other: saved[other] for other in saved if other != name} for name in state]
+    damaged += [{**saved, "last_key_hex": "6g"}] if command == "export" else []
+    for content in ("", "{", "[" * 100_000, *map(json.dumps, damaged)):
+        progress.write_text(content)
+        result = world.run(command, str(path), "--resume")
+        assert f"{progress} is damaged; remove it to start anew" in result.stderr, content
+        assert result.exit_code == 2
+    progress.unlink()
+    progress.mkdir()
+    result = world.run(command, str(path), "--resume")
+    assert f"{progress} is damaged; remove it to start anew" in result.stderr
+    assert result.exit_code == 2
 
 
 def test_an_export_does_not_replace_a_file_unless_told(world: World, tmp_path: Path) -> None:
@@ -242,8 +281,16 @@ def test_streams_cannot_be_resumed(world: World) -> None:
 
 def test_an_import_reads_stdin(world: World) -> None:
     assert world.run("import", "-", input='{"key":"a","value":"1"}\n\n').exit_code == 0
-    assert world.run("import", "-", "--format", "csv", input="\ufeffkey,value\r\nb,2\r\n").exit_code == 0
-    assert {key: entry.value for key, entry in world.client.data.items()} == {b"a": b"1", b"b": b"2"}
+    assert {key: entry.value for key, entry in world.client.data.items()} == {b"a": b"1"}
+
+
+@pytest.mark.parametrize(
+    "file_format, content", [("csv", '"key",value\r\na,1\r\n'), ("jsonl", JSON_LINE), ("jsonl", "")]
+)
+def test_an_import_passes_over_a_byte_order_mark(world: World, file_format: str, content: str) -> None:
+    """As programs on Windows write it."""
+    assert world.run("import", "-", "--format", file_format, input="\ufeff" + content).exit_code == 0
+    assert list(world.client.data) == ([b"a"] if content else [])
 
 
 @pytest.mark.parametrize("file_format", records.FORMATS)
@@ -279,8 +326,20 @@ def test_an_import_reads_a_pipe(world: World, file_format: str) -> None:
         ("a.csv", b"key,value\na,1\nb\n", "line 3: 1 fields under a header of 2"),
         ("a.csv", b'key,value\na,1\n"b,2\n', "line 3: not CSV"),
         ("a.csv", b"key_base64,value\nYQ==,1\n?,2\n", "line 3:"),
+        (
+            "a.jsonl",
+            b'{"key":"a","value":"1"}\n{"key":"b","key_base64":"Yw==","value":"1"}\n',
+            "line 2: give key or key_base64, not both",
+        ),
+        (
+            "a.jsonl",
+            b'{"key":"a","value":"1"}\n{"key":"b","value":"","value_base64":"Yw=="}\n',
+            "line 2: give value or value_base64, not both",
+        ),
+        ("a.csv", b"key,key_base64,value\na,,1\nb,Yw==,1\n", "line 3: give key or key_base64, not both"),
+        ("a.csv", b"key,value,value_base64\na,1,\nb,2,Yw==\n", "line 3: give value or value_base64, not both"),
     ],
-    ids=range(11),
+    ids=range(15),
 )
 def test_a_bad_record_is_named_by_its_line_after_those_before_it_are_imported(
     world: World, tmp_path: Path, name: str, content: bytes, words: str
@@ -301,6 +360,34 @@ def test_a_csv_file_without_a_header_is_refused(world: World, tmp_path: Path) ->
     assert result.exit_code == 2
     assert "header" in result.stderr
     assert world.run("import", str(tmp_path / "absent")).exit_code == 2
+
+
+@pytest.mark.parametrize("twice", records.CSV_COLUMNS)
+def test_a_csv_header_that_names_a_column_twice_is_refused(world: World, tmp_path: Path, twice: str) -> None:
+    """One of the two was taken, and the other forgotten. Columns that no record has may be there more than once."""
+    path = tmp_path / "a.csv"
+    path.write_text(f"key,value,{twice},{twice}\na,1,YQ==,YQ==\n")
+    result = world.run("import", str(path))
+    assert result.exit_code == 2
+    assert f"line 1: the header names {twice} more than once" in result.stderr
+    assert not world.client.data
+    path.write_text("key,value,,\na,1,,\n")
+    assert world.run("import", str(path)).exit_code == 0
+
+
+@pytest.mark.parametrize("ending, packer", [("gz", "gzip"), ("ZST", "zstd"), ("bz2", "bzip2"), ("xz", "xz")])
+def test_the_name_of_a_packed_file_is_refused_with_the_pipe_that_does_it(
+    world: World, tmp_path: Path, ending: str, packer: str
+) -> None:
+    """An export wrote JSON lines into all.csv.gz, unpacked; an import said that line 1 is not UTF-8."""
+    path = tmp_path / f"it's all.csv.{ending}"
+    quoted = shlex.quote(str(path))
+    result = world.run("export", str(path))
+    assert (result.exit_code, path.exists()) == (2, False)
+    assert f"shardkv export - --format csv | {packer} > {quoted}" in result.stderr
+    result = world.run("import", str(path), "--format", "jsonl")
+    assert result.exit_code == 2
+    assert f"{packer} -dc {quoted} | shardkv import - --format jsonl" in result.stderr
 
 
 @pytest.mark.parametrize("file_format", records.FORMATS)

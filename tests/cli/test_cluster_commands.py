@@ -90,6 +90,15 @@ def test_operations_name_what_they_are_about(world: World) -> None:
     assert "there are 1 (n1), 2 (n2)" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["transfer {} n2", "snapshot {}"])
+def test_a_range_that_no_request_can_name_is_wrong_usage(world: World, command: str) -> None:
+    """The request could not be encoded, which showed as a bug."""
+    assert world.run("admin", *command.format((1 << 63) - 1).split()).exit_code == 0
+    world.client.addresses.clear()
+    assert world.run("admin", *command.format(1 << 63).split()).exit_code == 2
+    assert world.client.addresses == []
+
+
 def test_a_split_where_a_range_begins_already_is_the_clusters_answer(world: World) -> None:
     """DESIGN 2.2: 1 the cluster answered with an error, 2 wrong usage; a script that splits may be run again."""
     world.client.fail = errors.InvalidRange("there is a range that starts at this key already")

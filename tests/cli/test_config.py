@@ -1,6 +1,9 @@
 """A node's configuration: bounds, and flag over environment over file over default."""
 
 import dataclasses
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ from shardkv.config import (
 from shardkv.errors import ConfigError
 from shardkv_placement.settings import Settings
 
+QUICK_START = Path(__file__).parents[2] / "docs" / "quickstart.md"
 FLAGS = {"name": "n1", "data": "/data", "listen": "127.0.0.1:7001"}
 
 
@@ -94,6 +98,17 @@ def test_every_setting_can_come_from_each_of_the_three_sources() -> None:
             assert getattr(from_file, each.name) != getattr(default, each.name), each.name
 
 
+def test_the_file_in_the_quick_start_shows_every_setting_in_its_place() -> None:
+    """Nothing else says which table a setting belongs to."""
+    [example] = re.findall(r"```toml\n(.*?)```", QUICK_START.read_text(encoding="utf-8"), re.DOTALL)
+    config = load_node_config({}, {}, example, "n1.toml")
+    for section, settings in SECTIONS.items():
+        assert getattr(config, section) == settings(), f"not the defaults of {section}"
+    document = tomllib.loads(example)
+    names = {*document, *(name for section in SECTIONS for name in document[section])}
+    assert names - {*SECTIONS} == {*SETTINGS} - {"advertise", "join"}
+
+
 @pytest.mark.parametrize(
     "flags, variables, file, words",
     [
@@ -103,6 +118,8 @@ def test_every_setting_can_come_from_each_of_the_three_sources() -> None:
         ({}, {"SHARDKV_ADVERTISE": "h:0"}, None, ["advertise", "SHARDKV_ADVERTISE"]),
         ({}, {}, 'join = ["h:1", "h"]', ["join", "'h'", "join in node.toml"]),
         ({}, {"SHARDKV_TICK_MS": "0"}, None, ["tick_ms", "from 1 to", "SHARDKV_TICK_MS"]),
+        ({"tick_ms": "-5"}, {}, None, ["tick_ms", "from 1 to 10000, not -5", "--tick-ms"]),
+        ({"split_bytes": "-5MiB"}, {}, None, ["split_bytes", "from 16384 to", "not -5242880", "--split-bytes"]),
         ({}, {"SHARDKV_TICK_MS": "fast"}, None, ["tick_ms", "whole number", "SHARDKV_TICK_MS"]),
         ({}, {}, "[raft]\ntick_ms = true", ["tick_ms", "raft.tick_ms in node.toml"]),
         ({}, {}, "[raft]\ntick_ms = ", ["node.toml", "TOML"]),
@@ -115,6 +132,10 @@ def test_every_setting_can_come_from_each_of_the_three_sources() -> None:
         ({"name": "a b"}, {}, None, ["name", "'a b'", "--name"]),
         ({"data": "\0"}, {}, None, ["data", "path"]),
         ({"label": ["zone"]}, {}, None, ["label", "KEY=VALUE", "--label"]),
+        ({"label": ["=y"]}, {}, None, ["label", "no key in '=y'", "KEY=VALUE", "--label"]),
+        ({"label": ["zone="]}, {}, None, ["label", "no value in 'zone='", "KEY=VALUE"]),
+        ({"label": ["a b=c"]}, {}, None, ["label", "key of letters, digits", "not 'a b'"]),
+        ({"label": ["a=" + "b" * 128]}, {}, None, ["label", "at most 128 characters"]),
         ({"label": ["zone=a", "zone=b"]}, {}, None, ["label", "each key once"]),
         ({}, {}, "[label]\nzone = 3", ["label", "text", "label in node.toml"]),
         ({}, {"SHARDKV_BOOTSTRAP": "maybe"}, None, ["bootstrap", "true or false", "SHARDKV_BOOTSTRAP"]),

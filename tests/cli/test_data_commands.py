@@ -11,7 +11,7 @@ import pytest
 
 from shardkv import errors
 from shardkv.cli import text
-from shardkv.types import VALUE_BYTES_MAX
+from shardkv.types import TIMESTAMP_MAX, VALUE_BYTES_MAX
 from tests.cli.fakes import FIRST_VERSION, World, world
 from tests.cli.test_node_command import SECONDS
 
@@ -94,8 +94,11 @@ def test_negative_numbers_are_values_and_unknown_options_are_neither_keys_nor_va
     assert world.run("get", "temperature").stdout == "-5\n"
     assert world.run("put", "-3", "-4.5").exit_code == 0
     assert world.client.data[b"-3"].value == b"-4.5"
+    for number in ("-1e5", "-1.5E-7", "-.5", "-5."):
+        assert world.run("put", "number", number).exit_code == 0, number
+        assert world.client.data[b"number"].value == number.encode()
     before = dict(world.client.data)
-    for line in ("incr --raw", "incr --raw -5", "put --jason v", "put k -v", "get -x"):
+    for line in ("incr --raw", "incr --raw -5", "put --jason v", "put k -v", "get -x", "put k -...", "put k -1e"):
         typed = line.split()
         result = world.run(*typed)
         assert result.exit_code == 2, typed
@@ -204,6 +207,9 @@ def test_a_bug_shows_its_traceback(world: World) -> None:
         ["put", "a"],
         ["put", "a", r"\q"],
         ["cas", "a", "x", "1"],
+        ["cas", "a", str(TIMESTAMP_MAX + 1), "1"],
+        ["put", "a", "1", "--if-version", str(TIMESTAMP_MAX + 1)],
+        ["del", "a", "--if-version", str(TIMESTAMP_MAX + 1)],
         ["del", "a", "--if-version", "-1"],
         ["scan", "--limit", "-1"],
         ["get", "a", "--timeout", "0"],
@@ -263,6 +269,14 @@ def test_an_age_without_a_stale_read_is_wrong_usage(world: World, command: str) 
     assert "--consistency stale" in result.stderr
 
 
+def test_a_value_is_either_raw_or_in_a_document(world: World) -> None:
+    """It was raw, and --json was forgotten."""
+    world.client.set(b"a", b"1")
+    result = world.run("get", "a", "--json", "--raw")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--raw excludes --json" in result.stderr
+
+
 ENCODED = """
 import sys
 from contextlib import asynccontextmanager
@@ -300,3 +314,29 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped(command: list[str], encodi
         assert text.unescape(" ".join([key, *value])).decode() == "käse ä → 😀"
     else:
         assert ("∞" in shown) == (encoding == "utf-8")
+
+
+STDIN_CLOSED = "Error: [Errno 9] Bad file descriptor (OSError)\n"
+
+
+@pytest.mark.parametrize(
+    "command, closed, told, code",
+    [
+        ("put k -", "<&-", STDIN_CLOSED, 1),
+        ("import -", "<&-", STDIN_CLOSED, 1),
+        ("shell", "<&-", STDIN_CLOSED, 1),
+        ("get --raw käse", ">&-", "", 0),
+        ("get käse", ">&-", "", 0),
+        ("scan", ">&-", "", 0),
+        ("nodes", ">&-", "", 0),
+        ("leader", ">&-", "", 0),
+        ("export -", ">&-", "exported 1 keys\n", 0),
+        ("export -", "2>&-", "", 0),
+    ],
+)
+def test_a_command_without_a_standard_file_has_no_traceback(command: str, closed: str, told: str, code: int) -> None:
+    """What was not given cannot be read, not even as an empty value; what is written goes nowhere."""
+    line = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", ENCODED, *command.split()]
+    variables = {**os.environ, "PYTHONUTF8": "1", "SHARDKV_CONNECT": "n1:7001"}
+    done = subprocess.run(line, env=variables, input=b"", capture_output=True, timeout=SECONDS)
+    assert (done.stderr.decode(), done.returncode) == (told, code)

@@ -61,7 +61,8 @@ def test_a_node_takes_all_open_files_that_it_may_have(tmp_path: Path, processes:
 
 SPEAKING = """
 import structlog, sys
-from shardkv.cli.node import _log_to_stderr, _open_standard_files, _print_ready
+from shardkv.cli.node import _log_to_stderr, _print_ready
+from shardkv.cli.root import _open_standard_files
 _open_standard_files()
 heard = sys.stderr if sys.argv[1] == "stdout" else sys.stdout
 with _log_to_stderr("info"):

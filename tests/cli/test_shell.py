@@ -1,8 +1,10 @@
 """The shell over a fake client: -c, stdin lines, completion, interrupts, and a terminal's loop with prompt_toolkit."""
 
 import contextlib
+import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -60,6 +62,21 @@ def test_a_command_that_reads_stdin_gets_what_stands_behind_its_line(world: Worl
     assert world.client.data[b"c"].value == b"3"
 
 
+@pytest.mark.parametrize("command", ["put a -", "put a - --timeout 5", "cas a 0 -", "import -"])
+async def test_no_command_reads_stdin_where_a_person_types_the_lines(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt did not end it, and the next line became the value."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"key":"a","value":"1"}\n')))
+    client = FakeClient()
+    shell = Shell(client, trio.lowlevel.current_trio_token(), prompts=True)
+    assert await trio.to_thread.run_sync(shell.run_line, command) == 2
+    assert (
+        "instead of - give the value or a file's name, or use the command outside the shell" in capsys.readouterr().err
+    )
+    assert not client.data
+
+
 def test_a_line_of_stdin_that_is_not_utf8_means_its_bytes(world: World) -> None:
     assert world.run("shell", input=b"put \xff \xfe\r\n").exit_code == 0
     assert world.client.data[b"\xff"].value == b"\xfe"
@@ -71,6 +88,22 @@ def test_the_shell_takes_operations_without_admin(world: World) -> None:
     )
     assert "first key of a range" in world.run("shell", "-c", "help split").stdout
     assert world.run("shell", "-c", "help").exit_code == 0
+
+
+def test_commands_may_stand_right_behind_their_option(world: World) -> None:
+    """As in every program of the kind; it was told to be no option."""
+    result = world.run("shell", "-cput a 1; get a")
+    assert (result.exit_code, result.stdout.splitlines()[1:]) == (0, ["1"])
+    assert world.run("shell", "-hx").exit_code == 2, "an option without a value has none behind it either"
+
+
+def test_help_about_what_is_no_command_is_an_error(world: World) -> None:
+    result = world.run("shell", input="help bogus\nput a 1\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no command 'bogus'" in result.stderr
+    assert not world.client.data
+    for name in ("help", "exit", "quit"):
+        assert "exit          Leave the shell" in world.run("shell", "-c", f"help {name}").stdout
 
 
 def test_a_missing_address_is_wrong_usage(world: World) -> None:
@@ -237,12 +270,16 @@ def test_a_terminal_gets_a_prompt_results_and_a_history(tmp_path: Path) -> None:
         def until(words: bytes) -> None:
             nonlocal seen
             while words not in seen:
+                if not select.select([ours], [], [], SECONDS)[0]:
+                    child.kill()
+                    pytest.fail(f"the terminal shows no {words!r} but {seen!r}")
                 seen += os.read(ours, 4096)
             seen = seen[seen.index(words) + len(words) :]
 
         until(b"help lists the commands")
         for typed, answer in [
             (b"put a hello\r", b"467213411123200001"),
+            (b"put b -\r", b"or use the command outside the shell"),
             (b"get b\r", b"no such key: b"),
             (b"get a\r", b"hello"),
         ]:
