@@ -210,8 +210,8 @@ def leader_append_response(raft: Raft, message: Message) -> None:
     committed = log.committed
     if maybe_commit(raft):
         release_postponed_reads(raft)
-        # A change of the members is told at once: whoever has applied it needs other votes, or can do with fewer. A range
-        # that has grown from one voter could else elect nobody without that one until the next heartbeat.
+        # A change of the members is told at once: whoever has applied it needs other votes, or can do with fewer. A
+        # range that has grown from one voter could else elect nobody without that one until the next heartbeat.
         if raft.settings.commit_broadcast or committed < raft.pending_conf_index <= log.committed:
             broadcast_append(raft)
     elif sender != raft.id and raft.settings.commit_broadcast and peer.can_bump_commit(log.committed):
