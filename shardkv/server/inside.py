@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from shardkv.multiraft.catalog import Catalog
     from shardkv.multiraft.driver import Driver
     from shardkv.multiraft.maintenance import Maintenance
+    from shardkv.multiraft.snapshots import Snapshots
     from shardkv.server.clock_health import ClockHealth
     from shardkv.server.disk_health import DiskHealth
     from shardkv.server.listener import Listener
@@ -31,6 +32,7 @@ class Inside:
     driver: "Driver"
     hybrid_clock: "HybridClock"
     maintenance: "Maintenance"
+    snapshots: "Snapshots"
     splitter: "Splitter"
     placement: "PlacementService"
     pool: "PeerPool"

@@ -286,6 +286,7 @@ class _Node:
                     driver=self._driver,
                     hybrid_clock=self._hybrid_clock,
                     maintenance=self._maintenance,
+                    snapshots=self._snapshots,
                     splitter=self._splitter,
                     placement=self._placement,
                     pool=self._pool,

@@ -168,7 +168,7 @@ class Run:
         self._slow_bytes_per_second = determinism.seeded_random("snapshots", self.settings.seed).choice(SLOW_SNAPSHOTS)
 
         def slow(node: SimulatedNode, inside: Inside) -> None:
-            snapshots = inside.driver.snapshots
+            snapshots = inside.snapshots
             snapshots.send_pace = _SlowPace(
                 node.environment.clock, snapshots.send_pace.bytes_per_second, lambda: self._slow_bytes_per_second
             )
