@@ -63,6 +63,18 @@ class Epoch(NamedTuple):
     span: int
 
 
+class Fullness(IntEnum):
+    """How little room a node's disk has left, and so what the node takes on. See ``multiraft.space``."""
+
+    ROOMY = 0
+    SHORT = 1
+    """It takes everything, but others should lead."""
+    LOW = 2
+    """It refuses client writes that are not deletes."""
+    FULL = 3
+    """It refuses every client write, and data of other nodes' leaders."""
+
+
 class ReplicaRole(IntEnum):
     VOTER = 0
     LEARNER = 1

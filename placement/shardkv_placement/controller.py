@@ -8,7 +8,7 @@ asked; a new placement leader begins with a new controller and goes on with the 
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from shardkv.types import RangeId
+from shardkv.types import Fullness, RangeId
 from shardkv_placement.commands import AddOperator, AdvanceOperator, Command, FinishOperator
 from shardkv_placement.operators import Operator, Outcome, Request
 from shardkv_placement.schedulers import schedule, with_running
@@ -37,7 +37,7 @@ class _Seen(NamedTuple):
 
     ranges: Mapping[RangeId, RangeView]
     operators: Mapping[RangeId, Operator]
-    nodes: tuple[tuple[int, NodeState, bool, bool, bool], ...]
+    nodes: tuple[tuple[int, NodeState, bool, bool, Fullness], ...]
     settings: object
     at: float
 
@@ -122,8 +122,7 @@ class Controller:
             view.ranges,
             view.operators,
             tuple(
-                (node.node_id, node.state, node.draining, node.slow_disk, node.short_of_room)
-                for node in view.nodes.values()
+                (node.node_id, node.state, node.draining, node.slow_disk, node.fullness) for node in view.nodes.values()
             ),
             view.settings,
             view.now,

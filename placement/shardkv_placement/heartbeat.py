@@ -2,7 +2,7 @@
 
     heartbeat  [1, node_id, boot, sequence, since, address, full, draining, nodes_version,
                 [report, ...], [range_id, ...], [disk_total_bytes, disk_free_bytes, used_bytes],
-                slow_disk, short_of_room (what is false at the end is left out)]
+                slow_disk, fullness (left out where they are false and 0)]
                very many reports travel as the bytes of their array
     report     [range_id, membership, span, is_leader, term, bytes, [[replica_id, lag, active], ...]]
     reply      [1, full_wanted, nodes_version, [node, ...] | None, [[name, value], ...], [range_id, ...]]
@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 from shardkv import codec
 from shardkv.codec import malformed
-from shardkv.types import NodeId, RangeId, ReplicaId
+from shardkv.types import Fullness, NodeId, RangeId, ReplicaId
 from shardkv_placement import fields
 from shardkv_placement.operators import CATCH_UP_LAG_MAX
 from shardkv_placement.state import NODES_MAX
@@ -94,8 +94,8 @@ class Heartbeat:
     capacity: Capacity = NO_CAPACITY
     slow_disk: bool = False
     """Its log's syncs stall, so it gives its leaderships away and should not be given any."""
-    short_of_room: bool = False
-    """Its disk is so full that it will soon refuse writes: others should lead."""
+    fullness: Fullness = Fullness.ROOMY
+    """Nodes with more room should lead."""
 
 
 class NodeEntry(NamedTuple):
@@ -136,14 +136,21 @@ def encode(heartbeat: Heartbeat) -> list[Any]:
         reports if _items_of(heartbeat.ranges) <= PLAIN_ITEMS_MAX else codec.dumps(reports),
         list(heartbeat.removed),
         list(heartbeat.capacity),
-        *_flags(heartbeat),
+        *_health(heartbeat),
     ]
 
 
-def _flags(heartbeat: Heartbeat) -> list[bool]:
-    if heartbeat.short_of_room:
-        return [heartbeat.slow_disk, True]
+def _health(heartbeat: Heartbeat) -> list[bool | int]:
+    if heartbeat.fullness:
+        return [heartbeat.slow_disk, int(heartbeat.fullness)]
     return [True] if heartbeat.slow_disk else []
+
+
+def _fullness(value: Any) -> Fullness:
+    number = fields.integer(value, "a disk's fullness")
+    if number > max(Fullness):
+        raise malformed(f"there is no fullness {number}")
+    return Fullness(number)
 
 
 def decode(value: Any) -> Heartbeat:
@@ -182,7 +189,7 @@ def decode(value: Any) -> Heartbeat:
                 removed=_range_ids(removed, REPORTS_MAX),
                 capacity=Capacity(*numbers),
                 slow_disk=len(health) > 0 and fields.flag(health[0], "slow disk"),
-                short_of_room=len(health) > 1 and fields.flag(health[1], "short of room"),
+                fullness=_fullness(health[1]) if len(health) > 1 else Fullness.ROOMY,
             )
     raise malformed(f"not a heartbeat: {value!r:.200}")
 
@@ -339,7 +346,7 @@ class Reporter:
         draining: bool = False,
         capacity: Capacity = NO_CAPACITY,
         slow_disk: bool = False,
-        short_of_room: bool = False,
+        fullness: Fullness = Fullness.ROOMY,
     ) -> Heartbeat:
         """The next heartbeat; each has a number of its own, whether it arrives or not."""
         self._sequence += 1
@@ -358,7 +365,7 @@ class Reporter:
             removed=() if full else tuple(self._removed),
             capacity=capacity,
             slow_disk=slow_disk,
-            short_of_room=short_of_room,
+            fullness=fullness,
         )
 
     def acknowledged(self, heartbeat: Heartbeat, reply: HeartbeatReply) -> None:

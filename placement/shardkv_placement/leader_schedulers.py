@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from shardkv.types import PLACEMENT_RANGE, NodeId
+from shardkv.types import PLACEMENT_RANGE, Fullness, NodeId
 from shardkv_placement.operators import (
     LEADER_KINDS,
     Operator,
@@ -36,9 +36,11 @@ def drain_leaders(view: ClusterView) -> tuple[Operator, ...]:
         source = None if range_view.leader is None else view.nodes.get(range_view.leader)
         if source is None or not source.live or not (source.draining or source.short_of_room):
             continue
-        if len(found) >= OPERATORS_PER_ROUND_MAX or not leads.room(source.node_id):
+        if len(found) >= OPERATORS_PER_ROUND_MAX:
             break
-        target = _drain_target(view, range_view, leads, roomless=source.draining)
+        if not leads.room(source.node_id):
+            continue
+        target = _drain_target(view, range_view, leads)
         if target is not None:
             reason = f"node {source.node_id} is {'draining' if source.draining else 'short of room'}"
             leads.move(source.node_id, target)
@@ -75,7 +77,8 @@ def why_not(view: ClusterView, range_view: RangeView) -> str:
     for node in view.nodes.values():
         if node.node_id == source:
             continue
-        obstacle = _target_obstacle(range_view, node) or _cooldown(view, range_view)
+        fullness_max = view.nodes[source].fullness
+        obstacle = _target_obstacle(range_view, node, fullness_max) or _cooldown(view, range_view)
         mine, theirs = leads.counts.get(source, 0), leads.counts.get(node.node_id, 0)
         if obstacle is None and mine - theirs < DIFFERENCE_MIN:
             obstacle = f"it leads {theirs} ranges and node {source} leads {mine}: too even to move"
@@ -165,22 +168,24 @@ def _movable(view: ClusterView, leads: Leads, source: NodeId, target: NodeId) ->
     for range_view in leads.led.get(source, ()):
         if (
             _range_obstacle(view, range_view) is None
-            and _target_obstacle(range_view, node) is None
+            and _target_obstacle(range_view, node, view.nodes[source].fullness) is None
             and _cooldown(view, range_view) is None
         ):
             yield range_view
 
 
-def _drain_target(view: ClusterView, range_view: RangeView, leads: Leads, *, roomless: bool) -> NodeId | None:
-    """Who is to lead instead; ``roomless``: rather a node without room than none, for it still serves reads."""
+def _drain_target(view: ClusterView, range_view: RangeView, leads: Leads) -> NodeId | None:
+    """Who is to lead instead. Of a node that stops rather one without room than none, for that still serves reads; of
+    one that is short of room only one with more, so that nothing comes back."""
     if _range_obstacle(view, range_view) is not None:
         return None
+    assert range_view.leader is not None, "drained without a leader"
+    source = view.nodes[range_view.leader]
+    fullness_max = max(Fullness) if source.draining else source.fullness - 1
     targets = [
-        (node.short_of_room, leads.counts[node.node_id], node.node_id)
+        (node.fullness, leads.counts[node.node_id], node.node_id)
         for node in view.nodes.values()
-        if node.node_id != range_view.leader
-        and _target_obstacle(range_view, node, roomless=roomless) is None
-        and leads.room(node.node_id)
+        if node is not source and _target_obstacle(range_view, node, fullness_max) is None and leads.room(node.node_id)
     ]
     return min(targets)[2] if targets else None
 
@@ -200,7 +205,7 @@ def _range_obstacle(view: ClusterView, range_view: RangeView) -> str | None:
     return None
 
 
-def _target_obstacle(range_view: RangeView, node: NodeView, *, roomless: bool = False) -> str | None:
+def _target_obstacle(range_view: RangeView, node: NodeView, fullness_max: int) -> str | None:
     """Why a node cannot become the range's leader."""
     if not node.live:
         return f"it is {node.state.value}"
@@ -208,7 +213,7 @@ def _target_obstacle(range_view: RangeView, node: NodeView, *, roomless: bool = 
         return "it is draining"
     if node.slow_disk:
         return "its disk is slow"
-    if node.short_of_room and not roomless:
+    if node.fullness > fullness_max:
         return "its disk is nearly full"
     if not range_view.has_voter_on(node.node_id):
         return "it holds no voter of the range"

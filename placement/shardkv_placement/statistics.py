@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from shardkv.errors import Busy, NotFound, WrongCluster
-from shardkv.types import NodeId, RangeId
+from shardkv.types import Fullness, NodeId, RangeId
 from shardkv_placement.heartbeat import (
     DESCRIPTORS_WANTED_MAX,
     NO_CAPACITY,
@@ -58,7 +58,7 @@ class _Heard:
     full: bool = False
     draining: bool = False
     slow_disk: bool = False
-    short_of_room: bool = False
+    fullness: Fullness = Fullness.ROOMY
     capacity: Capacity = NO_CAPACITY
     ranges: dict[RangeId, RangeReport] = field(default_factory=dict)
 
@@ -128,14 +128,14 @@ class Statistics:
                 self._claim(node_id, report)
         for range_id in heartbeat.removed:
             self._remove(node_id, heard, range_id)
-        now_said = (heartbeat.draining, heartbeat.slow_disk, heartbeat.short_of_room, heartbeat.capacity)
-        if now_said != (heard.draining, heard.slow_disk, heard.short_of_room, heard.capacity):
+        now_said = (heartbeat.draining, heartbeat.slow_disk, heartbeat.fullness, heartbeat.capacity)
+        if now_said != (heard.draining, heard.slow_disk, heard.fullness, heard.capacity):
             self.revision += 1
         heard.sequence = heartbeat.sequence
         heard.at = now
         heard.draining = heartbeat.draining
         heard.slow_disk = heartbeat.slow_disk
-        heard.short_of_room = heartbeat.short_of_room
+        heard.fullness = heartbeat.fullness
         heard.capacity = heartbeat.capacity
 
     def _claim(self, node_id: NodeId, report: RangeReport) -> None:
@@ -213,9 +213,9 @@ class Statistics:
         heard = self._heard.get(node_id)
         return heard is not None and heard.slow_disk
 
-    def short_of_room(self, node_id: NodeId) -> bool:
+    def fullness(self, node_id: NodeId) -> Fullness:
         heard = self._heard.get(node_id)
-        return heard is not None and heard.short_of_room
+        return Fullness.ROOMY if heard is None else heard.fullness
 
     def capacity(self, node_id: NodeId) -> Capacity:
         heard = self._heard.get(node_id)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from shardkv.types import NodeId, RangeDescriptor, RangeId, ReplicaId, ReplicaRole
+from shardkv.types import Fullness, NodeId, RangeDescriptor, RangeId, ReplicaId, ReplicaRole
 from shardkv_placement.fields import Labels
 from shardkv_placement.heartbeat import NO_CAPACITY, Capacity, Progress
 from shardkv_placement.operators import FinishedOperator, Operator, OperatorKind
@@ -39,12 +39,16 @@ class NodeView:
     capacity: Capacity = NO_CAPACITY
     slow_disk: bool = False
     """Its log's syncs stall: it gives its leaderships away itself, and is given none."""
-    short_of_room: bool = False
-    """Its disk is nearly full: its leaderships are given to nodes with room, and it is given none."""
+    fullness: Fullness = Fullness.ROOMY
+    """Its leaderships are given to nodes with more room, and it is given none of theirs."""
 
     @property
     def live(self) -> bool:
         return self.state is NodeState.LIVE
+
+    @property
+    def short_of_room(self) -> bool:
+        return self.fullness is not Fullness.ROOMY
 
     @property
     def gone(self) -> bool:
@@ -155,7 +159,7 @@ class ViewBuilder:
                 heard_at=statistics.heard_at(record.node_id),
                 capacity=statistics.capacity(record.node_id),
                 slow_disk=statistics.slow_disk(record.node_id),
-                short_of_room=statistics.short_of_room(record.node_id),
+                fullness=statistics.fullness(record.node_id),
             )
             for record in sorted(state.nodes.values(), key=lambda each: each.node_id)
         }

@@ -10,7 +10,8 @@ of room: it still does, and says so to the placement leader, which gives its lea
 while there are such nobody is refused anything. Below ``free_bytes_min`` it is *low*: it refuses writes, but not
 deletes, since they are how a user makes room. Below half of that, or once a call has failed for lack of room, it is
 *full*: it refuses deletes too, and takes no client data from other nodes' leaders. It leaves a state only when there is
-a quarter more than the state's bound, so that it does not flicker.
+a quarter more than the state's bound, and counts as roomy only with three times ``free_bytes_min``, so that it does not
+flicker.
 """
 
 from dataclasses import replace
@@ -18,8 +19,11 @@ from typing import Final
 
 from shardkv.errors import OutOfSpace
 from shardkv.raft.messages import EntryType, Message, MessageType
+from shardkv.types import Fullness
 
 SHORT_FRACTION: Final = 1.5
+ROOMY_FRACTION: Final = 3.0
+"""To leave that state: its leaderships come back then, and a flush or a compaction takes and gives some hundred MiB."""
 FULL_FRACTION: Final = 0.5
 LEAVE_FRACTION: Final = 1.25
 _MIB: Final = 1024 * 1024
@@ -61,13 +65,20 @@ class Space:
             self._judge()
 
     def _judge(self) -> None:
-        self.full = bool(self._failed) or self._below(FULL_FRACTION, stay=self.full)
-        self.low = self.full or self._below(1, stay=self.low)
-        self.short = self.low or self._below(SHORT_FRACTION, stay=self.short)
+        self.full = bool(self._failed) or self._below(FULL_FRACTION * (LEAVE_FRACTION if self.full else 1))
+        self.low = self.full or self._below(LEAVE_FRACTION if self.low else 1)
+        self.short = self.low or self._below(ROOMY_FRACTION if self.short else SHORT_FRACTION)
 
-    def _below(self, fraction: float, *, stay: bool) -> bool:
-        bound = self._free_bytes_min * fraction * (LEAVE_FRACTION if stay else 1)
-        return self._free_bytes is not None and self._free_bytes < bound
+    def _below(self, fraction: float) -> bool:
+        return self._free_bytes is not None and self._free_bytes < self._free_bytes_min * fraction
+
+    @property
+    def fullness(self) -> Fullness:
+        if self.full:
+            return Fullness.FULL
+        if self.low:
+            return Fullness.LOW
+        return Fullness.SHORT if self.short else Fullness.ROOMY
 
     def refusal(self) -> OutOfSpace:
         """What a client is told whose write is refused."""

@@ -315,7 +315,7 @@ class _Node:
             timing=timing,
             make_extension=lambda range_id: self._extension,
             promise_note=self._directory.promise,
-            reluctant=self._disk_health.is_slow,
+            reluctant=self._reluctant,
         )
         self._look_for_the_data()
         if mine.node_id == FIRST_NODE:
@@ -515,6 +515,10 @@ class _Node:
                 self._log.error("the data directory could not be marked as an old copy", reason=str(error))
 
     # What the parts tell each other
+
+    def _reluctant(self) -> bool:
+        """Whether others should lead what this node could: its disk is slow, or it would refuse what clients write."""
+        return self._disk_health.is_slow() or self._driver.space.low
 
     def _on_leadership(self, replica: Replica) -> None:
         self._placement.leadership_changed(replica)

@@ -44,6 +44,8 @@ TASKS_MAX: Final = 256
 OUTCOME_SECONDS: Final = 8.0
 """How long a proposal's outcome is waited for."""
 TRANSFER_SECONDS: Final = 3.0
+HEARD_SECONDS: Final = 1.0
+"""How long an answer of the node that is to take over is waited for; it answers several heartbeats in that time."""
 POLL_SECONDS: Final = 0.02
 _LISTINGS: Final = frozenset((Method.ROUTES, Method.NODES, Method.STATUS, Method.RANGES, Method.NODE_STATUS))
 """What may be asked again: for want of room for its answer it is told Busy."""
@@ -177,6 +179,15 @@ class Operations:
             raise RequestError(f"node {node_id} holds no voter of range {range_id}; `ranges` shows who does")
         if target.replica_id == replica.replica_id:
             return
+        # What it has not answered lately it may answer in a moment: the leader counts anew in each election timeout.
+        with self._clock.deadline(HEARD_SECONDS):
+            while not _is_heard(replica, target.replica_id):
+                await self._clock.sleep(POLL_SECONDS)
+        if not _is_heard(replica, target.replica_id):
+            # It could not take over, and meanwhile the range would take no writes.
+            raise RequestError(
+                f"the leader of range {range_id} has not heard of node {node_id} lately; `nodes` shows its state"
+            )
         replica.raft.transfer_leader(target.replica_id)
         self._driver.touch(replica)
         with self._clock.deadline(TRANSFER_SECONDS):
@@ -216,12 +227,18 @@ class Operations:
         return await reply.wait(self._clock, OUTCOME_SECONDS)
 
 
+def _is_heard(replica: Replica, replica_id: int) -> bool:
+    """Whether it has answered its leader, which this replica is, lately."""
+    peer = replica.raft.status().progress.get(replica_id)
+    return peer is not None and peer.recent_active
+
+
 def _follows_closely(replica: Replica, replica_id: int) -> bool:
     """Whether it answers, and has the range's data but for the last few entries."""
-    peer = replica.raft.status().progress.get(replica_id)
-    if peer is None or not peer.recent_active:
+    if not _is_heard(replica, replica_id):
         return False
-    return peer.match > 0 and replica.raft.last_index - peer.match <= CATCH_UP_LAG_MAX
+    match = replica.raft.status().progress[replica_id].match
+    return match > 0 and replica.raft.last_index - match <= CATCH_UP_LAG_MAX
 
 
 def _membership_changes(

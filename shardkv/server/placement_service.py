@@ -200,7 +200,7 @@ class PlacementService:
                 draining=self.draining,
                 capacity=self._capacity(),
                 slow_disk=self.slow_disk(),
-                short_of_room=self._driver.space.short,
+                fullness=self._driver.space.fullness,
             )
             try:
                 answer = await self.call(

@@ -319,6 +319,24 @@ def test_an_admin_call_whose_leader_gave_up_after_logging_it_may_have_been_carri
         world.run(world.admin(Method.SPLIT, b"x", key=b"k", timeout=2.0))
 
 
+def test_the_list_of_nodes_is_asked_for_again_while_somebody_is_there_to_ask():
+    """A cluster grows, and then loses every node that the client was told of: nobody would be left to ask."""
+    world = World(nodes=2, seeds=[1])
+    world.run(world.put(b"k", b"v"))
+    seconds = world.core.settings.nodes_refresh_seconds
+    for number in range(1, 5):
+        world.pass_time(seconds + 1)
+        asked = len(world.requests_to(1, Method.NODES)) + len(world.requests_to(2, Method.NODES))
+        assert asked == number + 1
+    world.down = {1, 2}
+    world.crash(1)
+    world.crash(2)
+    world.pass_time(3 * seconds)
+    world.down = set()
+    world.run(world.put(b"k", b"w"))
+    world.core.check()
+
+
 def test_all_seeds_are_tried_until_one_answers():
     world = World(seeds=[1, 2, 3])
     world.down = {1, 2}

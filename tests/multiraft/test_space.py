@@ -30,11 +30,15 @@ def test_a_node_is_low_below_the_bound_and_full_below_half_and_leaves_both_a_qua
 def test_a_node_is_short_of_room_before_it_refuses_anything() -> None:
     space = Space(100 * MIB)
     found = []
-    for free in (150, 149, 150, 187, 188, 99, 125, 188):
+    for free in (150, 149, 150, 299, 300, 99, 125, 299, 300):
         states(space, free)
         found.append(space.short)
-    assert found == [False, True, True, True, False, True, True, False]
-    assert not space.low
+    assert found == [False, True, True, True, False, True, True, True, False]
+    found_fullness = []
+    for free in (150, 149, 99, 49, 62, 63, 125, 300):
+        states(space, free)
+        found_fullness.append(space.fullness)
+    assert found_fullness == [0, 1, 2, 3, 3, 2, 1, 0]
 
 
 def test_a_call_that_failed_counts_until_it_succeeds_however_much_is_free() -> None:

@@ -6,14 +6,16 @@ from types import MappingProxyType
 import pytest
 
 from shardkv.errors import MalformedRequest
-from shardkv.types import NodeId
+from shardkv.types import Fullness, NodeId
 from shardkv_placement import heartbeat
 from shardkv_placement.heartbeat import Reporter
 from shardkv_placement.leader_schedulers import balance_leaders, drain_leaders, why_not
 from shardkv_placement.operators import Operator, TransferLeader
 from shardkv_placement.replica_schedulers import place_replicas
 from shardkv_placement.view import ClusterView
-from tests.placement.worlds import a_view, short
+from tests.placement.worlds import a_view, filled, short
+
+SHORT, LOW, FULL = Fullness.SHORT, Fullness.LOW, Fullness.FULL
 
 
 def slow(view: ClusterView, *ids: int) -> ClusterView:
@@ -52,10 +54,10 @@ def test_a_heartbeat_says_that_the_disk_is_slow_and_says_nothing_of_one_that_is_
     assert len(heartbeat.encode(well)) == 12
     for beat in (well, sick):
         assert heartbeat.decode(heartbeat.encode(beat)) == beat
-    short_too = reporter.heartbeat(short_of_room=True)
-    for beat in (short_too, reporter.heartbeat(slow_disk=True, short_of_room=True)):
-        assert heartbeat.decode(heartbeat.encode(beat)) == beat
-    for more in (["yes"], [True, "yes"], [True, True, True]):
+    for fullness in Fullness:
+        for beat in (reporter.heartbeat(fullness=fullness), reporter.heartbeat(slow_disk=True, fullness=fullness)):
+            assert heartbeat.decode(heartbeat.encode(beat)) == beat
+    for more in (["yes"], [True, "yes"], [True, True], [True, 4], [True, -1], [True, 1, 1]):
         with pytest.raises(MalformedRequest):
             heartbeat.decode([*heartbeat.encode(well), *more])
 
@@ -71,10 +73,28 @@ def test_every_leadership_leaves_a_node_that_is_short_of_room_for_those_that_hav
     assert moves(drain_leaders(short(view, 1, 3))) == {1: 2, 2: 2, 3: 2}
 
 
-def test_leaderships_stay_where_no_node_has_more_room() -> None:
+def test_leaderships_stay_where_no_node_has_more_room_and_are_evened_out_there() -> None:
     view = short(a_view(nodes=3, ranges=FOUR), 1, 2, 3)
     assert moves(drain_leaders(view)) == {}
-    assert balance_leaders(view) == ()
+    assert set(moves(balance_leaders(view)).values()) == {3}
+
+
+def test_a_node_that_refuses_writes_leads_nothing_while_others_take_them_however_little_room_they_have() -> None:
+    """Else all gathers on the node that was the last to have room, and stays there when that has none either."""
+    view = filled(a_view(nodes=3, ranges=FOUR), {1: LOW, 2: SHORT, 3: SHORT})
+    assert moves(drain_leaders(view)) == {1: 3, 2: 2, 3: 3}
+    assert set(moves(balance_leaders(filled(view, {1: SHORT, 2: SHORT, 3: LOW}))).values()) <= {2}
+    view = filled(view, {1: FULL, 2: LOW, 3: LOW})
+    assert len(drain_leaders(view)) == 3
+    assert moves(drain_leaders(filled(view, {1: LOW, 2: LOW, 3: FULL}))) == {}
+
+
+def test_a_node_whose_transfers_are_all_under_way_holds_up_no_other_nodes() -> None:
+    ranges = dict.fromkeys(range(1, 9), "1* 3 4") | dict.fromkeys(range(9, 17), "2* 5 6")
+    view = short(a_view(nodes=6, ranges=ranges), 1, 2)
+    most = view.settings.transfers_per_node_max
+    assert most < 8
+    assert sorted(moves(drain_leaders(view))) == [*range(1, 1 + most), *range(9, 9 + most)]
 
 
 def test_no_leadership_and_no_replica_is_given_to_a_node_that_is_short_of_room() -> None:

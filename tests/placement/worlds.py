@@ -16,6 +16,7 @@ from shardkv.types import (
     FIRST_RANGE,
     PLACEMENT_RANGE,
     Epoch,
+    Fullness,
     KeyRange,
     Member,
     NodeId,
@@ -108,7 +109,12 @@ def a_view(
 
 def short(view: ClusterView, *ids: int) -> ClusterView:
     """The same view with the disks of these nodes nearly full."""
-    nodes = {key: replace(node, short_of_room=key in ids) for key, node in view.nodes.items()}
+    return filled(view, dict.fromkeys(ids, Fullness.SHORT))
+
+
+def filled(view: ClusterView, fullness: Mapping[int, Fullness]) -> ClusterView:
+    """The same view with so full disks."""
+    nodes = {key: replace(node, fullness=fullness.get(key, Fullness.ROOMY)) for key, node in view.nodes.items()}
     return replace(view, nodes=MappingProxyType(nodes))
 
 

@@ -1,5 +1,6 @@
 """Handing over leaderships at a stop."""
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,9 @@ class Group:
             }
         )
 
+    def node_of(self, replica_id: int) -> int:
+        return replica_id * 10
+
     def transfer_leader(self, target: int) -> None:
         self.offers.append(target)
         self.leads = target != 3
@@ -35,7 +39,7 @@ def test_who_declines_a_leadership_is_not_asked_again_before_the_others() -> Non
     group = Group()
     driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas={1: group}), touch=lambda replica: None)
     asked: dict[Any, set[int]] = {}
-    while _transfer_all(driver, asked):
+    while _transfer_all(driver, asked, Counter()):
         assert len(group.offers) < 5
     assert group.offers == [2, 3]
 
@@ -46,5 +50,18 @@ def test_where_all_have_declined_all_are_asked_again() -> None:
     driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas={1: group}), touch=lambda replica: None)
     asked: dict[Any, set[int]] = {}
     for _ in range(6):
-        assert _transfer_all(driver, asked)
+        assert _transfer_all(driver, asked, Counter())
     assert sorted(group.offers[:2]) == sorted(group.offers[2:4]) == [2, 3]
+
+
+def test_leaderships_that_several_could_take_go_to_each_of_them_in_turn() -> None:
+    groups = {}
+    for number in range(1, 5):
+        groups[number] = group = Group()
+        group.range_id = number
+        group.transfer_leader = group.offers.append  # type: ignore[method-assign]
+        peers = {replica_id: SimpleNamespace(match=9, recent_active=True, is_learner=False) for replica_id in (1, 2, 3)}
+        group.status = lambda peers=peers: SimpleNamespace(progress=peers)  # type: ignore[method-assign, misc]
+    driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas=groups), touch=lambda replica: None)
+    assert _transfer_all(driver, {}, Counter())
+    assert sorted(offer for group in groups.values() for offer in group.offers) == [2, 2, 3, 3]

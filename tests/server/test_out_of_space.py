@@ -4,7 +4,7 @@ DESIGN 4.11. The disks are simulated, so is time; ``tests/cluster/test_full_disk
 system without room.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -163,6 +163,62 @@ def test_a_node_short_of_room_leads_nothing_while_others_have_room_and_no_write_
                 node.check()
 
     simulated(main, seed=3)
+
+
+KEYS = [b"k%02d" % number for number in range(9)]
+
+
+async def spread(cluster: Cluster, kv: Client) -> None:
+    """A range for each key, led by three nodes."""
+    for key in KEYS[1:]:
+        await cluster.ask(kv, Method.SPLIT, key, key=key)
+    await until(cluster, lambda: min(len(led(node)) for node in cluster.nodes.values()) >= len(KEYS) // 3)
+
+
+async def until(cluster: Cluster, holds: Callable[[], bool]) -> None:
+    with trio.fail_after(60):
+        while not holds():
+            await cluster.sleep(0.5)
+
+
+def led(node: SimulatedNode) -> list[int]:
+    return [int(each.range_id) for each in node.inside.catalog.replicas.values() if each.leads]
+
+
+def test_writes_go_to_nodes_that_take_them_however_short_of_room_they_are() -> None:
+    """Two nodes are short of room, so the third leads all; then that refuses writes, and the two are still short."""
+
+    async def main() -> None:
+        async with world(3, seed=4, storage=STORAGE) as cluster, cluster.client() as kv:
+            await spread(cluster, kv)
+            first, second, third = cluster.nodes.values()
+            for node in (first, second):
+                leave(node, FREE_BYTES_MIN + FREE_BYTES_MIN // 4)
+            await until(cluster, lambda: not led(first) and not led(second))
+            leave(third, FREE_BYTES_MIN * 3 // 4)
+            await until(cluster, lambda: not led(third))
+            for key in KEYS:
+                await kv.put(key, b"taken")
+            assert {node.inside.driver.space.fullness for node in (first, second)} == {1}
+
+    simulated(main, seed=4)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_node_that_refuses_writes_takes_over_nothing_while_another_takes_them(how: str) -> None:
+    async def main() -> None:
+        async with world(3, seed=5, storage=STORAGE) as cluster, cluster.client() as kv:
+            await spread(cluster, kv)
+            going, _, third = cluster.nodes.values()
+            leave(third, FREE_BYTES_MIN * 3 // 4)
+            await until(cluster, lambda: not led(third))
+            await (going.shut_down() if how == "stop" else going.kill())
+            for _ in range(20):
+                for key in KEYS:
+                    await kv.put(key, b"taken")
+                await trio.sleep(0.1)
+
+    simulated(main, seed=5)
 
 
 LOW, FULL, NOTHING = FREE_BYTES_MIN * 3 // 4, FREE_BYTES_MIN // 4, 0

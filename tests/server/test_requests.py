@@ -378,6 +378,24 @@ async def test_a_message_of_a_term_far_ahead_costs_a_range_nothing(autojump_cloc
         assert replica.leads
 
 
+async def test_a_leadership_is_not_offered_to_a_node_that_is_gone(autojump_clock: MockClock) -> None:
+    """Meanwhile the range would take no writes, and its leader would have no lease for the rest of its term."""
+    async with world(3) as cluster, cluster.client() as kv:
+        leader = await cluster.leader_of(kv, b"k")
+        gone = next(node for node in cluster.nodes.values() if node is not leader)
+        target = gone.inside.catalog.node_id
+        await gone.power_off()
+        await cluster.sleep(2)
+        with pytest.raises(RequestError, match="not heard of node"):
+            await kv.call(Method.TRANSFER, 1, int(target), range_id=1)
+        replica = leader.inside.catalog.replicas[RangeId(1)]
+        assert replica.raft.lease_valid(leader.environment.clock.monotonic_ns())
+        await gone.start()
+        await cluster.sleep(2)
+        await kv.call(Method.TRANSFER, 1, int(target), range_id=1)
+        assert gone.inside.catalog.replicas[RangeId(1)].leads
+
+
 async def test_a_replica_gets_no_vote_before_it_follows(autojump_clock: MockClock) -> None:
     """Whatever whoever asks has last heard of it."""
     async with world(1) as cluster:

@@ -48,3 +48,18 @@ async def test_acknowledged_writes_survive_all_nodes_losing_power_at_once(autoju
             entry = await kv.get(b"key%d" % number)
             assert entry is not None, number
             assert entry.value == b"value%d" % number
+
+
+async def test_a_client_of_the_first_node_goes_on_without_it_once_the_cluster_has_grown(
+    autojump_clock: MockClock,
+) -> None:
+    """It was told of one node when it began, and nothing that it did since showed it the others."""
+    async with world(1) as cluster, cluster.client("n1") as kv:
+        await kv.put(b"k", b"v")
+        for name in ("n2", "n3"):
+            await cluster.add(name).start()
+        await cluster.grown()
+        await cluster.sleep(60)
+        await kv.put(b"k", b"w")
+        await cluster.nodes["n1"].power_off()
+        await kv.put(b"k", b"x", timeout=5)

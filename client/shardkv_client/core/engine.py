@@ -338,6 +338,7 @@ class Core:
         self._saw(welcome.timestamp, now)
         if not self.links.nodes:
             self.router.want_nodes(now)
+        self.router.refresh_nodes(now)
         waiting, link.peer.waiting = link.peer.waiting, []
         self.ledger.requeue(waiting)
         self._retry_anywhere(now)

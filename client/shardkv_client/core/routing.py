@@ -227,10 +227,18 @@ class Router:
     def nodes_listed(self, call: AdminCall, now: float) -> None:
         """The list of nodes came, or did not."""
         self._asking_nodes = False
+        self._timers.at(now + self._settings.nodes_refresh_seconds, self.refresh_nodes)
         if call.error is None:
             self._links.learn_nodes(call.result)
             for route in list(self._blocked):
                 self._release(route)
+
+    def refresh_nodes(self, now: float) -> None:
+        """Ask again where the nodes are, if that is long ago and there is somebody to ask; else when there is."""
+        asked_at = self._nodes_asked_at
+        old = asked_at is None or now >= asked_at + self._settings.nodes_refresh_seconds
+        if old and self._links.any_ready() is not None:
+            self.want_nodes(now)
 
     @property
     def asking_nodes(self) -> bool:

@@ -40,6 +40,9 @@ class Settings:
     """When any node will do: how many are tried at the same time."""
     moved_seconds: float = 1.0
     """How often nodes are asked where they all are while one of them cannot be reached."""
+    nodes_refresh_seconds: float = 30.0
+    """How old the list of nodes grows while there is somebody to ask: a cluster may have grown since, and then lose all
+    the nodes that were in it."""
     dial_patience_seconds: float = 0.1
     """When any node will do: how long a dial without an answer counts among those. It goes on after that, too."""
     routes_per_lookup: int = 256
