@@ -262,7 +262,8 @@ class VersionUnsupported(ProtocolError):
 class WrongCluster(ShardKVError):
     """The two sides belong to different clusters, or a node is not the one it was taken for.
 
-    ``old_copy``: its data are an older copy of what it had, so it has forgotten votes and must never run on them again.
+    ``old_copy``: its data are an older copy of what it had, or nothing of it, so it has forgotten votes and must never
+    run on them again.
     """
 
     code = 55

@@ -38,8 +38,8 @@ Only its greeting tells which a connection is, and clients, however many there a
 ANSWER_BUFFER_BYTES_MAX: Final = 32 * 1024 * 1024
 """Answers to one client that are not sent yet. Its requests stop being looked at long before this."""
 
-CONTRADICTION_NS: Final = 60_000_000_000
-"""Of each range whose logs contradict each other it is spoken this often."""
+AGAIN_NS: Final = 60_000_000_000
+"""Of each range whose logs contradict each other, and of nodes of other clusters, it is spoken this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class Listener:
         identity: who this node is; there is no listener before it has joined.
         known_boots: shared with the pool of outgoing connections.
         on_peer: called with each greeting of another node that is taken.
+        on_foreign: called with each greeting of a node of another cluster.
         connections_max: of clients; see :data:`OTHER_CONNECTIONS_MAX` for the rest.
         inflight_max: unanswered requests of one client, above which its connection is not read.
     """
@@ -74,6 +75,7 @@ class Listener:
         requests: Requests,
         snapshots: Snapshots,
         on_peer: Callable[[Hello], None],
+        on_foreign: Callable[[Hello], None],
         log: Any,
         connections_max: int,
         inflight_max: int,
@@ -87,6 +89,8 @@ class Listener:
         self._driver = driver
         self._snapshots = snapshots
         self._on_peer = on_peer
+        self._on_foreign = on_foreign
+        self._foreign_again_ns = 0
         self._log = log
         self._connections_max = connections_max
         self._inflight_max = inflight_max
@@ -146,6 +150,7 @@ class Listener:
             timestamp=self._hybrid_clock.now,
             inflight_max=self._inflight_max,
             admit=self._admit,
+            foreign=self._foreign,
         )
         if hello.role is Role.CLIENT:
             await self._serve_client(connection, decoder, frames)
@@ -207,11 +212,26 @@ class Listener:
                 return
             frames = decoder.feed(data)
 
+    def _foreign(self, hello: Hello) -> None:
+        """Say, now and then, that a node of another cluster has this node's address."""
+        now = self._environment.clock.monotonic_ns()
+        if now >= self._foreign_again_ns:
+            self._foreign_again_ns = now + AGAIN_NS
+            self._log.error(
+                "a node of another cluster takes this address for one of its cluster's: clients may come to either; "
+                "check the addresses, and whether this node runs on the right data directory",
+                cluster=(hello.cluster_id or b"").hex(),
+                node=hello.node_id,
+                takes_this_for=hello.destination_node_id,
+                address=hello.address,
+            )
+        self._on_foreign(hello)
+
     def _contradicted(self, node_id: NodeId, range_id: RangeId, error: Inconsistent) -> None:
         """Say, now and then, that a peer's message cannot be true by the log here."""
         now = self._environment.clock.monotonic_ns()
         if now >= self.contradictions.get(range_id, now):
-            self.contradictions[range_id] = now + CONTRADICTION_NS
+            self.contradictions[range_id] = now + AGAIN_NS
             self._log.error(
                 "a replica's log and its leader's contradict each other: one of them has lost what it had on disk. Its "
                 "messages are dropped; check the disks of both nodes",

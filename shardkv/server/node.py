@@ -56,6 +56,8 @@ from shardkv_placement.heartbeat import HeartbeatReply, Reporter
 if TYPE_CHECKING:
     from shardkv.server.admin import Admin
 
+YOUNG_SECONDS: Final = 600.0
+"""A cluster that was made so lately gives way to one that has its only node's address."""
 START_SECONDS: Final = 30.0
 """How long a connection waits for a node that is still starting."""
 LOG_CACHE_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -143,6 +145,8 @@ class _Node:
         )
         self._known_boots = KnownBoots()
         self._serving = trio.Event()
+        self._founded_ns: int | None = None
+        """When this start made a cluster, if it did."""
         self._address_book = AddressBook()
         self._is_ready = trio.Event()
         self._admin: Admin | None = None
@@ -252,6 +256,7 @@ class _Node:
             await self._known_nodes.load()
         elif self._config.bootstrap:
             cluster_id = self._environment.ids.random_bytes(16)
+            self._founded_ns = self._environment.clock.monotonic_ns()
             await workers.run(self._directory.assign, cluster_id, FIRST_NODE, self._config.name)
         else:
             labels = [[key, value] for key, value in self._config.label]
@@ -327,6 +332,7 @@ class _Node:
             self._known_boots,
             on_connected=self._clock_health.ask,
             on_disconnected=self._on_disconnected,
+            on_stranger=self._on_stranger,
             on_pong=self._clock_health.answered,
         )
         hooks = DriverHooks(leadership=self._on_leadership, descriptor=self._on_descriptor, flush=self._flush)
@@ -429,6 +435,7 @@ class _Node:
             requests=requests,
             snapshots=self._snapshots,
             on_peer=self._on_peer,
+            on_foreign=self._on_foreign,
             log=self._log,
             connections_max=config.limits.connections_max,
             inflight_max=config.limits.connection_requests_max,
@@ -558,6 +565,29 @@ class _Node:
             self._apply_addresses()
             self._known_nodes.changed()
         self._pool.retry_now(hello.node_id)
+
+    def _on_stranger(self, node_id: NodeId, address: str, reason: str) -> None:
+        self._log.error("somebody else is at a node's address", peer=node_id, address=address, reason=reason)
+
+    def _on_foreign(self, hello: Hello) -> None:
+        """A node of another cluster has dialled this one.
+
+        If this one has just made a cluster of its own in place of a node whose data are gone, clients come to the one
+        cluster or the other, and each acknowledges their writes.
+        """
+        mine = self._directory.identity
+        now_ns = self._environment.clock.monotonic_ns()
+        young = self._founded_ns is not None and now_ns - self._founded_ns < YOUNG_SECONDS * 1e9
+        if not young or hello.destination_node_id != mine.node_id or self._knows_others():
+            return
+        assert hello.cluster_id is not None, "of another cluster without naming it"
+        self._placement.fatal = WrongCluster(
+            f"nodes of cluster {hello.cluster_id.hex()} take this address for that of their node {mine.node_id}, and "
+            "this node has just made a cluster of its own: if it was theirs, its data directory is gone or not "
+            "mounted, so put it back and start without --bootstrap; a new cluster needs another address",
+            old_copy=True,
+        )
+        self._stop.set()
 
     def _knows_others(self) -> bool:
         """Whether there is an address of another node to turn to."""

@@ -72,6 +72,10 @@ async def _admit_all(hello: Hello) -> None:
     """Take whoever greets as a node of this cluster, or a client of it, should."""
 
 
+def _ignore(hello: Hello) -> None:
+    """A node of another cluster is refused, and that is all."""
+
+
 async def accept(
     connection: Connection,
     decoder: FrameDecoder,
@@ -83,8 +87,10 @@ async def accept(
     inflight_max: int,
     seconds_max: float = GREETING_SECONDS_MAX,
     admit: Callable[[Hello], Awaitable[None]] = _admit_all,
+    foreign: Callable[[Hello], None] = _ignore,
 ) -> tuple[Hello, list[Frame]]:
     """Greet whoever has connected. ``admit`` raises, as a ShardKVError, why the node does not take this one.
+    ``foreign`` hears of a node of another cluster before it is refused.
 
     Returns the greeting and the frames that came right behind it, to be handled before the next read.
 
@@ -93,7 +99,7 @@ async def accept(
         trio.BrokenResourceError: the other side went away first.
     """
     try:
-        hello, frames = await _accept(connection, decoder, clock, identity, known_boots, seconds_max)
+        hello, frames = await _accept(connection, decoder, clock, identity, known_boots, seconds_max, foreign)
         version = negotiate(hello)
         await admit(hello)
     except ShardKVError as error:
@@ -120,11 +126,14 @@ async def _accept(
     identity: NodeIdentity,
     known_boots: KnownBoots,
     seconds_max: float,
+    foreign: Callable[[Hello], None],
 ) -> tuple[Hello, list[Frame]]:
     first, frames = await _first_frame(connection, decoder, clock, seconds_max)
     if first.kind is not FrameKind.HELLO:
         raise ProtocolError(f"the first frame must be HELLO, not {first.kind.name}")
     hello = decode_hello(first.payload)
+    if hello.role is not Role.CLIENT and hello.cluster_id not in (None, identity.cluster_id):
+        foreign(hello)
     _check_cluster(hello.cluster_id, identity.cluster_id)
     if hello.destination_node_id is not None and hello.destination_node_id != identity.node_id:
         raise WrongCluster(

@@ -12,7 +12,7 @@ from enum import IntEnum
 import trio
 
 from shardkv.environment import Environment, Stream
-from shardkv.errors import ProtocolError, ShardKVError
+from shardkv.errors import ProtocolError, ShardKVError, WrongCluster
 from shardkv.transport.connection import BUFFER_BYTES_MAX, Connection
 from shardkv.transport.handshake import GREETING_SECONDS_MAX, KnownBoots, NodeIdentity, greet
 from shardkv.types import NodeId
@@ -106,6 +106,8 @@ class PeerPool:
             this is doubt, at once, without waiting for an election timeout.
         on_pong: called with a node id and the payload of its answer to a PING that was sent to it. It may raise
             ProtocolError, which ends the connection.
+        on_stranger: called with a node id, its address and a reason when somebody else is there: a node of another
+            cluster, or another one of this.
 
     No callback may block, or raise anything else. :meth:`run` is the service; addresses may be set before it starts.
     """
@@ -120,6 +122,7 @@ class PeerPool:
         on_connected: Callable[[NodeId], None] = lambda node_id: None,
         on_disconnected: Callable[[NodeId], None] = lambda node_id: None,
         on_pong: Callable[[NodeId, bytes], None] = lambda node_id, payload: None,
+        on_stranger: Callable[[NodeId, str, str], None] = lambda node_id, address, reason: None,
     ) -> None:
         assert identity.cluster_id is not None, "a node dials no peers before it has joined a cluster"
         assert identity.node_id is not None, "a node dials no peers before it has an id"
@@ -130,6 +133,7 @@ class PeerPool:
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
         self._on_pong = on_pong
+        self._on_stranger = on_stranger
         self._peers: dict[NodeId, _Peer] = {}
         self._dirty: list[_Link] = []
         self._nursery: trio.Nursery | None = None
@@ -217,7 +221,10 @@ class PeerPool:
                 try:
                     await self._connect_once(peer, link)
                 except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ShardKVError) as error:
-                    link.problem = str(error) or type(error).__name__
+                    problem = str(error) or type(error).__name__
+                    if isinstance(error, WrongCluster) and link.purpose is Purpose.URGENT and problem != link.problem:
+                        self._on_stranger(peer.node_id, peer.address, problem)
+                    link.problem = problem
                 link.failures += 1
                 with self._environment.clock.deadline(self._backoff(link.failures)):
                     await link.retry.wait()
