@@ -2,7 +2,9 @@
 
 import errno
 import os
+import resource
 import socket
+from contextlib import suppress
 
 import pytest
 import trio
@@ -279,4 +281,36 @@ async def test_accepting_goes_on_after_an_error(
     assert failures == 0
     assert pauses == (3 if number in (errno.EMFILE, errno.ENFILE) else 0)
     stream.close_now()
+    nursery.cancel_scope.cancel()
+
+
+async def test_connections_leave_files_for_what_is_none(
+    network: RealNetwork, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients took the last file that the node could open, and its log the next."""
+    lowest = os.dup(0)
+    os.close(lowest)
+    most = 2 * (lowest + 8)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (most, most))
+    served = 0
+
+    async def handler(stream: Stream) -> None:
+        nonlocal served
+        served += 1
+        await stream.send_all(b"served")
+        await trio.sleep_forever()
+
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", handler)
+    streams = [await network.dial(listener.address) for _ in range(20)]
+    answers = []
+    for stream in streams:
+        with suppress(trio.BrokenResourceError):
+            answers.append(await stream.receive(100))
+            continue
+        answers.append(b"")
+    assert answers.count(b"served") == served
+    assert 0 < served < 8
+    assert set(answers) == {b"served", b""}
+    for stream in streams:
+        stream.close_now()
     nursery.cancel_scope.cancel()

@@ -6,7 +6,9 @@ not take the node off the network.
 
 import errno
 import os
+import resource
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from math import inf
 from typing import Any, Final
@@ -23,6 +25,9 @@ ADDRESS_SECONDS: Final = 0.5
 """How long one address of a name may keep the next from being tried: who dials gives up after about 2 s."""
 ACCEPT_RETRY_SECONDS: Final = 0.1
 """The pause after an accept failed for want of a resource, as trio.serve_listeners has it."""
+FILES_KEPT: Final = 512
+"""Of the files that the process may open, so many stay for what is no connection that others have opened: the log, the
+engine, snapshots. Where it may open few, half of them do."""
 ACCEPTS_BEFORE_CHECKPOINT: Final = 32
 _OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 _LISTENER_GONE: Final = frozenset((errno.EBADF, errno.ENOTSOCK, errno.EINVAL))
@@ -170,16 +175,21 @@ class RealNetwork:
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started(RealListener(_name_of(listening.getsockname)))
+                files_max = _connection_files_max()
                 while True:
                     await trio.lowlevel.wait_readable(listening)
-                    if not self._accept(listening, nursery, handler):
+                    if not self._accept(listening, files_max, nursery, handler):
                         await self._clock.sleep(ACCEPT_RETRY_SECONDS)
         finally:
             trio.lowlevel.notify_closing(listening)
             listening.close()
 
     def _accept(
-        self, listening: socket.socket, nursery: trio.Nursery, handler: Callable[[Stream], Awaitable[None]]
+        self,
+        listening: socket.socket,
+        files_max: int,
+        nursery: trio.Nursery,
+        handler: Callable[[Stream], Awaitable[None]],
     ) -> bool:
         """Start a task for each connection that is waiting; False when a resource has run out."""
         for _ in range(ACCEPTS_BEFORE_CHECKPOINT):
@@ -193,6 +203,9 @@ class RealNetwork:
                 # Anything else says only that this one connection came to nothing.
                 if error.errno in _OUT_OF_RESOURCES:
                     return False
+                continue
+            if connected.fileno() >= files_max:  # the system gives out the lowest number that is free
+                connected.close()
                 continue
             try:
                 stream = RealStream(connected)
@@ -220,6 +233,12 @@ class RealNetwork:
             finally:
                 dialling.close()
         raise problem or OSError(errno.EHOSTUNREACH, f"{host} has no address")
+
+
+def _connection_files_max() -> int:
+    """The number that no accepted connection's file may have, or the node's own files could not be opened any more."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most - min(FILES_KEPT, most // 2) if most != resource.RLIM_INFINITY else sys.maxsize
 
 
 async def _serve(stream: RealStream, handler: Callable[[Stream], Awaitable[None]]) -> None:
