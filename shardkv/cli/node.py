@@ -10,16 +10,17 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import click
 import trio
 
 from shardkv.cli import exits
+from shardkv.cli.log_output import LogOutput
 from shardkv.cli.root import Example
 from shardkv.config import SETTINGS, Kind, NodeConfig, Setting, load_node_config
 from shardkv.errors import ConfigError
@@ -30,6 +31,10 @@ MAIN_SETTINGS: Final = ("name", "data", "listen", "advertise", "admin", "bootstr
 
 STOP_SECONDS_MAX: Final = 9.0
 """From the signal to the end of the process."""
+LAST_WORDS_SECONDS: Final = 1.0
+"""A process that is cut short waits no longer for whoever reads its stderr."""
+
+_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def _option(setting: Setting) -> Callable[[Any], Any]:
@@ -76,9 +81,22 @@ def node(config: str | None, parent_pipe: int | None, **flags: Any) -> None:
     if parent_pipe is not None:
         _end_with_parent(parent_pipe)
     loaded = _load(flags, config or os.environ.get("SHARDKV_CONFIG"))
-    with _log_to_stderr(loaded.log_level):
+    with _log_to_stderr(loaded.log_level) as log:
         _allow_open_files()
-        trio.run(_run, loaded)
+        try:
+            trio.run(_run, loaded)
+        except BaseException as error:  # said here, for whoever reads stderr may be stuck
+            code, words = _last_words(error)
+            log.write(words)
+            raise click.exceptions.Exit(code) from error
+
+
+def _last_words(error: BaseException) -> tuple[int, str]:
+    """The exit code and what the log says of it: one line, or the traceback of a bug."""
+    code = exits.code_of(error)
+    if code is None:
+        return exits.FAILED, "".join(traceback.format_exception(error))
+    return code, f"{exits.message_of(error)}\n"
 
 
 def _load(flags: dict[str, object], config_file: str | None) -> NodeConfig:
@@ -118,33 +136,59 @@ def _signals(stop: trio.Event) -> Iterator[None]:
 
     A stop that takes too long is cut short: on a slow disk the engine's last flush may take minutes, and all that it
     would write is in the log.
+
+    A thread waits for the signals: a handler would run in the loop's thread, and not before a call to the system that
+    holds it up returns. A call that keeps the interpreter's lock holds this thread up as well; SIGKILL ends that.
     """
     token = trio.lowlevel.current_trio_token()
-    received = 0
-    watch = threading.Timer(STOP_SECONDS_MAX, _end_in_time)
-    watch.daemon = True
+    over = threading.Event()
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received += 1
-        if received > 1:
-            os._exit(128 + number)
-        watch.start()
+    def wait() -> None:
+        signal.sigwait(_STOPPING)
+        if over.is_set():
+            return
         token.run_sync_soon(stop.set, idempotent=True)
+        second = signal.sigtimedwait(_STOPPING, STOP_SECONDS_MAX)
+        if over.is_set():
+            return
+        if second is None:
+            _end_in_time()
+        os._exit(128 + second.si_signo)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, handle) for number in numbers}
+    with _stopping_blocked():
+        thread = threading.Thread(target=wait, name="signals", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            assert thread.ident is not None
+            signal.pthread_kill(thread.ident, signal.SIGTERM)  # to that thread alone: its wait is over
+            thread.join()
+
+
+@contextlib.contextmanager
+def _stopping_blocked() -> Iterator[None]:
+    """This thread, and those that it starts, leave SIGTERM and SIGINT to whoever waits for them.
+
+    Of all threads that do not, the system may give a signal to any; so each of a node's is started in here.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield
     finally:
-        watch.cancel()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_in_time() -> None:
-    tell(f"stopping took {STOP_SECONDS_MAX:g} s: the rest is in the log, and is made up for at the next start")
-    os._exit(exits.DONE)
+def _end_in_time() -> NoReturn:
+    """End the process, with a word about it where stderr takes one in time."""
+    words = f"stopping took {STOP_SECONDS_MAX:g} s: the rest is in the log, and is made up for at the next start"
+    try:
+        saying = threading.Thread(target=tell, args=(words,), daemon=True)
+        saying.start()
+        saying.join(LAST_WORDS_SECONDS)
+    finally:
+        os._exit(exits.DONE)
 
 
 def _end_with_parent(pipe: int) -> None:
@@ -159,7 +203,8 @@ def _end_with_parent(pipe: int) -> None:
                 pass
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    with _stopping_blocked():
+        threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _allow_open_files() -> None:
@@ -176,16 +221,16 @@ def _allow_open_files() -> None:
 
 
 @contextlib.contextmanager
-def _log_to_stderr(level: str) -> Iterator[None]:
-    """All logs go to stderr, without waiting for it; what was logged in the context is written when it ends."""
+def _log_to_stderr(level: str) -> Iterator[LogOutput]:
+    """All logs go to stderr, without waiting for it; what was logged in the context is written when it ends, as far as
+    it is read in time."""
     import logging
 
     import structlog
 
-    from shardkv.cli.log_output import LogOutput
-
     numeric = logging.getLevelName(level.upper())
-    output = LogOutput(sys.stderr.fileno(), sys.stderr.encoding)
+    with _stopping_blocked():
+        output = LogOutput(sys.stderr.fileno(), sys.stderr.encoding)
     file: Any = output  # of a text file it has what the loggers use
     logging.basicConfig(stream=file, level=max(numeric, logging.WARNING), format="%(levelname)s %(name)s %(message)s")
     terminal = sys.stderr.isatty()
@@ -204,6 +249,6 @@ def _log_to_stderr(level: str) -> Iterator[None]:
         cache_logger_on_first_use=True,
     )
     try:
-        yield
+        yield output
     finally:
         output.close()

@@ -39,4 +39,5 @@ if __name__ == "__main__":
     from shardkv.cli.root import main
 
     node.STOP_SECONDS_MAX = 0.2 if "late" in sys.argv else 3_600.0  # type: ignore[misc]
+    node.LAST_WORDS_SECONDS = 3_600.0  # type: ignore[misc]
     main()

@@ -1,5 +1,6 @@
 """``shardkv node`` and the process manager, with a stand-in for the server: signals, exits, the parent's pipe."""
 
+import contextlib
 import os
 import resource
 import select
@@ -140,6 +141,57 @@ def test_a_log_that_was_held_up_ends_with_the_newest_lines_and_says_how_many_are
     assert len(lines) - len(told) + sum(told) == 20_001
 
 
+FAILING = """
+import shardkv.cli.log_output as w
+import shardkv.server
+from shardkv import errors
+w.LogOutput.close.__defaults__ = ({close_seconds},)
+async def run_node(*_, **__):
+    raise {error}("the log cannot be written")
+shardkv.server.run_node = run_node
+from shardkv.cli.root import main
+main(["node", "--name", "n1", "--data", "n1", "--listen", "127.0.0.1:7001", "--bootstrap"])
+"""
+FAILURES = [("errors.StorageError", 1), ("errors.ConfigError", 2), ("KeyboardInterrupt", 130), ("ZeroDivisionError", 1)]
+
+
+@contextlib.contextmanager
+def unread() -> Iterator[int]:
+    """A pipe that takes nothing: it is full, and whoever should read it is stuck."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4_096))
+    os.set_blocking(writer, True)
+    yield writer
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("error, code", FAILURES)
+def test_a_node_that_fails_while_nobody_reads_its_log_ends_with_its_code(error: str, code: int) -> None:
+    """Else it serves no more, and whoever would start it again still sees it run."""
+    child = [sys.executable, "-c", FAILING.format(error=error, close_seconds=0.01)]
+    with unread() as writer:
+        done = subprocess.run(child, timeout=SECONDS, stderr=writer)
+    assert done.returncode == code
+
+
+@pytest.mark.parametrize("error, code", FAILURES)
+def test_a_node_that_fails_says_why_in_one_line_and_a_bug_shows_its_traceback(error: str, code: int) -> None:
+    child = [sys.executable, "-c", FAILING.format(error=error, close_seconds=SECONDS)]
+    done = subprocess.run(child, timeout=SECONDS, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code
+    if error == "ZeroDivisionError":
+        assert done.stderr.startswith("Traceback (most recent call last):\n")
+        assert done.stderr.endswith("ZeroDivisionError: the log cannot be written\n")
+    elif error == "KeyboardInterrupt":
+        assert done.stderr == "interrupted\n"
+    else:
+        assert done.stderr == f"Error: the log cannot be written ({error.removeprefix('errors.')})\n"
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_node_without_standard_files_serves_and_opens_none_of_its_own_in_their_place(
     tmp_path: Path, closed: str
@@ -172,6 +224,112 @@ def test_a_stop_that_takes_too_long_is_cut_short(tmp_path: Path, processes: list
     assert process.wait_for_line("ready ", SECONDS)
     assert process.terminate(SECONDS) == 0
     assert "is made up for at the next start" in (tmp_path / "late.log").read_text()
+
+
+SIGNALLED = """
+import ctypes, sys, trio
+from shardkv.cli import node
+node.STOP_SECONDS_MAX, node.LAST_WORDS_SECONDS = {stop_seconds}, {last_words_seconds}
+
+def stuck():
+    lock = ctypes.create_string_buffer(64)
+    system = ctypes.CDLL(None)  # its calls let the interpreter's lock go, and a signal does not end them
+    system.pthread_mutex_init(lock, None)
+    system.pthread_mutex_lock(lock)
+    print("ready", flush=True)
+    system.pthread_mutex_lock(lock)
+
+async def idle():
+    print("ready", flush=True)
+    await trio.sleep_forever()
+
+async def main():
+    with node._signals(trio.Event()):
+        {body}
+
+trio.run(main)
+"""
+STUCK, IDLE = "stuck()", "await idle()"
+
+
+@contextlib.contextmanager
+def signalled(
+    body: str, stop_seconds: float, last_words_seconds: float = SECONDS, stderr: int | None = None
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """A process that takes signals as a node does, and never stops by itself."""
+    script = SIGNALLED.format(body=body, stop_seconds=stop_seconds, last_words_seconds=last_words_seconds)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=stderr) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            yield child
+        finally:
+            child.kill()
+
+
+def test_a_second_signal_ends_a_node_whose_loop_is_stuck_in_a_call_to_the_system() -> None:
+    """As in fdatasync on a disk that hangs: the thread of the loop runs no handler then."""
+    with signalled(STUCK, stop_seconds=3_600) as child:
+        for _ in range(round(SECONDS / 0.1)):
+            child.send_signal(signal.SIGTERM)  # two that are still on their way are one
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.1)
+                break
+        assert child.poll() == 128 + signal.SIGTERM
+
+
+def test_a_stop_is_cut_short_though_the_loop_is_stuck_in_a_call_to_the_system() -> None:
+    with signalled(STUCK, stop_seconds=0.2, stderr=subprocess.PIPE) as child:
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(SECONDS) == 0
+        assert child.stderr is not None
+        assert b"is made up for at the next start" in child.stderr.read()
+
+
+def test_a_stop_is_cut_short_though_nobody_reads_the_log() -> None:
+    with unread() as writer, signalled(IDLE, 0.2, last_words_seconds=0.01, stderr=writer) as child:
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(SECONDS) == 0
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_signal_before_the_node_runs_ends_it_at_once(
+    tmp_path: Path, processes: list[Process], number: signal.Signals, code: int
+) -> None:
+    """Nothing is begun yet that would have to be stopped."""
+    os.mkfifo(tmp_path / "node.toml")
+    arguments = ["--config", str(tmp_path / "node.toml"), "--parent-pipe", "{parent_pipe}"]
+    processes.append(Process([*STANDIN, *arguments], tmp_path / "n1.log", os.environ))
+    with open(tmp_path / "node.toml", "wb"):  # it is open when the node reads from it
+        processes[0].signal(number)
+        assert processes[0].wait(SECONDS) == code
+
+
+def test_a_node_in_the_background_of_a_script_obeys_an_interrupt(tmp_path: Path, processes: list[Process]) -> None:
+    """There SIGINT is ignored unless the program sees to it."""
+    arguments = ["--name", "n1", "--data", str(tmp_path), "--listen", "127.0.0.1:7001", "--bootstrap"]
+    process = Process(
+        ["sh", "-c", "trap '' INT && exec \"$@\"", "sh", *STANDIN, *arguments], tmp_path / "n1.log", os.environ
+    )
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS)
+    process.signal(signal.SIGINT)
+    assert process.wait(SECONDS) == 0
+
+
+@pytest.mark.cluster
+def test_all_threads_of_a_node_but_the_one_that_waits_for_them_block_the_signals_that_stop_it(tmp_path: Path) -> None:
+    """The system gives a signal to any thread that has not blocked it; there it would end the process."""
+    with LocalCluster(tmp_path, nodes=1) as world:
+        world.start(SECONDS)
+        blocked = []
+        for thread in Path(f"/proc/{world.processes['n1'].pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                lines = (thread / "status").read_text().splitlines()
+                blocked += [int(line.split()[1], 16) for line in lines if line.startswith("SigBlk:")]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            assert len([mask for mask in blocked if not mask >> (number - 1) & 1]) <= 1
+        assert world.terminate("n1", SECONDS) == 0
 
 
 def test_a_failed_start_says_why_and_exits_with_one(tmp_path: Path, processes: list[Process]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import h2.connection
+import h2.events
 import pytest
 import structlog
 import trio
@@ -178,7 +180,7 @@ async def test_an_asker_who_sends_a_body_in_crumbs_is_answered_and_let_go(tmp_pa
 
 
 async def test_a_request_that_breaks_the_web_server_ends_neither_node_nor_endpoint(tmp_path: Path) -> None:
-    """The web server lets the error of a malformed upgrade out of its whole service."""
+    """The web server lets the error of a malformed upgrade out."""
     async with node(tmp_path) as it:
         broken = (
             b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
@@ -186,7 +188,69 @@ async def test_a_request_that_breaks_the_web_server_ends_neither_node_nor_endpoi
         )
         await exchange(it.admin, broken)
         assert (await ask(it.admin, "/healthz")).status == 200
-        assert [line for line in it.logs if "is started again" in line["event"]]
+        (line,) = [line for line in it.logs if line["event"] == "a connection to the admin endpoint failed"]
+        assert line["log_level"] == "warning"
+
+
+async def served(*, task_status: Any) -> None:
+    """Service: the admin endpoint alone, of a node that is still starting."""
+    admin = serving.Admin(real_environment(), structlog.get_logger())
+    await admin.run("127.0.0.1:0", task_status=task_status)
+
+
+async def receive(stream: trio.SocketStream, end: bytes) -> None:
+    received = b""
+    while not received.endswith(end):
+        data = await stream.receive_some()
+        assert data, f"closed after {received!r}"
+        received += data
+
+
+async def test_a_request_that_breaks_the_web_server_ends_no_connection_but_its_own() -> None:
+    """DATA on an HTTP/2 stream that was answered early is an error in the web server, and an ordinary request."""
+    request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with capture_logs() as logs, trio.fail_after(SECONDS):
+        async with trio.open_nursery() as nursery, AsyncExitStack() as opened:
+            host, port = (await nursery.start(served)).rsplit(":", 1)
+            other = await opened.enter_async_context(await trio.open_tcp_stream(host, int(port)))
+            await other.send_all(request)
+            await receive(other, b"starting\n")
+
+            stream = await opened.enter_async_context(await trio.open_tcp_stream(host, int(port)))
+            client = h2.connection.H2Connection()
+            client.initiate_connection()
+            head = {":method": "POST", ":path": "/", ":authority": "x", ":scheme": "http"}
+            client.send_headers(1, list(head.items()))
+            await stream.send_all(client.data_to_send())
+            answered = False
+            while not answered:
+                events = client.receive_data(await stream.receive_some())
+                answered = any(isinstance(event, h2.events.StreamEnded) for event in events)
+            await wait_all_tasks_blocked()  # the web server, too, is through with the answer
+            client.send_data(1, b"x", end_stream=True)
+            await stream.send_all(client.data_to_send())
+            while await stream.receive_some():
+                pass
+
+            await other.send_all(request)
+            await receive(other, b"starting\n")
+            nursery.cancel_scope.cancel()
+    assert [line["event"] for line in logs] == ["a connection to the admin endpoint failed"]
+
+
+async def test_a_web_server_that_fails_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = serving._BoundedListener.accept
+
+    async def fail(listener: serving._BoundedListener) -> trio.SocketStream:
+        monkeypatch.setattr(serving._BoundedListener, "accept", accept)
+        raise ValueError("no connection")
+
+    monkeypatch.setattr(serving._BoundedListener, "accept", fail)
+    with capture_logs() as logs, trio.fail_after(SECONDS):
+        async with trio.open_nursery() as nursery:
+            assert (await ask(await nursery.start(served), "/healthz")).status == 503
+            nursery.cancel_scope.cancel()
+    assert [line["event"] for line in logs] == ["the admin endpoint failed and is started again"]
 
 
 async def test_an_address_in_use_ends_the_start_before_anything_is_done(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Binding the admin endpoint's address and keeping the web server up.
 
 Lives here: the socket, the web server's bounds, and what happens when it fails. The rule: a failure of the web server,
-whoever provoked it, is logged and it is started again; the node goes on. What cannot be helped at the start, a port in
-use, is an error that says what to do.
+whoever provoked it, is logged; it ends the connection that it came from, or else the web server is started again, and
+the node goes on. What cannot be helped at the start, a port in use, is an error that says what to do.
 """
 
 import errno
@@ -72,6 +72,8 @@ class Admin:
         async def serve(stream: trio.SocketStream) -> None:
             try:
                 await TCPServer(application, config, context, LifespanState({}), stream)  # type: ignore[arg-type]
+            except* Exception as errors:  # noqa: BLE001  # clients provoke them, and the others must not end with theirs
+                self._log.warning("a connection to the admin endpoint failed", reason=repr(errors))
             finally:
                 bounded.free.release()
 
