@@ -14,7 +14,7 @@ from shardkv_bench.compare import INFLIGHT, SPREAD_RANGES, Options, compare
 from shardkv_bench.etcd import EtcdMissing, find_etcd
 from shardkv_bench.local_cluster import NodeFailed
 from shardkv_bench.machine import describe
-from shardkv_bench.report import HEADER, STAR, budgets_of, lines_of, markdown, markdown_table
+from shardkv_bench.report import HEADER, MARKS, budgets_of, lines_of, markdown, markdown_table
 from shardkv_bench.runner import WorkerFailed
 
 
@@ -97,7 +97,7 @@ def compare_command(
     for document in documents:
         click.echo(f"\n{document['ranges']} range{'s' * (document['ranges'] != 1)}\n")
         click.echo(markdown_table(HEADER, lines_of(document["rows"])))  # type: ignore[arg-type]
-        click.echo(STAR)
+        click.echo(MARKS)
         for budget in budgets_of(document):
             verdict = "" if budget.met is None else "met" if budget.met else "MISSED"
             click.echo(f"{budget.what}: {budget.found}, budget {budget.budget} {verdict}")

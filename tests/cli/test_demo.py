@@ -4,19 +4,22 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
-from shardkv.cli import tour
+from shardkv.cli import demo, tour
 from tests.cli.fakes import FakeClient
 from tests.cli.test_node_command import SECONDS, STANDIN
 
@@ -29,11 +32,52 @@ main()
 """
 
 
+BUSY_NODE = """
+import contextlib, select, signal, sys
+from pathlib import Path
+given = dict(zip(sys.argv, sys.argv[1:]))
+data, parent = Path(given["--data"]), int(given["--parent-pipe"])
+def stop(*_):
+    (data / "stopped").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, stop)
+print("ready n1 127.0.0.1:7001", flush=True)
+while not select.select([parent], [], [], 0)[0]:
+    with contextlib.suppress(FileNotFoundError):
+        data.mkdir(parents=True, exist_ok=True)
+        (data / "log").touch()
+"""
+"""A node that writes for as long as it runs, whatever happens to its directory; it notes that it was told to stop."""
+
+
+def busy_script(second: int = 0) -> str:
+    """A demo of busy nodes, in which signal number ``second`` arrives when the first node is about to be ended."""
+    return f"""
+import signal, sys
+from functools import partial
+from shardkv.cli import demo, local_cluster
+demo.LocalCluster = partial(demo.LocalCluster, node_command=[sys.executable, "-c", {BUSY_NODE!r}])
+def send_second(process, number, send=local_cluster.Process.signal):
+    if {second}:
+        signal.raise_signal({second})
+    send(process, number)
+local_cluster.Process.signal = send_second
+from shardkv.cli.root import main
+main()
+"""
+
+
 @contextlib.contextmanager
-def start(*arguments: str) -> "Iterator[subprocess.Popen[str]]":
-    command = [sys.executable, "-u", "-c", SCRIPT, "demo", *arguments]
+def start(
+    *arguments: str, script: str = SCRIPT, prefix: Sequence[str] = (), **variables: str
+) -> "Iterator[subprocess.Popen[str]]":
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*prefix, sys.executable, "-u", "-c", script, "demo", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables},
     ) as child:
         try:
             yield child
@@ -55,7 +99,19 @@ def endpoints(child: "subprocess.Popen[str]") -> dict[str, tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def wait_for_ends(descriptors: Iterable[int]) -> None:
+    """Wait for the ends of processes that were running; closes their descriptors."""
+    for descriptor in descriptors:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        assert poll.poll(SECONDS * 1000), "a node outlived the demo"
+        os.close(descriptor)
+
+
+INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
+
+
+@pytest.mark.parametrize("number, code", [(INT, 130), (TERM, 0), (HUP, 0), (KILL, -9)])
 def test_the_nodes_end_with_the_demo_however_it_ends(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """DESIGN 2.2: with --no-shell runs until interrupted; its nodes end when it dies, however it dies."""
     with start("--no-shell", "--data", str(tmp_path)) as child:
@@ -64,11 +120,76 @@ def test_the_nodes_end_with_the_demo_however_it_ends(tmp_path: Path, number: sig
         watched = [os.pidfd_open(pid) for _, pid in nodes.values()]
         child.send_signal(number)
         assert child.wait(SECONDS) == code
-    for descriptor in watched:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        assert poll.poll(SECONDS * 1000), "a node outlived the demo"
-        os.close(descriptor)
+    wait_for_ends(watched)
+
+
+@pytest.mark.parametrize("number", [INT, TERM, HUP])
+def test_nodes_on_data_that_stays_are_told_to_stop(tmp_path: Path, number: signal.Signals) -> None:
+    with start("--no-shell", "--nodes", "2", "--data", str(tmp_path), script=busy_script()) as child:
+        endpoints(child)
+        child.send_signal(number)
+        child.wait(SECONDS)
+    assert (tmp_path / "n1" / "stopped").exists()
+    assert (tmp_path / "n2" / "stopped").exists()
+
+
+@pytest.mark.parametrize(
+    "first, second, code",
+    [
+        (INT, 0, 130),
+        (HUP, 0, 0),
+        (HUP, HUP, 0),
+        (INT, INT, 130),
+        (INT, TERM, 130),
+        (INT, HUP, 130),
+        (TERM, INT, 0),
+    ],
+)
+def test_nothing_stays_of_a_demo_without_data_however_often_it_is_told_to_end(
+    tmp_path: Path, first: signal.Signals, second: int, code: int
+) -> None:
+    """Of what nodes write it would be hundreds of megabytes, each time that a terminal is closed."""
+    with start("--no-shell", "--nodes", "2", script=busy_script(second), TMPDIR=str(tmp_path)) as child:
+        watched = [os.pidfd_open(pid) for _, pid in endpoints(child).values()]
+        assert list(tmp_path.iterdir())
+        child.send_signal(first)
+        assert child.wait(SECONDS) == code
+    wait_for_ends(watched)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_under_nohup_stays_when_the_terminal_is_closed(tmp_path: Path) -> None:
+    with start("--no-shell", "--nodes", "1", "--data", str(tmp_path), prefix=["nohup"]) as child:
+        endpoints(child)
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        ignored = int(re.findall(r"^SigIgn:\s*(\w+)$", status, re.MULTILINE)[0], 16)
+        assert ignored & 1 << HUP - 1
+        assert not ignored & 1 << TERM - 1
+
+
+async def _ends_when_told_to(ends: list[str]) -> None:
+    signal.raise_signal(TERM)
+    try:
+        await trio.sleep_forever()
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.testing.wait_all_tasks_blocked()
+            signal.raise_signal(HUP)
+            await trio.testing.wait_all_tasks_blocked()
+            ends.append("cleanly")
+
+
+def test_a_second_signal_does_not_interrupt_the_end_of_a_loop() -> None:
+    """A terminal that is closed often tells so twice: its shell does, and the kernel."""
+    ends: list[str] = []
+    before = [(number, signal.signal(number, demo._terminate)) for number in (TERM, HUP)]
+    try:
+        with pytest.raises(demo.Terminated):
+            demo._run_until_terminated(_ends_when_told_to, ends)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    assert ends == ["cleanly"]
 
 
 def test_a_demo_that_is_told_to_end_while_its_nodes_start_ends_cleanly(tmp_path: Path) -> None:
