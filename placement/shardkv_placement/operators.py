@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shardkv.codec import malformed
-from shardkv.types import NodeId, RangeId, ReplicaId, ReplicaRole
+from shardkv.types import Fullness, NodeId, RangeId, ReplicaId, ReplicaRole
 from shardkv_placement import fields
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ CATCH_UP_LAG_MAX: Final = 256
 """A replica at most this many entries behind its leader counts as caught up: under load some are always in flight."""
 CATCH_UP_SECONDS_MAX: Final = 600.0
 """For a new replica to receive its data. Long: a range of the default size over a slow link."""
+CATCH_UP_BYTES_PER_SECOND_MIN: Final = 128 * 1024
+"""A new replica that acknowledges nothing has the time that its data takes at this rate, over a slow link: until a
+snapshot is whole, it looks like one that nobody can reach."""
 CHANGE_SECONDS_MAX: Final = 60.0
 TRANSFER_SECONDS_MAX: Final = 10.0
 STEPS_MAX: Final = 8
@@ -111,12 +114,25 @@ class AddLearners:
             for place in self.learners
         )
 
-    def failed(self, cluster: "ClusterView", view: "RangeView") -> str | None:
+    def failed(self, cluster: "ClusterView", view: "RangeView", seconds: float) -> str | None:
         for place in self.learners:
             other = view.descriptor.replica_on(place.node_id)
             if other is not None and other.replica_id != place.replica_id:
                 return f"node {place.node_id} holds another replica, {other.replica_id}, of the range"
-        return _unusable(cluster, self.learners)
+        return _unusable(cluster, self.learners) or self._without_data(cluster, view, seconds)
+
+    def _without_data(self, cluster: "ClusterView", view: "RangeView", seconds: float) -> str | None:
+        """Which learner will hardly get the range's data; others should not wait for it, nor their places."""
+        silent_seconds_max = cluster.settings.node_down_ms / 1000 + view.bytes / CATCH_UP_BYTES_PER_SECOND_MIN
+        for place in self.learners:
+            progress = view.progress_of(place.replica_id)
+            if caught_up(view, place.replica_id):
+                continue
+            if cluster.nodes[place.node_id].fullness >= Fullness.LOW:
+                return f"node {place.node_id} has no room for the range's data"
+            if progress is not None and not progress.active and seconds > silent_seconds_max:
+                return f"node {place.node_id} acknowledges nothing of the range after {seconds:.0f} s"
+        return None
 
     def request(self, view: "RangeView") -> Request | None:
         missing = [place for place in self.learners if view.descriptor.replica(place.replica_id) is None]
@@ -148,7 +164,7 @@ class PromoteLearners:
                 return False
         return all(view.descriptor.replica(place.replica_id) is None for place in self.removed)
 
-    def failed(self, cluster: "ClusterView", view: "RangeView") -> str | None:
+    def failed(self, cluster: "ClusterView", view: "RangeView", seconds: float) -> str | None:
         for place in self.learners:
             if view.descriptor.replica(place.replica_id) is None:
                 return f"replica {place.replica_id} on node {place.node_id} is no longer a member"
@@ -186,7 +202,7 @@ class RemoveReplicas:
     def finished(self, cluster: "ClusterView", view: "RangeView") -> bool:
         return all(view.descriptor.replica(place.replica_id) is None for place in self.removed)
 
-    def failed(self, cluster: "ClusterView", view: "RangeView") -> str | None:
+    def failed(self, cluster: "ClusterView", view: "RangeView", seconds: float) -> str | None:
         return None
 
     def request(self, view: "RangeView") -> Request | None:
@@ -214,10 +230,13 @@ class TransferLeader:
     def finished(self, cluster: "ClusterView", view: "RangeView") -> bool:
         return view.leader == self.target
 
-    def failed(self, cluster: "ClusterView", view: "RangeView") -> str | None:
+    def failed(self, cluster: "ClusterView", view: "RangeView", seconds: float) -> str | None:
         replica = view.descriptor.replica_on(self.target)
         if replica is None or replica.role is not ReplicaRole.VOTER:
             return f"node {self.target} holds no voter of the range"
+        node = cluster.nodes.get(self.target)
+        if node is not None and not node.gone and (node.draining or not node.live):
+            return f"node {self.target} is {'draining' if node.draining else node.state.value}"
         return _unusable(cluster, (Place(self.target, replica.replica_id),))
 
     def request(self, view: "RangeView") -> Request | None:
@@ -297,7 +316,7 @@ class Operator:
         seconds = (cluster.wall_ms - self.step_started_ms) / 1000
         if seconds > self.current.seconds_max:
             return f"{self.current.tag} took more than {self.current.seconds_max:.0f} s"
-        return self.current.failed(cluster, view)
+        return self.current.failed(cluster, view, seconds)
 
     def allocated(self, allocate: Callable[[], ReplicaId]) -> "Operator":
         """This operator with an id for each replica that has none; the same node gets the same id in every step."""

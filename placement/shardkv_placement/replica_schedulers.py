@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE, Member, NodeId, RangeId, ReplicaRole
+from shardkv_placement.fields import REPLICAS_MAX
 from shardkv_placement.operators import (
     UNALLOCATED,
     AddLearners,
@@ -88,6 +89,8 @@ class _Loads:
             if isinstance(step, AddLearners):
                 range_view = view.ranges.get(operator.range_id)
                 for place in step.learners:
+                    if range_view is not None and caught_up(range_view, place.replica_id):
+                        continue  # it only waits for the others
                     there = range_view is not None and range_view.descriptor.replica_on(place.node_id) is not None
                     loads._receive(place.node_id, 0 if there else 1)
         return loads
@@ -175,16 +178,14 @@ def _grow(view: ClusterView, range_view: RangeView, members: _Members, target: i
     missing = target - len(members.kept)
     adopted = _places(_adoptable(view, range_view, members.learners)[:missing])
     fresh = _least_loaded(view, range_view, missing - len(adopted), loads)
-    if (len(members.kept) + len(adopted) + len(fresh)) % 2 == 0:
-        if fresh:
-            fresh = fresh[:-1]
-        else:
-            adopted = adopted[:-1]
     promoted = adopted + fresh
+    if (len(members.kept) + len(promoted)) % 2 == 0:
+        promoted = promoted[:-1]
     if not promoted:
+        waiting = ", not all of its learners follow" if len(members.learners) > len(adopted) else ""
         return (
-            f"it has {len(members.kept)} of {target} voters, but not enough other live nodes take a replica now, and "
-            f"an even number of voters is no gain"
+            f"it has {len(members.kept)} of {target} voters, but not enough other live nodes take a replica now"
+            f"{waiting}, and an even number of voters is no gain"
         )
     # Learners that nobody needs are shed later: they have no vote, and their removal must not hold up the others'.
     # Those that are there already are waited for, too: a split or an operator that failed leaves learners without data,
@@ -197,14 +198,22 @@ def _grow(view: ClusterView, range_view: RangeView, members: _Members, target: i
 
 
 def _adoptable(view: ClusterView, range_view: RangeView, learners: list[Member]) -> list[Member]:
-    """Those that follow already come first; one that cannot get the range's data for lack of room is none."""
+    """Those that follow already come first; one that cannot get the range's data for lack of room is none.
+
+    Once a growth has failed, those that do not follow are none: it may have failed because of them, and would again,
+    for ever. They are sent the data all the same, and count as soon as they have it.
+    """
     follow = [learner for learner in learners if caught_up(range_view, learner.replica_id)]
+    last = view.finished.get((range_view.range_id, OperatorKind.GROW))
+    if last is not None and last.outcome is Outcome.FAILED:
+        return follow
     rest = [learner for learner in learners if not caught_up(range_view, learner.replica_id)]
     return follow + [learner for learner in rest if not view.nodes[learner.node_id].short_of_room]
 
 
 def _least_loaded(view: ClusterView, range_view: RangeView, count: int, loads: _Loads) -> tuple[Place, ...]:
     """Up to ``count`` live nodes without a replica of the range, those with the fewest replicas first."""
+    count = min(count, REPLICAS_MAX - len(range_view.descriptor.replicas))
     receiving_max = view.settings.learners_per_node_max
     candidates = [
         node.node_id

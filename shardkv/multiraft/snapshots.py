@@ -102,6 +102,14 @@ class SnapshotStatistics:
     """Streams that this node has sent on after a break, not counting those that began anew."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """A snapshot under way."""
+
+    node_id: NodeId
+    index: int
+
+
 class _Failures(NamedTuple):
     """Of the snapshots of a range to one replica."""
 
@@ -140,8 +148,8 @@ class Snapshots:
         self._log = log
         self._config = config
         self._nursery: trio.Nursery
-        self._sending: dict[tuple[RangeId, int], int] = {}
-        """The index of each snapshot under way, by range and receiving replica."""
+        self._sending: dict[tuple[RangeId, int], _Sending] = {}
+        """By range and receiving replica."""
         self._sent: dict[tuple[RangeId, int], tuple[int, int]] = {}
         """The index of the last snapshot that arrived, and until when the log after it is kept."""
         self._failures: dict[tuple[RangeId, int], _Failures] = {}
@@ -191,7 +199,7 @@ class Snapshots:
         if (
             node_id is None
             or replica.machine is None
-            or len(self._sending) >= self._config.snapshots_sending_max
+            or not self._has_place_for(node_id)
             or self._environment.clock.monotonic_ns() < paused_until_ns
         ):
             replica.raft.report_snapshot(message.to, False)
@@ -199,10 +207,16 @@ class Snapshots:
             return
         # The state as of now, which may be newer than the message says; never older.
         metadata, descriptor = replica.machine.snapshot_metadata(), replica.machine.descriptor
-        self._sending[key] = metadata.index
+        self._sending[key] = _Sending(node_id, metadata.index)
         self._nursery.start_soon(
             self._send, replica, message.to, node_id, self._engine.snapshot(), metadata, descriptor
         )
+
+    def _has_place_for(self, node_id: NodeId) -> bool:
+        """Whether a stream to the node may begin. The last place is for a node that has none, so that a slow one never
+        holds them all."""
+        left = self._config.snapshots_sending_max - len(self._sending)
+        return left > 1 or (left == 1 and all(sending.node_id != node_id for sending in self._sending.values()))
 
     def log_needed(self, range_id: RangeId, replica_id: int, held: int, applied: int) -> int | None:
         """After which index a replica that is being sent a snapshot, or was a moment ago, will need the log.
@@ -210,12 +224,14 @@ class Snapshots:
         Once it has held what the leader had applied, it is a follower like any other.
         """
         key = (range_id, replica_id)
-        index = self._sending.get(key)
-        if index is None and key in self._sent:
-            index, until_ns = self._sent[key]
-            if held >= applied or until_ns < self._environment.clock.monotonic_ns():
-                del self._sent[key]
-                return None
+        if key in self._sending:
+            return self._sending[key].index
+        if key not in self._sent:
+            return None
+        index, until_ns = self._sent[key]
+        if held >= applied or until_ns < self._environment.clock.monotonic_ns():
+            del self._sent[key]
+            return None
         return index
 
     def _keep_log(self, key: tuple[RangeId, int], index: int) -> None:

@@ -734,12 +734,42 @@ async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.answers[0][0] == "refused"
         late.snapshots._receiving.clear()
-        leader.snapshots._sending.update({(RangeId(70 + n), 1): 1 for n in range(limits.snapshots_sending_max)})
+        under_way = snapshots._Sending(NodeId(70), 1)
+        leader.snapshots._sending.update({(RangeId(70 + n), 1): under_way for n in range(limits.snapshots_sending_max)})
         hosts.heal()
         await trio.sleep(1)
         assert late.value(b"new4") is None
         leader.snapshots._sending.clear()
         await hosts.agreed()
+
+
+@pytest.mark.parametrize(("places", "begun"), [(1, ["slow"]), (2, ["other", "slow"]), (3, ["other", "slow", "slow"])])
+async def test_trap_16_the_last_place_for_a_stream_is_never_a_nodes_second(
+    autojump_clock: MockClock, places: int, begun: list[str]
+) -> None:
+    """A slow receiver of two ranges held both places, and no other node was sent anything for as long."""
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        slow, other = (host.node_id for host in hosts.values() if host is not leader)
+        await leader.split(b"t", 2).wait()
+        await leader.split(b"m", 3, first_replica=200).wait()
+        dialled: list[str] = []
+
+        @asynccontextmanager
+        async def dial(node_id: NodeId) -> AsyncIterator[Stream]:
+            dialled.append("slow" if node_id == slow else "other")
+            await trio.sleep_forever()
+            yield Stream()
+
+        leader.snapshots._dial = dial
+        leader.snapshots._config = SnapshotsConfig(snapshots_sending_max=places)
+        for range_id, node_id in ((1, slow), (2, slow), (3, slow), (3, other)):
+            member = leader.machine(range_id).descriptor.replica_on(node_id)
+            assert member is not None
+            leader.snapshots.send(leader.replica(range_id), Message(MessageType.SNAP, to=member.replica_id))
+        await trio.sleep(0.1)
+        assert sorted(dialled) == begun
+        leader.snapshots.check()
 
 
 def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:

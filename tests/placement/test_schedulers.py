@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkv.errors import NotFound, RequestError
-from shardkv.types import NodeId, RangeId, ReplicaId
+from shardkv.types import Fullness, NodeId, RangeId, ReplicaId
 from shardkv_placement import orders, replica_schedulers
 from shardkv_placement.operators import (
     UNALLOCATED,
@@ -24,7 +24,7 @@ from shardkv_placement.operators import (
 from shardkv_placement.replica_schedulers import place_replicas, target_voters
 from shardkv_placement.schedulers import explain, schedule
 from shardkv_placement.view import ClusterView
-from tests.placement.worlds import WALL_MS, a_view, short
+from tests.placement.worlds import WALL_MS, a_view, filled, short
 
 
 def transfers(view: ClusterView) -> dict[int, int]:
@@ -35,6 +35,28 @@ def transfers(view: ClusterView) -> dict[int, int]:
 def joiners(operator: Operator) -> list[int]:
     """The nodes that get a new replica."""
     return [place.node_id for step in operator.steps if isinstance(step, AddLearners) for place in step.learners]
+
+
+def silent(view: ClusterView, range_id: int, *nodes: int, size: int = 1_000) -> ClusterView:
+    """The same view of a range of so many bytes, whose replicas on these nodes acknowledge nothing."""
+    known = view.ranges[RangeId(range_id)]
+    assert known.statistics is not None
+    ids = {range_id * 100 + node for node in nodes}
+    progress = tuple(each._replace(active=each.replica_id not in ids) for each in known.statistics.progress)
+    changed = replace(known, statistics=known.statistics._replace(bytes=size, progress=progress))
+    return replace(view, ranges={**view.ranges, RangeId(range_id): changed})
+
+
+def growing(range_id: int, *nodes: int, seconds: float = 0) -> Operator:
+    """A range's operator that waits, for so long already, for the learners on these nodes."""
+    places = tuple(Place(NodeId(node), ReplicaId(range_id * 100 + node)) for node in nodes)
+    started = WALL_MS - int(seconds * 1000)
+    steps = (AddLearners(places), PromoteLearners(places))
+    return Operator(OperatorKind.GROW, RangeId(range_id), steps, "too few voters", 7, started, 0, started)
+
+
+def why_failed(operator: Operator, view: ClusterView) -> str | None:
+    return operator.failure(view, view.ranges[operator.range_id])
 
 
 def ended(range_id: int, kind: OperatorKind, outcome: Outcome, seconds_ago: float) -> FinishedOperator:
@@ -184,6 +206,72 @@ def test_a_growth_that_failed_is_tried_again_later() -> None:
     for seconds, count in ((1, 0), (31, 1)):
         failed = ended(1, OperatorKind.GROW, Outcome.FAILED, seconds)
         assert len(schedule(a_view(nodes=3, ranges={1: "1*"}, finished=[failed]))) == count
+
+
+FAILED_GROWTH = ended(1, OperatorKind.GROW, Outcome.FAILED, 31)
+
+
+def test_a_growth_that_failed_is_tried_again_without_the_learners_that_do_not_follow() -> None:
+    """It may have failed because of them, and would again, for ever, while other nodes have nothing to do."""
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+? 3+"}))
+    assert joiners(operator) == [3, 2]
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+? 3+"}, finished=[FAILED_GROWTH]))
+    assert joiners(operator) == [3, 4]
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2+ 3+"}, finished=[FAILED_GROWTH]))
+    assert joiners(operator) == [2, 3], "they have caught up meanwhile"
+    view = a_view(nodes=3, ranges={1: "1* 2+? 3+"}, finished=[FAILED_GROWTH])
+    assert schedule(view) == (), "an operator would only stand in the way of others"
+    assert "not all of its learners follow" in explain(view, RangeId(1))
+
+
+def test_a_growth_that_failed_falls_back_to_the_odd_number_of_voters_that_is_possible() -> None:
+    """Range 0 had learners enough for three voters, and asked for all five or none."""
+    failed = ended(0, OperatorKind.GROW, Outcome.FAILED, 31)
+    for members, expected in (("1* 2+ 3+? 4+ 5+", [[2, 4]]), ("1* 2+? 3+?", [[4, 5]]), ("1* 2 3+? 4+ 5", [])):
+        view = a_view(nodes=5, ranges={0: members}, finished=[failed])
+        assert [joiners(operator) for operator in schedule(view)] == expected, members
+
+
+def test_growths_that_fail_again_and_again_leave_no_more_replicas_than_a_range_may_have() -> None:
+    failed = [ended(1, OperatorKind.GROW, Outcome.FAILED, 31)]
+    learners = [f"{node}+?" for node in range(2, 16)]
+    view = a_view(nodes=20, ranges={1: " ".join(["1*", *learners])}, finished=failed)
+    assert schedule(view) == (), "there may be one more replica: an even number of voters"
+    (operator,) = schedule(a_view(nodes=20, ranges={1: " ".join(["1*", *learners[1:]])}, finished=failed))
+    assert joiners(operator) == [2, 16]
+
+
+def test_a_learner_that_has_caught_up_takes_no_place_of_those_that_receive_data() -> None:
+    """Its operator may wait for another one for long, and other ranges waited for the places of both."""
+    ranges = {1: "1* 2+ 3+?", 2: "1*"}
+    view = a_view(nodes=4, ranges=ranges, learners_per_node_max=1, running=[growing(1, 2, 3)], leader_balance=False)
+    assert [joiners(operator) for operator in schedule(view)] == [[4, 2]]
+
+
+def test_a_growth_to_a_node_without_room_for_the_data_fails() -> None:
+    """It refuses every snapshot. One that is only short of room still takes them, and so does one that has the data
+    take what follows."""
+    view = a_view(nodes=3, ranges={1: "1* 2+? 3+"})
+    operator = growing(1, 2, 3)
+    for fullness in (Fullness.LOW, Fullness.FULL):
+        assert why_failed(operator, filled(view, {2: fullness})) == "node 2 has no room for the range's data"
+        assert why_failed(operator, filled(view, {3: fullness})) is None
+    assert why_failed(operator, filled(view, {2: Fullness.SHORT})) is None
+
+
+def test_a_growth_to_a_node_that_acknowledges_nothing_fails_after_the_time_that_the_data_may_take() -> None:
+    """Nobody can reach it, or its link is too slow. A replica counts as silent, too, until its first snapshot is whole:
+    it has the more time the larger the range is."""
+    view = a_view(nodes=3, ranges={1: "1* 2+? 3+"})
+    why = "node 2 acknowledges nothing of the range after 11 s"
+    assert why_failed(growing(1, 2, 3, seconds=9), silent(view, 1, 2)) is None
+    assert why_failed(growing(1, 2, 3, seconds=11), silent(view, 1, 2)) == why
+    large = silent(view, 1, 2, size=32 * 1024 * 1024)
+    assert why_failed(growing(1, 2, 3, seconds=250), large) is None
+    assert why_failed(growing(1, 2, 3, seconds=270), large) is not None
+    assert why_failed(growing(1, 2, 3, seconds=599), view) is None, "it follows, if not closely"
+    patient = silent(a_view(nodes=3, ranges={1: "1* 2+? 3+"}, node_down_ms=60_000), 1, 2)
+    assert why_failed(growing(1, 2, 3, seconds=59), patient) is None
 
 
 # --- Leaders ----------------------------------------------------------------------------------------------------------

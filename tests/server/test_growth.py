@@ -10,9 +10,10 @@ from trio.testing import MockClock
 from shardkv.config import SnapshotsConfig
 from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.simulation.network import SimulatedNetwork
-from shardkv.types import FIRST_RANGE, ReplicaRole
+from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE, RangeId, ReplicaRole
 from shardkv.wire.requests import Method
 from shardkv_client import Client
+from tests.server.test_out_of_space import STORAGE, leave
 from tests.server.world import world
 
 MIB = 1024 * 1024
@@ -34,9 +35,9 @@ async def one_node() -> AsyncIterator[Cluster]:
         structlog.reset_defaults()
 
 
-def members(node: SimulatedNode, role: ReplicaRole) -> list[int]:
-    """The nodes that hold a voter, or a learner, of the first range, as its leader has it."""
-    machine = node.inside.catalog.replicas[FIRST_RANGE].machine
+def members(node: SimulatedNode, role: ReplicaRole, range_id: RangeId = FIRST_RANGE) -> list[int]:
+    """The nodes that hold a voter, or a learner, of a range, as its leader has it."""
+    machine = node.inside.catalog.replicas[range_id].machine
     assert machine is not None
     return [int(replica.node_id) for replica in machine.descriptor.replicas if replica.role is role]
 
@@ -71,6 +72,54 @@ async def test_a_node_that_dies_while_a_range_grows_to_it_is_made_up_for_by_anot
             while len(members(cluster.nodes["n1"], ReplicaRole.VOTER)) < 3:
                 await cluster.sleep(1.0)
         assert members(cluster.nodes["n1"], ReplicaRole.VOTER) == [1, 2, 4]
+
+
+async def test_a_node_that_nobody_can_reach_is_made_up_for_by_another(autojump_clock: MockClock) -> None:
+    """It said a wrong address, and counts as live, for its own heartbeats arrive. Its learner was waited for, for ever,
+    while enough other nodes had nothing to do."""
+    async with one_node() as cluster:
+        await cluster.add("n2").start()
+        cluster.add("n3", advertise="nowhere:7000").start_soon()
+        await cluster.sleep(5.0)
+        first = cluster.nodes["n1"]
+        assert members(first, ReplicaRole.LEARNER) == [2, 3]
+        await cluster.add("n4").start()
+        await cluster.sleep(GROWING_SECONDS)
+        for range_id in (FIRST_RANGE, PLACEMENT_RANGE):
+            assert members(first, ReplicaRole.VOTER, range_id) == [1, 2, 4]
+
+
+async def test_a_node_whose_disk_fills_up_while_a_range_grows_to_it_is_made_up_for_by_another(
+    autojump_clock: MockClock,
+) -> None:
+    """It refuses the range's snapshot, for as long as it has no room."""
+    async with world(1, seed=1, storage=STORAGE, snapshots=SLOW_SNAPSHOTS) as cluster, cluster.client("n1") as kv:
+        for number in range(8):
+            await kv.put(b"%d" % number, bytes(MIB // 2))
+        first = cluster.nodes["n1"]
+        await first.inside.maintenance.flush_and_compact()
+        await cluster.add("n2", storage=STORAGE, snapshots=SLOW_SNAPSHOTS).start()
+        filling = cluster.add("n3", storage=STORAGE, snapshots=SLOW_SNAPSHOTS)
+        filling.start_soon()
+        while 3 not in members(first, ReplicaRole.LEARNER):
+            await cluster.sleep(0.01)
+        leave(filling, MIB // 2)
+        await cluster.add("n4", storage=STORAGE, snapshots=SLOW_SNAPSHOTS).start()
+        await cluster.sleep(GROWING_SECONDS / 2)
+        assert members(first, ReplicaRole.VOTER) == [1, 2, 4]
+
+
+async def test_a_node_that_is_being_sent_a_large_range_is_waited_for(autojump_clock: MockClock) -> None:
+    """Until it has all, the leader knows no more of it than of one that nobody can reach."""
+    async with world(1, seed=1, snapshots=SLOW_SNAPSHOTS) as cluster, cluster.client("n1") as kv:
+        await loaded(cluster, kv, 10)
+        await cluster.add("n4", snapshots=SLOW_SNAPSHOTS).start()
+        first = cluster.nodes["n1"]
+        await cluster.sleep(20)
+        assert members(first, ReplicaRole.LEARNER) == [2, 3]
+        await cluster.sleep(GROWING_SECONDS / 2)
+        assert members(first, ReplicaRole.VOTER) == [1, 2, 3]
+        assert members(first, ReplicaRole.LEARNER) == []
 
 
 async def test_what_no_node_can_carry_out_is_not_begun(autojump_clock: MockClock) -> None:
