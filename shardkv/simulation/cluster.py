@@ -419,9 +419,18 @@ class Cluster:
             for range_id, replica in node.inside.catalog.replicas.items() if node.composed else ():
                 held.add(range_id)
                 configuration = replica.raft.configuration
-                if replica.leads and len(configuration.voters) == self._replicas and not configuration.voters_outgoing:
+                if replica.leads and len(configuration.voters) >= self._replicas and not configuration.voters_outgoing:
                     complete.add(range_id)
         return bool(held) and held == complete
+
+    def _leads(self, key: bytes) -> SimulatedNode | None:
+        """The node whose replica leads the key's range in the latest term. Looks at the nodes, asks nobody."""
+        found: tuple[int, SimulatedNode] | None = None
+        for node in self.nodes.values():
+            replica = node.inside.catalog.replica_for_key(key) if node.serving else None
+            if replica is not None and replica.leads and (found is None or replica.raft.term > found[0]):
+                found = (replica.raft.term, node)
+        return None if found is None else found[1]
 
     async def leader_of(self, client: Client, key: bytes) -> SimulatedNode:
         """The node that leads the key's range now."""
@@ -432,6 +441,9 @@ class Cluster:
                     table = {each[0]: each[1] for each in await client.call(Method.NODES)}
                     if leader is not None and self.nodes[table[leader]].alive:
                         return self.nodes[table[leader]]
+                    found = self._leads(key)
+                    if leader is None and found is not None:
+                        return found  # a node that holds no replica of the range may not know
                 except ShardKVError:
                     pass
                 await determinism.sleep(ASK_AGAIN_SECONDS / 2)
