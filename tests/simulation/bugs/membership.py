@@ -35,16 +35,21 @@ def growing() -> Patches:
     return [patch.object(runner, "GROWING_SHARE", 1.0)]
 
 
+def growing_quickly() -> Patches:
+    """And learners soon have what they could be counted for."""
+    return [*growing(), patch.object(runner, "SLOW_SNAPSHOTS", (None,))]
+
+
 BUGS = (
     Bug(
         "learners-counted",
         "a learner counts for no quorum (thesis, 4.2.1; trap 9)",
         learners_counted,
         ("stall", "power", "heal", "flush"),
-        36,
+        105,
         minutes=0.3,
         rate=100,
-        tuning=growing,
+        tuning=growing_quickly,
     ),
     Bug(
         "votes-before-data",

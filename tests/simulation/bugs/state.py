@@ -470,7 +470,7 @@ BUGS = (
         "what came before an ingest is flushed before it (trap 19)",
         ingest_without_flush,
         ("lag", "flush"),
-        3,
+        26,
         workload="registers",
         rate=100,
         tuning=short_logs,
