@@ -197,9 +197,15 @@ class PutMany:
             BatchError: not all of them are, or there was a problem.
             Exception: the problem, if nothing had been sent.
         """
+        if problem is None or self._sending:
+            await self.finish(problem)
+        return self.outcome(problem)
+
+    def outcome(self, problem: Exception | None = None) -> int:
+        """What :meth:`end` comes to, by what is known now. Raises as it does."""
         if problem is not None and not self._sending:
             raise problem
-        await self.finish(problem)
+        self._problem = self._problem or problem
         if self._problem is None:
             return self.consumed
         self._failed.update(dict.fromkeys(self._chunk))

@@ -199,17 +199,20 @@ class BlockingClient:
             return None
 
         problem = None
-        while problem is None:
-            chunk, problem = read_chunk(source)
-            for pair in chunk:
-                writer.add(pair)
-            if problem is not None or not chunk or not self._perform_all(writer.send):
-                break
-            problem = tell()
-        if problem is None:
-            self._perform_all(writer.finish)
-            problem = tell()
-        return self._perform_all(writer.end, problem)
+        try:
+            while problem is None:
+                chunk, problem = read_chunk(source)
+                for pair in chunk:
+                    writer.add(pair)
+                if problem is not None or not chunk or not self._perform_all(writer.send):
+                    break
+                problem = tell()
+            if problem is None:
+                self._perform_all(writer.finish)
+                return writer.outcome(tell())
+            return self._perform_all(writer.end, problem)
+        except ClientClosed as closed:
+            return writer.outcome(problem or closed)
 
     def delete_range(
         self,

@@ -175,13 +175,13 @@ def _movable(view: ClusterView, leads: Leads, source: NodeId, target: NodeId) ->
 
 
 def _drain_target(view: ClusterView, range_view: RangeView, leads: Leads) -> NodeId | None:
-    """Who is to lead instead. Of a node that stops rather one without room than none, for that still serves reads; of
-    one that is short of room only one with more, so that nothing comes back."""
+    """Who is to lead instead: of a node that is short of room only one with more, so that nothing comes back. One that
+    refuses writes declines a leadership."""
     if _range_obstacle(view, range_view) is not None:
         return None
     assert range_view.leader is not None, "drained without a leader"
     source = view.nodes[range_view.leader]
-    fullness_max = max(Fullness) if source.draining else source.fullness - 1
+    fullness_max = Fullness.SHORT if source.draining else min(source.fullness - 1, Fullness.SHORT)
     targets = [
         (node.fullness, leads.counts[node.node_id], node.node_id)
         for node in view.nodes.values()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE, Member, NodeId, RangeId, ReplicaRole
+from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE, Fullness, Member, NodeId, RangeId, ReplicaRole
 from shardkv_placement.fields import REPLICAS_MAX
 from shardkv_placement.operators import (
     UNALLOCATED,
@@ -208,22 +208,23 @@ def _adoptable(view: ClusterView, range_view: RangeView, learners: list[Member])
     if last is not None and last.outcome is Outcome.FAILED:
         return follow
     rest = [learner for learner in learners if not caught_up(range_view, learner.replica_id)]
-    return follow + [learner for learner in rest if not view.nodes[learner.node_id].short_of_room]
+    return follow + [learner for learner in rest if view.nodes[learner.node_id].fullness < Fullness.LOW]
 
 
 def _least_loaded(view: ClusterView, range_view: RangeView, count: int, loads: _Loads) -> tuple[Place, ...]:
-    """Up to ``count`` live nodes without a replica of the range, those with the fewest replicas first."""
+    """Up to ``count`` live nodes without a replica of the range: those with room first, then with few replicas."""
     count = min(count, REPLICAS_MAX - len(range_view.descriptor.replicas))
     receiving_max = view.settings.learners_per_node_max
     candidates = [
         node.node_id
         for node in view.live_nodes
         if not node.draining
-        and not (node.slow_disk or node.short_of_room)
+        and not node.slow_disk
+        and node.fullness < Fullness.LOW
         and range_view.descriptor.replica_on(node.node_id) is None
         and loads.receiving.get(node.node_id, 0) < receiving_max
     ]
-    candidates.sort(key=lambda node_id: (loads.replicas[node_id], node_id))
+    candidates.sort(key=lambda node_id: (view.nodes[node_id].fullness, loads.replicas[node_id], node_id))
     return tuple(Place(node_id, UNALLOCATED) for node_id in candidates[:count])
 
 

@@ -183,6 +183,7 @@ class Operations:
         with self._clock.deadline(HEARD_SECONDS):
             while not _is_heard(replica, target.replica_id):
                 await self._clock.sleep(POLL_SECONDS)
+        replica, _ = self._leader_of(range_id)
         if not _is_heard(replica, target.replica_id):
             # It could not take over, and meanwhile the range would take no writes.
             raise RequestError(

@@ -152,8 +152,10 @@ def test_after_closing_calls_raise_client_closed_and_pending_ones_end(server):
 
 def test_a_client_that_is_closed_by_its_own_progress_callback_ends(server):
     kv = connect_blocking(server.addresses)
-    with pytest.raises(errors.ShardKVError):
+    with pytest.raises(errors.BatchError) as caught:
         kv.put_many(((b"%04d" % i, b"v") for i in range(5_000)), progress=lambda done: kv.close())
+    written = {b"%04d" % i for i in range(caught.value.consumed)} - set(caught.value.failed)
+    assert written <= set(server.cluster.data)
     kv._thread.join(30)
     assert not kv._thread.is_alive()
     with pytest.raises(errors.ClientClosed):

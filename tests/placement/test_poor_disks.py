@@ -85,7 +85,7 @@ def test_a_node_that_refuses_writes_leads_nothing_while_others_take_them_however
     assert moves(drain_leaders(view)) == {1: 3, 2: 2, 3: 3}
     assert set(moves(balance_leaders(filled(view, {1: SHORT, 2: SHORT, 3: LOW}))).values()) <= {2}
     view = filled(view, {1: FULL, 2: LOW, 3: LOW})
-    assert len(drain_leaders(view)) == 3
+    assert moves(drain_leaders(view)) == {}, "they would decline"
     assert moves(drain_leaders(filled(view, {1: LOW, 2: LOW, 3: FULL}))) == {}
 
 
@@ -97,11 +97,18 @@ def test_a_node_whose_transfers_are_all_under_way_holds_up_no_other_nodes() -> N
     assert sorted(moves(drain_leaders(view))) == [*range(1, 1 + most), *range(9, 9 + most)]
 
 
-def test_no_leadership_and_no_replica_is_given_to_a_node_that_is_short_of_room() -> None:
+def test_no_leadership_is_given_to_a_node_that_is_short_of_room() -> None:
     view = short(a_view(nodes=3, ranges={1: "2* 1 3", 2: "2* 1 3", 3: "2* 1 3", 4: "2* 1 3"}), 1)
     assert set(moves(balance_leaders(view)).values()) == {3}
     assert "node 1: its disk is nearly full" in why_not(view, next(iter(view.ranges.values())))
-    assert place_replicas(short(a_view(nodes=3, ranges={1: "1*"}), 2, 3)) == ()
+
+
+def test_a_replica_is_put_where_there_is_room_and_nowhere_where_writes_are_refused() -> None:
+    view = a_view(nodes=4, ranges={1: "1*"})
+    assert place_replicas(filled(view, {2: LOW, 3: FULL})) == ()
+    (operator,) = place_replicas(short(view, 2))
+    assert [place.node_id for place in operator.steps[0].places()] == [3, 4]
+    assert place_replicas(short(view, 2, 3, 4)), "where all disks are nearly full ranges still grow"
 
 
 def test_a_node_that_stops_rather_leaves_a_range_to_one_without_room_than_to_nobody() -> None:

@@ -24,7 +24,7 @@ from shardkv_placement.operators import (
 from shardkv_placement.replica_schedulers import place_replicas, target_voters
 from shardkv_placement.schedulers import explain, schedule
 from shardkv_placement.view import ClusterView
-from tests.placement.worlds import WALL_MS, a_view, filled, short
+from tests.placement.worlds import WALL_MS, a_view, filled
 
 
 def transfers(view: ClusterView) -> dict[int, int]:
@@ -138,10 +138,10 @@ def test_of_the_learners_that_are_there_those_that_follow_are_used_first() -> No
 
 
 def test_a_learner_that_cannot_get_the_data_for_lack_of_room_is_not_waited_for() -> None:
-    view = short(a_view(nodes=4, ranges={1: "1* 2+? 3+"}), 2)
+    view = filled(a_view(nodes=4, ranges={1: "1* 2+? 3+"}), {2: Fullness.LOW})
     (operator,) = schedule(view)
     assert joiners(operator) == [3, 4]
-    (operator,) = schedule(short(a_view(nodes=4, ranges={1: "1* 2+ 3+"}), 2))
+    (operator,) = schedule(filled(a_view(nodes=4, ranges={1: "1* 2+ 3+"}), {2: Fullness.LOW}))
     assert joiners(operator) == [2, 3], "it has the data"
 
 
