@@ -62,4 +62,7 @@ async def test_a_client_of_the_first_node_goes_on_without_it_once_the_cluster_ha
         await cluster.sleep(60)
         await kv.put(b"k", b"w")
         await cluster.nodes["n1"].power_off()
-        await kv.put(b"k", b"x", timeout=5)
+        version = await kv.put(b"k", b"x", timeout=5)
+        entry = await kv.get(b"k", timeout=5)
+        assert entry is not None
+        assert (entry.value, entry.version) == (b"x", version)

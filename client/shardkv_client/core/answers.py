@@ -65,8 +65,8 @@ def came_to_nothing(call: Call, error: ShardKVError) -> bool:
     if isinstance(error, NotLeader):
         return not error.logged
     # A write that is refused for its range keeps its bytes: they may have been applied at an earlier attempt.
-    nothing = (Busy, Unavailable) if call.kind is Kind.WRITE else (RoutingError, Unavailable)
-    return isinstance(error, nothing)
+    # An administrative call may be Unavailable because it did not come to its end in time, as a transfer.
+    return isinstance(error, (Busy, Unavailable) if call.kind is Kind.WRITE else RoutingError)
 
 
 def may_repeat(call: Call) -> bool:
