@@ -2,10 +2,11 @@
 
 Lives here: the proxies of all nodes of a cluster, and the client environment whose dials go through them. The bytes
 before the cut arrive, followed by an orderly end; what comes after it is lost. While the gate is shut, nothing gets
-through at all, as in a partition between the client and every node.
+through at all, as in a partition between the client and every node. While the nodes are silenced, requests get through
+and answers do not: whatever answer a cut falls into (a late greeting, one to "are you there?"), no request is lost.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from enum import Enum
 from functools import partial
@@ -32,19 +33,25 @@ class Proxies:
         self.cuts = 0
         self._cut_at: tuple[Way, int] | None = None
         self._shut = False
-        self._shut_after_cut = False
+        self._silent = False
+        self._after_cut: Callable[[], None] | None = None
         self._open: dict[trio.CancelScope, None] = {}
 
-    def cut_after(self, way: Way, count: int, *, and_shut: bool = False) -> None:
-        """Cut the connection that carries the ``count``-th byte from now right behind it; then shut the gate, if so.
+    def cut_after(self, way: Way, count: int, then: Callable[[], None] | None = None) -> None:
+        """Cut the connection that carries the ``count``-th byte from now right behind it; ``then`` :meth:`shut` the
+        gate or :meth:`silence` the nodes, which leaves that connection standing, too.
 
-        After 0 bytes means: the first thing that comes is lost with its connection.
+        After 0 bytes means: the first thing that comes is lost.
         """
         self._cut_at = (way, count)
-        self._shut_after_cut = and_shut
+        self._after_cut = then
 
     def forget_cut(self) -> None:
         self._cut_at = None
+
+    def silence(self) -> None:
+        """Lose every answer from now on. :meth:`shut` comes before :meth:`open`: the connections have lost bytes."""
+        self._silent = True
 
     def shut(self) -> None:
         """Cut every connection and let no new one through."""
@@ -53,7 +60,8 @@ class Proxies:
             scope.cancel()
 
     def open(self) -> None:
-        self._shut = False
+        assert self._shut or not self._silent, "connections that have lost bytes are still open"
+        self._shut = self._silent = False
 
     async def serve(self, target: str, client: trio.SocketStream) -> None:
         if self._shut:
@@ -82,6 +90,8 @@ class Proxies:
     ) -> None:
         try:
             while data := await source.receive_some(65536):
+                if way is Way.ANSWER and self._silent:
+                    continue
                 kept = self._before_cut(way, data)
                 if kept:
                     self.passed[way] += len(kept)
@@ -89,9 +99,10 @@ class Proxies:
                 if len(kept) < len(data) or self._cut_at == (way, 0):
                     self._cut_at = None
                     self.cuts += 1
-                    if self._shut_after_cut:
-                        self.shut()
-                    break
+                    if self._after_cut is not None:
+                        self._after_cut()
+                    if not self._silent:
+                        break
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         scope.cancel()

@@ -123,7 +123,7 @@ async def cut_puts(cut: Client, direct: Client, proxies: Proxies, samples: int =
     cuts = proxies.cuts
     length = (await lengths(proxies, put))[Way.ANSWER]
     for position in positions(length - 1, samples):
-        proxies.cut_after(Way.ANSWER, position, and_shut=True)
+        proxies.cut_after(Way.ANSWER, position, then=proxies.silence)
         versions: list[int] = []
 
         async def put_once(found: list[int] = versions) -> None:
@@ -133,10 +133,12 @@ async def cut_puts(cut: Client, direct: Client, proxies: Proxies, samples: int =
             seen = proxies.cuts
             nursery.start_soon(put_once)
 
-            async def was_cut(seen: int = seen) -> bool:
-                return proxies.cuts > seen
+            async def answer_lost(seen: int = seen) -> bool:
+                entry = await direct.get(b"cut/put")
+                return proxies.cuts > seen and entry is not None and entry.value == b"mine"
 
-            await eventually("the answer was cut", was_cut)
+            await eventually("the put is applied and its answer cut", answer_lost)
+            proxies.shut()
             theirs = await direct.put(b"cut/put", b"theirs")
             proxies.open()
         entry = await direct.get(b"cut/put")
@@ -164,7 +166,7 @@ async def check_applied_once(world: LocalCluster, key: bytes, meanwhile: Callabl
             await direct.delete(each)
         assert await cut.increment(counter, 7, timeout=TIMEOUT) == 7
         before = await cut.put(conditional, b"before", timeout=TIMEOUT)
-        proxies.cut_after(Way.ANSWER, 0, and_shut=True)
+        proxies.cut_after(Way.ANSWER, 0, then=proxies.silence)
         outcomes: dict[bytes, int] = {}
 
         async def increment() -> None:
@@ -188,6 +190,7 @@ async def check_applied_once(world: LocalCluster, key: bytes, meanwhile: Callabl
                 return await values() == [b"8", b"after", b"mine"]
 
             await eventually("the writes whose answers are lost are applied", applied)
+            proxies.shut()
             await meanwhile(direct)
             theirs = await direct.put(plain, b"theirs", timeout=TIMEOUT)
             proxies.open()
@@ -246,13 +249,14 @@ async def test_a_write_whose_outcome_cannot_be_known_says_so_and_nothing_else(wo
         places += [(Way.ANSWER, position) for position in (0, sizes[Way.ANSWER] - 1)]
         for number, (way, position) in enumerate(places):
             await put()
-            proxies.cut_after(way, position, and_shut=True)
+            proxies.cut_after(way, position, then=proxies.shut if way is Way.REQUEST else proxies.silence)
             with pytest.raises(OutcomeUnknown):
                 await cut.put(b"unknown", b"%05d" % number, timeout=0.7)
-            with pytest.raises(Unavailable):
-                await cut.put(b"unknown", b"never sent", timeout=0.3)
+            proxies.shut()
             with pytest.raises(Unavailable):
                 await cut.get(b"unknown", timeout=0.3)
+            with pytest.raises(Unavailable):
+                await cut.put(b"unknown", b"never sent", timeout=0.3)
             proxies.open()
             applied = way is Way.ANSWER
             expected = b"%05d" % number if applied else b"value"
