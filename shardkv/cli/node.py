@@ -82,7 +82,7 @@ def node(config: str | None, parent_pipe: int | None, **flags: Any) -> None:
         _end_with_parent(parent_pipe)
     loaded = _load(flags, config or os.environ.get("SHARDKV_CONFIG"))
     with _log_to_stderr(loaded.log_level) as log:
-        _allow_open_files()
+        _allow_open_files(loaded)
         try:
             trio.run(_run, loaded)
         except BaseException as error:  # said here, for whoever reads stderr may be stuck
@@ -207,17 +207,30 @@ def _end_with_parent(pipe: int) -> None:
         threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _allow_open_files() -> None:
-    """Take all open files that the system lets this process have.
+def _allow_open_files(config: NodeConfig) -> None:
+    """Take all open files that the system lets this process have, and say so if they are few.
 
     The usual soft limit, 1,024, is for programs that call select(). A quarter of the clients that a node takes use
-    it up; then no other node gets in, and the log cannot begin its next file, which ends the node.
+    it up, and then no other node gets in.
     """
     import resource
+
+    import structlog
+
+    from shardkv.environment.real.network import connection_files_max
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # some systems name a limit that they do not grant
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    room, wanted = connection_files_max(), config.limits.connections_max
+    if room < wanted:
+        structlog.get_logger().warning(
+            "few open files",
+            node=config.name,
+            advice=f"the system lets this process open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} files, enough "
+            f"for {room:,} connections of the {wanted:,} that --connections-max allows: raise the hard limit "
+            "(ulimit -Hn, LimitNOFILE= of systemd), or lower the option to hear no more of it",
+        )
 
 
 @contextlib.contextmanager

@@ -60,6 +60,24 @@ def test_a_node_takes_all_open_files_that_it_may_have(tmp_path: Path, processes:
     assert process.terminate(SECONDS) == 0
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux's")
+@pytest.mark.parametrize(("clients", "told"), [("501", True), ("500", False)])
+def test_a_node_with_few_open_files_says_at_its_start_how_many_clients_fit(
+    tmp_path: Path, processes: list[Process], clients: str, told: bool
+) -> None:
+    low = ["sh", "-c", 'ulimit -n 1000 && exec "$@"', "sh"]
+    arguments = ["--name", "n1", "--data", str(tmp_path), "--listen", "127.0.0.1:7001", "--bootstrap"]
+    log = tmp_path / "n1.log"
+    limit = ["--connections-max", clients]
+    process = Process([*low, *STANDIN, *arguments, *limit], log, os.environ)
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS)
+    assert process.terminate(SECONDS) == 0
+    said = log.read_text()
+    assert ("few open files" in said) is told, said
+    assert ("enough for 500 connections of the 501" in said) is told
+
+
 SPEAKING = """
 import structlog, sys
 from shardkv.cli.node import _log_to_stderr, _print_ready

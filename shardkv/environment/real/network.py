@@ -175,7 +175,7 @@ class RealNetwork:
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started(RealListener(_name_of(listening.getsockname)))
-                files_max = _connection_files_max()
+                files_max = connection_files_max()
                 while True:
                     await trio.lowlevel.wait_readable(listening)
                     if not self._accept(listening, files_max, nursery, handler):
@@ -235,7 +235,7 @@ class RealNetwork:
         raise problem or OSError(errno.EHOSTUNREACH, f"{host} has no address")
 
 
-def _connection_files_max() -> int:
+def connection_files_max() -> int:
     """The number that no accepted connection's file may have, or the node's own files could not be opened any more."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return most - min(FILES_KEPT, most // 2) if most != resource.RLIM_INFINITY else sys.maxsize
