@@ -11,10 +11,11 @@ from typing import Any, Final
 
 from trio.lowlevel import enable_ki_protection
 
-from shardkv.errors import BatchError
+from shardkv.errors import BatchError, OutcomeUnknown, Unavailable
 from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX
 from shardkv.wire.commands import Op, pack_put
 from shardkv_client.core import Call, Core, WriteCall
+from shardkv_client.core.links import describe
 from shardkv_client.limits import check_key_size, check_key_type, check_value_size, check_value_type
 from shardkv_client.waiter import Waiter
 
@@ -22,6 +23,7 @@ Pairs = Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]] | AsyncIterable[tu
 Progress = Callable[[int], object]
 
 CHUNK_PAIRS_MAX: Final = 256
+"""Of a get_many, keys."""
 CHUNK_BYTES_MAX: Final = 1024 * 1024
 """A chunk is sent once it holds this much; its last pair may take it past by its own size."""
 CHUNKS_OUT_MAX: Final = 3
@@ -86,10 +88,18 @@ class Gathering:
 
 
 async def get_many(gathering: Gathering, calls: Sequence[Call]) -> None:
-    """Wait for all of ``calls``; the first error is raised once all have ended."""
+    """Wait for all of ``calls``. Once one has failed the rest are not begun; its error is raised when all have ended.
+
+    A few chunks are out at a time: other calls of the client find places between them.
+    """
     try:
-        for call in calls:
-            gathering.submit(call)
+        for first in range(0, len(calls), CHUNK_PAIRS_MAX):
+            await gathering.until((CHUNKS_OUT_MAX - 1) * CHUNK_PAIRS_MAX)
+            ended, gathering.ended = gathering.ended, []
+            if any(call.error is not None for call in ended):
+                break
+            for call in calls[first : first + CHUNK_PAIRS_MAX]:
+                gathering.submit(call)
     except BaseException:
         gathering.abandon()
         raise
@@ -123,7 +133,6 @@ class PutMany:
         self._failed: dict[bytes, None] = {}
         """Consumed keys that are not known to be written; a dict, for its order."""
         self._problem: Exception | None = None
-        self._sending = False
         self.written = 0
         self.consumed = 0
 
@@ -170,7 +179,6 @@ class PutMany:
             self._collect()
         if self._problem is not None:
             return False
-        self._sending = True
         self._out.update(self._chunk_pairs)
         deadline = self._now() + self._timeout
         for key, value in chunk.items():
@@ -195,23 +203,22 @@ class PutMany:
 
         Raises:
             BatchError: not all of them are, or there was a problem.
-            Exception: the problem, if nothing had been sent.
+            Exception: the problem, if no pair had been consumed.
         """
-        if problem is None or self._sending:
-            await self.finish(problem)
+        await self.finish(problem)
         return self.outcome(problem)
 
     def outcome(self, problem: Exception | None = None) -> int:
         """What :meth:`end` comes to, by what is known now. Raises as it does."""
-        if problem is not None and not self._sending:
+        if problem is not None and not self.consumed:
             raise problem
         self._problem = self._problem or problem
         if self._problem is None:
             return self.consumed
         self._failed.update(dict.fromkeys(self._chunk))
         raise BatchError(
-            f"put_many stopped: {self._problem}; {len(self._failed)} keys of the {self.consumed} pairs consumed "
-            "are not known to be written: put those again, then go on after the pairs consumed",
+            f"put_many stopped: {describe(self._problem)}; {len(self._failed)} keys of the {self.consumed} pairs "
+            "consumed are not known to be written: put those again, then go on after the pairs consumed",
             consumed=self.consumed,
             failed=tuple(self._failed),
         ) from self._problem
@@ -229,8 +236,10 @@ class PutMany:
             if call.error is None:
                 del self._failed[call.key]
                 self.written += pairs
-            else:
-                self._problem = self._problem or call.error
+            elif self._problem is None or (
+                isinstance(self._problem, Unavailable) and isinstance(call.error, OutcomeUnknown)
+            ):
+                self._problem = call.error  # of one that nobody took it is sure that it was not applied
         if self._progress is not None and self.written > written:
             try:
                 self._progress(self.written)

@@ -6,6 +6,7 @@ event loops do not survive a fork, so a child process gets an error instead of a
 
 import os
 import threading
+import warnings
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -17,7 +18,7 @@ from shardkv.address import parse_addresses
 from shardkv.errors import ClientClosed
 from shardkv.types import Entry, RangeDescriptor
 from shardkv_client.batches import Pairs, Progress, PutMany, check_pairs, read_chunk
-from shardkv_client.client import connect
+from shardkv_client.client import Client, connect
 from shardkv_client.core import TIMEOUT_SECONDS, NodeInfo, Settings
 from shardkv_client.environment import Environment
 from shardkv_client.limits import check_timeout, distinct
@@ -41,7 +42,8 @@ def connect_blocking(
 class BlockingClient:
     """The methods of :class:`shardkv_client.Client`, without ``await``; see there for what they mean and raise.
 
-    Any number of threads may share it. After a fork every method raises ClientClosed in the child.
+    Any number of threads may share it; a task of an event loop must not wait for it, but has its own kind of client.
+    After a fork every method raises ClientClosed in the child.
     """
 
     def __init__(
@@ -50,30 +52,18 @@ class BlockingClient:
         parse_addresses(addresses)  # a ConfigError belongs to the caller's thread
         self._process = os.getpid()
         self._closing = False
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._stop = trio.Event()
         self._client = connect(addresses, environment=environment, settings=settings)
-        self._started = threading.Event()
-        self._problem: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="shardkv client", daemon=True)
-        self._thread.start()
-        self._started.wait()
-        if self._problem is not None:
-            raise self._problem
+        self._loop = _Loop(self._client)
+        self._loop.start()
 
-    def _run(self) -> None:
-        try:
-            trio.run(self._main)
-        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that opens the client
-            self._problem = error
-        finally:
-            self._started.set()
-
-    async def _main(self) -> None:
-        async with self._client:
-            self._token = trio.lowlevel.current_trio_token()
-            self._started.set()
-            await self._stop.wait()
+    def __del__(self) -> None:
+        loop: _Loop | None = getattr(self, "_loop", None)  # absent where the arguments were wrong
+        if loop is None or loop.stopping or os.getpid() != self._process:
+            return
+        warnings.warn(
+            "a client was not closed: use `with connect_blocking(…)`", ResourceWarning, stacklevel=2, source=self
+        )
+        loop.stop()
 
     def _perform(self, function: Callable[..., Awaitable[T]], *arguments: Any, **options: Any) -> T:
         if os.getpid() != self._process:
@@ -85,7 +75,7 @@ class BlockingClient:
             return await function(*arguments, **options)
 
         try:
-            return trio.from_thread.run(perform, trio_token=self._token)
+            return trio.from_thread.run(perform, trio_token=self._loop.token)
         except (trio.RunFinishedError, trio.Cancelled) as error:
             raise ClientClosed(_CLOSED) from error
 
@@ -103,9 +93,7 @@ class BlockingClient:
         except Exception:
             raise
         except BaseException:
-            assert self._token is not None, "an open client has a running loop"
-            with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(scope.cancel)
+            self._loop.run_soon(scope.cancel)
             raise
 
     def close(self) -> None:
@@ -116,11 +104,8 @@ class BlockingClient:
         if self._closing or os.getpid() != self._process:
             return
         self._closing = True
-        assert self._token is not None, "an open client has a running loop"
-        with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._stop.set)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._loop.stop()
+        self._loop.join()
 
     def __enter__(self) -> Self:
         return self
@@ -180,9 +165,7 @@ class BlockingClient:
         try:
             return self._put_all(writer, iter(pairs.items() if isinstance(pairs, Mapping) else pairs), progress)
         except BaseException:
-            assert self._token is not None, "an open client has a running loop"
-            with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(writer.abandon)
+            self._loop.run_soon(writer.abandon)
             raise
 
     def _put_all(self, writer: PutMany, source: Iterator[tuple[bytes, bytes]], progress: Progress | None) -> int:
@@ -216,7 +199,7 @@ class BlockingClient:
 
     def delete_range(
         self,
-        start: bytes = b"",
+        start: bytes | None = None,
         end: bytes | None = None,
         *,
         prefix: bytes | None = None,
@@ -281,6 +264,64 @@ class BlockingClient:
 
     def ranges(self, *, timeout: float = TIMEOUT_SECONDS) -> list[tuple[RangeDescriptor, int | None]]:
         return self._perform(self._client.ranges, timeout=timeout)
+
+
+class _Loop:
+    """The thread that runs the client. It does not hold on to the BlockingClient, which ends it when forgotten."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.token: trio.lowlevel.TrioToken | None = None
+        self._stop = trio.Event()
+        self.stopping = False
+        """Or it has stopped."""
+        self._started = threading.Event()
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="shardkv client", daemon=True)
+
+    def start(self) -> None:
+        """Return once the client is open. An interrupt on the way leaves nothing behind."""
+        try:
+            self._thread.start()
+            self._started.wait()
+        except BaseException:
+            self.stop()
+            raise
+        if self._problem is not None:
+            raise self._problem
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that opens the client
+            self._problem = error
+        finally:
+            self.stopping = True
+            self._started.set()
+
+    async def _main(self) -> None:
+        async with self._client:
+            self.token = trio.lowlevel.current_trio_token()
+            self._started.set()
+            # Whoever stops says so before he looks for the token, so that one of the two sees the other.
+            if not self.stopping:
+                await self._stop.wait()
+
+    def run_soon(self, function: Callable[[], object]) -> None:
+        """Call it in the thread, if that still runs."""
+        if self.token is not None:
+            with suppress(trio.RunFinishedError):
+                self.token.run_sync_soon(function)
+
+    def stop(self) -> None:
+        """Have the thread end. Does not wait for it."""
+        self.stopping = True
+        self.run_soon(self._stop.set)
+
+    def join(self) -> None:
+        """Wait for its end, unless this is it."""
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
 
 class BlockingScan:

@@ -6,7 +6,6 @@ number of tasks of one event loop.
 
 import asyncio
 from collections.abc import Callable, Iterable
-from threading import get_ident  # noqa: TID251 - it starts none
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -46,6 +45,7 @@ from shardkv_client.limits import (
     check_value_type,
     check_version,
     consistency_of,
+    deleted_span_of,
     distinct,
     span_of,
 )
@@ -91,8 +91,6 @@ class Client:
         self._settings = settings if settings is not None else Settings()
         self._host: Host | None = None
         self._closed_because = "the client is not open; use it as `async with connect(…) as kv`"
-        self._thread = 0
-        """Where its event loop runs."""
         self._task: asyncio.Task[None] | None = None
         self._nursery_manager: Any = None
         self._nursery: trio.Nursery | None = None
@@ -104,7 +102,6 @@ class Client:
         if self._host is not None:
             raise ClientClosed("a client is opened once; make another with connect()")
         waiter = self._waiter = current_waiter()
-        self._thread = get_ident()
         host = Host(self._seeds, self._settings, self._environment, waiter)
         if on_trio():
             import trio
@@ -117,6 +114,7 @@ class Client:
             self._task = asyncio.create_task(host.run(), name="shardkv client")
         self._host = host
         self._closed_because = "the client is closed; open a new one with connect()"
+        self._is_here = waiter.is_here
         self._notify = waiter.notify
         self._wait = waiter.wait
         self._submit = host.core.submit
@@ -144,6 +142,10 @@ class Client:
         host = self._host
         if host is None:
             return
+        if not self._is_here():
+            if host.ended or (self._task is not None and self._task.done()):
+                return  # its loop has ended, and the client with it
+            raise self._not_here()
         if self._task is None:
             await host.aclose()
             return
@@ -163,17 +165,26 @@ class Client:
     def _open_host(self) -> Host:
         if self._host is None or self._host.core.closed:
             raise ClientClosed(self._closed_because)
-        if get_ident() != self._thread:
-            raise _of_another_thread()
+        if not self._is_here():
+            raise self._not_here()
         return self._host
+
+    def _not_here(self) -> Exception:
+        """For a caller that runs in another event loop: two must not touch what one of them runs."""
+        if self._host is not None and self._host.ended:
+            return ClientClosed(self._closed_because)
+        return RuntimeError(
+            "this client belongs to another event loop: open one in this loop, or share one that connect_blocking() "
+            "opens between threads"
+        )
 
     @enable_ki_protection
     async def _perform(self, call: Call) -> Any:
         # Protected: a call whose caller is interrupted before it waits would be answered to nobody.
         if self._host is None:
             raise ClientClosed(self._closed_because)
-        if get_ident() != self._thread:
-            raise _of_another_thread()
+        if not self._is_here():
+            raise self._not_here()
         call.notify = self._notify
         self._submit(call)
         return await self._wait(call, self._cancel)
@@ -315,7 +326,7 @@ class Client:
 
     async def delete_range(
         self,
-        start: bytes = b"",
+        start: bytes | None = None,
         end: bytes | None = None,
         *,
         prefix: bytes | None = None,
@@ -323,12 +334,13 @@ class Client:
     ) -> None:
         """Delete every key from ``start`` (included) to ``end`` (excluded; None: to the last), or under ``prefix``.
 
-        Atomic in each range, not across ranges, which are taken in the order of their keys. ``timeout`` covers one.
+        Every key there is goes by ``delete_range(b"")``, but not for want of arguments or by an empty prefix. Atomic in
+        each range, not across ranges, which are taken in the order of their keys. ``timeout`` covers one.
 
         Raises:
             OutcomeUnknown: the part that was under way may be deleted; those before it are.
         """
-        start, end = span_of(start, end, prefix)
+        start, end = deleted_span_of(start, end, prefix)
         check_timeout(timeout)
         self._open_host()
         if end is not None and start >= end:
@@ -472,10 +484,3 @@ class Client:
                     start = max(start, descriptor.span.end or start)
             if len(page) < ROUTES_PER_PAGE or page[-1][0].span.end is None:
                 return found
-
-
-def _of_another_thread() -> RuntimeError:
-    return RuntimeError(
-        "this client belongs to the event loop of another thread: open one in this loop, or share one that "
-        "connect_blocking() opens"
-    )

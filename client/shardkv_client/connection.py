@@ -53,6 +53,8 @@ class Host:
         # under the calls with which that task tidies up.
         self._scope = anyio.CancelScope(shield=True)
         self._ended = anyio.Event()
+        self.ended = False
+        """Whether no task of it is left. Beside the event, which belongs to the loop."""
         self._timer_scope: anyio.CancelScope | None = None
         self._group: anyio.abc.TaskGroup | None = None
         self._pipes: dict[Link, _Pipe] = {}
@@ -78,6 +80,7 @@ class Host:
             _log.exception("the client ends because of a bug in it; please report it")
         finally:
             self.close("the client's tasks have ended")
+            self.ended = True
             self._ended.set()
 
     def close(self, reason: str = "the client was closed") -> None:

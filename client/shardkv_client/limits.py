@@ -23,14 +23,18 @@ _INT64_END: Final = 1 << 63
 
 def check_key_type(key: bytes) -> None:
     if not isinstance(key, bytes):
-        raise TypeError(f"a key must be bytes, not {type(key).__name__}; encode text first, for example key.encode()")
+        raise TypeError(f"a key must be bytes, not {type(key).__name__}; {_how_to_bytes(key, 'key')}")
 
 
 def check_value_type(value: bytes) -> None:
     if not isinstance(value, bytes):
-        raise TypeError(
-            f"a value must be bytes, not {type(value).__name__}; encode text first, for example value.encode()"
-        )
+        raise TypeError(f"a value must be bytes, not {type(value).__name__}; {_how_to_bytes(value, 'value')}")
+
+
+def _how_to_bytes(given: object, name: str) -> str:
+    if isinstance(given, (bytearray, memoryview)):
+        return f"copy it first, bytes({name})"
+    return f"encode text first, for example {name}.encode()"
 
 
 def check_key_size(key: bytes) -> None:
@@ -50,12 +54,12 @@ def distinct(keys: Iterable[bytes]) -> list[bytes]:
     given: object = keys
     if isinstance(given, (bytes, str)):
         raise TypeError(f"a list of keys is wanted, not one {type(given).__name__}; put it into a list")
-    wanted = list(dict.fromkeys(keys))
+    wanted = list(keys)
     for key in wanted:
         check_key_type(key)
     for key in wanted:
         check_key_size(key)
-    return wanted
+    return list(dict.fromkeys(wanted))
 
 
 def check_request(
@@ -100,8 +104,15 @@ def check_delta(delta: int) -> None:
 def check_timeout(timeout: float) -> None:
     if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
         raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
-    if not (isfinite(timeout) and timeout >= 0):
+    if not (_is_finite(timeout) and timeout >= 0):
         raise RequestError(f"timeout must be a finite number of seconds from 0 on, not {timeout}: no call may hang")
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return isfinite(number)
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 def consistency_of(name: str) -> int:
@@ -120,7 +131,7 @@ def age_us_of(max_age: float | None, consistency: int) -> int | None:
         return None
     if not isinstance(max_age, (int, float)) or isinstance(max_age, bool):
         raise TypeError(f"max_age must be a number of seconds or None, not {type(max_age).__name__}")
-    if not (isfinite(max_age) and max_age >= 0):
+    if not (_is_finite(max_age) and max_age >= 0):
         raise RequestError(f"max_age must be a finite number of seconds from 0 on, not {max_age}; None allows any age")
     if consistency != Consistency.STALE:
         raise RequestError('max_age is for reads with consistency="stale"; the others are never old')
@@ -151,6 +162,16 @@ def span_of(start: bytes, end: bytes | None, prefix: bytes | None) -> tuple[byte
     if len(prefix) > KEY_BYTES_MAX:
         raise KeyTooLarge(f"a prefix must have at most {KEY_BYTES_MAX} bytes; this one has {len(prefix)}")
     return prefix, after_prefix(prefix)
+
+
+def deleted_span_of(start: bytes | None, end: bytes | None, prefix: bytes | None) -> tuple[bytes, bytes | None]:
+    """As :func:`span_of`, but for every key there is the caller has to say so: a tenant's name that is None or empty
+    must not delete the others'."""
+    if not prefix and start is None and end is None:
+        raise InvalidRange(
+            "this would delete every key: give start, end or a longer prefix, or say start=b'' if it shall"
+        )
+    return span_of(b"" if start is None else start, end, prefix)
 
 
 def after_prefix(prefix: bytes) -> bytes | None:

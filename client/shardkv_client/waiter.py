@@ -27,6 +27,10 @@ class Waiter(Protocol):
         """
         ...
 
+    def is_here(self) -> bool:
+        """Whether the caller runs in this event loop."""
+        ...
+
     def doorbell(self) -> "Doorbell": ...
 
 
@@ -39,6 +43,15 @@ class Doorbell(Protocol):
 
 
 class TrioWaiter:
+    def __init__(self) -> None:
+        self._token = lowlevel.current_trio_token()
+
+    def is_here(self) -> bool:
+        try:
+            return lowlevel.current_trio_token() is self._token
+        except RuntimeError:  # of a caller that is asyncio's
+            return False
+
     def notify(self, call: Call) -> None:
         lowlevel.reschedule(call.task)
 
@@ -92,6 +105,12 @@ class TrioDoorbell:
 class AsyncioWaiter:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+
+    def is_here(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:  # of a caller that is trio's
+            return False
 
     def notify(self, call: Call) -> None:
         future = call.task

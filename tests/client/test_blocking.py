@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -31,7 +33,7 @@ def test_every_method_works_without_await(server):
             kv.put(b"k", b"w", if_version=0)
         assert kv.delete(b"k", if_version=version) is True
         assert kv.increment(b"n", 3) == 3
-        kv.delete_range()
+        kv.delete_range(b"")
         assert kv.put_many((b"%02d" % i, b"v") for i in range(10)) == 10
         assert list(kv.get_many(b"%02d" % i for i in (7, 2))) == [b"07", b"02"]
         assert [entry.key for entry in kv.scan()] == [b"%02d" % i for i in range(10)]
@@ -101,6 +103,9 @@ def test_put_many_whose_progress_or_input_fails_says_what_is_written(server, cou
         with pytest.raises(errors.BatchError, match="division by zero") as caught:
             kv.put_many((b"x%04d" % (i if i < 900 else 1 / 0), b"v") for i in range(1_000))
         assert caught.value.consumed == 900
+        with pytest.raises(errors.BatchError, match="division by zero") as caught:
+            kv.put_many((b"z%04d" % (i if i < 9 else 1 / 0), b"v") for i in range(1_000))
+        assert (caught.value.consumed, len(caught.value.failed)) == (9, 9)
         with pytest.raises(ZeroDivisionError):
             kv.put_many((b"y%04d" % (1 / 0), b"v") for i in range(1_000))
 
@@ -156,11 +161,47 @@ def test_a_client_that_is_closed_by_its_own_progress_callback_ends(server):
         kv.put_many(((b"%04d" % i, b"v") for i in range(5_000)), progress=lambda done: kv.close())
     written = {b"%04d" % i for i in range(caught.value.consumed)} - set(caught.value.failed)
     assert written <= set(server.cluster.data)
-    kv._thread.join(30)
-    assert not kv._thread.is_alive()
+    kv._loop.join()
     with pytest.raises(errors.ClientClosed):
         kv.get(b"k")
     kv.close()
+
+
+def test_a_client_that_is_forgotten_ends_its_thread(server):
+    """A worker that opens one for each of its tasks would run out of files."""
+    kv = connect_blocking(server.addresses)
+    kv.put(b"k", b"v")
+    loop, held = kv._loop, [kv]
+    del kv
+    with pytest.warns(ResourceWarning, match="not closed"):
+        held.clear()  # the last that holds it
+    loop.join()
+    with connect_blocking(server.addresses) as kv, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scan = kv.scan()
+        assert [entry.key for entry in scan] == [b"k"]
+
+
+@pytest.mark.parametrize("before", [0, 1], ids=["while the thread begins", "while the client opens"])
+def test_an_interrupt_while_it_opens_leaves_no_thread_behind(server, monkeypatch, before):
+    waits = 0
+    wait = threading.Event.wait
+
+    def interrupted(event, timeout=None):
+        nonlocal waits
+        if threading.current_thread() is threading.main_thread():
+            waits += 1
+            if waits > before:
+                raise KeyboardInterrupt
+        return wait(event, timeout)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(threading.Event, "wait", interrupted)
+        connect_blocking(server.addresses)
+    given_up_at = time.monotonic() + 180
+    while [thread for thread in threading.enumerate() if thread.name == "shardkv client"]:
+        assert time.monotonic() < given_up_at, "its thread stays"
+        time.sleep(0.001)
 
 
 def test_the_exception_of_the_block_leaves_as_itself(server):

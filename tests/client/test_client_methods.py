@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import anyio
 import pytest
@@ -236,13 +237,130 @@ def test_put_many_names_what_is_not_known_to_be_written(backend, server):
     with_client(backend, server, body)
 
 
+def fails_after(pairs, error):
+    yield from pairs
+    raise error
+
+
+def test_of_several_failures_put_many_names_the_one_that_may_have_been_applied(backend, server):
+    """By its cause callers decide what to do, and the command line its exit code."""
+    server.cluster.split(b"m", leader=2)
+
+    async def body(kv: Client) -> None:
+        host = kv._open_host()
+        for problems in (
+            [errors.Unavailable("nobody"), errors.OutcomeUnknown("lost")],
+            [errors.OutcomeUnknown("lost"), errors.Unavailable("nobody")],
+        ):
+            writer = await kv.begin_put_many(10.0)
+            for key in (b"a", b"z"):
+                writer.add((key, b"v"))
+            with patch.object(host.core, "submit", lambda call: None):
+                await writer.send()
+            for call, problem in zip(list(writer._gathering.out), problems):
+                call.done, call.error = True, problem
+                call.notify(call)
+            with pytest.raises(errors.BatchError, match="lost") as caught:
+                await writer.end()
+            assert isinstance(caught.value.__cause__, errors.OutcomeUnknown)
+            assert caught.value.failed == (b"a", b"z")
+
+    with_client(backend, server, body)
+
+
+def test_a_client_of_another_loop_of_the_same_thread_is_refused_and_stays_whole(server):
+    """As when the fixtures of a test session have a loop of their own. Nothing is written behind the error's back."""
+    kv = connect(server.addresses)
+    home, abroad = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+        home.run_until_complete(kv.__aenter__())
+        for call in (lambda: kv.put(b"k", b"v"), lambda: kv.put_many({b"k": b"v"}), kv.aclose):
+            with pytest.raises(RuntimeError, match="another event loop"):
+                abroad.run_until_complete(call())
+        assert home.run_until_complete(kv.get(b"k")) is None
+        home.run_until_complete(kv.aclose())
+        abroad.run_until_complete(kv.aclose())
+    finally:
+        home.close()
+        abroad.close()
+
+
+def test_a_client_whose_loop_has_ended_is_closed(server):
+    """What is raised tells what to do, and a second close in another loop is none."""
+    kv = connect(server.addresses)
+
+    async def body() -> None:
+        await kv.__aenter__()
+        await kv.put(b"k", b"v")
+
+    asyncio.run(body())
+
+    async def later() -> None:
+        with pytest.raises(errors.ClientClosed, match="open a new one"):
+            await kv.get(b"k")
+        await kv.aclose()
+
+    asyncio.run(later())
+    trio.run(later)
+
+
+def test_get_many_leaves_places_to_other_calls(backend, server):
+    async def body(kv: Client) -> None:
+        out: list[int] = []
+        submit = kv._open_host().core.submit
+
+        def noted(call: Any) -> None:
+            submit(call)
+            out.append(kv._open_host().core.ledger.calls_active)
+
+        with patch.object(kv._open_host().core, "submit", noted):
+            assert await kv.get_many(b"%05d" % i for i in range(5_000)) == {}
+        assert len(out) == 5_000
+        assert max(out) <= 768 < kv._settings.calls_in_flight_max
+
+    with_client(backend, server, body)
+
+
+def test_a_get_many_that_fails_does_not_begin_the_rest(backend, server):
+    for node in server.cluster.nodes.values():
+        node.faults.append(lambda request: errors.OutOfSpace("full") if request.method == Method.GET else None)
+
+    async def body(kv: Client) -> None:
+        with pytest.raises(errors.OutOfSpace):
+            await kv.get_many(b"%05d" % i for i in range(100_000))
+        asked = [request for node in server.cluster.nodes.values() for request in node.requests]
+        assert sum(len(request.arguments[1]) for request in asked if request.method == Method.GET) <= 2_000
+
+    with_client(backend, server, body)
+
+
+def test_every_key_is_deleted_only_if_the_caller_says_so(backend, server):
+    """The prefix of a tenant whose name is missing is None, or empty."""
+
+    async def body(kv: Client) -> None:
+        await kv.put_many({b"a": b"1", b"b": b"2"})
+        for arguments in ({}, {"prefix": None}, {"prefix": b""}):
+            with pytest.raises(errors.InvalidRange, match="every key"):
+                await kv.delete_range(**arguments)
+        assert len(server.cluster.data) == 2
+        await kv.delete_range(end=b"b")
+        assert list(server.cluster.data) == [b"b"]
+        await kv.delete_range(b"")
+        assert not server.cluster.data
+
+    with_client(backend, server, body)
+
+
 def test_bad_input_in_put_many_sends_nothing_or_says_what_was_sent(backend, server):
     async def body(kv: Client) -> None:
-        for bad in ({b"a": b"1", "b": b"2"}, [(b"a", b"1"), (b"b", 2)], iter([(b"a", b"1"), (b"b",)]), 5, [b"ab"]):
+        for bad in ({b"a": b"1", "b": b"2"}, [(b"a", b"1"), (b"b", 2)], iter([(b"b",), (b"a", b"1")]), 5, [b"ab"]):
             with pytest.raises(TypeError):
                 await kv.put_many(bad)
         with pytest.raises(errors.KeyTooLarge):
             await kv.put_many([(b"a", b"1"), (b"", b"2")])
+        with pytest.raises(errors.BatchError, match="put_many stopped: TimeoutError; 2 keys of the 2") as caught:
+            await kv.put_many(fails_after([(b"a", b"1"), (b"b", b"2")], TimeoutError()))
+        assert (caught.value.consumed, caught.value.failed) == (2, (b"a", b"b"))
         assert not server.cluster.data
         with pytest.raises(errors.BatchError) as caught:
             await kv.put_many((b"%04d" % i, b"v") if i != 3_000 else ("no", b"v") for i in range(5_000))
@@ -279,10 +397,11 @@ def test_a_client_of_another_threads_loop_is_refused_and_stays_whole(backend, se
                 lambda: kv.get(b"k"),
                 lambda: kv.get_many([b"k"]),
                 lambda: kv.put_many({b"k": b"w"}),
-                lambda: kv.delete_range(),
+                lambda: kv.delete_range(b""),
+                lambda: kv.aclose(),
                 lambda: kv.scan().next_page(),
             ):
-                with pytest.raises(RuntimeError, match="another thread"):
+                with pytest.raises(RuntimeError, match="another event loop"):
                     await call()
 
         for run in (trio.run, lambda main: asyncio.run(main())):
@@ -305,7 +424,7 @@ def test_delete_range_deletes_from_range_to_range(backend, server):
         await kv.delete_range(prefix=b"0")
         assert list(server.cluster.data) == [b"%02d" % i for i in range(80, 100)]
         await kv.delete_range(b"85", b"85")
-        await kv.delete_range()
+        await kv.delete_range(b"")
         assert not server.cluster.data
 
     with_client(backend, server, body)
@@ -413,6 +532,9 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
         (errors.RequestError, lambda kv: kv.increment(b"n", 1 << 63)),
         (TypeError, lambda kv: kv.get_many(b"ab")),
         (TypeError, lambda kv: kv.get_many([b"a", "b"])),
+        (TypeError, lambda kv: kv.get_many([bytearray(b"a")])),
+        (errors.RequestError, lambda kv: kv.get(b"k", timeout=10**400)),
+        (errors.RequestError, lambda kv: kv.get(b"k", consistency="stale", max_age=10**400)),
         (TypeError, lambda kv: kv.delete_range("a", b"b")),
         (errors.InvalidRange, lambda kv: kv.delete_range(b"b", b"a")),
         (errors.InvalidRange, lambda kv: kv.delete_range(b"b", prefix=b"a")),

@@ -448,6 +448,80 @@ def test_a_call_that_waits_for_its_turn_ends_by_its_deadline():
     assert not first.done
 
 
+def test_a_call_that_found_no_place_says_so():
+    """The addresses are not to blame."""
+    world = World(nodes=1, settings=Settings(calls_in_flight_max=3))
+    world.run(world.put(b"k", b"v"))
+    world.mute.add(1)
+    for _ in range(3):
+        world.put(b"k", b"1", timeout=5.0)
+    with pytest.raises(errors.Unavailable, match=r"^3 calls of this client were in flight.*make fewer at once"):
+        world.run(world.put(b"k", b"2", timeout=1.0))
+
+
+def test_what_needs_no_leader_finds_a_place_however_many_calls_wait_for_one():
+    """Stale reads go on while a range has no leader, as do requests to any node."""
+    world = World(settings=Settings(calls_in_flight_max=10))
+    world.run(world.put(b"k", b"v"))
+    for node in world.cluster.nodes.values():
+        node.faults.append(
+            lambda request: (
+                errors.NotLeader()
+                if request.method == Method.WRITE or (request.method == Method.GET and request.arguments[0] < 2)
+                else None
+            )
+        )
+    stuck = [world.put(b"k", b"w") for _ in range(40)] + [world.get(b"k") for _ in range(40)]
+    world.pass_time(1.0)
+    started = world.now
+    assert world.run(world.get(b"k", consistency=2))[0] == b"v"
+    assert world.run(world.admin(Method.STATUS))
+    assert world.now - started < 0.5
+    assert not any(call.done for call in stuck)
+
+
+def test_calls_that_end_while_they_wait_for_a_place_are_not_kept():
+    world = World(nodes=1, settings=Settings(calls_in_flight_max=2))
+    world.run(world.put(b"k", b"v"))
+    world.mute.add(1)
+    for _ in range(2):
+        world.put(b"k", b"1", timeout=50.0)
+    lane = world.core.ledger._writes
+    for _ in range(50):
+        for call in [world.put(b"k", b"2", timeout=40.0) for _ in range(100)]:
+            world.core.cancel(call)
+            world.core.check()
+    assert len(lane.backlog) < 1_000
+    last = world.put(b"k", b"3", timeout=30.0)
+    world.mute.clear()
+    world.run(last)
+    assert world.cluster.data[b"k"][0] == b"3"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"commands_per_write_max": 0},
+        {"bytes_per_write_max": 0},
+        {"calls_in_flight_max": -1},
+        {"keys_per_get_max": 1.5},
+        {"dials_at_once_max": True},
+        {"dial_seconds": 0},
+        {"moved_seconds": float("nan")},
+        {"lookup_seconds": float("inf")},
+        {"lookup_seconds": "5"},
+        {"backoff_seconds_min": 1.0},
+        {"ping_after_seconds": 2.0},
+        {"cluster_id": b"short"},
+    ],
+    ids=repr,
+)
+def test_settings_that_no_client_could_work_with_are_refused(changed):
+    """With some of them a call spun for ever, past every timeout."""
+    with pytest.raises(errors.ConfigError, match=next(iter(changed))):
+        Settings(**changed)
+
+
 STEPS = ["issue", "settle", "rebase", "wait", "too old"]
 
 

@@ -587,12 +587,53 @@ def test_an_answer_to_a_stale_read_without_an_age_within_its_bound_ends_the_conn
 
 
 def test_clients_spread_their_follower_reads():
+    """The first goes to who is connected; meanwhile the others are dialled."""
     readers = set()
     for seed in range(12):
         world = World(seed=seed)
         world.run(world.get(b"k", consistency=1))
+        world.settle()
+        world.frames.clear()
+        world.run(world.get(b"k", consistency=1))
         readers |= {node for node, asked in world.frames if asked[0].method == Method.GET}
     assert readers == {1, 2, 3}
+
+
+@pytest.mark.parametrize("consistency", [1, 2], ids=["follower", "stale"])
+def test_follower_and_stale_reads_do_not_wait_for_a_node_that_hangs(consistency):
+    """Any replica will do, so one that accepts and never greets costs nobody time, now or later."""
+    for seed in range(6):
+        world = World(seeds=[1, 2], seed=seed)
+        world.mute.add(3)
+        for _ in range(40):
+            started = world.now
+            world.run(world.get(b"k", consistency=consistency))
+            assert world.now - started < 0.05, f"seed {seed}"
+            world.pass_time(0.15)
+        assert len(world.dials) < 10, "nor is it dialled all the time"
+
+
+def test_the_one_replica_that_lives_is_found_while_the_others_hang():
+    world = World(seeds=[1, 2, 3])
+    world.mute.update((1, 2))
+    call = world.get(b"k", consistency=2, timeout=1.0)
+    world.run(call)
+    assert len(world.requests_to(3, Method.GET)) == 1
+
+
+@pytest.mark.parametrize("far", [1, 2, 3])
+def test_follower_reads_go_to_a_near_replica(far):
+    """DESIGN 2.3. How near it is, its greeting has told; what is about as near shares the reads of all clients."""
+    readers = set()
+    for seed in range(12):
+        world = World(seeds=[1, 2, 3], seed=seed)
+        world.seconds_away[far] = 0.01
+        world.run(world.get(b"k", consistency=1))
+        world.pass_time(0.1)
+        world.frames.clear()
+        world.run(world.get(b"k", consistency=1))
+        readers |= {node for node, _ in world.frames}
+    assert readers == {1, 2, 3} - {far}
 
 
 @pytest.mark.parametrize("seeds", [[1], [1, 2, 3]])

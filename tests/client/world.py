@@ -26,7 +26,7 @@ class World:
 
     ``lose_requests`` and ``lose_answers`` count frames to swallow, each with its connection; ``down`` are nodes that
     accept no connection, ``mute`` nodes that accept everything and answer nothing, ``dead`` addresses that do not even
-    refuse a connection.
+    refuse a connection; ``seconds_away`` are nodes whose answers take longer.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class World:
         self.down: set[int] = set()
         self.mute: set[int] = set()
         self.dead: set[str] = set()
+        self.seconds_away: dict[int, float] = {}
         self.bytes_per_second = inf
         """Of what the client sends on one connection."""
         self._carried_at: dict[Link, float] = {}
@@ -211,7 +212,8 @@ class World:
         for kind, payload in self._decoders[link].feed(data):
             answer = self._answer(link, node, kind, payload)
             if answer is not None and link in self.open:
-                self._at(self.latency(), lambda answer=answer: self._back(link, answer))
+                delay = self.latency() + self.seconds_away.get(node.id, 0.0)
+                self._at(delay, lambda answer=answer: self._back(link, answer))
 
     def _answer(self, link: Link, node: FakeNode, kind: FrameKind, payload: bytes) -> bytes | None:
         if kind is FrameKind.HELLO:

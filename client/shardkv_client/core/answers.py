@@ -7,7 +7,7 @@ is tried again until the deadline: with the same bytes while an attempt is in do
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 from shardkv import errors
 from shardkv.errors import (
@@ -23,6 +23,10 @@ from shardkv.errors import (
     Unavailable,
 )
 from shardkv_client.core.calls import AdminCall, Call, DeleteRangeCall, Kind, ReadCall, ScanCall, Sent, WriteCall
+
+SETTLING: Final = "which a further write of this client to the key settles; a read does not"
+"""How to come to know what became of a command: whoever has a later one of the same client executes no earlier one any
+more, but until then its bytes may still be on their way."""
 
 
 class Verdict(Enum):
@@ -74,13 +78,14 @@ def may_repeat(call: Call) -> bool:
     return not isinstance(call, AdminCall) or call.repeatable
 
 
-def failure(call: Call, reason: str) -> ShardKVError:
-    """What a call raises that ends without an answer. ``reason`` is a clause such as "no answer within 10 s"."""
+def failure(call: Call, reason: str, advice: str = "try again with backoff") -> ShardKVError:
+    """What a call raises that ends without an answer. ``reason`` is a clause such as "no answer within 10 s", and
+    ``advice`` one for a call of which nothing was applied."""
     if call.attempts and (call.kind is Kind.WRITE or not may_repeat(call)):
         return OutcomeUnknown(
-            f"{reason}, and the request had been sent: it may have been applied; read before deciding"
+            f"{reason}, and the request had been sent: it may have been applied, or may be yet, {SETTLING}"
         )
-    return Unavailable(f"{reason}; nothing was applied: try again with backoff, and check that the addresses are right")
+    return Unavailable(f"{reason}; nothing was applied: {advice}")
 
 
 def copy(error: ShardKVError) -> ShardKVError:

@@ -42,6 +42,7 @@ class Call:
         "error",
         "internal",
         "key",
+        "lane",
         "notify",
         "result",
         "size",
@@ -59,6 +60,8 @@ class Call:
         self.done = False
         self.admitted = False
         """Counted against the in-flight bounds."""
+        self.lane: Any = None
+        """The ledger's, whose bounds those are."""
         self.internal = False
         """One of the client's own lookups: outside the in-flight bound."""
         self.result: Any = None
@@ -82,6 +85,7 @@ class WriteCall(Call):
         self.attempts = 0
         self.done = False
         self.admitted = False
+        self.lane = None
         self.internal = False
         self.result = None
         self.error = None
@@ -127,6 +131,7 @@ class ReadCall(Call):
         self.attempts = 0
         self.done = False
         self.admitted = False
+        self.lane = None
         self.internal = False
         self.result = None
         self.error = None

@@ -146,11 +146,21 @@ class Core:
         self.timers.run(now, self._expire)
 
     def _expire(self, call: Call) -> None:
-        problem = self.links.problem
-        reason = "no answer before the timeout" if call.attempts else "no node took the request before the timeout"
-        self.ledger.finish(
-            call, None, answers.failure(call, f"{reason} (last problem: {problem})" if problem else reason)
-        )
+        if not call.admitted and not call.internal:
+            reason = f"{call.lane.calls_active} calls of this client were in flight until the timeout"
+            error = answers.failure(call, reason, "make fewer at once, or give them more time")
+        else:
+            problem = self.links.problem
+            reason = "no answer before the timeout" if call.attempts else "no node took the request before the timeout"
+            reached = self.links.any_ready() is not None
+            error = answers.failure(
+                call,
+                f"{reason} (last problem: {problem})" if problem else reason,
+                "try again with backoff"
+                if reached
+                else "check that the addresses are right, and try again with backoff",
+            )
+        self.ledger.finish(call, None, error)
 
     def close(self, now: float, reason: str = "the client was closed") -> None:
         """End every pending call as its deadline would; later ones raise ClientClosed."""
@@ -160,7 +170,7 @@ class Core:
         self.ledger.close()
         for call in self.timers.live():
             if not call.done:
-                self.ledger.finish(call, None, answers.failure(call, reason))
+                self.ledger.finish(call, None, answers.failure(call, reason, "open a new one with connect()"))
         for link in self.links.close():
             link.state = LinkState.CLOSED
             self.links.drops.append(link)
@@ -468,7 +478,9 @@ class Core:
             self.ledger.finish(call, None, answers.copy(error))
             return
         if verdict is Verdict.UNKNOWN:
-            unknown = OutcomeUnknown(f"an earlier attempt may have been applied, and now: {error}")
+            unknown = OutcomeUnknown(
+                f"an earlier attempt may have been applied, or may be yet, {answers.SETTLING}; now: {error}"
+            )
             self.ledger.finish(call, None, unknown)
             return
         if verdict is Verdict.ANEW:

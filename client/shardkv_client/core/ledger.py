@@ -7,13 +7,82 @@ command that was sent keeps its place until then.
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from shardkv.errors import ClientClosed
-from shardkv_client.core.calls import AdminCall, Call, Kind, WriteCall
+from shardkv_client.core.calls import STALE, AdminCall, Call, Kind, ReadCall, ScanCall, WriteCall
 from shardkv_client.core.session import Session
 from shardkv_client.core.settings import Settings
 from shardkv_client.core.timers import Timers
+
+DEAD_CALLS_MIN: Final = 256
+"""Below this a backlog is not worth a rebuild."""
+
+
+class Lane:
+    """The places that calls of one sort share, and those that wait for one.
+
+    Calls that wait for one thing have a lane of their own, or a thousand of them would keep out those that do not: a
+    stale read needs no leader.
+    """
+
+    __slots__ = ("_dead", "_settings", "backlog", "bytes_active", "calls_active")
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.calls_active = 0
+        """Calls within the bounds: sent, or on their way to be; abandoned ones too, until they are settled."""
+        self.bytes_active = 0
+        self.backlog: deque[Any] = deque()
+        """Calls beyond the bounds. Those that ended there are skipped."""
+        self._dead = 0
+        """How many of them."""
+
+    def has_room(self) -> bool:
+        settings = self._settings
+        return self.calls_active < settings.calls_in_flight_max and self.bytes_active < settings.bytes_in_flight_max
+
+    def admit(self, call: Call) -> None:
+        call.admitted = True
+        self.calls_active += 1
+        self.bytes_active += call.size
+
+    def leave(self, call: Call) -> None:
+        self.calls_active -= 1
+        self.bytes_active -= call.size
+
+    def admit_backlog(self) -> list[Any]:
+        """Whoever has a place now."""
+        admitted = []
+        while self.backlog and self.has_room():
+            call = self.backlog.popleft()
+            if call.done:
+                self._dead -= 1
+            else:
+                self.admit(call)
+                admitted.append(call)
+        return admitted
+
+    def ended_in_backlog(self) -> None:
+        """One of those that wait has given up. Most of them may, and the places stay taken."""
+        self._dead += 1
+        if self._dead >= DEAD_CALLS_MIN and 2 * self._dead >= len(self.backlog):
+            self.backlog = deque(call for call in self.backlog if not call.done)
+            self._dead = 0
+
+    def clear(self) -> None:
+        self.backlog.clear()
+        self._dead = 0
+
+    def check(self, live: list[Any]) -> None:
+        """Walk every invariant; ``live`` are all calls that are not done."""
+        admitted = [call for call in live if call.admitted and call.lane is self]
+        assert len(admitted) == self.calls_active, f"{len(admitted)} calls are admitted, {self.calls_active} counted"
+        size = sum(call.size for call in admitted)
+        assert size == self.bytes_active, f"{size} bytes are admitted, {self.bytes_active} counted"
+        assert self.calls_active <= self._settings.calls_in_flight_max, f"{self.calls_active} calls are in flight"
+        dead = sum(call.done for call in self.backlog)
+        assert dead == self._dead, f"{dead} calls in the backlog have ended, {self._dead} counted"
 
 
 class Ledger:
@@ -25,7 +94,6 @@ class Ledger:
         wake_flush: Callable[[], None],
         internal_done: Callable[[AdminCall], None],
     ) -> None:
-        self._settings = settings
         self._timers = timers
         self._session = session
         self._wake_flush = wake_flush
@@ -34,47 +102,39 @@ class Ledger:
         self.flush_wanted = False
         self.ready: list[Any] = []
         """Calls for the next flush."""
-        self._backlog: deque[Any] = deque()
-        """Calls beyond the in-flight bounds."""
+        self._writes = Lane(settings)
+        self._reads = Lane(settings)
+        """Linearizable and follower reads and scans, which need a leader as writes do."""
+        self._others = Lane(settings)
         self.held: deque[WriteCall] = deque()
         """New commands that the session's window has no place for."""
-        self.calls_active = 0
-        """Calls within the bounds: sent, or on their way to be; abandoned ones too, until they are settled."""
-        self.bytes_active = 0
+
+    @property
+    def calls_active(self) -> int:
+        """Calls within the bounds, of all lanes."""
+        return self._writes.calls_active + self._reads.calls_active + self._others.calls_active
+
+    def _lane_of(self, call: Call) -> Lane:
+        if call.kind is Kind.WRITE:
+            return self._writes
+        if isinstance(call, (ReadCall, ScanCall)) and call.consistency != STALE:
+            return self._reads
+        return self._others
 
     def submit(self, call: Call) -> None:
         """Take a call. ``call.notify`` is called, with it, from a later event; never from within this one."""
         if self.closed:
             raise ClientClosed("the client is closed; open a new one with connect()")
         self._timers.add_deadline(call)
-        settings = self._settings
-        if self.calls_active >= settings.calls_in_flight_max or self.bytes_active >= settings.bytes_in_flight_max:
-            self._backlog.append(call)
+        lane = call.lane = self._lane_of(call)
+        if not lane.has_room():
+            lane.backlog.append(call)
             return
-        call.admitted = True
-        self.calls_active += 1
-        self.bytes_active += call.size
+        lane.admit(call)
         self.ready.append(call)
         if not self.flush_wanted:
             self.flush_wanted = True
             self._wake_flush()
-
-    def _admit_backlog(self) -> None:
-        settings = self._settings
-        backlog = self._backlog
-        admitted = []
-        while (
-            backlog
-            and self.calls_active < settings.calls_in_flight_max
-            and self.bytes_active < settings.bytes_in_flight_max
-        ):
-            call = backlog.popleft()
-            if not call.done:
-                call.admitted = True
-                self.calls_active += 1
-                self.bytes_active += call.size
-                admitted.append(call)
-        self.requeue(admitted)
 
     def submit_internal(self, call: AdminCall, now: float) -> None:
         self._timers.add_deadline(call)
@@ -108,11 +168,13 @@ class Ledger:
             if call.sealed is not None:
                 self.settle(call)
             call.body = b""  # the deadline heap may keep the call for a while yet, but not its bytes
+        lane = call.lane
         if call.admitted:
-            self.calls_active -= 1
-            self.bytes_active -= call.size
-            if self._backlog:
-                self._admit_backlog()
+            lane.leave(call)
+            if lane.backlog:
+                self.requeue(lane.admit_backlog())
+        elif not self.closed:
+            lane.ended_in_backlog()
         notify = call.notify
         if notify is not None:
             call.notify = None
@@ -149,16 +211,14 @@ class Ledger:
     def close(self) -> None:
         """Take no calls any more; those there are must be finished next."""
         self.closed = True
-        self._backlog.clear()
+        for lane in (self._writes, self._reads, self._others):
+            lane.clear()
         self.held.clear()
 
     def check(self) -> None:
         """Walk every invariant."""
         live = [call for call in self._timers.live() if not call.internal]
-        admitted = [call for call in live if call.admitted]
-        assert len(admitted) == self.calls_active, f"{len(admitted)} calls are admitted, {self.calls_active} counted"
-        size = sum(call.size for call in admitted)
-        assert size == self.bytes_active, f"{size} bytes are admitted, {self.bytes_active} counted"
-        assert self.calls_active <= self._settings.calls_in_flight_max, f"{self.calls_active} calls are in flight"
+        for lane in (self._writes, self._reads, self._others):
+            lane.check(live)
         sealed = {call.sequence for call in live if isinstance(call, WriteCall) and call.sealed is not None}
         assert sealed == self._session.unsettled, f"sealed {sorted(sealed)[:5]}, unsettled differs"

@@ -61,6 +61,8 @@ class Link:
         "address",
         "decoder",
         "draining",
+        "greeted_at",
+        "greeting_seconds",
         "inflight",
         "inflight_max",
         "opened_at",
@@ -89,6 +91,10 @@ class Link:
         self.output: list[bytes] = []
         """Whole frames for whoever does the I/O."""
         self.opened_at = now
+        self.greeted_at = now
+        """When the connection stood and this side greeted."""
+        self.greeting_seconds = inf
+        """From there to the other's greeting: how near the node is."""
         self.received_at = now
         self.owed_since = now
         """Since when the node has owed at least one answer."""
@@ -229,7 +235,7 @@ class Links:
         if link.state is not LinkState.DIALING:
             return  # given up in the meantime
         link.state = LinkState.GREETING
-        link.received_at = now
+        link.greeted_at = link.received_at = now
         self.write(link, encode_hello(Hello(Role.CLIENT, cluster_id=self.cluster_id)))
 
     def write(self, link: Link, frame: bytes) -> None:
@@ -263,6 +269,7 @@ class Links:
                 self.drop(link, "belongs to another cluster; connect to the nodes of one cluster only", now)
                 return
         link.state = LinkState.READY
+        link.greeting_seconds = now - link.greeted_at
         link.inflight_max = welcome.inflight_max
         peer = link.peer
         peer.failures = 0
@@ -373,7 +380,7 @@ class Links:
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong with a connection, in words for a person."""
+    """What went wrong, in words for a person."""
     text = str(error)
     if isinstance(error, ShardKVError):
         return text

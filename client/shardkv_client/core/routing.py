@@ -1,7 +1,8 @@
 """Where a call goes: the range it belongs to, the node that is asked, and what is learned when that was wrong.
 
 The order is: the leader as last seen or hinted, then the voters in turn, with a jittered backoff once an attempt was no
-better than the one before. A range whose replicas refuse is looked up again. Nothing here touches a call's outcome.
+better than the one before. Follower and stale reads go to a near replica that is connected. A range whose replicas
+refuse is looked up again. Nothing here touches a call's outcome.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from shardkv_client.core.timers import Timers
 
 HINTS_FOLLOWED_MAX: Final = 2
 """Hints followed at once, one after the other; two nodes that name each other are not believed for longer."""
+NEAR_SECONDS: Final = 0.001
+"""What a greeting may take longer than twice the quickest for its node to count as near as that one: noise, within a
+site."""
 
 
 class Router:
@@ -55,21 +59,50 @@ class Router:
         """The peer to hand calls for ``route`` to, dialled if need be; None: the route is blocked, keep them."""
         if (route.blocked_until if consistency == LINEARIZABLE else route.reads_blocked_until) > now:
             return None
-        if consistency == LINEARIZABLE and route.leader is not None:
-            peer = self._links.peer_of(route.leader)
+        if consistency == LINEARIZABLE:
+            peer = None if route.leader is None else self._links.peer_of(route.leader)
             if peer is not None and peer.link is not None:
                 return peer
+        elif route.failures == 0:
+            peer = self._near_peer(route, now)
+            if peer is not None:
+                return peer
         return self._peer_by_turns(route, consistency, now)
+
+    def _near_peer(self, route: Route, now: float) -> Peer | None:
+        """One of the connected replicas that are nearest, by how long their greetings took; the others are dialled
+        for the reads to come. Nobody waits for a dial while there is a replica that answers."""
+        links = self._links
+        ready = []
+        for node_id in route.nodes:
+            peer = links.peer_of(node_id)
+            if peer is None:
+                self.want_nodes(now)
+            elif peer.link is None:
+                # Not as often as when somebody waits for it.
+                if now >= peer.dial_after + (self._settings.moved_seconds if peer.failures else 0.0):
+                    links.dial(peer, now)
+            elif peer.link.greeted:
+                ready.append((peer.link.greeting_seconds, peer))
+        if not ready:
+            return None
+        near_max = 2 * min(seconds for seconds, _ in ready) + NEAR_SECONDS
+        near = [peer for seconds, peer in ready if seconds <= near_max]
+        return near[self._reader(route) % len(near)]
+
+    def _reader(self, route: Route) -> int:
+        """Which replica serves this client's follower and stale reads, as far as any will do."""
+        if route.reader is None:
+            # Clients that all took the first one would leave the others idle.
+            route.reader = int(self._random() * len(route.nodes))
+        return route.reader
 
     def _peer_by_turns(self, route: Route, consistency: int, now: float) -> Peer | None:
         links = self._links
         if consistency == LINEARIZABLE:
             nodes, first = route.voters or route.nodes, route.next_voter
         else:
-            if route.reader is None:
-                # Any replica will do; clients that all took the first one would leave the others idle.
-                route.reader = int(self._random() * len(route.nodes))
-            nodes, first = route.nodes, route.reader
+            nodes, first = route.nodes, self._reader(route)
         candidates = [nodes[(first + step) % len(nodes)] for step in range(len(nodes))]
         if consistency == LINEARIZABLE and route.leader is not None:
             candidates.insert(0, route.leader)

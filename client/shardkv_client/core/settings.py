@@ -3,11 +3,16 @@
 None of them can lose or corrupt anything: they trade memory, load on the cluster and the time until trouble is noticed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
+
+from shardkv.errors import ConfigError
+from shardkv.wire.handshake import CLUSTER_ID_BYTES
 
 TIMEOUT_SECONDS: Final = 10.0
 """How long a call may take when the caller does not say."""
+SECONDS_END: Final = 1e9
+"""No delay is this long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +56,22 @@ class Settings:
     ranges_cached_max: int = 100_000
     cluster_id: bytes | None = None
     """Only nodes of this cluster are spoken to; None: of that which the first node that answers belongs to."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a bound or delay that no client could work with."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "cluster_id":
+                if value is not None and not (isinstance(value, bytes) and len(value) == CLUSTER_ID_BYTES):
+                    raise ConfigError(f"cluster_id must be {CLUSTER_ID_BYTES} bytes or None, not {value!r:.60}")
+            elif field.type is int:
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise ConfigError(f"{field.name} must be a whole number from 1 on, not {value!r:.60}")
+            elif not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < SECONDS_END:
+                raise ConfigError(
+                    f"{field.name} must be a number of seconds above 0 and below {SECONDS_END:g}, not {value!r:.60}"
+                )
+        if self.backoff_seconds_min > self.backoff_seconds_max:
+            raise ConfigError("backoff_seconds_min is above backoff_seconds_max; raise the one or lower the other")
+        if self.ping_after_seconds >= self.silence_seconds_max:
+            raise ConfigError("ping_after_seconds must be below silence_seconds_max: the answer needs time")
