@@ -224,8 +224,10 @@ class Unavailable(ShardKVError):
 
 
 class OutcomeUnknown(ShardKVError):
-    """The write was sent but its answer was lost: it may have been applied, or may be yet. A further write to the key by
-    the same client settles it; a read does not."""
+    """The write was sent but its answer was lost: it may have been applied, or may be yet.
+
+    A further write to the key by the same client settles it; a read does not.
+    """
 
     code = 41
 
