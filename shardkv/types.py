@@ -18,6 +18,10 @@ PLACEMENT_RANGE: Final = RangeId(0)
 FIRST_RANGE: Final = RangeId(1)
 """The range that a new cluster starts with; it spans every key."""
 
+CLUSTER_ID_BYTES: Final = 16
+TOKEN_BYTES: Final = 16
+"""Of the random tokens that tell one data directory, or one start of a node, from another."""
+
 KEY_BYTES_MAX: Final = 4 * 1024
 VALUE_BYTES_MAX: Final = 1024 * 1024
 TRANSACTION_KEYS_MAX: Final = 10_000

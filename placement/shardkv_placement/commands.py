@@ -21,13 +21,11 @@ from typing import Any, ClassVar, Final
 from shardkv.address import parse_address
 from shardkv.codec import malformed
 from shardkv.errors import ConfigError, MalformedRequest
-from shardkv.types import NodeId, RangeDescriptor
+from shardkv.types import CLUSTER_ID_BYTES, TOKEN_BYTES, NodeId, RangeDescriptor
 from shardkv_placement import fields
 from shardkv_placement.fields import Labels
 from shardkv_placement.operators import Operator, Outcome, outcome_from_wire
 
-CLUSTER_ID_BYTES: Final = 16
-TOKEN_BYTES: Final = 16
 REPORTS_MAX: Final = 4_096
 """Descriptors in one report; a node with more sends several."""
 ALLOCATED_MAX: Final = 10_000

@@ -6,7 +6,7 @@
                very many reports travel as the bytes of their array
     report     [range_id, membership, span, is_leader, term, bytes, [[replica_id, lag, active], ...]]
     reply      [1, full_wanted, nodes_version, [node, ...] | None, [[name, value], ...], [range_id, ...]]
-    node       [node_id, name, address, boot, decommissioned]
+    node       [node_id, name, address, boot, decommissioned, start_token]
 
 A heartbeat names the ranges that have changed since the last one that was acknowledged; a *full* one names all. A
 node that is asked for a full one, and a node that has just started, sends it next. How the placement leader puts
@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 from shardkv import codec
 from shardkv.codec import malformed
-from shardkv.types import Fullness, NodeId, RangeId, ReplicaId
+from shardkv.types import TOKEN_BYTES, Fullness, NodeId, RangeId, ReplicaId
 from shardkv_placement import fields
 from shardkv_placement.operators import CATCH_UP_LAG_MAX
 from shardkv_placement.state import NODES_MAX
@@ -106,6 +106,7 @@ class NodeEntry(NamedTuple):
     address: str
     boot: int
     decommissioned: bool
+    start_token: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,13 +272,14 @@ def decode_reply(value: Any) -> HeartbeatReply:
 
 def _entry(value: Any) -> NodeEntry:
     match value:
-        case [node_id, name, address, boot, gone]:
+        case [node_id, name, address, boot, gone, token]:
             return NodeEntry(
                 NodeId(fields.integer(node_id, "a node id", 1)),
                 fields.name(name),
                 fields.address(address),
                 fields.integer(boot, "a boot counter"),
                 fields.flag(gone, "decommissioned"),
+                fields.blob(token, "a token", TOKEN_BYTES) if token else b"",
             )
     raise malformed(f"not an entry of the node table: {value!r:.200}")
 

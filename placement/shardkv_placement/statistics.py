@@ -243,7 +243,7 @@ class Statistics:
 def node_table(state: PlacementState) -> tuple[NodeEntry, ...]:
     """All nodes as every node needs to know them."""
     return tuple(
-        NodeEntry(node.node_id, node.name, node.address, node.boot, node.decommissioned)
+        NodeEntry(node.node_id, node.name, node.address, node.boot, node.decommissioned, node.start_token)
         for node in state.nodes.values()
     )
 

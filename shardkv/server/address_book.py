@@ -23,6 +23,8 @@ class KnownNode:
     address: str
     boot: int = 0
     """Of the start at which the node had this address; 0 if that is not known."""
+    start_token: bytes = b""
+    """That start's own, random; empty if that is not known."""
 
 
 class AddressBook:
@@ -53,23 +55,25 @@ class AddressBook:
         before, self._nodes = self._nodes, {}
         for entry in entries:
             if not entry.decommissioned:
-                told = KnownNode(entry.name, entry.address, entry.boot)
+                told = KnownNode(entry.name, entry.address, entry.boot, entry.start_token)
                 greeted = before.get(entry.node_id)
                 if greeted is not None and greeted.boot > entry.boot:
-                    told = replace(told, address=greeted.address, boot=greeted.boot)
+                    told = replace(greeted, name=entry.name)
                 self._nodes[entry.node_id] = told
 
-    def greeted(self, node_id: NodeId, address: str, boot: int) -> bool:
+    def greeted(self, node_id: NodeId, address: str, boot: int, start_token: bytes) -> bool:
         """A member has said where it listens; whether that is news. A stranger's word waits for the table."""
         known = self._nodes.get(node_id)
-        if known is None or boot < known.boot or (known.address == address and known.boot == boot):
+        if known is None or boot < known.boot:
             return False
-        self._nodes[node_id] = replace(known, address=address, boot=boot)
-        return True
+        self._nodes[node_id] = replace(known, address=address, boot=boot, start_token=start_token)
+        return self._nodes[node_id] != known
 
     def encode(self) -> bytes:
         """For the file in the data directory."""
-        rows = codec.dumps([[node_id, it.name, it.address, it.boot] for node_id, it in sorted(self._nodes.items())])
+        rows = codec.dumps(
+            [[node_id, it.name, it.address, it.boot, it.start_token] for node_id, it in sorted(self._nodes.items())]
+        )
         return codec.dumps([crc32(rows), rows])
 
     def decode(self, data: bytes) -> None:
@@ -82,7 +86,7 @@ class AddressBook:
             # A file without a checksum is from before there was one.
             rows = codec.loads(_checked(found)) if found and isinstance(found[0], int) else found
             self._nodes = {
-                NodeId(node_id): KnownNode(name, address, *rest[:1]) for node_id, name, address, *rest in rows
+                NodeId(node_id): KnownNode(name, address, *rest[:2]) for node_id, name, address, *rest in rows
             }
         except (MalformedRequest, TypeError, ValueError) as error:
             raise Corruption(

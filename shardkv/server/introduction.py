@@ -57,6 +57,7 @@ class Introduction:
         *,
         config: NodeConfig,
         identity: Identity,
+        start_token: bytes,
         address: str,
         log: Any,
     ) -> None:
@@ -66,6 +67,7 @@ class Introduction:
         self._state = state
         self._config = config
         self._identity = identity
+        self._start_token = start_token
         self._address = address
         self._log = log
 
@@ -76,7 +78,6 @@ class Introduction:
         """
         identity = self._identity
         assert identity.node_id is not None, "registered before the node has an id"
-        token = self._environment.ids.random_bytes(16)
         while True:
             try:
                 while identity.node_id == FIRST_NODE and not self._state.bootstrapped:
@@ -86,7 +87,7 @@ class Introduction:
                 started = NodeStarted(
                     identity.node_id,
                     identity.boot,
-                    start_token=token,
+                    start_token=self._start_token,
                     address=self._address,
                     labels=self._config.label,
                 )

@@ -47,7 +47,7 @@ from shardkv.storage.wal import Wal, WalSettings
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import KnownBoots, NodeIdentity
 from shardkv.transport.pool import PeerPool, Purpose
-from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId, timestamp_at
+from shardkv.types import PLACEMENT_RANGE, TOKEN_BYTES, NodeId, RangeId, timestamp_at
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.handshake import Hello
 from shardkv.wire.requests import Request
@@ -307,7 +307,9 @@ class _Node:
         mine = self._directory.identity
         assert mine.cluster_id is not None, "composed before the node is a member"
         assert mine.node_id is not None, "composed before the node has an id"
-        self._identity = NodeIdentity(mine.cluster_id, mine.node_id, mine.boot, self._address)
+        start_token = environment.ids.random_bytes(TOKEN_BYTES)
+        self._identity = NodeIdentity(mine.cluster_id, mine.node_id, mine.boot, self._address, start_token)
+        self._learn_boots()
         self._extension = PlacementExtension()
         raft = config.raft
         timing = GroupTiming(raft.election_ticks, raft.heartbeat_ticks, raft.promise_ms * 1_000_000)
@@ -414,6 +416,7 @@ class _Node:
             self._extension.state,
             config=config,
             identity=self._directory.identity,
+            start_token=identity.start_token,
             address=self._address,
             log=self._log,
         )
@@ -555,13 +558,16 @@ class _Node:
             if entry.decommissioned:
                 self._pool.forget(entry.node_id)
         self._address_book.table(reply.nodes)
+        self._learn_boots()
         self._apply_addresses()
         self._known_nodes.changed()
 
     def _on_peer(self, hello: Hello) -> None:
         """A peer has dialled this node, so dialling it back will work, and it says where."""
         assert hello.node_id is not None, "a peer's greeting names its node"
-        if hello.address is not None and self._address_book.greeted(hello.node_id, hello.address, hello.boot):
+        if hello.address is not None and self._address_book.greeted(
+            hello.node_id, hello.address, hello.boot, hello.start_token
+        ):
             self._apply_addresses()
             self._known_nodes.changed()
         self._pool.retry_now(hello.node_id)
@@ -607,6 +613,12 @@ class _Node:
             "--join HOST:PORT of another node",
             missing=self._known_nodes.path,
         )
+
+    def _learn_boots(self) -> None:
+        """An old copy of another node's disk is known by what is on record of that node, though this one has been
+        restarted since it saw the newer one."""
+        for node_id, known in self._address_book:
+            self._known_boots.learn(node_id, known.boot, known.start_token)
 
     def _apply_addresses(self) -> None:
         for node_id, known in self._address_book:

@@ -156,6 +156,7 @@ class SnapshotDialler:
                     destination_node_id=node_id,
                     boot=self._identity.boot,
                     address=self._identity.address,
+                    start_token=self._identity.start_token,
                 )
                 _, frames = await greet(
                     connection, decoder, hello, clock=environment.clock, known_boots=self._known_boots

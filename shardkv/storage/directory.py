@@ -17,7 +17,7 @@ from zlib import crc32
 from shardkv.environment import DirectoryLock, Disk, Ids
 from shardkv.errors import Corruption, DataDirectoryError, OutOfSpace, StorageError
 from shardkv.storage.segment import remove_spares
-from shardkv.types import NodeId
+from shardkv.types import CLUSTER_ID_BYTES, TOKEN_BYTES, NodeId
 
 FORMAT: Final = 1
 """Of everything under the directory. Raised when an older program could no longer read it."""
@@ -31,8 +31,6 @@ REFUSED_NAME: Final = "refused"
 MARK_NAME: Final = "log-mark"
 PROMISE_NAME: Final = "promise"
 
-TOKEN_BYTES: Final = 16
-CLUSTER_ID_BYTES: Final = 16
 NAME_BYTES_MAX: Final = 255
 
 _MAGIC: Final = b"shardkv\n"

@@ -41,31 +41,42 @@ class NodeIdentity:
     node_id: NodeId | None
     boot: int
     address: str | None = None
+    start_token: bytes = b""
+    """Random, made at this start."""
 
 
 class KnownBoots:
-    """The highest boot counter seen of each node, from greetings in either direction.
+    """The newest start of each node that is known: its boot counter, and the token that it made.
 
-    A lower one means that a data directory was restored from a copy: it has forgotten votes (trap 24).
+    A lower counter, or the same with another token, means that a data directory was restored from a copy: it has
+    forgotten votes (trap 24). A copy from just before the last start counts up to the same number.
     """
 
-    __slots__ = ("_boots",)
+    __slots__ = ("_starts",)
 
     def __init__(self) -> None:
-        self._boots: dict[NodeId, int] = {}
+        self._starts: dict[NodeId, tuple[int, bytes]] = {}
 
-    def observe(self, node_id: NodeId, boot: int) -> None:
-        """Remember ``boot``. Raises WrongCluster when a higher one is known."""
-        known = self._boots.get(node_id, 0)
-        if boot < known:
+    def observe(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
+        """Remember the start that a node greets with. Raises WrongCluster when a newer one is known."""
+        known, known_token = self._starts.get(node_id, (0, b""))
+        other = boot == known and start_token and known_token and start_token != known_token
+        if boot < known or other:
+            seen = "in another start" if other else f"with {known}"
             raise WrongCluster(
-                f"node {node_id} comes with boot counter {boot} but was seen with {known}: its data directory is an "
+                f"node {node_id} comes with boot counter {boot} but was seen {seen}: its data directory is an "
                 "old copy. Remove that directory and join as a new node"
             )
-        self._boots[node_id] = boot
+        self._starts[node_id] = (boot, start_token or known_token if boot == known else start_token)
+
+    def learn(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
+        """What others say, or what was noted in an earlier start of this node, may be older than what was seen."""
+        known, known_token = self._starts.get(node_id, (0, b""))
+        if boot > known or (boot == known and not known_token):
+            self._starts[node_id] = (boot, start_token)
 
     def forget(self, node_id: NodeId) -> None:
-        self._boots.pop(node_id, None)
+        self._starts.pop(node_id, None)
 
 
 async def _admit_all(hello: Hello) -> None:
@@ -113,6 +124,7 @@ async def accept(
         boot=identity.boot,
         timestamp=timestamp() if hello.role is Role.CLIENT else 0,
         inflight_max=inflight_max,
+        start_token=identity.start_token,
     )
     connection.write(encode_welcome(welcome))
     connection.flush()
@@ -143,7 +155,7 @@ async def _accept(
         assert hello.node_id is not None, "decode_hello lets no peer through without its node id"
         if hello.node_id == identity.node_id:
             raise WrongCluster(f"this is node {identity.node_id} too: one of the two runs on a copied data directory")
-        known_boots.observe(hello.node_id, hello.boot)
+        known_boots.observe(hello.node_id, hello.boot, hello.start_token)
     return hello, frames
 
 
@@ -177,7 +189,7 @@ async def greet(
     if hello.destination_node_id is not None:
         if welcome.node_id != hello.destination_node_id:
             raise WrongCluster(f"{connection.remote} is node {welcome.node_id}, not {hello.destination_node_id}")
-        known_boots.observe(hello.destination_node_id, welcome.boot)
+        known_boots.observe(hello.destination_node_id, welcome.boot, welcome.start_token)
     return welcome, frames
 
 

@@ -252,6 +252,7 @@ class PeerPool:
                 destination_node_id=peer.node_id,
                 boot=self._identity.boot,
                 address=self._identity.address,
+                start_token=self._identity.start_token,
             )
             _, frames = await greet(
                 connection,

@@ -10,7 +10,7 @@ from typing import Final
 
 from shardkv import codec, errors
 from shardkv.errors import MalformedRequest, ProtocolError, ShardKVError, VersionUnsupported
-from shardkv.types import NodeId
+from shardkv.types import CLUSTER_ID_BYTES, TOKEN_BYTES, NodeId
 from shardkv.wire.frames import FrameKind, encode_frame
 
 PROTOCOL_VERSION_MIN: Final = 1
@@ -18,7 +18,6 @@ PROTOCOL_VERSION_MAX: Final = 1
 """The versions that this program speaks, both included."""
 
 MAGIC: Final = b"SHARDKV\n"
-CLUSTER_ID_BYTES: Final = 16
 GREETING_BYTES_MAX: Final = 64 * 1024
 """No greeting is larger; a decoder needs no more until the greeting is over."""
 ADDRESS_CHARACTERS_MAX: Final = 512
@@ -48,6 +47,8 @@ class Hello:
     """How often the sender's data directory has been started; a lower one than seen before is a restored disk."""
     address: str | None = None
     """Where the sender listens in this start, so that whom it dials can dial it back after it has moved."""
+    start_token: bytes = b""
+    """Random, made at this start: two starts of the same count are not taken for one. Empty: not told."""
     protocol_version_min: int = PROTOCOL_VERSION_MIN
     protocol_version_max: int = PROTOCOL_VERSION_MAX
 
@@ -66,6 +67,8 @@ class Welcome:
     its own."""
     inflight_max: int
     """How many requests the connection may have unanswered before the node stops reading it."""
+    start_token: bytes = b""
+    """As in :class:`Hello`; a client has no use for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ def encode_hello(hello: Hello) -> bytes:
         hello.destination_node_id,
         hello.boot,
         hello.address,
+        hello.start_token,
     ]
     return encode_frame(FrameKind.HELLO, MAGIC, codec.dumps(fields))
 
@@ -115,6 +119,7 @@ def decode_hello(payload: bytes) -> Hello:
                 destination_node_id=_node_id(destination),
                 boot=_unsigned(boot, "boot counter"),
                 address=_address(later[0]) if later else None,
+                start_token=_start_token(later[1]) if len(later) > 1 else b"",
                 protocol_version_min=low,
                 protocol_version_max=high,
             )
@@ -134,6 +139,7 @@ def encode_welcome(welcome: Welcome) -> bytes:
         welcome.boot,
         welcome.timestamp,
         welcome.inflight_max,
+        welcome.start_token,
     ]
     return encode_frame(FrameKind.WELCOME, MAGIC, codec.dumps(fields))
 
@@ -142,7 +148,7 @@ def decode_welcome(payload: bytes) -> Welcome:
     """Raises ProtocolError for anything but a complete welcome."""
     fields = _fields(payload, "welcome")
     match fields:
-        case [int(version), bytes() | None as cluster, node, int(boot), int(timestamp), int(inflight_max), *_]:
+        case [int(version), bytes() | None as cluster, node, int(boot), int(timestamp), int(inflight_max), *later]:
             if not PROTOCOL_VERSION_MIN <= version <= PROTOCOL_VERSION_MAX:
                 raise VersionUnsupported(f"the node chose protocol version {version}, which was not offered")
             return Welcome(
@@ -152,6 +158,7 @@ def decode_welcome(payload: bytes) -> Welcome:
                 boot=_unsigned(boot, "boot counter"),
                 timestamp=_unsigned(timestamp, "timestamp"),
                 inflight_max=max(1, _unsigned(inflight_max, "in-flight bound")),
+                start_token=_start_token(later[0]) if later else b"",
             )
     raise ProtocolError(f"a welcome of another shape: {fields!r:.200}")
 
@@ -206,6 +213,12 @@ def _address(value: object) -> str | None:
         return None
     if not isinstance(value, str) or not 0 < len(value) <= ADDRESS_CHARACTERS_MAX:
         raise ProtocolError(f"an address that cannot be one: {value!r:.80}")
+    return value
+
+
+def _start_token(value: object) -> bytes:
+    if not isinstance(value, bytes) or len(value) not in (0, TOKEN_BYTES):
+        raise ProtocolError(f"a start's token that cannot be one: {value!r:.80}")
     return value
 
 

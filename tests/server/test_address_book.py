@@ -18,8 +18,12 @@ from tests.server.world import PORT, world
 N1, N2 = NodeId(1), NodeId(2)
 
 
+def token(boot: int) -> bytes:
+    return b"%016d" % boot
+
+
 def entry(node_id: NodeId, address: str, boot: int, *, decommissioned: bool = False) -> NodeEntry:
-    return NodeEntry(node_id, f"n{node_id}", address, boot, decommissioned)
+    return NodeEntry(node_id, f"n{node_id}", address, boot, decommissioned, token(boot))
 
 
 def book(*entries: NodeEntry) -> AddressBook:
@@ -30,29 +34,39 @@ def book(*entries: NodeEntry) -> AddressBook:
 
 def test_a_greeting_replaces_an_older_address_at_once() -> None:
     nodes = book(entry(N2, "old:1", 1))
-    assert nodes.greeted(N2, "new:1", 2)
+    assert nodes.greeted(N2, "new:1", 2, token(2))
     assert nodes.address_of(N2) == "new:1"
-    assert not nodes.greeted(N2, "new:1", 2), "nothing new"
+    assert not nodes.greeted(N2, "new:1", 2, token(2)), "nothing new"
 
 
 def test_a_table_that_is_behind_does_not_bring_an_old_address_back() -> None:
     nodes = book(entry(N2, "old:1", 1))
-    nodes.greeted(N2, "new:1", 2)
+    nodes.greeted(N2, "new:1", 2, token(2))
     nodes.table([entry(N2, "old:1", 1)])
     assert nodes.address_of(N2) == "new:1"
     nodes.table([entry(N2, "newer:1", 3)])
     assert nodes.address_of(N2) == "newer:1"
 
 
+def test_the_token_of_the_newest_start_stays_whoever_told_of_it() -> None:
+    nodes = book(entry(N2, "a:1", 1))
+    assert dict(nodes)[N2].start_token == token(1)
+    nodes.greeted(N2, "a:1", 2, token(2))
+    nodes.table([entry(N2, "a:1", 1)])
+    assert dict(nodes)[N2].start_token == token(2)
+    nodes.table([entry(N2, "a:1", 3)])
+    assert dict(nodes)[N2].start_token == token(3)
+
+
 def test_a_greeting_of_an_earlier_start_changes_nothing() -> None:
     nodes = book(entry(N2, "new:1", 2))
-    assert not nodes.greeted(N2, "old:1", 1)
+    assert not nodes.greeted(N2, "old:1", 1, token(1))
     assert nodes.address_of(N2) == "new:1"
 
 
 def test_a_strangers_greeting_is_not_believed() -> None:
     nodes = book(entry(N1, "a:1", 1))
-    assert not nodes.greeted(N2, "b:1", 9)
+    assert not nodes.greeted(N2, "b:1", 9, token(9))
     assert nodes.address_of(N2) is None
 
 
@@ -91,7 +105,7 @@ def test_a_join_gives_addresses_that_any_greeting_may_replace() -> None:
     nodes = AddressBook()
     nodes.joined([[1, "n1", "a:1"]])
     assert list(nodes) == [(N1, KnownNode("n1", "a:1"))]
-    assert nodes.greeted(N1, "b:1", 1)
+    assert nodes.greeted(N1, "b:1", 1, token(1))
 
 
 async def test_a_node_that_has_moved_is_found_though_the_table_needs_its_vote(autojump_clock: MockClock) -> None:

@@ -144,7 +144,7 @@ def test_a_greeting_that_is_not_for_us_is_refused_with_its_reason(
     @simulated
     async def run(nursery: trio.Nursery) -> None:
         one, two, _ = two_nodes()
-        two.boots.observe(ONE, 5)
+        two.boots.observe(ONE, 5, b"")
         await two.start(nursery)
         with pytest.raises(kind, match=reason) as caught:
             await one.dial(two, replace(HELLO, **change))  # type: ignore[arg-type]
@@ -161,11 +161,30 @@ def test_trap_24_a_restored_disk_is_refused_by_whoever_dials_it_too() -> None:
     async def run(nursery: trio.Nursery) -> None:
         one, two, _ = two_nodes()
         await two.start(nursery)
-        one.boots.observe(TWO, 6)
+        one.boots.observe(TWO, 6, b"")
         with pytest.raises(WrongCluster, match="old copy"):
             await one.dial(two, HELLO)
 
     run()  # type: ignore[operator]
+
+
+def test_trap_24_of_two_starts_of_the_same_count_only_the_one_that_was_seen_is_let_in() -> None:
+    """What was learned from others, or from before this node's own restart, never replaces what is newer."""
+    boots = KnownBoots()
+    boots.observe(ONE, 3, b"a" * 16)
+    boots.observe(ONE, 3, b"")
+    boots.observe(ONE, 3, b"a" * 16)
+    with pytest.raises(WrongCluster, match="in another start"):
+        boots.observe(ONE, 3, b"b" * 16)
+    boots.learn(ONE, 2, b"c" * 16)
+    boots.learn(ONE, 3, b"b" * 16)
+    boots.observe(ONE, 3, b"a" * 16)
+    boots.learn(ONE, 4, b"d" * 16)
+    with pytest.raises(WrongCluster, match="seen with 4"):
+        boots.observe(ONE, 3, b"a" * 16)
+    with pytest.raises(WrongCluster, match="in another start"):
+        boots.observe(ONE, 4, b"a" * 16)
+    boots.observe(ONE, 5, b"e" * 16)
 
 
 @simulated

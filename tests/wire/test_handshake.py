@@ -29,10 +29,12 @@ from shardkv.wire.handshake import (
 )
 
 CLUSTER = bytes(range(16))
-PEER = Hello(Role.PEER, CLUSTER, NodeId(1), NodeId(2), 7, "n1:7001")
+TOKEN = bytes(range(16, 32))
+PEER = Hello(Role.PEER, CLUSTER, NodeId(1), NodeId(2), 7, "n1:7001", TOKEN)
 UINT64 = st.integers(0, (1 << 64) - 1)
 NODE = UINT64.map(NodeId)
 CLUSTERS = st.binary(min_size=16, max_size=16)
+TOKENS = st.just(b"") | st.binary(min_size=16, max_size=16)
 
 
 def payload(frame: bytes, kind: FrameKind) -> bytes:
@@ -43,13 +45,17 @@ def payload(frame: bytes, kind: FrameKind) -> bytes:
 
 @given(
     st.builds(Hello, st.just(Role.CLIENT), st.none() | CLUSTERS, st.none() | NODE, st.none() | NODE, UINT64)
-    | st.builds(Hello, st.sampled_from(Role), CLUSTERS, NODE, NODE, UINT64, st.none() | st.text(min_size=1))
+    | st.builds(Hello, st.sampled_from(Role), CLUSTERS, NODE, NODE, UINT64, st.none() | st.text(min_size=1), TOKENS)
 )
 def test_a_hello_survives(hello: Hello) -> None:
     assert decode_hello(payload(encode_hello(hello), FrameKind.HELLO)) == hello
 
 
-@given(st.builds(Welcome, st.just(1), st.none() | CLUSTERS, st.none() | NODE, UINT64, UINT64, st.integers(1, 1 << 32)))
+@given(
+    st.builds(
+        Welcome, st.just(1), st.none() | CLUSTERS, st.none() | NODE, UINT64, UINT64, st.integers(1, 1 << 32), TOKENS
+    )
+)
 def test_a_welcome_survives(welcome: Welcome) -> None:
     assert decode_welcome(payload(encode_welcome(welcome), FrameKind.WELCOME)) == welcome
 
@@ -69,12 +75,22 @@ def test_a_refusal_carries_its_error() -> None:
 
 def test_fields_of_a_later_version_are_ignored() -> None:
     """A greeting is read before a version is agreed, so an older program must understand a newer one's."""
-    body = cbor2.dumps([1, 9, 1, CLUSTER, 1, 2, 7, "n1:7001", {"field": 1}])
+    body = cbor2.dumps([1, 9, 1, CLUSTER, 1, 2, 7, "n1:7001", TOKEN, {"field": 1}])
     assert decode_hello(MAGIC + body) == replace(PEER, protocol_version_max=9)
 
 
-def test_a_greeting_of_an_earlier_version_has_no_address() -> None:
-    assert decode_hello(MAGIC + cbor2.dumps([1, 1, 1, CLUSTER, 1, 2, 7])) == replace(PEER, address=None)
+def test_a_greeting_of_an_earlier_version_has_no_address_and_no_token() -> None:
+    assert decode_hello(MAGIC + cbor2.dumps([1, 1, 1, CLUSTER, 1, 2, 7])) == replace(
+        PEER, address=None, start_token=b""
+    )
+
+
+@pytest.mark.parametrize("token", ["text", b"short", b"l" * 17, None, 5])
+def test_a_token_that_cannot_be_one_is_refused(token: object) -> None:
+    with pytest.raises(ProtocolError, match="token"):
+        decode_hello(MAGIC + cbor2.dumps([1, 1, 1, CLUSTER, 1, 2, 7, "n1:7001", token]))
+    with pytest.raises(ProtocolError, match="token"):
+        decode_welcome(MAGIC + cbor2.dumps([1, CLUSTER, 1, 7, 0, 100, token]))
 
 
 def test_the_highest_common_version_is_chosen() -> None:

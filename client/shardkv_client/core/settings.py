@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from shardkv.errors import ConfigError
-from shardkv.wire.handshake import CLUSTER_ID_BYTES
+from shardkv.types import CLUSTER_ID_BYTES
 
 TIMEOUT_SECONDS: Final = 10.0
 """How long a call may take when the caller does not say."""

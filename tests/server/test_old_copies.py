@@ -1,0 +1,97 @@
+"""A disk that is put back has forgotten votes, and writes that it had acknowledged (trap 24; docs/admin.md).
+
+In each case two of three nodes have acknowledged a write that the third missed. One of the two comes back on a copy
+from before that write: with the third it would be a majority that knows nothing of it. Nodes that have seen the newer
+start refuse the copy before it can vote, though its count of starts may be the same by now, and though they themselves
+have been restarted since.
+"""
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from shardkv.errors import Unavailable
+from tests.server.world import Cluster, SimulatedNode, world
+
+OLD, NEW = b"old", b"acknowledged"
+
+
+async def copied_before(cluster: Cluster, node: SimulatedNode, starts: int) -> tuple[object, object]:
+    """A copy of the node's disk, which it has then been started on as often as said."""
+    await node.kill()
+    copy = node.environment.disk.copy(), node.copied_engine()
+    for number in range(starts):
+        if number:
+            await node.kill()
+        await node.start()
+        await trio.sleep(3)
+    return copy
+
+
+async def reads_nothing_old(cluster: Cluster) -> None:
+    """Of a majority that consists of the copy and of who missed the write, clients hear nothing."""
+    async with cluster.client("n1", "n3") as kv:
+        for _ in range(8):
+            try:
+                entry = await kv.get(b"k", timeout=0.5)
+            except Unavailable:
+                continue
+            assert entry is not None
+            assert entry.value == NEW
+
+
+async def holds_what_was_acknowledged(cluster: Cluster) -> None:
+    async with cluster.client("n1", "n2") as kv:
+        entry = await kv.get(b"k")
+        assert entry is not None
+        assert entry.value == NEW
+
+
+@pytest.mark.parametrize("starts", [1, 3])
+async def test_trap_24_an_old_copy_is_refused_by_who_has_seen_the_newer_start(
+    autojump_clock: MockClock, starts: int
+) -> None:
+    """With one start in between, the copy's own start makes its count the same."""
+    async with world(3) as cluster, cluster.client("n2", "n3") as kv:
+        await cluster.formed(kv)
+        await kv.put(b"k", OLD)
+        n2, n3 = cluster.nodes["n2"], cluster.nodes["n3"]
+        disk, engine = await copied_before(cluster, n3, starts)
+        cluster.partition(["n1"], ["n2", "n3"])
+        await trio.sleep(3)
+        await kv.put(b"k", NEW)
+        cluster.tolerant = True
+        await n2.kill()
+        await n3.kill()
+        n3.restore(disk, engine)
+        cluster.heal()
+        n3.start_soon()
+        await reads_nothing_old(cluster)
+        n2.start_soon()
+        await holds_what_was_acknowledged(cluster)
+
+
+@pytest.mark.parametrize("starts", [1, 3])
+@pytest.mark.parametrize("everybody", [False, True])
+async def test_trap_24_an_old_copy_is_refused_by_who_has_been_restarted_since_it_saw_the_newer_start(
+    autojump_clock: MockClock, starts: int, everybody: bool
+) -> None:
+    async with world(3) as cluster, cluster.client("n2", "n3") as kv:
+        await cluster.formed(kv)
+        await kv.put(b"k", OLD)
+        n1, n2, n3 = (cluster.nodes[name] for name in ("n1", "n2", "n3"))
+        disk, engine = await copied_before(cluster, n3, starts)
+        await n1.kill()
+        await kv.put(b"k", NEW)
+        cluster.tolerant = True
+        await n2.kill()
+        await n3.kill()
+        n3.restore(disk, engine)
+        n1.start_soon()
+        n3.start_soon()
+        if everybody:
+            n2.start_soon()
+        await reads_nothing_old(cluster)
+        if not everybody:
+            n2.start_soon()
+        await holds_what_was_acknowledged(cluster)
