@@ -95,12 +95,12 @@ HELLOS: Final = tuple(
     handshake.encode_hello(each)[HEAD_BYTES:]
     for each in (
         Hello(Role.CLIENT),
-        Hello(Role.PEER, SESSION, NodeId(1), NodeId(2), 3, "n1:7000"),
-        Hello(Role.SNAPSHOT, SESSION, NodeId(1), NodeId(2), 3, None, 1, 9),
+        Hello(Role.PEER, SESSION, NodeId(1), NodeId(2), 3, "n1:7000", SESSION),
+        Hello(Role.SNAPSHOT, SESSION, NodeId(1), NodeId(2), 3, None, b"", 1, 9),
     )
 )
 WELCOMES: Final = (
-    handshake.encode_welcome(Welcome(1, SESSION, NodeId(2), 3, 1 << 60, 4096))[HEAD_BYTES:],
+    handshake.encode_welcome(Welcome(1, SESSION, NodeId(2), 3, 1 << 60, 4096, SESSION))[HEAD_BYTES:],
     handshake.encode_welcome(Welcome(1, None, None, 0, 0, 1))[HEAD_BYTES:],
 )
 REFUSALS: Final = tuple(handshake.encode_refused(each)[HEAD_BYTES:] for each in ERRORS)
@@ -210,7 +210,7 @@ HEARTBEATS: Final = (
     codec.dumps([1, 2, 3, 4, 3, "h:1", False, True, 9, [], [], [0, 0, 0], True]),
 )
 REPLIES: Final = (
-    codec.dumps([1, True, 9, [[1, "n1", "h:1", 3, False]], [["heartbeat_ms", 500]], [7, 8]]),
+    codec.dumps([1, True, 9, [[1, "n1", "h:1", 3, False, SESSION], [2, "n2", "h:2", 0, False, b""]], [["heartbeat_ms", 500]], [7, 8]]),
     codec.dumps(heartbeat.encode_reply(heartbeat.HeartbeatReply(False, 3, None, {}, ()))),
 )
 

@@ -459,7 +459,7 @@ BUGS = (
         "a replica that comes back without its state asks for it (traps 19, 20)",
         lost_state_unnoticed,
         ("lag",),
-        20,
+        23,
         workload="registers",
         minutes=0.4,
         rate=100,
