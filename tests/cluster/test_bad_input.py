@@ -375,8 +375,8 @@ async def test_one_key_asked_for_ten_thousand_times_in_one_request_fills_no_memo
         assert resident_bytes(pid) - before < 64 * 1024 * 1024
 
 
-async def test_connections_that_say_nothing_are_given_up(world: LocalCluster) -> None:
-    """A hundred that never greet hold nobody up."""
+async def test_connections_that_say_nothing_hold_nobody_up(world: LocalCluster) -> None:
+    """A hundred of them, which never greet."""
     async with check_undisturbed(world) as target, trio.open_nursery() as nursery:
         silent = []
 

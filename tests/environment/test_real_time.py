@@ -2,18 +2,21 @@
 
 import time
 
+import pytest
+
 from shardkv.environment.real import real_environment
 
 
-async def test_time_runs_forward_and_through_suspension() -> None:
+async def test_time_runs_forward_and_through_suspension(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease must not outlive its promise in a suspended machine (DESIGN 4.5)."""
     clock = real_environment().clock
     first = clock.monotonic_ns()
     await clock.sleep(0)
     assert clock.monotonic_ns() >= first
-    boottime = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    assert 0 <= boottime - clock.monotonic_ns() + 10**9 <= 2 * 10**9
     assert abs(clock.wall_ms() - time.time() * 1000) < 60_000
+    # On a machine that never slept the other clocks show the same.
+    monkeypatch.setattr(time, "clock_gettime_ns", lambda which: {time.CLOCK_BOOTTIME: 7}[which])
+    assert clock.monotonic_ns() == 7
 
 
 async def test_a_deadline_cuts_a_wait_off() -> None:

@@ -210,7 +210,16 @@ HEARTBEATS: Final = (
     codec.dumps([1, 2, 3, 4, 3, "h:1", False, True, 9, [], [], [0, 0, 0], True]),
 )
 REPLIES: Final = (
-    codec.dumps([1, True, 9, [[1, "n1", "h:1", 3, False, SESSION], [2, "n2", "h:2", 0, False, b""]], [["heartbeat_ms", 500]], [7, 8]]),
+    codec.dumps(
+        [
+            1,
+            True,
+            9,
+            [[1, "n1", "h:1", 3, False, SESSION], [2, "n2", "h:2", 0, False, b""]],
+            [["heartbeat_ms", 500]],
+            [7, 8],
+        ]
+    ),
     codec.dumps(heartbeat.encode_reply(heartbeat.HeartbeatReply(False, 3, None, {}, ()))),
 )
 

@@ -135,6 +135,28 @@ def test_trap_25_a_failed_increment_is_recorded() -> None:
     assert range_.value(b"n") == b"1"
 
 
+def test_trap_25_a_delete_that_found_nothing_is_recorded() -> None:
+    """It changed nothing, and its duplicate must not delete what somebody has written since."""
+    range_, client, other = World(), Client(b"a"), Client(b"b")
+    attempt = client.delete(b"k")
+    assert range_.do(client, attempt) is False
+    range_.do(other, other.put(b"k", b"theirs"))
+    assert range_.do(client, attempt) is False
+    assert range_.value(b"k") == b"theirs"
+
+
+def test_trap_25_a_conditional_delete_that_failed_is_recorded() -> None:
+    """Also when the key then happens to have the version that it asked for."""
+    range_, client, other = World(), Client(b"a"), Client(b"b")
+    first = range_.do(other, other.put(b"k", b"theirs"))
+    attempt = client.delete(b"k", if_version=first + 2)
+    failed = range_.do(client, attempt)
+    assert code(failed) == errors.VersionMismatch.code
+    assert range_.do(other, other.put(b"k", b"newer")) == first + 2
+    assert range_.do(client, attempt) == failed
+    assert range_.value(b"k") == b"newer"
+
+
 def test_an_epoch_mismatch_is_not_recorded_so_that_the_command_can_still_apply() -> None:
     range_, client = World(world.descriptor(epoch=Epoch(1, 4))), Client()
     attempt = client.put(b"k", b"v")

@@ -102,6 +102,22 @@ def test_trap_12_a_split_copies_the_sessions_to_both_halves(reload: bool) -> Non
     assert range_.other(split).value(b"z") == b"2"
 
 
+def test_trap_25_a_failed_outcome_goes_over_to_the_right_half() -> None:
+    """TRAPS 12, 25: the retry comes to a range that never saw the first attempt, and where nothing is in its way."""
+    range_, client, other = World(), Client(b"a"), Client(b"b")
+    range_.do(client, client.put(b"x", b"1"))
+    attempt = client.put(b"z", b"mine", if_version=0)
+    range_.do(other, other.put(b"z", b"theirs"))
+    failed = range_.do(client, attempt)
+    assert code(failed) == errors.VersionMismatch.code
+    split = range_.split(b"m").split
+    assert split is not None
+    right = range_.other(split)
+    right.do(other, other.delete(b"z"))
+    assert right.do(client, attempt) == failed
+    assert right.get(b"z") is None
+
+
 def test_the_copied_sessions_are_the_same_bytes_whatever_memory_held() -> None:
     """A replica that ran on and one that has just restarted write the same rows for the right half."""
 

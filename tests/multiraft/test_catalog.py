@@ -340,7 +340,8 @@ async def test_trap_20_what_recovery_makes_of_the_log_is_recorded(autojump_clock
         host.engine.flush()
         host.catalog.recover()
         assert host.wal.groups[RANGE].hard_state == HardState(6, 1, 25)
-        host.wal.close()
+        host.disk.crash()
+        host.disk = host.disk.restart()
         host.prepare()
         assert host.wal.groups[RANGE].hard_state == HardState(6, 1, 25)
 

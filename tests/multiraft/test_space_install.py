@@ -134,7 +134,7 @@ class Said:
         return lambda event, **fields: self.lines.append((level, event))
 
 
-async def test_a_snapshot_that_is_refused_again_and_again_is_offered_and_reported_ever_more_rarely(
+async def test_trap_16_a_snapshot_that_is_refused_again_and_again_is_offered_and_reported_ever_more_rarely(
     autojump_clock: MockClock,
 ) -> None:
     """A disk may stay full for days. The pauses double up to a bound, and so does what is said, without one."""

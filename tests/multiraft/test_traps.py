@@ -8,15 +8,16 @@ import trio
 from trio.testing import MockClock
 
 from shardkv import errors
-from shardkv.errors import Busy, EpochMismatch, NotLeader, RequestError
+from shardkv.errors import Busy, EpochMismatch, NotLeader, RequestError, StorageError
 from shardkv.machine import keys
 from shardkv.machine.entries import encode_membership
-from shardkv.raft.messages import ConfChange, ConfChangeSingle, ConfChangeType, MessageType
+from shardkv.raft import Role
+from shardkv.raft.messages import ConfChange, ConfChangeSingle, ConfChangeType, Message, MessageType
 from shardkv.types import RangeId, ReplicaRole
 from shardkv.wire import commands
 from tests.multiraft.test_catalog import led_by_another
 from tests.multiraft.test_snapshots import behind
-from tests.multiraft.world import RANGE, Answer, Host, Hosts, user_key, world
+from tests.multiraft.world import PROMISE_NS, RANGE, Answer, Host, Hosts, user_key, world
 
 
 def can_read(host: Host, range_id: int = RANGE) -> bool:
@@ -77,6 +78,21 @@ async def test_trap_07_a_lease_does_not_outlive_a_suspension_of_its_machine(auto
         hosts.isolate(leader.node_id)
         await trio.sleep(0.3)
         assert not can_read(leader)
+
+
+async def test_trap_07_a_voter_that_was_suspended_promises_from_when_it_wakes_up(autojump_clock: MockClock) -> None:
+    """From its last tick on, the promise would be over before the lease that rests on it has begun."""
+    async with world(3) as hosts:
+        leader = await led_by_another(hosts, 3)
+        voter = hosts[3]
+        hosts.passes = lambda source, target, range_id, message: False
+        voter.clock.suspend(5)
+        now, replica = voter.clock.monotonic_ns(), voter.replica()
+        heartbeat = Message(MessageType.HEARTBEAT, replica.replica_id, leader.replica().replica_id, replica.raft.term)
+        heartbeat.lease_stamp = leader.clock.monotonic_ns()
+        heartbeat.lease_promise = PROMISE_NS
+        voter.driver.step(replica, heartbeat)
+        assert replica.raft.raft.refuse_until >= now + PROMISE_NS
 
 
 async def test_trap_07_a_lease_ends_with_its_leaders_contact_to_a_quorum_whatever_the_drift(
@@ -224,6 +240,44 @@ async def test_trap_10_nothing_that_follows_from_a_write_leaves_before_its_sync(
         assert MessageType.APP_RESP not in sent
         follower.workers.release()
         await hosts.until(lambda: MessageType.APP_RESP in sent)
+
+
+async def test_trap_10_a_whole_node_asks_for_votes_when_its_own_is_on_disk(autojump_clock: MockClock) -> None:
+    """Else it could lead a term, lose that it did in a crash, and be elected for the same term once more."""
+    async with world(3) as hosts:
+        leader = await led_by_another(hosts, 3)
+        candidate = hosts[3]
+        candidate.workers.hold_log()
+        sent: list[MessageType] = []
+
+        def passes(source: int, target: int, range_id: int, message: Message) -> bool:
+            if source == 3:
+                sent.append(message.type)
+            return True
+
+        hosts.passes = passes
+        leader.replica().raft.transfer_leader(3)
+        leader.driver.touch(leader.replica())
+        await hosts.until(lambda: candidate.replica().raft.role is Role.CANDIDATE, "a campaign")
+        await trio.sleep(0.1)
+        assert candidate.driver.log_writer.syncing
+        assert MessageType.VOTE not in sent
+        candidate.workers.release()
+        await hosts.until(lambda: candidate.replica().leads, "an election")
+        assert MessageType.VOTE in sent
+
+
+async def test_trap_10_a_failed_sync_ends_the_node_though_nothing_else_is_written(autojump_clock: MockClock) -> None:
+    """The next write would find the log closed; until there is one, the node would look well and never answer."""
+    async with world(1) as hosts:
+        hosts.tolerant = True
+        host = hosts[1]
+        await host.put(b"k", b"v").wait()
+        host.disk.fail("sync", StorageError("the disk is broken"), path_part="/wal/")
+        answer = host.put(b"k", b"w")
+        await hosts.until(lambda: not host.alive, "the end of the node")
+        assert not answer.arrived
+        assert "the disk is broken" in repr(host.error)
 
 
 async def test_trap_10_a_single_replica_too_answers_only_what_is_on_disk(autojump_clock: MockClock) -> None:

@@ -156,6 +156,21 @@ def test_trap_08_no_lease_before_the_terms_first_commit() -> None:
     assert valid(cluster)
 
 
+def test_trap_22_under_a_lease_a_followers_read_waits_for_what_is_committed_not_for_what_is_applied() -> None:
+    """Another follower may have applied it, and served a read of it, before the leader itself has."""
+    cluster = led()
+    leader = cluster.hosts[1]
+    leader.hold_writes = True
+    leader.node.propose(b"x")
+    cluster.tick(1)
+    assert cluster.hosts[2].applied == [b"x"]
+    assert (leader.node.committed, leader.node.applied) == (2, 1)
+    assert valid(cluster)
+    leader.step(Message(M.READ_INDEX, 1, 3, context=b"r"))
+    (answer,) = sent(leader.node.ready(), M.READ_INDEX_RESP)
+    assert (answer.to, answer.index) == (3, 2)
+
+
 # The promise.
 
 
@@ -299,6 +314,22 @@ def test_trap_06_a_lease_that_still_runs_is_not_resumed_when_the_transfer_is_giv
     cluster[1].transfer_leader(3)
     cluster.tick(1, count=10)
     assert cluster[1].transferee == 0
+    assert cluster[1].status().lease_until > cluster.now
+    assert not valid(cluster)
+
+
+def test_trap_06_a_transfer_that_takes_the_place_of_another_does_not_give_the_lease_back() -> None:
+    """The second sent nobody a TimeoutNow, but the first one's may still arrive."""
+    cluster = led(lease=LeaseSettings(promise_ns=100 * TICK_NS, drift=DRIFT))
+    cluster.isolate(2)
+    cluster[1].propose(b"2 lacks it")
+    cluster.settle()
+    cluster.dropped = lambda message: message.type is M.TIMEOUT_NOW
+    for target in (3, 2):
+        cluster[1].transfer_leader(target)
+        cluster.settle()
+    cluster.tick(1, count=10)
+    assert (cluster[1].role, cluster[1].transferee) == (Role.LEADER, 0)
     assert cluster[1].status().lease_until > cluster.now
     assert not valid(cluster)
 

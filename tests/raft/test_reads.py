@@ -100,6 +100,27 @@ def test_trap_08_pending_reads_are_dropped_when_the_leader_changes() -> None:
     assert cluster.hosts[2].read_states == []
 
 
+def test_trap_08_an_answer_of_an_earlier_term_confirms_no_read() -> None:
+    """Reads are numbered anew in each term: what confirmed the first one of that would confirm the first of this."""
+    cluster = led()
+    late: list[Message] = []
+    cluster.dropped = lambda message: message.type is M.HEARTBEAT_RESP and late.append(message) is None
+    cluster[1].read_index(b"of the first term")
+    cluster.settle()
+    assert [answer.from_ for answer in late] == [2, 3]
+    cluster.dropped = lambda message: False
+    cluster.elect(2)
+    cluster.elect(1)
+    cluster.isolate(1)
+    cluster[1].read_index(b"of the third")
+    cluster.settle()
+    for answer in late:
+        cluster.hosts[1].step(answer)
+    cluster.settle()
+    assert cluster[1].role is Role.LEADER
+    assert cluster.hosts[1].read_states == []
+
+
 def test_a_follower_reads_at_the_leaders_index() -> None:
     """Thesis 6.4: followers ask the leader for a read index and serve when they have applied it."""
     cluster = led()

@@ -201,7 +201,7 @@ def test_an_answer_counts_by_half_its_way_and_not_at_all_when_it_was_long_under_
     # Each was 2 s ahead of when it was asked, of which the answer was under way for 0.4 s.
     assert one.clock.ms() == 1_000_000_000 + 800 + 1_800
     late = World()
-    late.answer(2, late.hands.wall - HOUR_MS, travelled_seconds=0.6)
+    late.answer(2, late.hands.wall + HOUR_MS, travelled_seconds=0.6)
     assert late.off_ms() == 0
 
 

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from shardkv.errors import OutcomeUnknown
+from shardkv.raft import RaftNode
 from shardkv.server.admin.metrics import _disk
 from shardkv.server.disk_health import (
     WELL_SECONDS,
@@ -17,7 +18,7 @@ from shardkv.server.disk_health import (
     DiskHealth,
 )
 from shardkv.simulation import run_deterministically
-from shardkv.types import PLACEMENT_RANGE
+from shardkv.types import PLACEMENT_RANGE, NodeId
 from shardkv.wire.requests import Method
 from shardkv_client import Client
 from shardkv_placement.commands import SetSetting, encode
@@ -245,6 +246,37 @@ def test_trap_14_a_stall_that_shows_nothing_of_the_others_ends_in_an_offer_all_t
                 await kv.put(b"a", b"waits", timeout=10)
                 assert trio.current_time() - began < 4.5, "three times the bound, an election"
                 assert not leads(sick)
+
+    run_deterministically(main, seed=19)
+
+
+def test_trap_14_a_node_that_has_shown_nothing_is_tried_with_one_leadership(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk may stall as well, and a leadership on its way takes no writes; the rest follow when it leads."""
+
+    async def main() -> None:
+        async with world(3, seed=19) as cluster, cluster.client() as kv:
+            sick = await spread(cluster, kv)
+            for key in (b"c", b"e", b"g"):
+                await kv.call(Method.SPLIT, key, key=key)
+            other = next(node for node in cluster.nodes.values() if node is not sick)
+            await led_by(cluster, kv, other, b"n", None)
+            await led_by(cluster, kv, sick, b"a", b"c", b"e", b"g")
+            rafts = {replica.raft: replica for replica in sick.inside.catalog.replicas.values()}
+            offered: list[tuple[float, NodeId | None]] = []
+            transfer = RaftNode.transfer_leader
+
+            def noted(raft: RaftNode, to: int) -> None:
+                if raft in rafts:
+                    offered.append((trio.current_time(), rafts[raft].node_of(to)))
+                transfer(raft, to)
+
+            monkeypatch.setattr(RaftNode, "transfer_leader", noted)
+            with stalled(sick):
+                await kv.put(b"n", b"of the other's")
+                await until(lambda: not leads(sick))
+            first = [node_id for at, node_id in offered if at == offered[0][0]]
+            assert len(first) == len(set(first)), "a node was offered two at once before it had shown anything"
+            assert len(offered) >= 4
 
     run_deterministically(main, seed=19)
 

@@ -149,6 +149,36 @@ async def test_a_delete_range_without_an_end_goes_on_behind_a_split_that_its_cli
         assert await other.get_many([b"a", b"n", b"z"]) == {}
 
 
+async def test_trap_12_a_range_delete_that_comes_again_behind_a_split_is_answered_by_its_record(
+    autojump_clock: MockClock,
+) -> None:
+    """Told of the split instead, a client would cut it anew: another command, and what was written since would go."""
+    async with world(1) as cluster, cluster.client() as kv:
+        await kv.put_many({b"a": b"1", b"z": b"1"})
+        node = cluster.nodes["n1"]
+        body = commands.pack_delete_range(b"a", b"zz")
+        blob = commands.seal(commands.Op.DELETE_RANGE, body, 1, node.environment.clock.wall_ms(), 1)
+
+        async def send(range_id: RangeId, generation: int) -> Any:
+            recorder = Recorder()
+            arguments = [b"another session.", commands.join([blob])]
+            request = Request(1, Method.WRITE, range_id, generation, 0, arguments)
+            node.inside.listener._requests.dispatch(recorder, request)
+            await trio.sleep(0.2)
+            assert recorder.error is None
+            return recorder.result
+
+        before = node.inside.catalog.replicas[RangeId(1)].machine.descriptor.epoch.span
+        assert await send(RangeId(1), before) == [True]
+        left, right = await cluster.ask(kv, Method.SPLIT, b"m", key=b"m")
+        newer = {b"a": b"2", b"z": b"2"}
+        await kv.put_many(newer)
+        for descriptor, generation in ((left, before), (left, before + 1), (right, before + 1)):
+            assert await send(descriptor[0], generation) == [True]
+        found = await kv.get_many(list(newer))
+        assert {key: entry.value for key, entry in found.items()} == newer
+
+
 async def test_trap_04_what_belongs_to_another_range_is_refused_before_it_is_logged(
     autojump_clock: MockClock,
 ) -> None:
@@ -534,14 +564,20 @@ async def test_trap_24_a_node_on_an_old_copy_of_its_disk_is_refused_however_ofte
         await kv.put(b"k", b"x")
 
 
-async def test_trap_24_an_assigned_directory_without_its_log_is_not_begun_anew(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("marked", [True, False])
+async def test_trap_24_an_assigned_directory_without_its_log_is_not_begun_anew(
+    autojump_clock: MockClock, marked: bool
+) -> None:
+    """Not even when the note of how far the log was on disk is gone with it."""
     async with world(3) as cluster:
         node = cluster.nodes["n3"]
         await node.kill()
         disk = node.environment.disk
         for name in disk.list("/n3/wal"):
             disk.unlink(f"/n3/wal/{name}")
-        with pytest.raises(ShardKVError, match="log"):
+        if not marked:
+            disk.unlink("/n3/log-mark")
+        with pytest.raises(Corruption, match="no segment of the log, and this node had one"):
             await node.run_to_its_end()
 
 
