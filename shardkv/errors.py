@@ -226,7 +226,7 @@ class Unavailable(ShardKVError):
 class OutcomeUnknown(ShardKVError):
     """The write was sent but its answer was lost: it may have been applied, or may be yet.
 
-    A further write to the key by the same client settles it; a read does not.
+    A read alone does not settle it; docs/client.md says what does.
     """
 
     code = 41

@@ -60,10 +60,10 @@ class BlockingClient:
         loop: _Loop | None = getattr(self, "_loop", None)  # absent where the arguments were wrong
         if loop is None or loop.stopping or os.getpid() != self._process:
             return
+        loop.stop()
         warnings.warn(
             "a client was not closed: use `with connect_blocking(…)`", ResourceWarning, stacklevel=2, source=self
         )
-        loop.stop()
 
     def _perform(self, function: Callable[..., Awaitable[T]], *arguments: Any, **options: Any) -> T:
         if os.getpid() != self._process:

@@ -105,7 +105,7 @@ def check_timeout(timeout: float) -> None:
     if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
         raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
     if not (_is_finite(timeout) and timeout >= 0):
-        raise RequestError(f"timeout must be a finite number of seconds from 0 on, not {timeout}: no call may hang")
+        raise RequestError("timeout must be a finite number of seconds from 0 on: no call may hang")
 
 
 def _is_finite(number: float) -> bool:
@@ -132,7 +132,7 @@ def age_us_of(max_age: float | None, consistency: int) -> int | None:
     if not isinstance(max_age, (int, float)) or isinstance(max_age, bool):
         raise TypeError(f"max_age must be a number of seconds or None, not {type(max_age).__name__}")
     if not (_is_finite(max_age) and max_age >= 0):
-        raise RequestError(f"max_age must be a finite number of seconds from 0 on, not {max_age}; None allows any age")
+        raise RequestError("max_age must be a finite number of seconds from 0 on; None allows any age")
     if consistency != Consistency.STALE:
         raise RequestError('max_age is for reads with consistency="stale"; the others are never old')
     return min(int(max_age * 1e6), TIMESTAMP_MAX)

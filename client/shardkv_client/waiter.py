@@ -47,10 +47,8 @@ class TrioWaiter:
         self._token = lowlevel.current_trio_token()
 
     def is_here(self) -> bool:
-        try:
-            return lowlevel.current_trio_token() is self._token
-        except RuntimeError:  # of a caller that is asyncio's
-            return False
+        # A task's: where trio is the guest of another loop, that one's tasks find trio's token, too.
+        return lowlevel.in_trio_task() and lowlevel.current_trio_token() is self._token
 
     def notify(self, call: Call) -> None:
         lowlevel.reschedule(call.task)
@@ -108,7 +106,7 @@ class AsyncioWaiter:
 
     def is_here(self) -> bool:
         try:
-            return asyncio.get_running_loop() is self._loop
+            return asyncio.get_running_loop() is self._loop and not lowlevel.in_trio_task()
         except RuntimeError:  # of a caller that is trio's
             return False
 

@@ -272,7 +272,7 @@ def decode_reply(value: Any) -> HeartbeatReply:
 
 def _entry(value: Any) -> NodeEntry:
     match value:
-        case [node_id, name, address, boot, gone, token]:
+        case [node_id, name, address, boot, gone, token, *_]:
             return NodeEntry(
                 NodeId(fields.integer(node_id, "a node id", 1)),
                 fields.name(name),

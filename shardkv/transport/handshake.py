@@ -70,9 +70,12 @@ class KnownBoots:
         self._starts[node_id] = (boot, start_token or known_token if boot == known else start_token)
 
     def learn(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
-        """What others say, or what was noted in an earlier start of this node, may be older than what was seen."""
-        known, known_token = self._starts.get(node_id, (0, b""))
-        if boot > known or (boot == known and not known_token):
+        """What the node table says, or was noted in an earlier start of this node, may be older than what was seen.
+
+        Of two starts of the same count the table, which has agreed on one, is right.
+        """
+        known, _ = self._starts.get(node_id, (0, b""))
+        if boot > known or (boot == known and start_token):
             self._starts[node_id] = (boot, start_token)
 
     def forget(self, node_id: NodeId) -> None:

@@ -167,7 +167,7 @@ def test_a_client_that_is_closed_by_its_own_progress_callback_ends(server):
     kv.close()
 
 
-def test_a_client_that_is_forgotten_ends_its_thread(server):
+def test_a_client_that_is_forgotten_ends_its_thread(server, monkeypatch):
     """A worker that opens one for each of its tasks would run out of files."""
     kv = connect_blocking(server.addresses)
     kv.put(b"k", b"v")
@@ -175,6 +175,13 @@ def test_a_client_that_is_forgotten_ends_its_thread(server):
     del kv
     with pytest.warns(ResourceWarning, match="not closed"):
         held.clear()  # the last that holds it
+    loop.join()
+    held = [connect_blocking(server.addresses)]
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is raised where nobody hears it
+        loop = held[0]._loop
+        held.clear()
     loop.join()
     with connect_blocking(server.addresses) as kv, warnings.catch_warnings():
         warnings.simplefilter("error")

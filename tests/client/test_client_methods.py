@@ -285,6 +285,38 @@ def test_a_client_of_another_loop_of_the_same_thread_is_refused_and_stays_whole(
         abroad.close()
 
 
+def test_a_task_of_the_loop_that_trio_is_a_guest_of_is_refused(server):
+    """Both loops run in one thread, and a task of the one finds what belongs to the other."""
+    refused: list[str] = []
+
+    async def guest(hosts: asyncio.AbstractEventLoop) -> None:
+        async def hosts_task(kv: Client) -> None:
+            with pytest.raises(RuntimeError, match="another event loop") as caught:
+                await kv.put(b"k", b"v")
+            refused.append(str(caught.value))
+
+        async with connect(server.addresses) as kv:
+            await kv.put(b"k", b"trio's")
+            task = hosts.create_task(hosts_task(kv))
+            while not task.done():
+                await trio.lowlevel.checkpoint()
+            task.result()
+            entry = await kv.get(b"k")
+            assert entry is not None
+            assert entry.value == b"trio's"
+
+    async def host() -> None:
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+        trio.lowlevel.start_guest_run(
+            guest, loop, run_sync_soon_threadsafe=loop.call_soon_threadsafe, done_callback=ended.set_result
+        )
+        (await ended).unwrap()
+
+    asyncio.run(host())
+    assert len(refused) == 1
+
+
 def test_a_client_whose_loop_has_ended_is_closed(server):
     """What is raised tells what to do, and a second close in another loop is none."""
     kv = connect(server.addresses)

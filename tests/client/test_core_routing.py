@@ -621,9 +621,74 @@ def test_the_one_replica_that_lives_is_found_while_the_others_hang():
     assert len(world.requests_to(3, Method.GET)) == 1
 
 
+@pytest.mark.parametrize(
+    "refusal", [None, errors.Busy("this replica knows no leader"), errors.RangeNotFound("not here yet")], ids=repr
+)
+def test_a_near_replica_that_refuses_is_passed_over_for_a_while(refusal):
+    """It is too old, knows no leader, or is new: not every read goes by way of it, and once it serves it is found."""
+    for seed in range(4):
+        world = World(seeds=[1, 2, 3], seed=seed)
+        world.seconds_away.update({2: 0.02, 3: 0.02})
+        world.cluster.range_of(b"k").leader = 3
+        world.run(world.put(b"k", b"v"))
+        world.pass_time(1.0)
+        node = world.cluster.nodes[1]
+        bound = None
+        if refusal is None:
+            node.age_us, bound = 60_000_000, 1_000_000
+        else:
+            node.faults.append(lambda request: refusal if request.method == Method.GET else None)
+        consistency = 2 if bound else 1
+        world.run(world.get(b"k", consistency=consistency, age_us_max=bound))
+        world.frames.clear()
+        for _ in range(20):
+            world.run(world.get(b"k", consistency=consistency, age_us_max=bound))
+        asked = [request for _, requests in world.frames for request in requests]
+        assert sum(request.method == Method.GET for request in asked) == 20, f"seed {seed}"
+        assert not any(request.method == Method.ROUTES for request in asked)
+        node.age_us = 0
+        node.faults.clear()
+        world.pass_time(2.0)
+        world.frames.clear()
+        world.run(world.get(b"k", consistency=consistency, age_us_max=bound))
+        assert [number for number, _ in world.frames] == [1]
+
+
+def test_stale_reads_go_on_while_a_write_waits_for_a_leader_and_most_nodes_hang():
+    """The write's failures are not theirs."""
+    for seed in range(6):
+        world = World(seeds=[1, 2, 3], seed=seed)
+        world.run(world.put(b"k", b"v"))
+        world.run(world.get(b"k", consistency=2))
+        world.pass_time(0.5)
+        world.mute.update((1, 2))
+        world.cluster.range_of(b"k").leader = None
+        stuck = world.put(b"k", b"w", timeout=60.0)
+        world.pass_time(4.0)
+        for _ in range(100):
+            started = world.now
+            assert world.run(world.get(b"k", consistency=2, timeout=1.0))[0] == b"v"
+            assert world.now - started < 0.05, f"seed {seed}"
+            world.pass_time(0.05)
+        assert not stuck.done
+
+
+def test_a_node_that_takes_long_to_greet_is_not_taken_for_far():
+    """One that starts accepts at once and greets when it can serve."""
+    world = World(seeds=[1, 2, 3])
+    world.seconds_away.update({2: 0.02, 3: 0.02})
+    world.greeting_seconds[1] = 0.5
+    world.run(world.put(b"k", b"v"))
+    world.pass_time(2.0)
+    world.frames.clear()
+    for _ in range(5):
+        world.run(world.get(b"k", consistency=1))
+    assert [number for number, _ in world.frames] == [1] * 5
+
+
 @pytest.mark.parametrize("far", [1, 2, 3])
 def test_follower_reads_go_to_a_near_replica(far):
-    """DESIGN 2.3. How near it is, its greeting has told; what is about as near shares the reads of all clients."""
+    """DESIGN 2.3. How near it is, a round trip has told; what is about as near shares the reads of all clients."""
     readers = set()
     for seed in range(12):
         world = World(seeds=[1, 2, 3], seed=seed)

@@ -42,6 +42,8 @@ class MemoryStream:
             if kind is FrameKind.HELLO:
                 clock = self._node.cluster.clock
                 answer = encode_welcome(Welcome(1, b"c" * 16, NodeId(self._node.id), 1, clock, 100))
+            elif kind is FrameKind.PING:
+                answer = encode_frame(FrameKind.PONG, payload)
             else:
                 answer = encode_frame(FrameKind.RESPONSE, requests.join(self._node.serve(payload)))
             self._send.send_nowait(answer)

@@ -26,7 +26,8 @@ class World:
 
     ``lose_requests`` and ``lose_answers`` count frames to swallow, each with its connection; ``down`` are nodes that
     accept no connection, ``mute`` nodes that accept everything and answer nothing, ``dead`` addresses that do not even
-    refuse a connection; ``seconds_away`` are nodes whose answers take longer.
+    refuse a connection; ``seconds_away`` are nodes whose answers take longer,
+    ``greeting_seconds`` nodes whose greetings do.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class World:
         self.mute: set[int] = set()
         self.dead: set[str] = set()
         self.seconds_away: dict[int, float] = {}
+        self.greeting_seconds: dict[int, float] = {}
         self.bytes_per_second = inf
         """Of what the client sends on one connection."""
         self._carried_at: dict[Link, float] = {}
@@ -213,6 +215,8 @@ class World:
             answer = self._answer(link, node, kind, payload)
             if answer is not None and link in self.open:
                 delay = self.latency() + self.seconds_away.get(node.id, 0.0)
+                if kind is FrameKind.HELLO:
+                    delay += self.greeting_seconds.get(node.id, 0.0)
                 self._at(delay, lambda answer=answer: self._back(link, answer))
 
     def _answer(self, link: Link, node: FakeNode, kind: FrameKind, payload: bytes) -> bytes | None:

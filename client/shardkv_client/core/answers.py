@@ -24,9 +24,9 @@ from shardkv.errors import (
 )
 from shardkv_client.core.calls import AdminCall, Call, DeleteRangeCall, Kind, ReadCall, ScanCall, Sent, WriteCall
 
-SETTLING: Final = "which a further write of this client to the key settles; a read does not"
-"""How to come to know what became of a command: whoever has a later one of the same client executes no earlier one any
-more, but until then its bytes may still be on their way."""
+DOUBT: Final = "it may have been applied, or may be yet, within a minute: a read alone does not settle it"
+"""Of a command whose answer was lost. Its bytes may still be on their way to a leader, which executes none that was
+issued longer ago."""
 
 
 class Verdict(Enum):
@@ -82,9 +82,8 @@ def failure(call: Call, reason: str, advice: str = "try again with backoff") -> 
     """What a call raises that ends without an answer. ``reason`` is a clause such as "no answer within 10 s", and
     ``advice`` one for a call of which nothing was applied."""
     if call.attempts and (call.kind is Kind.WRITE or not may_repeat(call)):
-        return OutcomeUnknown(
-            f"{reason}, and the request had been sent: it may have been applied, or may be yet, {SETTLING}"
-        )
+        doubt = DOUBT if call.kind is Kind.WRITE else "it may have been carried out: look before you ask again"
+        return OutcomeUnknown(f"{reason}, and the request had been sent: {doubt}")
     return Unavailable(f"{reason}; nothing was applied: {advice}")
 
 

@@ -29,8 +29,10 @@ class Route:
         "nodes",
         "pending",
         "range_id",
+        "read_failures",
         "reader",
         "reads_blocked_until",
+        "refused",
         "start",
         "voters",
     )
@@ -42,11 +44,15 @@ class Route:
         self.next_voter = 0
         """Which of them is tried next while no leader is known; counted on, round and round."""
         self.reader: int | None = None
-        """Which replica serves this client's follower and stale reads."""
+        """Which of several replicas serves this client's follower and stale reads; counted on, round and round."""
+        self.refused: dict[int, float] = {}
+        """Nodes that did not serve such a read, and until when they are passed over."""
         self.mark = 0
         """Grows with every change of mind about where to send; answers to what was sent before it teach nothing."""
         self.failures = 0
-        """Changes of mind since the last success."""
+        """Changes of mind since the last success, of what needs the leader."""
+        self.read_failures = 0
+        """The same of follower and stale reads."""
         self.blocked_until = 0.0
         """Until when linearizable reads and writes wait, after a failure."""
         self.reads_blocked_until = 0.0

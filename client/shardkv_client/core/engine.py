@@ -478,9 +478,7 @@ class Core:
             self.ledger.finish(call, None, answers.copy(error))
             return
         if verdict is Verdict.UNKNOWN:
-            unknown = OutcomeUnknown(
-                f"an earlier attempt may have been applied, or may be yet, {answers.SETTLING}; now: {error}"
-            )
+            unknown = OutcomeUnknown(f"an earlier attempt had been sent, and now: {error}; {answers.DOUBT}")
             self.ledger.finish(call, None, unknown)
             return
         if verdict is Verdict.ANEW:
@@ -499,7 +497,7 @@ class Core:
         if verdict is Verdict.ELSEWHERE:
             self._reroute(link, sent, call, error, now)
         else:
-            self.router.busy(sent.route, sent.mark, now, consistency=sent.consistency)
+            self.router.busy(sent.route, sent.mark, now, node_id=link.peer.node_id, consistency=sent.consistency)
         self.ledger.requeue([call])
 
     def _issue_later(self, calls: list[Any], now: float) -> None:
@@ -535,7 +533,7 @@ class Core:
                 self._recut(link, call, error)
             if not any(news) and not route.evicted and route.descriptor is sent.descriptor:
                 # The node knows no better than we do: it lags behind, or the range is about to change.
-                router.busy(route, sent.mark, now, consistency=sent.consistency)
+                router.busy(route, sent.mark, now, node_id=node_id, consistency=sent.consistency)
                 router.refresh(route, now)
             return
         hint = error.hint if isinstance(error, NotLeader) else None

@@ -104,7 +104,7 @@ class Ledger:
         """Calls for the next flush."""
         self._writes = Lane(settings)
         self._reads = Lane(settings)
-        """Linearizable and follower reads and scans, which need a leader as writes do."""
+        """Linearizable and follower reads and scans, and what else needs a leader."""
         self._others = Lane(settings)
         self.held: deque[WriteCall] = deque()
         """New commands that the session's window has no place for."""
@@ -114,12 +114,12 @@ class Ledger:
         """Calls within the bounds, of all lanes."""
         return self._writes.calls_active + self._reads.calls_active + self._others.calls_active
 
-    def _lane_of(self, call: Call) -> Lane:
+    def _lane_of(self, call: Any) -> Lane:
         if call.kind is Kind.WRITE:
             return self._writes
-        if isinstance(call, (ReadCall, ScanCall)) and call.consistency != STALE:
-            return self._reads
-        return self._others
+        if isinstance(call, (ReadCall, ScanCall)):
+            return self._others if call.consistency == STALE else self._reads
+        return self._others if call.key is None and call.range_id is None else self._reads
 
     def submit(self, call: Call) -> None:
         """Take a call. ``call.notify`` is called, with it, from a later event; never from within this one."""

@@ -61,8 +61,6 @@ class Link:
         "address",
         "decoder",
         "draining",
-        "greeted_at",
-        "greeting_seconds",
         "inflight",
         "inflight_max",
         "opened_at",
@@ -74,6 +72,7 @@ class Link:
         "peer",
         "pinged_at",
         "received_at",
+        "round_trip_seconds",
         "state",
         "watched",
     )
@@ -91,10 +90,8 @@ class Link:
         self.output: list[bytes] = []
         """Whole frames for whoever does the I/O."""
         self.opened_at = now
-        self.greeted_at = now
-        """When the connection stood and this side greeted."""
-        self.greeting_seconds = inf
-        """From there to the other's greeting: how near the node is."""
+        self.round_trip_seconds = inf
+        """Of the quickest PING yet: how near the node is."""
         self.received_at = now
         self.owed_since = now
         """Since when the node has owed at least one answer."""
@@ -235,7 +232,7 @@ class Links:
         if link.state is not LinkState.DIALING:
             return  # given up in the meantime
         link.state = LinkState.GREETING
-        link.greeted_at = link.received_at = now
+        link.received_at = now
         self.write(link, encode_hello(Hello(Role.CLIENT, cluster_id=self.cluster_id)))
 
     def write(self, link: Link, frame: bytes) -> None:
@@ -246,6 +243,7 @@ class Links:
     def control(self, link: Link, kind: FrameKind, payload: bytes, now: float) -> None:
         """A frame other than a response. Raises ProtocolError."""
         if kind is FrameKind.PONG:
+            link.round_trip_seconds = min(link.round_trip_seconds, now - link.pinged_at)
             return
         if kind is FrameKind.PING:
             self.write(link, encode_frame(FrameKind.PONG, payload))
@@ -269,7 +267,6 @@ class Links:
                 self.drop(link, "belongs to another cluster; connect to the nodes of one cluster only", now)
                 return
         link.state = LinkState.READY
-        link.greeting_seconds = now - link.greeted_at
         link.inflight_max = welcome.inflight_max
         peer = link.peer
         peer.failures = 0
@@ -282,6 +279,9 @@ class Links:
             current = self._by_node.get(peer.node_id)
             if current is None or current.link is None:
                 self._by_node[peer.node_id] = peer
+        # Its greeting may have waited until the node knew what it has to know, and says nothing of how near it is.
+        link.pinged_at = now
+        self.write(link, _PING)
         self._on_ready(link, welcome, now)
 
     def _drain(self, link: Link) -> None:

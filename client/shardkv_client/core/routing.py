@@ -12,7 +12,7 @@ from typing import Any, Final
 from shardkv.types import RangeDescriptor
 from shardkv.wire.requests import Method
 from shardkv_client.core.cache import RangeCache, Route
-from shardkv_client.core.calls import LINEARIZABLE, AdminCall, Call
+from shardkv_client.core.calls import LINEARIZABLE, STALE, AdminCall, Call
 from shardkv_client.core.links import Links, NodeInfo, Peer
 from shardkv_client.core.settings import Settings
 from shardkv_client.core.timers import Timers
@@ -20,8 +20,7 @@ from shardkv_client.core.timers import Timers
 HINTS_FOLLOWED_MAX: Final = 2
 """Hints followed at once, one after the other; two nodes that name each other are not believed for longer."""
 NEAR_SECONDS: Final = 0.001
-"""What a greeting may take longer than twice the quickest for its node to count as near as that one: noise, within a
-site."""
+"""How much longer than twice the shortest a round trip may be for its node to count as near: noise, within a site."""
 
 
 class Router:
@@ -57,40 +56,40 @@ class Router:
 
     def peer_for(self, route: Route, consistency: int, now: float) -> Peer | None:
         """The peer to hand calls for ``route`` to, dialled if need be; None: the route is blocked, keep them."""
-        if (route.blocked_until if consistency == LINEARIZABLE else route.reads_blocked_until) > now:
+        if consistency != LINEARIZABLE:
+            if route.reads_blocked_until > now:
+                return None
+            return self._reader_of(route, now) or self._peer_by_turns(route, consistency, now)
+        if route.blocked_until > now:
             return None
-        if consistency == LINEARIZABLE:
-            peer = None if route.leader is None else self._links.peer_of(route.leader)
-            if peer is not None and peer.link is not None:
-                return peer
-        elif route.failures == 0:
-            peer = self._near_peer(route, now)
-            if peer is not None:
-                return peer
+        peer = None if route.leader is None else self._links.peer_of(route.leader)
+        if peer is not None and peer.link is not None:
+            return peer
         return self._peer_by_turns(route, consistency, now)
 
-    def _near_peer(self, route: Route, now: float) -> Peer | None:
-        """One of the connected replicas that are nearest, by how long their greetings took; the others are dialled
-        for the reads to come. Nobody waits for a dial while there is a replica that answers."""
+    def _reader_of(self, route: Route, now: float) -> Peer | None:
+        """One of the connected replicas that are nearest and have not just refused; the others are dialled for the
+        reads to come. Nobody waits for a dial while there is a replica that answers."""
         links = self._links
-        ready = []
+        willing, ready = [], []
         for node_id in route.nodes:
             peer = links.peer_of(node_id)
             if peer is None:
-                self.want_nodes(now)
+                self.want_nodes(now, known=True)
             elif peer.link is None:
                 # Not as often as when somebody waits for it.
                 if now >= peer.dial_after + (self._settings.moved_seconds if peer.failures else 0.0):
                     links.dial(peer, now)
             elif peer.link.greeted:
-                ready.append((peer.link.greeting_seconds, peer))
-        if not ready:
-            return None
-        near_max = 2 * min(seconds for seconds, _ in ready) + NEAR_SECONDS
-        near = [peer for seconds, peer in ready if seconds <= near_max]
-        return near[self._reader(route) % len(near)]
+                ready.append(peer)
+                if route.refused.get(node_id, 0.0) <= now:
+                    willing.append((peer.link.round_trip_seconds, peer))
+        if willing:
+            near_max = 2 * min(seconds for seconds, _ in willing) + NEAR_SECONDS
+            ready = [peer for seconds, peer in willing if seconds <= near_max]
+        return ready[self._turn(route) % len(ready)] if ready else None
 
-    def _reader(self, route: Route) -> int:
+    def _turn(self, route: Route) -> int:
         """Which replica serves this client's follower and stale reads, as far as any will do."""
         if route.reader is None:
             # Clients that all took the first one would leave the others idle.
@@ -102,7 +101,7 @@ class Router:
         if consistency == LINEARIZABLE:
             nodes, first = route.voters or route.nodes, route.next_voter
         else:
-            nodes, first = route.nodes, self._reader(route)
+            nodes, first = route.nodes, self._turn(route)
         candidates = [nodes[(first + step) % len(nodes)] for step in range(len(nodes))]
         if consistency == LINEARIZABLE and route.leader is not None:
             candidates.insert(0, route.leader)
@@ -144,8 +143,11 @@ class Router:
     # --- what was learned ---------------------------------------------------------------------------------------
 
     def succeeded(self, route: Route, node_id: int | None, consistency: int) -> None:
+        if consistency != LINEARIZABLE:
+            route.read_failures = 0
+            return
         route.failures = 0
-        if consistency == LINEARIZABLE and node_id is not None and node_id != route.leader and node_id in route.nodes:
+        if node_id is not None and node_id != route.leader and node_id in route.nodes:
             route.leader = node_id
 
     def failed(
@@ -155,12 +157,11 @@ class Router:
         if route.evicted or mark != route.mark:
             return
         route.mark += 1
-        route.failures += 1
         if consistency != LINEARIZABLE:
-            route.reader = (route.reader or 0) + 1
-            if hint in route.nodes and route.failures > 1:
-                route.reader = route.nodes.index(hint)  # another replica was too old as well; the leader is not
-        elif hint is not None and hint != node_id:
+            self._read_failed(route, now, node_id, hint)
+            return
+        route.failures += 1
+        if hint is not None and hint != node_id:
             route.leader = hint
             if self._links.peer_of(hint) is None:
                 self.want_nodes(now)
@@ -172,13 +173,30 @@ class Router:
                 route.next_voter = route.voters.index(node_id) + 1
             else:
                 route.next_voter += 1
-        if route.failures > 1:
-            self._block(route, consistency, now + self._backoff(route.failures - 1))
-        if route.failures % max(len(route.nodes), 2) == 0:
+        self._hold_back(route, consistency, route.failures, now)
+
+    def _read_failed(self, route: Route, now: float, node_id: int | None, hint: int | None) -> None:
+        """A replica did not serve a read: it is too old, knows no leader, or has nothing of the range yet. It is passed
+        over for a while, so that not every read goes by way of it, however near it is."""
+        route.read_failures += 1
+        refused = [] if node_id is None else [node_id]
+        if hint in route.nodes and route.read_failures > 1:
+            refused = [other for other in route.nodes if other != hint]  # two were too old; the leader is not
+        route.refused.update(dict.fromkeys(refused, now + self._settings.moved_seconds))
+        route.reader = self._turn(route) + 1
+        self._hold_back(route, STALE, route.read_failures, now)
+
+    def _hold_back(self, route: Route, consistency: int, failures: int, now: float) -> None:
+        if failures > 1:
+            self._block(route, consistency, now + self._backoff(failures - 1))
+        if failures % max(len(route.nodes), 2) == 0:
             self.refresh(route, now)
 
-    def busy(self, route: Route, mark: int, now: float, *, consistency: int) -> None:
+    def busy(self, route: Route, mark: int, now: float, *, node_id: int | None, consistency: int) -> None:
         """The node asked is the right one but does not take more; it is left alone for a while."""
+        if consistency != LINEARIZABLE:
+            self.failed(route, mark, now, node_id=node_id, consistency=consistency)
+            return
         if route.evicted or mark != route.mark:
             return
         route.mark += 1
@@ -187,7 +205,6 @@ class Router:
         if route.failures % (len(route.nodes) + 3) == 0:
             route.leader = None  # it may have lost its leadership without knowing
             route.next_voter += 1
-            route.reader = (route.reader or 0) + 1
             self.refresh(route, now)
 
     def learn(self, descriptor: RangeDescriptor, leader: int | None) -> bool:
