@@ -365,7 +365,7 @@ import sys
 from pathlib import Path
 from shardkv_bench.local_cluster import LocalCluster
 world = LocalCluster(Path({str(tmp_path)!r}), nodes=2, node_command={STANDIN!r})
-world.start()
+world.start({SECONDS})
 print(*(process.pid for process in world.processes.values()), flush=True)
 sys.stdin.read()
 """

@@ -28,6 +28,8 @@ class FakeServer:
         self.inflight_max = inflight_max
         self.receive_cut: int | None = None
         self.send_cut: int | None = None
+        self.cuts = 0
+        """Connections that the two end, counted before the client can know."""
         self.refusal: ShardKVError | None = None
         self.let_go = threading.Event()
         self.let_go.set()
@@ -104,6 +106,7 @@ class FakeServer:
                 if not data:
                     return
                 received += len(data)
+                self.cuts += received == receive_cut
                 for kind, payload in decoder.feed(data):
                     answer = self._answer(node, kind, payload)
                     if not self.let_go.is_set():
@@ -113,8 +116,9 @@ class FakeServer:
                         self.let_go.wait()
                     if send_cut is not None:
                         answer = answer[: send_cut - sent]
-                    connection.sendall(answer)
                     sent += len(answer)
+                    self.cuts += sent == send_cut
+                    connection.sendall(answer)
                     if sent == send_cut:
                         return
                 if received == receive_cut:

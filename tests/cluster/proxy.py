@@ -67,23 +67,26 @@ class Proxies:
         if self._shut:
             await client.aclose()
             return
-        host, _, port = target.rpartition(":")
-        try:
-            node = await trio.open_tcp_stream(host, int(port))
-        except OSError:
-            await client.aclose()
-            return
         with trio.CancelScope() as scope:
-            self._open[scope] = None
+            self._open[scope] = None  # before the dial, for one that is under way does not outlast a shut gate either
             try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._pump, client, node, Way.REQUEST, scope)
-                    nursery.start_soon(self._pump, node, client, Way.ANSWER, scope)
+                node = await self._dial(target)
+                if node is not None:
+                    async with node, trio.open_nursery() as nursery:
+                        nursery.start_soon(self._pump, client, node, Way.REQUEST, scope)
+                        nursery.start_soon(self._pump, node, client, Way.ANSWER, scope)
             finally:
                 del self._open[scope]
                 with trio.CancelScope(shield=True):
                     await client.aclose()
-                    await node.aclose()
+
+    async def _dial(self, target: str) -> trio.SocketStream | None:
+        """A connection to the node; None if there is nobody."""
+        host, _, port = target.rpartition(":")
+        try:
+            return await trio.open_tcp_stream(host, int(port))
+        except OSError:
+            return None
 
     async def _pump(
         self, source: trio.SocketStream, sink: trio.SocketStream, way: Way, scope: trio.CancelScope

@@ -4,7 +4,7 @@ notices: a client that writes throughout sees no error, no node ends, nothing is
 import random
 import struct
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
@@ -375,22 +375,15 @@ async def test_one_key_asked_for_ten_thousand_times_in_one_request_fills_no_memo
         assert resident_bytes(pid) - before < 64 * 1024 * 1024
 
 
-async def test_connections_that_say_nothing_hold_nobody_up(world: LocalCluster) -> None:
-    """A hundred of them, which never greet."""
-    async with check_undisturbed(world) as target, trio.open_nursery() as nursery:
-        silent = []
-
-        async def dial() -> None:
-            host, _, port = target.address.rpartition(":")
-            silent.append(await trio.open_tcp_stream(host, int(port)))
-
-        for _ in range(100):
-            nursery.start_soon(dial)
+async def test_connections_that_say_nothing_are_given_up(world: LocalCluster) -> None:
+    """A hundred that never greet hold nobody up, and after some seconds each is told so and cut off."""
+    async with check_undisturbed(world) as target, AsyncExitStack() as opened:
+        silent = [await opened.enter_async_context(connect_raw(target.address)) for _ in range(100)]
         async with connect_raw(target.address) as raw:
             await raw.greet()
             assert (await raw.request(1, Method.GET, target.range_id, target.generation, 0, 0, [b"k"])).error is None
-        for stream in silent:
-            await stream.aclose()
+        for each in silent:
+            assert "did not finish its greeting" in await each.refusal()
 
 
 def test_the_clients_own_checks_come_before_anything_is_sent(world: LocalCluster) -> None:

@@ -127,7 +127,10 @@ def test_ranges_are_split_transferred_and_snapshotted(world: LocalCluster) -> No
 
 def test_a_short_benchmark_reports_its_numbers(world: LocalCluster) -> None:
     """DESIGN 2.2: the fields of `bench run --json`."""
-    report = run_json(world, "bench", "run", "--workload", "write", "--inflight", "8", "--seconds", "1")
+    for seconds in ("1", "30"):  # the longer one only where the machine is too slow for a single write in the other
+        report = run_json(world, "bench", "run", "--workload", "write", "--inflight", "8", "--seconds", seconds)
+        if report["ops"]:
+            break
     fields = {"workload", "inflight", "seconds", "ops", "errors", "throughput", "p50_ms", "p95_ms", "p99_ms"}
     assert fields | {"p999_ms", "max_ms", "client_cpu_s"} <= set(report)
     assert report["ops"] > 0

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.cluster
 
 ANSWERED_WITHIN = 30.0
 """Far above every timeout that the tests ask for: past it something hangs."""
+FREEZES = 3
 
 
 @pytest.fixture(scope="module")
@@ -148,27 +149,27 @@ async def test_without_a_quorum_calls_fail_in_time_with_the_right_error_and_go_o
     """DESIGN 2.3: a read raises Unavailable; a write Unavailable, or OutcomeUnknown once it was sent; nothing hangs."""
     async with client(world) as kv:
         await settled(kv)
-        await kv.put(b"down/two", b"before")
+        await kv.put(b"lost/one", b"before")
         names = await node_names(kv)
-        survivor = await leader_of(kv, b"down/two")
+        survivor = await leader_of(kv, b"lost/one")
         victims = [name for name in names.values() if name != survivor]
         for name in victims:
             await kill(world, name)
         with trio.fail_after(ANSWERED_WITHIN):
             with pytest.raises((Unavailable, OutcomeUnknown)):
-                await kv.put(b"down/two", b"perhaps", timeout=1.5)
+                await kv.put(b"lost/one", b"perhaps", timeout=1.5)
             with pytest.raises(Unavailable):
-                await kv.get(b"down/two", timeout=1.5)
+                await kv.get(b"lost/one", timeout=1.5)
             with pytest.raises(Unavailable):
-                await kv.scan(prefix=b"down/", timeout=1.5).__anext__()
+                await kv.scan(prefix=b"lost/", timeout=1.5).__anext__()
             async with client(world, addresses=world.addresses[survivor]) as fresh:
                 with pytest.raises(Unavailable):
-                    await fresh.get(b"down/two", timeout=1.5)
+                    await fresh.get(b"lost/one", timeout=1.5)
         await restart(world, victims[0])
-        entry = await kv.get(b"down/two", timeout=ANSWERED_WITHIN)
+        entry = await kv.get(b"lost/one", timeout=ANSWERED_WITHIN)
         assert entry is not None
         assert entry.value in (b"before", b"perhaps")
-        assert await kv.put(b"down/two", b"after", timeout=ANSWERED_WITHIN) > entry.version
+        assert await kv.put(b"lost/one", b"after", timeout=ANSWERED_WITHIN) > entry.version
         await restart(world, victims[1])
 
 
@@ -190,29 +191,39 @@ async def test_with_every_node_down_a_write_that_was_never_sent_is_unavailable_n
         assert await kv.get(b"never/sent", timeout=ANSWERED_WITHIN) is None
 
 
+async def freeze_and_thaw_the_leader(world: LocalCluster, kv: Client, old: bytes, new: bytes) -> None:
+    await kv.put(b"frozen", old, timeout=ANSWERED_WITHIN)
+    frozen = await leader_of(kv, b"frozen")
+    async with client(world, addresses=world.addresses[frozen]) as stuck:
+        assert (await stuck.get(b"frozen")) is not None
+        world.pause(frozen)
+        try:
+            await kv.put(b"frozen", new, timeout=ANSWERED_WITHIN)
+            seen: list[bytes] = []
+
+            async def read() -> None:
+                entry = await stuck.get(b"frozen", timeout=ANSWERED_WITHIN)
+                assert entry is not None
+                seen.append(entry.value)
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(16):
+                    nursery.start_soon(read)
+                await trio.testing.wait_all_tasks_blocked()
+                world.resume(frozen)
+        finally:
+            world.resume(frozen)
+        assert seen == [new] * 16
+
+
 async def test_a_leader_that_froze_and_thaws_serves_nothing_old(world: LocalCluster) -> None:
-    """DESIGN 4.5: its lease is long over when it wakes; a read that reaches it must not see what was overwritten."""
+    """DESIGN 4.5: its lease is long over when it wakes; a read that reaches it must not see what was overwritten.
+
+    A lease that never ended would show only where the node reads from its clients before its peers, who depose it: by
+    chance, hence several times. What holds the rule for certain is tests/raft/test_lease.py, and for longer the soak
+    ``stops``.
+    """
     async with client(world) as kv:
         await settled(kv)
-        await kv.put(b"frozen", b"old")
-        frozen = await leader_of(kv, b"frozen")
-        async with client(world, addresses=world.addresses[frozen]) as stuck:
-            assert (await stuck.get(b"frozen")) is not None
-            world.pause(frozen)
-            try:
-                await kv.put(b"frozen", b"new", timeout=ANSWERED_WITHIN)
-                seen: list[bytes] = []
-
-                async def read() -> None:
-                    entry = await stuck.get(b"frozen", timeout=ANSWERED_WITHIN)
-                    assert entry is not None
-                    seen.append(entry.value)
-
-                async with trio.open_nursery() as nursery:
-                    for _ in range(16):
-                        nursery.start_soon(read)
-                    await trio.testing.wait_all_tasks_blocked()
-                    world.resume(frozen)
-            finally:
-                world.resume(frozen)
-            assert seen == [b"new"] * 16
+        for number in range(FREEZES):
+            await freeze_and_thaw_the_leader(world, kv, b"old %d" % number, b"new %d" % number)

@@ -123,6 +123,7 @@ async def cut_puts(cut: Client, direct: Client, proxies: Proxies, samples: int =
     cuts = proxies.cuts
     length = (await lengths(proxies, put))[Way.ANSWER]
     for position in positions(length - 1, samples):
+        await direct.put(b"cut/put", b"before")
         proxies.cut_after(Way.ANSWER, position, then=proxies.silence)
         versions: list[int] = []
 

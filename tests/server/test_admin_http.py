@@ -23,8 +23,8 @@ from shardkv.errors import ConfigError
 from shardkv.server import run_node
 from shardkv.server.admin import serving
 from shardkv.wire.requests import Method
-from shardkv_bench.local_cluster import LocalCluster
 from shardkv_client import connect
+from tests.cluster.harness import SECONDS_MAX, LocalCluster, terminate
 
 SECONDS = 30.0
 
@@ -347,14 +347,13 @@ async def test_connections_are_bounded_and_who_comes_then_waits(monkeypatch: pyt
 @pytest.mark.cluster
 async def test_a_real_node_says_where_it_serves_and_collects_its_own_garbage(tmp_path: Path) -> None:
     with LocalCluster(tmp_path, nodes=1, options=["--admin", "127.0.0.1:0", "--engine", "memory"]) as world:
-        await trio.to_thread.run_sync(world.start)
+        await trio.to_thread.run_sync(world.start, SECONDS_MAX)
         lines = (tmp_path / "n1.log").read_text().splitlines()
         (line,) = [line for line in lines if 'event="admin endpoint"' in line]
         (address,) = [word.removeprefix("address=") for word in line.split() if word.startswith("address=")]
         metrics = (await ask(address, "/metrics")).body.decode()
         assert 'shardkv_garbage_collections_total{kind="full"}' in metrics
-        code = await trio.to_thread.run_sync(world.terminate, "n1")
-        assert code == 0
+        assert await terminate(world, "n1") == 0
 
 
 def test_a_node_without_the_endpoint_loads_no_web_server() -> None:

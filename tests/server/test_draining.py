@@ -1,10 +1,14 @@
-"""Handing over leaderships at a stop."""
+"""Handing over leaderships at a stop: to whom, and that a node does so before it ends."""
 
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+from trio.testing import MockClock
+
 from shardkv.server.draining import _transfer_all
+from shardkv.types import RangeId
+from tests.server.world import SimulatedNode, world
 
 
 class Group:
@@ -65,3 +69,19 @@ def test_leaderships_that_several_could_take_go_to_each_of_them_in_turn() -> Non
     driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas=groups), touch=lambda replica: None)
     assert _transfer_all(driver, {}, Counter())
     assert sorted(offer for group in groups.values() for offer in group.offers) == [2, 2, 3, 3]
+
+
+def led_by(node: SimulatedNode) -> set[RangeId]:
+    return {range_id for range_id, replica in node.inside.catalog.replicas.items() if replica.leads}
+
+
+async def test_when_a_node_that_was_stopped_has_ended_other_nodes_lead_what_it_led(autojump_clock: MockClock) -> None:
+    """DESIGN 2.2. At that very moment, so nobody waits for an election."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await kv.put(b"k", b"v")
+        leaving = await cluster.leader_of(kv, b"k")
+        led = led_by(leaving)
+        assert led
+        await leaving.shut_down()
+        others = [node for node in cluster.nodes.values() if node is not leaving]
+        assert led <= set().union(*(led_by(node) for node in others))
