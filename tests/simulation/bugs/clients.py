@@ -26,7 +26,7 @@ def retry_under_a_new_sequence() -> Patches:
 
 
 def certainly_not_applied() -> Patches:
-    return [patch.object(answers, "failure", lambda call, reason: Unavailable(reason))]
+    return [patch.object(answers, "failure", lambda call, reason, advice="": Unavailable(reason))]
 
 
 def logged_and_told_as_not() -> Patches:

@@ -404,7 +404,7 @@ BUGS = (
         "the epoch is checked again when an entry is applied (trap 4)",
         epoch_checked_only_when_proposed,
         ("split-retry", "split", "slow"),
-        24,
+        26,
         rate=100,
         tuning=entries_follow_at_once,
     ),

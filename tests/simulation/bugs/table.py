@@ -15,7 +15,7 @@ from shardkv.simulation.runner import RunResult, RunSettings, run
 
 SEEDS_TRIED: Final = 20
 """By the tests of every change, should the known seed not find a bug any more."""
-MISFIT: Final = frozenset({"AttributeError", "ImportError", "NameError", "TypeError"})
+MISFIT: Final = frozenset({"AttributeError", "ImportError", "NameError", "RuntimeError", "TypeError"})
 """What ends a run when it is not the product that is wrong, but the patch."""
 Patches = list[AbstractContextManager[object]]
 
