@@ -50,7 +50,7 @@ from shardkv_client.limits import (
     span_of,
 )
 from shardkv_client.scan import OnAge, Scan
-from shardkv_client.waiter import current_waiter, on_trio
+from shardkv_client.waiter import AnotherLoop, current_waiter, on_trio
 
 if TYPE_CHECKING:
     import trio
@@ -183,11 +183,11 @@ class Client:
         # Protected: a call whose caller is interrupted before it waits would be answered to nobody.
         if self._host is None:
             raise ClientClosed(self._closed_because)
-        if not self._is_here():
-            raise self._not_here()
         call.notify = self._notify
-        self._submit(call)
-        return await self._wait(call, self._cancel)
+        try:
+            return await self._wait(call, self._cancel, self._submit)
+        except AnotherLoop:
+            raise self._not_here() from None
 
     # --- single keys --------------------------------------------------------------------------------------------
 

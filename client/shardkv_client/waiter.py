@@ -6,6 +6,7 @@ event loop's own primitives. What is parked is kept in the call; the core only e
 
 import asyncio
 from collections.abc import Callable
+from threading import get_ident  # noqa: TID251 - it starts none
 from typing import Any, Protocol
 
 from trio import lowlevel
@@ -20,10 +21,13 @@ class Waiter(Protocol):
         """The call is done: its caller goes on. For ``call.notify``."""
         ...
 
-    async def wait(self, call: Call, cancel: Callable[[Call], None]) -> Any:
-        """Wait for a call that was just submitted; its result, or its error raised.
+    async def wait(
+        self, call: Call, cancel: Callable[[Call], None], submit: Callable[[Call], None] | None = None
+    ) -> Any:
+        """Submit a call, unless that was done just now, and wait for it; its result, or its error raised.
 
-        When the caller is cancelled, ``cancel(call)`` is called first.
+        When the caller is cancelled, ``cancel(call)`` is called first. Raises AnotherLoop, and submits nothing, where
+        the caller runs in another event loop.
         """
         ...
 
@@ -42,8 +46,13 @@ class Doorbell(Protocol):
     async def wait(self) -> None: ...
 
 
+class AnotherLoop(RuntimeError):
+    """Two event loops must not touch what one of them runs."""
+
+
 class TrioWaiter:
     def __init__(self) -> None:
+        self._thread = get_ident()
         self._token = lowlevel.current_trio_token()
 
     def is_here(self) -> bool:
@@ -53,8 +62,18 @@ class TrioWaiter:
     def notify(self, call: Call) -> None:
         lowlevel.reschedule(call.task)
 
-    async def wait(self, call: Call, cancel: Callable[[Call], None]) -> Any:
-        call.task = lowlevel.current_task()
+    async def wait(
+        self, call: Call, cancel: Callable[[Call], None], submit: Callable[[Call], None] | None = None
+    ) -> Any:
+        try:
+            call.task = lowlevel.current_task()
+        except RuntimeError:  # of a caller that is not trio's
+            raise AnotherLoop from None
+        # A thread has one run of trio at a time, and a client whose run is over takes no calls.
+        if get_ident() != self._thread:
+            raise AnotherLoop
+        if submit is not None:
+            submit(call)
 
         def abort(_: object) -> lowlevel.Abort:
             cancel(call)
@@ -115,7 +134,13 @@ class AsyncioWaiter:
         if not future.done():
             future.set_result(None)
 
-    async def wait(self, call: Call, cancel: Callable[[Call], None]) -> Any:
+    async def wait(
+        self, call: Call, cancel: Callable[[Call], None], submit: Callable[[Call], None] | None = None
+    ) -> Any:
+        if not self.is_here():
+            raise AnotherLoop
+        if submit is not None:
+            submit(call)
         future = call.task = self._loop.create_future()
         try:
             await future

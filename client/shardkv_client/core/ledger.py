@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from shardkv.errors import ClientClosed
-from shardkv_client.core.calls import STALE, AdminCall, Call, Kind, ReadCall, ScanCall, WriteCall
+from shardkv_client.core.calls import STALE, AdminCall, Call, Kind, WriteCall
 from shardkv_client.core.session import Session
 from shardkv_client.core.settings import Settings
 from shardkv_client.core.timers import Timers
 
+_WRITE: Final = Kind.WRITE
+_ADMIN: Final = Kind.ADMIN
 DEAD_CALLS_MIN: Final = 256
 """Below this a backlog is not worth a rebuild."""
 
@@ -26,10 +28,11 @@ class Lane:
     stale read needs no leader.
     """
 
-    __slots__ = ("_dead", "_settings", "backlog", "bytes_active", "calls_active")
+    __slots__ = ("_dead", "backlog", "bytes_active", "bytes_max", "calls_active", "calls_max")
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self.calls_max = settings.calls_in_flight_max
+        self.bytes_max = settings.bytes_in_flight_max
         self.calls_active = 0
         """Calls within the bounds: sent, or on their way to be; abandoned ones too, until they are settled."""
         self.bytes_active = 0
@@ -38,28 +41,17 @@ class Lane:
         self._dead = 0
         """How many of them."""
 
-    def has_room(self) -> bool:
-        settings = self._settings
-        return self.calls_active < settings.calls_in_flight_max and self.bytes_active < settings.bytes_in_flight_max
-
-    def admit(self, call: Call) -> None:
-        call.admitted = True
-        self.calls_active += 1
-        self.bytes_active += call.size
-
-    def leave(self, call: Call) -> None:
-        self.calls_active -= 1
-        self.bytes_active -= call.size
-
     def admit_backlog(self) -> list[Any]:
         """Whoever has a place now."""
         admitted = []
-        while self.backlog and self.has_room():
+        while self.backlog and self.calls_active < self.calls_max and self.bytes_active < self.bytes_max:
             call = self.backlog.popleft()
             if call.done:
                 self._dead -= 1
             else:
-                self.admit(call)
+                call.admitted = True
+                self.calls_active += 1
+                self.bytes_active += call.size
                 admitted.append(call)
         return admitted
 
@@ -80,7 +72,7 @@ class Lane:
         assert len(admitted) == self.calls_active, f"{len(admitted)} calls are admitted, {self.calls_active} counted"
         size = sum(call.size for call in admitted)
         assert size == self.bytes_active, f"{size} bytes are admitted, {self.bytes_active} counted"
-        assert self.calls_active <= self._settings.calls_in_flight_max, f"{self.calls_active} calls are in flight"
+        assert self.calls_active <= self.calls_max, f"{self.calls_active} calls are in flight"
         dead = sum(call.done for call in self.backlog)
         assert dead == self._dead, f"{dead} calls in the backlog have ended, {self._dead} counted"
 
@@ -115,11 +107,12 @@ class Ledger:
         return self._writes.calls_active + self._reads.calls_active + self._others.calls_active
 
     def _lane_of(self, call: Any) -> Lane:
-        if call.kind is Kind.WRITE:
+        kind = call.kind
+        if kind is _WRITE:
             return self._writes
-        if isinstance(call, (ReadCall, ScanCall)):
-            return self._others if call.consistency == STALE else self._reads
-        return self._others if call.key is None and call.range_id is None else self._reads
+        if kind is _ADMIN:
+            return self._others if call.key is None and call.range_id is None else self._reads
+        return self._others if call.consistency == STALE else self._reads
 
     def submit(self, call: Call) -> None:
         """Take a call. ``call.notify`` is called, with it, from a later event; never from within this one."""
@@ -127,10 +120,13 @@ class Ledger:
             raise ClientClosed("the client is closed; open a new one with connect()")
         self._timers.add_deadline(call)
         lane = call.lane = self._lane_of(call)
-        if not lane.has_room():
+        # Counted here and in `finish`, without a call for it: this is done for every call that is made.
+        if lane.calls_active >= lane.calls_max or lane.bytes_active >= lane.bytes_max:
             lane.backlog.append(call)
             return
-        lane.admit(call)
+        call.admitted = True
+        lane.calls_active += 1
+        lane.bytes_active += call.size
         self.ready.append(call)
         if not self.flush_wanted:
             self.flush_wanted = True
@@ -170,7 +166,8 @@ class Ledger:
             call.body = b""  # the deadline heap may keep the call for a while yet, but not its bytes
         lane = call.lane
         if call.admitted:
-            lane.leave(call)
+            lane.calls_active -= 1
+            lane.bytes_active -= call.size
             if lane.backlog:
                 self.requeue(lane.admit_backlog())
         elif not self.closed:
