@@ -673,6 +673,85 @@ def test_stale_reads_go_on_while_a_write_waits_for_a_leader_and_most_nodes_hang(
         assert not stuck.done
 
 
+def refuse_follower_reads(world, nodes):
+    """As replicas do that know no leader. Whatever else, they count."""
+    asked = []
+
+    def refusal(request):
+        if request.method == Method.GET and request.arguments[0] == 1:
+            asked.append(request)
+            return errors.Busy("this replica knows no leader")
+        return None
+
+    for number in nodes:
+        world.cluster.nodes[number].faults.append(refusal)
+    return asked
+
+
+def test_follower_reads_that_nobody_serves_are_paced_and_turn_no_stale_read_away_from_a_near_replica():
+    world = World(seeds=[1, 2, 3])
+    world.seconds_away.update({2: 0.05, 3: 0.05})
+    world.run(world.put(b"k", b"v"))
+    world.run(world.get(b"k", consistency=2))
+    world.pass_time(1.0)
+    asked = refuse_follower_reads(world, (1, 2, 3))
+    waiting = world.get(b"k", consistency=1, timeout=30.0)
+    started = world.now
+    while world.now < started + 5.0:
+        read_at = world.now
+        world.run(world.get(b"k", consistency=2))
+        assert world.now - read_at < 0.01
+    assert not waiting.done
+    assert 25 < len(asked) < 150
+
+
+def test_what_waits_for_one_reason_is_not_let_go_for_another():
+    """Each has its backoff: writes without a leader are not tried more often because follower reads wait as well."""
+    world = World(seeds=[1, 2, 3])
+    world.run(world.put(b"k", b"v"))
+    world.cluster.range_of(b"k").leader = None
+    asked = refuse_follower_reads(world, (1, 2, 3))
+    calls = [world.put(b"k", b"w", timeout=30.0), world.get(b"k", consistency=1, timeout=30.0)]
+    world.frames.clear()
+    world.pass_time(10.0)
+    assert not any(call.done for call in calls)
+    written = sum(request.method == Method.WRITE for _, requests in world.frames for request in requests)
+    assert 50 < written < 200
+    assert 50 < len(asked) < 200
+
+
+def test_while_all_that_are_connected_refuse_the_others_are_dialled_as_soon_as_may_be():
+    world = World(seeds=[1, 2, 3])
+    world.run(world.put(b"k", b"v"))
+    world.run(world.get(b"k", consistency=2))
+    world.pass_time(1.0)
+    refuse_follower_reads(world, (1,))
+    world.crash(2)
+    world.crash(3)
+    world.pass_time(0.3)
+    call = world.get(b"k", consistency=1, timeout=30.0)
+    world.pass_time(0.05)
+    world.down.clear()
+    started = world.now
+    world.run(call)
+    assert world.now - started < 0.3
+
+
+def test_a_round_trip_is_that_of_one_ping():
+    """A second one that is sent before the first is answered must not pass for quick."""
+    world = World(seeds=[1, 3])
+    world.seconds_away[3] = 0.7
+    world.cluster.range_of(b"k").leader = 3
+    world.run(world.put(b"k", b"v"))
+    world.pass_time(5.0)
+    link = world.core.links.peer_of(3).link
+    assert 0.7 <= link.round_trip_seconds < 0.71
+    world.seconds_away[3] = 0.0
+    world.pass_time(60.0)
+    world.run(world.put(b"k", b"v"))
+    assert link.round_trip_seconds < 0.01, "what was held up once is measured anew"
+
+
 def test_a_node_that_takes_long_to_greet_is_not_taken_for_far():
     """One that starts accepts at once and greets when it can serve."""
     world = World(seeds=[1, 2, 3])

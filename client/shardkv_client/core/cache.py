@@ -12,6 +12,20 @@ from sortedcontainers import SortedDict
 from shardkv.types import PLACEMENT_RANGE, RangeDescriptor, ReplicaRole
 
 
+class Reads:
+    """How a route's follower reads fare, or its stale ones: who cannot serve the ones may serve the others."""
+
+    __slots__ = ("blocked_until", "failures", "refused")
+
+    def __init__(self) -> None:
+        self.failures = 0
+        """Changes of mind since the last success."""
+        self.blocked_until = 0.0
+        """Until when they wait, after a failure."""
+        self.refused: dict[int, float] = {}
+        """Nodes that did not serve one, and until when they are passed over."""
+
+
 class Route:
     """A cached range. Mutable: what is learned about its leader, and the calls that wait for it."""
 
@@ -29,10 +43,8 @@ class Route:
         "nodes",
         "pending",
         "range_id",
-        "read_failures",
         "reader",
-        "reads_blocked_until",
-        "refused",
+        "reads",
         "start",
         "voters",
     )
@@ -45,22 +57,18 @@ class Route:
         """Which of them is tried next while no leader is known; counted on, round and round."""
         self.reader: int | None = None
         """Which of several replicas serves this client's follower and stale reads; counted on, round and round."""
-        self.refused: dict[int, float] = {}
-        """Nodes that did not serve such a read, and until when they are passed over."""
+        self.reads: dict[int, Reads] = {}
+        """By consistency, for those that were asked for."""
         self.mark = 0
         """Grows with every change of mind about where to send; answers to what was sent before it teach nothing."""
         self.failures = 0
         """Changes of mind since the last success, of what needs the leader."""
-        self.read_failures = 0
-        """The same of follower and stale reads."""
         self.blocked_until = 0.0
         """Until when linearizable reads and writes wait, after a failure."""
-        self.reads_blocked_until = 0.0
-        """The same for follower and stale reads."""
         self.batch: list[Any] = []
         """Calls of the flush that is under way."""
         self.pending: list[Any] = []
-        """Calls that wait for either."""
+        """Calls that are held back."""
         self.evicted = False
         self.update(descriptor)
 
@@ -76,6 +84,13 @@ class Route:
         self.nodes: tuple[int, ...] = tuple(replica.node_id for replica in descriptor.replicas)
         if self.leader not in self.nodes:
             self.leader = None
+
+    def reads_of(self, consistency: int) -> Reads:
+        """How follower or stale reads fare."""
+        reads = self.reads.get(consistency)
+        if reads is None:
+            reads = self.reads[consistency] = Reads()
+        return reads
 
     def contains(self, key: bytes) -> bool:
         return self.start <= key and (self.end is None or key < self.end)

@@ -71,6 +71,7 @@ class Link:
         "parts_bytes",
         "peer",
         "pinged_at",
+        "pings_out",
         "received_at",
         "round_trip_seconds",
         "state",
@@ -96,6 +97,8 @@ class Link:
         self.owed_since = now
         """Since when the node has owed at least one answer."""
         self.pinged_at = -inf
+        self.pings_out = 0
+        """Without an answer yet."""
         self.overdue = False
         """The time for an answer to the ping is over; one last look is to come."""
         self.watched = False
@@ -243,7 +246,9 @@ class Links:
     def control(self, link: Link, kind: FrameKind, payload: bytes, now: float) -> None:
         """A frame other than a response. Raises ProtocolError."""
         if kind is FrameKind.PONG:
-            link.round_trip_seconds = min(link.round_trip_seconds, now - link.pinged_at)
+            if link.pings_out == 1:  # else it answers an earlier one
+                link.round_trip_seconds = min(link.round_trip_seconds, now - link.pinged_at)
+            link.pings_out = max(0, link.pings_out - 1)
             return
         if kind is FrameKind.PING:
             self.write(link, encode_frame(FrameKind.PONG, payload))
@@ -280,9 +285,21 @@ class Links:
             if current is None or current.link is None:
                 self._by_node[peer.node_id] = peer
         # Its greeting may have waited until the node knew what it has to know, and says nothing of how near it is.
-        link.pinged_at = now
-        self.write(link, _PING)
+        self._ping(link, now)
         self._on_ready(link, welcome, now)
+
+    def _ping(self, link: Link, now: float) -> None:
+        link.pinged_at = now
+        link.overdue = False
+        link.pings_out += 1
+        self.write(link, _PING)
+
+    def measure(self, now: float) -> None:
+        """Find out anew how near the nodes are: something may have held up the answer before."""
+        for peer in self.peers.values():
+            link = peer.link
+            if link is not None and link.greeted and not link.pings_out:
+                self._ping(link, now)
 
     def _drain(self, link: Link) -> None:
         if link.draining or link.state is LinkState.CLOSED:
@@ -315,9 +332,7 @@ class Links:
             if now < ping_at:
                 self._timers.at(ping_at, lambda at: self._look_after(link, at))
                 return
-            link.pinged_at = now
-            link.overdue = False
-            self.write(link, _PING)
+            self._ping(link, now)
         # Counted from the question: where this program stood still, what the node said meanwhile was not read yet.
         # The question stands behind what was sent before it, which a slow network has still to carry.
         bytes_owed = sum(sent.size for sent in link.inflight.values())

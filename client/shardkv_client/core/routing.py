@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from shardkv.types import RangeDescriptor
 from shardkv.wire.requests import Method
-from shardkv_client.core.cache import RangeCache, Route
-from shardkv_client.core.calls import LINEARIZABLE, STALE, AdminCall, Call
+from shardkv_client.core.cache import RangeCache, Reads, Route
+from shardkv_client.core.calls import LINEARIZABLE, AdminCall, Call
 from shardkv_client.core.links import Links, NodeInfo, Peer
 from shardkv_client.core.settings import Settings
 from shardkv_client.core.timers import Timers
@@ -57,9 +57,10 @@ class Router:
     def peer_for(self, route: Route, consistency: int, now: float) -> Peer | None:
         """The peer to hand calls for ``route`` to, dialled if need be; None: the route is blocked, keep them."""
         if consistency != LINEARIZABLE:
-            if route.reads_blocked_until > now:
+            reads = route.reads_of(consistency)
+            if reads.blocked_until > now:
                 return None
-            return self._reader_of(route, now) or self._peer_by_turns(route, consistency, now)
+            return self._reader_of(route, reads, now) or self._peer_by_turns(route, consistency, now)
         if route.blocked_until > now:
             return None
         peer = None if route.leader is None else self._links.peer_of(route.leader)
@@ -67,23 +68,25 @@ class Router:
             return peer
         return self._peer_by_turns(route, consistency, now)
 
-    def _reader_of(self, route: Route, now: float) -> Peer | None:
+    def _reader_of(self, route: Route, reads: Reads, now: float) -> Peer | None:
         """One of the connected replicas that are nearest and have not just refused; the others are dialled for the
         reads to come. Nobody waits for a dial while there is a replica that answers."""
         links = self._links
-        willing, ready = [], []
+        willing, ready, absent = [], [], []
         for node_id in route.nodes:
             peer = links.peer_of(node_id)
             if peer is None:
                 self.want_nodes(now, known=True)
             elif peer.link is None:
-                # Not as often as when somebody waits for it.
-                if now >= peer.dial_after + (self._settings.moved_seconds if peer.failures else 0.0):
-                    links.dial(peer, now)
+                absent.append(peer)
             elif peer.link.greeted:
                 ready.append(peer)
-                if route.refused.get(node_id, 0.0) <= now:
+                if reads.refused.get(node_id, 0.0) <= now:
                     willing.append((peer.link.round_trip_seconds, peer))
+        for peer in absent:
+            # Where somebody else serves, not as often as when it is waited for.
+            if now >= peer.dial_after + (self._settings.moved_seconds if peer.failures and willing else 0.0):
+                links.dial(peer, now)
         if willing:
             near_max = 2 * min(seconds for seconds, _ in willing) + NEAR_SECONDS
             ready = [peer for seconds, peer in willing if seconds <= near_max]
@@ -126,16 +129,22 @@ class Router:
         if consistency == LINEARIZABLE:
             route.blocked_until = until
         else:
-            route.reads_blocked_until = until
+            route.reads_of(consistency).blocked_until = until
         self._blocked[route] = None
         self._timers.at(until, partial(self._unblock, route))
 
     def _unblock(self, route: Route, now: float) -> None:
-        if route.blocked_until <= now or route.reads_blocked_until <= now:
-            self._release(route)
+        """Let go of what is due; the rest is found to be blocked still, and kept."""
+        if all(until <= now for until in (route.blocked_until, *(each.blocked_until for each in route.reads.values()))):
+            self._blocked.pop(route, None)
+        pending, route.pending = route.pending, []
+        self._requeue(pending)
 
     def _release(self, route: Route) -> None:
-        route.blocked_until = route.reads_blocked_until = 0.0
+        """Let go of everything."""
+        route.blocked_until = 0.0
+        for reads in route.reads.values():
+            reads.blocked_until = 0.0
         self._blocked.pop(route, None)
         pending, route.pending = route.pending, []
         self._requeue(pending)
@@ -144,7 +153,7 @@ class Router:
 
     def succeeded(self, route: Route, node_id: int | None, consistency: int) -> None:
         if consistency != LINEARIZABLE:
-            route.read_failures = 0
+            route.reads_of(consistency).failures = 0
             return
         route.failures = 0
         if node_id is not None and node_id != route.leader and node_id in route.nodes:
@@ -158,7 +167,7 @@ class Router:
             return
         route.mark += 1
         if consistency != LINEARIZABLE:
-            self._read_failed(route, now, node_id, hint)
+            self._read_failed(route, consistency, now, node_id, hint)
             return
         route.failures += 1
         if hint is not None and hint != node_id:
@@ -175,16 +184,17 @@ class Router:
                 route.next_voter += 1
         self._hold_back(route, consistency, route.failures, now)
 
-    def _read_failed(self, route: Route, now: float, node_id: int | None, hint: int | None) -> None:
+    def _read_failed(self, route: Route, consistency: int, now: float, node_id: int | None, hint: int | None) -> None:
         """A replica did not serve a read: it is too old, knows no leader, or has nothing of the range yet. It is passed
         over for a while, so that not every read goes by way of it, however near it is."""
-        route.read_failures += 1
+        reads = route.reads_of(consistency)
+        reads.failures += 1
         refused = [] if node_id is None else [node_id]
-        if hint in route.nodes and route.read_failures > 1:
+        if hint in route.nodes and reads.failures > 1:
             refused = [other for other in route.nodes if other != hint]  # two were too old; the leader is not
-        route.refused.update(dict.fromkeys(refused, now + self._settings.moved_seconds))
+        reads.refused.update(dict.fromkeys(refused, now + self._settings.moved_seconds))
         route.reader = self._turn(route) + 1
-        self._hold_back(route, STALE, route.read_failures, now)
+        self._hold_back(route, consistency, reads.failures, now)
 
     def _hold_back(self, route: Route, consistency: int, failures: int, now: float) -> None:
         if failures > 1:
@@ -278,6 +288,7 @@ class Router:
         """The list of nodes came, or did not."""
         self._asking_nodes = False
         self._timers.at(now + self._settings.nodes_refresh_seconds, self.refresh_nodes)
+        self._links.measure(now)
         if call.error is None:
             self._links.learn_nodes(call.result)
             for route in list(self._blocked):
