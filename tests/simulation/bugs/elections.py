@@ -306,7 +306,7 @@ BUGS = (
         "a new leader confirms no read before an entry of its term is committed (trap 8)",
         read_index_of_an_old_term,
         ("depose", "slow", "transfer", "heal"),
-        31,
+        57,
         workload="registers",
         rate=100,
     ),

@@ -13,7 +13,7 @@ from unittest.mock import patch
 from shardkv.simulation.faults import KINDS
 from shardkv.simulation.runner import RunResult, RunSettings, run
 
-SEEDS_TRIED: Final = 20
+SEEDS_TRIED: Final = 60
 """By the tests of every change, should the known seed not find a bug any more."""
 MISFIT: Final = frozenset({"AttributeError", "ImportError", "NameError", "RuntimeError", "TypeError"})
 """What ends a run when it is not the product that is wrong, but the patch."""
