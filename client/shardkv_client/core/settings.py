@@ -20,7 +20,8 @@ class Settings:
     """One client's bounds and delays: ``_max`` of bytes or counts, ``_seconds`` of its monotonic clock."""
 
     calls_in_flight_max: int = 1_024
-    """Calls beyond these wait for one to end; their deadlines run while they wait."""
+    """Calls beyond these wait for one to end; their deadlines run while they wait. Writes, reads that need a leader,
+    and everything else have as many places each."""
     bytes_in_flight_max: int = 16 * 1024 * 1024
     """The same, counted in the bytes of keys and values that are to be sent."""
     commands_per_write_max: int = 512
