@@ -78,9 +78,6 @@ class KnownBoots:
         if boot > known or (boot == known and start_token):
             self._starts[node_id] = (boot, start_token)
 
-    def forget(self, node_id: NodeId) -> None:
-        self._starts.pop(node_id, None)
-
 
 async def _admit_all(hello: Hello) -> None:
     """Take whoever greets as a node of this cluster, or a client of it, should."""

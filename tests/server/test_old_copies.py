@@ -28,6 +28,14 @@ async def copied_before(cluster: Cluster, node: SimulatedNode, starts: int) -> t
     return copy
 
 
+async def both_die_and_one_is_put_back(cluster: Cluster, copy: tuple[object, object]) -> None:
+    """Those that acknowledged the write; n3's disk is the copy then."""
+    cluster.tolerant = True
+    await cluster.nodes["n2"].kill()
+    await cluster.nodes["n3"].kill()
+    cluster.nodes["n3"].restore(*copy)
+
+
 async def reads_nothing_old(cluster: Cluster) -> None:
     """Of a majority that consists of the copy and of who missed the write, clients hear nothing."""
     async with cluster.client("n1", "n3") as kv:
@@ -56,14 +64,11 @@ async def test_trap_24_an_old_copy_is_refused_by_who_has_seen_the_newer_start(
         await cluster.formed(kv)
         await kv.put(b"k", OLD)
         n2, n3 = cluster.nodes["n2"], cluster.nodes["n3"]
-        disk, engine = await copied_before(cluster, n3, starts)
+        copy = await copied_before(cluster, n3, starts)
         cluster.partition(["n1"], ["n2", "n3"])
         await trio.sleep(3)
         await kv.put(b"k", NEW)
-        cluster.tolerant = True
-        await n2.kill()
-        await n3.kill()
-        n3.restore(disk, engine)
+        await both_die_and_one_is_put_back(cluster, copy)
         cluster.heal()
         n3.start_soon()
         await reads_nothing_old(cluster)
@@ -80,13 +85,10 @@ async def test_trap_24_an_old_copy_is_refused_by_who_has_been_restarted_since_it
         await cluster.formed(kv)
         await kv.put(b"k", OLD)
         n1, n2, n3 = (cluster.nodes[name] for name in ("n1", "n2", "n3"))
-        disk, engine = await copied_before(cluster, n3, starts)
+        copy = await copied_before(cluster, n3, starts)
         await n1.kill()
         await kv.put(b"k", NEW)
-        cluster.tolerant = True
-        await n2.kill()
-        await n3.kill()
-        n3.restore(disk, engine)
+        await both_die_and_one_is_put_back(cluster, copy)
         n1.start_soon()
         n3.start_soon()
         if everybody:
