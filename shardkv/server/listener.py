@@ -164,7 +164,7 @@ class Listener:
                 )
             else:
                 self._on_peer(hello)
-                await self._serve_peer(connection, decoder, frames, hello.node_id)
+                await self._serve_peer(connection, decoder, frames, hello)
         except ShardKVError as error:
             self._log.warning("peer refused", node=hello.node_id, remote=connection.remote, reason=str(error))
             connection.write(encode_refused(error))
@@ -197,10 +197,15 @@ class Listener:
             self._budget.forget(client)
 
     async def _serve_peer(
-        self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], node_id: NodeId
+        self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], hello: Hello
     ) -> None:
+        node_id, boot, start_token = hello.node_id, hello.boot, hello.start_token
+        assert node_id is not None, "a peer's greeting names its node"
         contradicted = partial(self._contradicted, node_id)
+        require_newest = self._known_boots.require_newest
         while True:
+            # Of two copies of a disk the one that was let in first may turn out to be the old one.
+            require_newest(node_id, boot, start_token)
             for frame in frames:
                 if frame.kind is FrameKind.PING:
                     connection.write(encode_frame(FrameKind.PONG, self._clock_health.answer(frame.payload)))

@@ -59,15 +59,20 @@ class KnownBoots:
 
     def observe(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
         """Remember the start that a node greets with. Raises WrongCluster when a newer one is known."""
+        self.require_newest(node_id, boot, start_token)
         known, known_token = self._starts.get(node_id, (0, b""))
-        other = boot == known and start_token and known_token and start_token != known_token
+        self._starts[node_id] = (boot, start_token or known_token if boot == known else start_token)
+
+    def require_newest(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
+        """Raises WrongCluster when another start than this one is known to be the node's last."""
+        known, known_token = self._starts.get(node_id, (0, b""))
+        other = boot == known and start_token != known_token and start_token and known_token
         if boot < known or other:
             seen = "in another start" if other else f"with {known}"
             raise WrongCluster(
                 f"node {node_id} comes with boot counter {boot} but was seen {seen}: its data directory is an "
                 "old copy. Remove that directory and join as a new node"
             )
-        self._starts[node_id] = (boot, start_token or known_token if boot == known else start_token)
 
     def learn(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
         """What the node table says, or was noted in an earlier start of this node, may be older than what was seen.

@@ -6,11 +6,19 @@ start refuse the copy before it can vote, though its count of starts may be the 
 have been restarted since.
 """
 
+from dataclasses import replace
+
 import pytest
 import trio
 from trio.testing import MockClock
 
 from shardkv.errors import Unavailable
+from shardkv.simulation.environment import simulated_environment
+from shardkv.transport.connection import Connection
+from shardkv.transport.handshake import KnownBoots, greet
+from shardkv.types import NodeId
+from shardkv.wire.frames import FrameDecoder, FrameKind, encode_frame
+from shardkv.wire.handshake import Hello, Role, Welcome
 from tests.server.world import Cluster, SimulatedNode, world
 
 OLD, NEW = b"old", b"acknowledged"
@@ -97,3 +105,31 @@ async def test_trap_24_an_old_copy_is_refused_by_who_has_been_restarted_since_it
         if not everybody:
             n2.start_soon()
         await holds_what_was_acknowledged(cluster)
+
+
+async def test_trap_24_a_copy_that_was_let_in_first_is_heard_no_more_once_the_newer_start_is_known(
+    autojump_clock: MockClock,
+) -> None:
+    """Its connection would stand until it breaks, and with it its votes."""
+    async with world(3) as cluster:
+        listening, _, twin = cluster.nodes.values()
+        await twin.kill()
+        environment = simulated_environment("twins", seed=1, network=cluster.network)
+
+        async def greeted(hello: Hello) -> tuple[Connection, Welcome]:
+            connection = Connection(await environment.network.dial(listening.address), clock=environment.clock)
+            told, _ = await greet(connection, FrameDecoder(), hello, clock=environment.clock, known_boots=KnownBoots())
+            return connection, told
+
+        async def answered(connection: Connection) -> list[FrameKind]:
+            connection.write(encode_frame(FrameKind.PING, bytes(8)))
+            connection.flush()
+            return [frame.kind for frame in FrameDecoder().feed(await connection.receive())]
+
+        _, ours = await greeted(Hello(Role.CLIENT))
+        hello = Hello(Role.PEER, ours.cluster_id, NodeId(3), NodeId(1), boot=7, start_token=bytes(16))
+        old, _ = await greeted(hello)
+        assert await answered(old) == [FrameKind.PONG]
+        new, _ = await greeted(replace(hello, boot=8))
+        assert await answered(old) == [FrameKind.REFUSED]
+        assert await answered(new) == [FrameKind.PONG]
