@@ -125,13 +125,14 @@ class AddLearners:
         """Which learner will hardly get the range's data; others should not wait for it, nor their places."""
         silent_seconds_max = cluster.settings.node_down_ms / 1000 + view.bytes / CATCH_UP_BYTES_PER_SECOND_MIN
         for place in self.learners:
-            progress = view.progress_of(place.replica_id)
             if caught_up(view, place.replica_id):
                 continue
             if cluster.nodes[place.node_id].fullness >= Fullness.LOW:
                 return f"node {place.node_id} has no room for the range's data"
-            if progress is not None and not progress.active and seconds > silent_seconds_max:
-                return f"node {place.node_id} acknowledges nothing of the range after {seconds:.0f} s"
+            since = view.silent_since(place.replica_id)
+            silent_seconds = 0.0 if since is None else min(seconds, cluster.now - since)
+            if silent_seconds > silent_seconds_max:
+                return f"node {place.node_id} acknowledges nothing of the range after {silent_seconds:.0f} s"
         return None
 
     def request(self, view: "RangeView") -> Request | None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from shardkv.errors import Busy, NotFound, WrongCluster
-from shardkv.types import Fullness, NodeId, RangeId
+from shardkv.types import Fullness, NodeId, RangeId, ReplicaId
 from shardkv_placement.heartbeat import (
     DESCRIPTORS_WANTED_MAX,
     NO_CAPACITY,
@@ -46,6 +46,9 @@ class RangeStatistics(NamedTuple):
     membership: int
     span: int
     progress: tuple[Progress, ...]
+    silent_since: Mapping[ReplicaId, float] = MappingProxyType({})
+    """Of each replica that is not active: from when on this leader, in this term, has called it so without a break. In
+    the seconds of the view that it is part of."""
 
 
 @dataclass(slots=True)
@@ -105,7 +108,7 @@ class Statistics:
         if heartbeat.boot > record.boot:
             raise Busy(f"start {heartbeat.boot} of node {record.node_id} ({record.name!r}) is not on record yet")
         if heard is None or heartbeat.boot > heard.boot:
-            self._forget(record.node_id)
+            self._forget(record.node_id, now)
             heard = self._heard[record.node_id] = _Heard(heartbeat.boot)
             self.revision += 1
         if heartbeat.sequence > heard.sequence:
@@ -116,7 +119,7 @@ class Statistics:
         if heartbeat.full:
             named = {report.range_id for report in heartbeat.ranges}
             for range_id in [range_id for range_id in heard.ranges if range_id not in named]:
-                self._remove(node_id, heard, range_id)
+                self._remove(node_id, heard, range_id, now)
             heard.full = True
             self.revision += 1
         elif heartbeat.since > heard.sequence:
@@ -125,9 +128,9 @@ class Statistics:
         for report in heartbeat.ranges:
             if heard.ranges.get(report.range_id) != report:
                 heard.ranges[report.range_id] = report
-                self._claim(node_id, report)
+                self._claim(node_id, report, now)
         for range_id in heartbeat.removed:
-            self._remove(node_id, heard, range_id)
+            self._remove(node_id, heard, range_id, now)
         now_said = (heartbeat.draining, heartbeat.slow_disk, heartbeat.fullness, heartbeat.capacity)
         if now_said != (heard.draining, heard.slow_disk, heard.fullness, heard.capacity):
             self.revision += 1
@@ -138,38 +141,47 @@ class Statistics:
         heard.fullness = heartbeat.fullness
         heard.capacity = heartbeat.capacity
 
-    def _claim(self, node_id: NodeId, report: RangeReport) -> None:
+    def _claim(self, node_id: NodeId, report: RangeReport, now: float) -> None:
         self.revision += 1
         claims = self._claims.setdefault(report.range_id, {})
         if report.is_leader:
             claims[node_id] = report
         else:
             claims.pop(node_id, None)
-        self._elect(report.range_id, claims)
+        self._elect(report.range_id, claims, now)
 
-    def _remove(self, node_id: NodeId, heard: _Heard, range_id: RangeId) -> None:
+    def _remove(self, node_id: NodeId, heard: _Heard, range_id: RangeId, now: float) -> None:
         if heard.ranges.pop(range_id, None) is None:
             return
         self.revision += 1
         claims = self._claims.get(range_id)
         if claims is not None and claims.pop(node_id, None) is not None:
-            self._elect(range_id, claims)
+            self._elect(range_id, claims, now)
 
-    def _elect(self, range_id: RangeId, claims: dict[NodeId, RangeReport]) -> None:
+    def _elect(self, range_id: RangeId, claims: dict[NodeId, RangeReport], now: float) -> None:
         if not claims:
             self._claims.pop(range_id, None)
             self._ranges.pop(range_id, None)
             return
         leader, report = max(claims.items(), key=lambda claim: (claim[1].term, claim[0]))
+        before = self._ranges.get(range_id)
+        # One that has just got the lead has heard nobody yet.
+        known = before.silent_since if before is not None and before[:2] == (leader, report.term) else {}
         self._ranges[range_id] = RangeStatistics(
-            leader, report.term, report.bytes, report.membership, report.span, report.progress
+            leader,
+            report.term,
+            report.bytes,
+            report.membership,
+            report.span,
+            report.progress,
+            {each.replica_id: known.get(each.replica_id, now) for each in report.progress if not each.active},
         )
 
-    def _forget(self, node_id: NodeId) -> None:
+    def _forget(self, node_id: NodeId, now: float) -> None:
         heard = self._heard.pop(node_id, None)
         if heard is not None:
             for range_id in list(heard.ranges):
-                self._remove(node_id, heard, range_id)
+                self._remove(node_id, heard, range_id, now)
 
     def _reply(self, state: PlacementState, heartbeat: Heartbeat, heard: _Heard) -> HeartbeatReply:
         newer = [each.range_id for each in heartbeat.ranges if each.is_leader and _newer_than_map(state, each)]
@@ -238,6 +250,8 @@ class Statistics:
         assert self._ranges.keys() == claims.keys(), (self._ranges.keys(), claims.keys())
         for range_id, statistics in self._ranges.items():
             assert statistics.term == max(report.term for report in claims[range_id].values()), (range_id, claims)
+            inactive = {each.replica_id for each in statistics.progress if not each.active}
+            assert statistics.silent_since.keys() == inactive, (range_id, statistics)
 
 
 def node_table(state: PlacementState) -> tuple[NodeEntry, ...]:

@@ -88,6 +88,11 @@ class RangeView:
                     return progress
         return None
 
+    def silent_since(self, replica_id: ReplicaId) -> float | None:
+        """From when on the leader has called the replica inactive in every report, in the seconds of
+        ``ClusterView.now``; None when it does not."""
+        return None if self.statistics is None else self.statistics.silent_since.get(replica_id)
+
     def has_voter_on(self, node_id: NodeId) -> bool:
         replica = self.descriptor.replica_on(node_id)
         return replica is not None and replica.role is ReplicaRole.VOTER

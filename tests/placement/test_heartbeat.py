@@ -17,8 +17,10 @@ from tests.placement.worlds import Group, descriptor, token
 NODE = NodeId(1)
 
 
-def report(range_id: int, *, term: int = 1, leads: bool = True, size: int = 0, lag: int = 0) -> RangeReport:
-    progress = (Progress(ReplicaId(1), lag, True),) if leads else ()
+def report(
+    range_id: int, *, term: int = 1, leads: bool = True, size: int = 0, lag: int = 0, active: bool = True
+) -> RangeReport:
+    progress = (Progress(ReplicaId(1), lag, active),) if leads else ()
     return RangeReport(RangeId(range_id), 1, 1, leads, term, size, progress)
 
 
@@ -35,10 +37,10 @@ class Line:
         self.statistics = Statistics(0.0)
         self.reporter = Reporter(NODE, 1, "host1:7000")
 
-    def send(self, *, request_lost: bool = False, reply_lost: bool = False) -> Heartbeat:
+    def send(self, *, request_lost: bool = False, reply_lost: bool = False, at: float = 1.0) -> Heartbeat:
         sent = self.reporter.heartbeat()
         if not request_lost:
-            reply = self.statistics.receive(self.group.state, sent, 1.0)
+            reply = self.statistics.receive(self.group.state, sent, at)
             self.statistics.check()
             if not reply_lost:
                 self.reporter.acknowledged(sent, reply)
@@ -86,6 +88,22 @@ def test_what_a_lost_heartbeat_named_is_named_again(lost: str) -> None:
     assert line.statistics.reported_in_full(NODE)
     assert set(line.statistics.ranges) == {1}
     assert line.send().removed == ()
+
+
+def test_a_replica_is_silent_from_when_on_its_leader_says_so_without_a_break() -> None:
+    line = Line()
+
+    def silent_since(at: float, *, active: bool, term: int = 1, size: int = 0) -> float | None:
+        line.reporter.report(report(1, active=active, term=term, size=size))
+        line.send(at=at)
+        return line.statistics.ranges[RangeId(1)].silent_since.get(ReplicaId(1))
+
+    assert silent_since(1.0, active=True) is None
+    assert silent_since(2.0, active=False) == 2.0
+    assert silent_since(3.0, active=False, size=heartbeat.BYTES_CHANGE_MIN) == 2.0
+    assert silent_since(4.0, active=True) is None
+    assert silent_since(5.0, active=False) == 5.0
+    assert silent_since(6.0, active=False, term=2) == 6.0, "another leader has heard nobody yet"
 
 
 def test_what_another_leader_acknowledged_makes_this_one_ask_for_everything() -> None:

@@ -37,13 +37,15 @@ def joiners(operator: Operator) -> list[int]:
     return [place.node_id for step in operator.steps if isinstance(step, AddLearners) for place in step.learners]
 
 
-def silent(view: ClusterView, range_id: int, *nodes: int, size: int = 1_000) -> ClusterView:
-    """The same view of a range of so many bytes, whose replicas on these nodes acknowledge nothing."""
+def silent(view: ClusterView, range_id: int, *nodes: int, size: int = 1_000, seconds: float = 1_000.0) -> ClusterView:
+    """The same view of a range of so many bytes, whose replicas on these nodes acknowledge nothing, for so long."""
     known = view.ranges[RangeId(range_id)]
     assert known.statistics is not None
     ids = {range_id * 100 + node for node in nodes}
     progress = tuple(each._replace(active=each.replica_id not in ids) for each in known.statistics.progress)
-    changed = replace(known, statistics=known.statistics._replace(bytes=size, progress=progress))
+    since = dict.fromkeys(map(ReplicaId, ids), view.now - seconds)
+    statistics = known.statistics._replace(bytes=size, progress=progress, silent_since=since)
+    changed = replace(known, statistics=statistics)
     return replace(view, ranges={**view.ranges, RangeId(range_id): changed})
 
 
@@ -272,6 +274,14 @@ def test_a_growth_to_a_node_that_acknowledges_nothing_fails_after_the_time_that_
     assert why_failed(growing(1, 2, 3, seconds=599), view) is None, "it follows, if not closely"
     patient = silent(a_view(nodes=3, ranges={1: "1* 2+? 3+"}, node_down_ms=60_000), 1, 2)
     assert why_failed(growing(1, 2, 3, seconds=59), patient) is None
+
+
+def test_a_growth_does_not_fail_by_a_single_look_at_a_moment_of_silence() -> None:
+    """A leader has heard nobody when it has just got the lead, nor when it has just begun to count anew."""
+    view = a_view(nodes=3, ranges={1: "1* 2+? 3+"})
+    operator = growing(1, 2, 3, seconds=100)
+    assert why_failed(operator, silent(view, 1, 2, seconds=9)) is None
+    assert why_failed(operator, silent(view, 1, 2, seconds=11)) is not None
 
 
 # --- Leaders ----------------------------------------------------------------------------------------------------------
