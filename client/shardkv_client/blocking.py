@@ -44,6 +44,9 @@ class BlockingClient:
 
     Any number of threads may share it; a task of an event loop must not wait for it, but has its own kind of client.
     After a fork every method raises ClientClosed in the child.
+
+    What is handed in is called in the thread of the caller (an iterable of keys or pairs, ``progress``), but for
+    ``on_age``, an async iterable and the progress of one: those are called in the client's thread.
     """
 
     def __init__(
@@ -127,7 +130,6 @@ class BlockingClient:
         on_age: OnAge | None = None,
         timeout: float = TIMEOUT_SECONDS,
     ) -> Entry | None:
-        """As :meth:`Client.get`. Here and in the other reads ``on_age`` is called in the client's thread."""
         return self._perform(
             self._client.get, key, consistency=consistency, max_age=max_age, on_age=on_age, timeout=timeout
         )
@@ -153,10 +155,6 @@ class BlockingClient:
         )
 
     def put_many(self, pairs: Pairs, *, timeout: float = TIMEOUT_SECONDS, progress: Progress | None = None) -> int:
-        """As :meth:`Client.put_many`. An iterable is read, and ``progress`` called, in the caller's thread.
-
-        With an async iterable it is the client's thread.
-        """
         if isinstance(pairs, AsyncIterable):
             return self._perform_all(self._client.put_many, pairs, timeout=timeout, progress=progress)
         check_timeout(timeout)
@@ -264,6 +262,11 @@ class BlockingClient:
 
     def ranges(self, *, timeout: float = TIMEOUT_SECONDS) -> list[tuple[RangeDescriptor, int | None]]:
         return self._perform(self._client.ranges, timeout=timeout)
+
+
+for _name, _method in vars(BlockingClient).items():
+    if not _name.startswith("_") and _method.__doc__ is None:
+        _method.__doc__ = getattr(Client, _name).__doc__  # what it means is the same
 
 
 class _Loop:

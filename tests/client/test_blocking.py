@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from shardkv import errors
-from shardkv_client import Settings, connect_blocking
+from shardkv_client import BlockingClient, Client, Settings, connect_blocking
 from tests.client.fake_cluster import FakeCluster
 from tests.client.fake_server import FakeServer
 
@@ -399,3 +399,10 @@ def test_the_core_needs_no_event_loop():
     import shardkv_client
 
     assert in_subprocess(PURE, os.path.dirname(shardkv_client.__file__)) == "[]"
+
+
+def test_every_public_method_says_what_it_does() -> None:
+    """``help(kv.put)`` is where people look first."""
+    for face in (Client, BlockingClient):
+        silent = [name for name, it in vars(face).items() if not name.startswith("_") and not it.__doc__]
+        assert silent == []
