@@ -213,8 +213,8 @@ def _target_obstacle(range_view: RangeView, node: NodeView, fullness_max: int) -
         return "it is draining"
     if node.slow_disk:
         return "its disk is slow"
-    if node.fullness > fullness_max:
-        return "its disk is nearly full"
+    if node.fullness > min(fullness_max, Fullness.SHORT):
+        return "its disk is nearly full"  # below SHORT a node refuses writes, and declines a leadership
     if not range_view.has_voter_on(node.node_id):
         return "it holds no voter of the range"
     replica = range_view.descriptor.replica_on(node.node_id)

@@ -89,6 +89,14 @@ def test_a_node_that_refuses_writes_leads_nothing_while_others_take_them_however
     assert moves(drain_leaders(filled(view, {1: LOW, 2: LOW, 3: FULL}))) == {}
 
 
+def test_no_leadership_is_offered_again_and_again_to_a_node_that_declines_it() -> None:
+    """Where all nodes refuse writes, each offer would come to nothing, and costs the range its lease for the term."""
+    for fullness in (LOW, FULL):
+        view = filled(a_view(nodes=3, ranges=FOUR), dict.fromkeys((1, 2, 3), fullness))
+        assert moves(balance_leaders(view)) == {}
+        assert "node 3: its disk is nearly full" in why_not(view, next(iter(view.ranges.values())))
+
+
 def test_a_node_whose_transfers_are_all_under_way_holds_up_no_other_nodes() -> None:
     ranges = dict.fromkeys(range(1, 9), "1* 3 4") | dict.fromkeys(range(9, 17), "2* 5 6")
     view = short(a_view(nodes=6, ranges=ranges), 1, 2)
