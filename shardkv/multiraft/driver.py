@@ -271,6 +271,7 @@ class Driver:
             return
         if from_ in replica.raft.status().progress:  # it is empty unless this replica leads
             replica.learn_node(from_, sender)
+            replica.asked_for_data(from_, self.environment.clock.monotonic_ns())
             self.snapshots.send(replica, Message(MessageType.SNAP, from_, to, replica.raft.term))
 
     def statistics(self) -> DriverStatistics:

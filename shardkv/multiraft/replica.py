@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from shardkv.errors import Busy, EpochMismatch, NotLeader, ProtocolError, ShardKVError
 from shardkv.machine.machine import RangeMachine
-from shardkv.raft import RaftNode, Role
+from shardkv.raft import PeerStatus, RaftNode, Role
 from shardkv.raft.messages import NONE, Message, MessageType
 from shardkv.storage.wal import GroupLog
 from shardkv.types import NodeId, RangeId, ReplicaId
@@ -29,6 +29,8 @@ GATHER_NS: Final = 3_000_000
 of them, for several clients are never heard at the same moment."""
 WAITING_READS_MAX: Final = 4_096
 """Reads that wait for one confirmation."""
+STATELESS_NS: Final = 1_000_000_000
+"""For so long a replica that has asked for its data counts as one without: it asks with every tick."""
 CONFIRMATIONS_MAX: Final = 8
 """ReadIndex requests under way at once; reads that come meanwhile share the next one."""
 
@@ -94,6 +96,7 @@ class Replica:
         "read_number",
         "reads",
         "replica_id",
+        "stateless",
         "waiting",
         "waiting_bytes",
     )
@@ -131,6 +134,8 @@ class Replica:
         """Whether the last turn saw this replica lead."""
         self.installing = False
         """A snapshot is being installed: nothing of this group is stepped out until it is done."""
+        self.stateless: dict[int, int] | None = None
+        """Other replicas that have asked this one for their data, and when."""
         self.needs_snapshot = False
         """An earlier install was interrupted: the range's data are gone and only a snapshot brings them back."""
 
@@ -159,6 +164,29 @@ class Replica:
         if self.nodes is None:
             self.nodes = {}
         self.nodes[replica_id] = node_id
+
+    def asked_for_data(self, replica_id: int, now_ns: int) -> None:
+        """Another replica has a log and no state."""
+        if self.stateless is None:
+            self.stateless = {}
+        self.stateless[replica_id] = now_ns
+
+    def could_lead(self, replica_id: int, now_ns: int) -> bool:
+        """Whether another replica has state, as far as known. One without acknowledges entries like any other, but is
+        in no position to take over."""
+        asked_ns = self.stateless.get(replica_id) if self.stateless else None
+        return asked_ns is None or now_ns - asked_ns > STATELESS_NS
+
+    def successors(self, now_ns: int) -> list[tuple[int, PeerStatus]]:
+        """Who could have this replica's leadership: voters that it has heard lately, and that have state."""
+        return [
+            (replica_id, peer)
+            for replica_id, peer in self.raft.status().progress.items()
+            if replica_id != self.replica_id
+            and peer.recent_active
+            and not peer.is_learner
+            and self.could_lead(replica_id, now_ns)
+        ]
 
     def not_leader(self) -> NotLeader:
         leader = self.raft.leader

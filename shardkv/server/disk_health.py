@@ -18,7 +18,6 @@ import trio
 from shardkv.environment import Clock
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
-from shardkv.raft.node import PeerStatus
 from shardkv.types import NodeId, RangeId
 
 PROBE_SECONDS: Final = 0.1
@@ -196,18 +195,15 @@ class Handover:
         ``stalled``: a sync takes so long that nodes are offered a leadership which have shown nothing.
         """
         taken = self._take_stock(now_ns)
-        led = [
-            (replica, replica.raft.status().progress)
-            for replica in self._driver.catalog.replicas.values()
-            if replica.leads and not replica.raft.transferee
-        ]
-        for replica, progress in led:
-            self._compare(replica, progress, now_ns)
+        replicas = self._driver.catalog.replicas.values()
+        led = [replica for replica in replicas if replica.leads and not replica.raft.transferee]
+        for replica in led:
+            self._compare(replica, now_ns)
         stuck = 0
-        for replica, progress in led:
+        for replica in led:
             if len(self._moving) >= HANDOVERS_AT_ONCE_MAX:
                 break
-            stuck += not self._begin(replica, progress, now_ns, stalled)
+            stuck += not self._begin(replica, now_ns, stalled)
         if stuck and stalled and not self._tried and not self._moving and not self._told:
             self._told = True
             self._log.warning("no other node takes the leaderships; this one leads on", ranges=stuck)
@@ -235,7 +231,8 @@ class Handover:
             del self._tried[node_id]
         return taken
 
-    def _compare(self, replica: Replica, progress: dict[int, PeerStatus], now_ns: int) -> None:
+    def _compare(self, replica: Replica, now_ns: int) -> None:
+        progress = replica.raft.status().progress
         own = progress.get(replica.replica_id)
         if own is None:
             return
@@ -254,13 +251,9 @@ class Handover:
                 return False
         return True
 
-    def _begin(self, replica: Replica, progress: dict[int, PeerStatus], now_ns: int, stalled: bool) -> bool:
+    def _begin(self, replica: Replica, now_ns: int, stalled: bool) -> bool:
         """Offer a leadership to the best of those that may take it. False if there is nobody to ask."""
-        candidates = sorted(
-            (-peer.match, replica_id)
-            for replica_id, peer in progress.items()
-            if replica_id != replica.replica_id and peer.recent_active and not peer.is_learner
-        )
+        candidates = sorted((-peer.match, replica_id) for replica_id, peer in replica.successors(now_ns))
         quorum = self._quorum_is_quicker(replica, now_ns)
         for _, replica_id in candidates:
             node_id = replica.node_of(replica_id)

@@ -31,13 +31,13 @@ def _transfer_all(driver: Driver, asked: dict[RangeId, set[int]], given: Counter
     Of those that are equally far on, it is the node's that was ``given`` the fewest.
     """
     left = False
+    now_ns = driver.environment.clock.monotonic_ns()
     for replica in driver.catalog.replicas.values():
         if not replica.leads:
             continue
         followers = [
             (peer.match, -given[replica.node_of(replica_id)], replica_id)
-            for replica_id, peer in replica.raft.status().progress.items()
-            if replica_id != replica.replica_id and peer.recent_active and not peer.is_learner
+            for replica_id, peer in replica.successors(now_ns)
         ]
         if followers:
             left = True

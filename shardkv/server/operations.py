@@ -181,13 +181,14 @@ class Operations:
             return
         # What it has not answered lately it may answer in a moment: the leader counts anew in each election timeout.
         with self._clock.deadline(HEARD_SECONDS):
-            while not _is_heard(replica, target.replica_id):
+            while not self._could_lead(replica, target.replica_id):
                 await self._clock.sleep(POLL_SECONDS)
         replica, _ = self._leader_of(range_id)
-        if not _is_heard(replica, target.replica_id):
+        if not self._could_lead(replica, target.replica_id):
             # It could not take over, and meanwhile the range would take no writes.
             raise RequestError(
-                f"the leader of range {range_id} has not heard of node {node_id} lately; `nodes` shows its state"
+                f"the leader of range {range_id} has not heard of node {node_id} lately, or that node waits for the "
+                "range's data; `nodes` shows its state"
             )
         replica.raft.transfer_leader(target.replica_id)
         self._driver.touch(replica)
@@ -196,6 +197,9 @@ class Operations:
                 await self._clock.sleep(POLL_SECONDS)
         if replica.raft.leader != target.replica_id:
             raise Unavailable(f"node {node_id} did not take over range {range_id} in time; it may be behind or away")
+
+    def _could_lead(self, replica: Replica, replica_id: int) -> bool:
+        return _is_heard(replica, replica_id) and replica.could_lead(replica_id, self._clock.monotonic_ns())
 
     async def _snapshot(self, request: Request) -> Any:
         match request.arguments:

@@ -239,13 +239,14 @@ class PlacementService:
         assert machine is not None, f"a report of range {replica.range_id}, which is not initialised"
         progress: tuple[Progress, ...] = ()
         if replica.leads:
-            last = raft.last_index
+            last, now = raft.last_index, self._clock.monotonic_ns()
             # Of one that has acknowledged nothing, the lag is the log's whole length, which may be small.
             progress = tuple(
                 Progress(
                     ReplicaId(replica_id),
                     max(0, last - peer.match),
-                    replica_id == raft.replica_id or (peer.recent_active and peer.match > 0),
+                    replica_id == raft.replica_id
+                    or (peer.recent_active and peer.match > 0 and replica.could_lead(replica_id, now)),
                 )
                 for replica_id, peer in raft.status().progress.items()
             )

@@ -22,14 +22,8 @@ class Group:
         self.raft = self
         self.transferee = 0
 
-    def status(self) -> Any:
-        peers = {1: 9, 2: 9, 3: 5}
-        return SimpleNamespace(
-            progress={
-                replica_id: SimpleNamespace(match=match, recent_active=True, is_learner=False)
-                for replica_id, match in peers.items()
-            }
-        )
+    def successors(self, now_ns: int) -> list[tuple[int, Any]]:
+        return [(replica_id, SimpleNamespace(match=match)) for replica_id, match in ((2, 9), (3, 5))]
 
     def node_of(self, replica_id: int) -> int:
         return replica_id * 10
@@ -39,9 +33,15 @@ class Group:
         self.leads = target != 3
 
 
+def driver_of(groups: dict[int, Group]) -> Any:
+    environment = SimpleNamespace(clock=SimpleNamespace(monotonic_ns=lambda: 0))
+    catalog = SimpleNamespace(replicas=groups)
+    return SimpleNamespace(catalog=catalog, environment=environment, touch=lambda replica: None)
+
+
 def test_who_declines_a_leadership_is_not_asked_again_before_the_others() -> None:
     group = Group()
-    driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas={1: group}), touch=lambda replica: None)
+    driver = driver_of({1: group})
     asked: dict[Any, set[int]] = {}
     while _transfer_all(driver, asked, Counter()):
         assert len(group.offers) < 5
@@ -51,7 +51,7 @@ def test_who_declines_a_leadership_is_not_asked_again_before_the_others() -> Non
 def test_where_all_have_declined_all_are_asked_again() -> None:
     group = Group()
     group.transfer_leader = group.offers.append  # type: ignore[method-assign]
-    driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas={1: group}), touch=lambda replica: None)
+    driver = driver_of({1: group})
     asked: dict[Any, set[int]] = {}
     for _ in range(6):
         assert _transfer_all(driver, asked, Counter())
@@ -64,9 +64,9 @@ def test_leaderships_that_several_could_take_go_to_each_of_them_in_turn() -> Non
         groups[number] = group = Group()
         group.range_id = number
         group.transfer_leader = group.offers.append  # type: ignore[method-assign]
-        peers = {replica_id: SimpleNamespace(match=9, recent_active=True, is_learner=False) for replica_id in (1, 2, 3)}
-        group.status = lambda peers=peers: SimpleNamespace(progress=peers)  # type: ignore[method-assign, misc]
-    driver: Any = SimpleNamespace(catalog=SimpleNamespace(replicas=groups), touch=lambda replica: None)
+        peers = [(replica_id, SimpleNamespace(match=9)) for replica_id in (2, 3)]
+        group.successors = lambda now_ns, peers=peers: peers  # type: ignore[method-assign, misc]
+    driver = driver_of(groups)
     assert _transfer_all(driver, {}, Counter())
     assert sorted(offer for group in groups.values() for offer in group.offers) == [2, 2, 3, 3]
 

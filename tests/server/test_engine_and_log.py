@@ -13,15 +13,17 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from shardkv.errors import Corruption
+from shardkv.errors import Busy, Corruption, RequestError
 from shardkv.machine.keys import user_key
 from shardkv.multiraft import maintenance
+from shardkv.multiraft.snapshots import Snapshots
 from shardkv.server import missing_data
 from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.simulation.disk import Call
 from shardkv.simulation.workers import SimulatedWorkers
 from shardkv.storage.memory import MemoryEngine
 from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE
+from shardkv.wire.requests import Method
 from tests.server.test_io_errors import Life, in_a_cluster, live, started
 from tests.server.world import world
 
@@ -127,6 +129,46 @@ async def test_a_node_whose_engine_is_gone_gets_its_ranges_from_the_others_and_s
             await cluster.sleep(5)
             assert node.engine.get(user_key(b"k")) is not None
     assert len([line for line in lines if "are copied from other nodes" in line["event"]]) == 1
+
+
+async def test_no_leadership_is_moved_to_a_replica_that_waits_for_its_data(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It acknowledges whatever it is sent, so it seems to follow closely. It cannot lead, nor does it answer the offer:
+    the range took no writes for an election timeout, again and again, and had no lease for the rest of the term."""
+
+    def refuse(self: Snapshots, begin: Any, sender: Any) -> Any:
+        raise Busy("others are received")
+
+    async with world(3) as cluster, cluster.client() as kv:
+        leader = await cluster.leader_of(kv, b"k")
+        replica = leader.inside.catalog.replicas[FIRST_RANGE]
+        node = next(each for each in cluster.nodes.values() if each is not leader)
+        target = node.inside.catalog.node_id
+        await node.power_off()
+        lose_engine(node)
+        monkeypatch.setattr(Snapshots, "_admit", refuse)
+        await node.start()
+        await cluster.sleep(2)
+        stateless = node.inside.catalog.replicas[FIRST_RANGE]
+        assert stateless.needs_snapshot
+        peer = replica.raft.status().progress[stateless.replica_id]
+        assert peer.recent_active
+        assert peer.match == replica.raft.last_index
+        with pytest.raises(RequestError, match="waits for the range's data"):
+            await kv.call(Method.TRANSFER, FIRST_RANGE, int(target), range_id=FIRST_RANGE)
+        assert replica.leads
+        now_ns = leader.environment.clock.monotonic_ns()
+        assert replica.raft.lease_valid(now_ns)
+        successors = [replica_id for replica_id, _ in replica.successors(now_ns)]
+        assert len(successors) == 1
+        assert stateless.replica_id not in successors
+        report = leader.inside.placement._report_of(replica)
+        assert {each.replica_id: each.active for each in report.progress}[stateless.replica_id] is False
+        monkeypatch.undo()
+        await cluster.sleep(5)
+        assert node.inside.catalog.replicas[FIRST_RANGE].machine is not None
+        await cluster.ask(kv, Method.TRANSFER, FIRST_RANGE, int(target), range_id=FIRST_RANGE)
 
 
 async def test_ranges_whose_data_nobody_has_are_named_again_and_again(
