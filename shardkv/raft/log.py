@@ -1,7 +1,8 @@
 """One replica's view of its log: what the storage holds, and on top what was appended and is not applied yet.
 
 The newest entries stay here, in ``tail``, until they are both written and applied, so that replicating and applying
-them reads no storage. Nothing here knows of terms in force, peers or roles.
+them reads no storage; where applying falls behind by more than may be handed out, until they are written.
+Nothing here knows of terms in force, peers or roles.
 
 Invariants: applied <= applying <= committed <= last_index, stable < in_progress, and the tail ends at last_index.
 """
@@ -275,8 +276,12 @@ class RaftLog:
         self._trim()
 
     def _trim(self) -> None:
-        """Let go of the entries that are both written and applied."""
-        cut = min(self.applied, self.stable) + 1
+        """Let go of the entries that are both written and applied.
+
+        While as much is being applied as may be, of all that are written: a state machine that stalls, or a replica
+        that waits for its data, must not hold the log of all that time in memory. It is read back when it is wanted.
+        """
+        cut = (self.stable if self.applying_paused else min(self.applied, self.stable)) + 1
         if cut > self.tail_first:
             if cut > self.last_index:
                 self.tail.clear()

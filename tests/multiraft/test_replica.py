@@ -231,6 +231,23 @@ async def test_a_stalled_engine_holds_applies_back_and_nothing_is_answered_or_lo
         assert leader.value(b"k2") == b"v"
 
 
+async def test_a_follower_whose_engine_is_stalled_keeps_little_of_its_log_in_memory(autojump_clock: MockClock) -> None:
+    """The others make a majority and do not wait for it, for it acknowledges what is in its log; so may one that waits
+    for its data. What is in the log can be read from there when the time comes."""
+    async with world(3) as hosts:
+        follower = hosts.follower()
+        follower.engine.stall = True
+        for number in range(96):
+            await hosts.write(b"%d" % number, bytes(256 * 1024))
+        log = follower.replica().raft.raft.log
+        assert log.stable - log.applied >= 90
+        kept = sum(len(entry.data) for entry in log.tail)
+        assert kept <= 2 * log.applying_bytes_max, f"{kept >> 20} MiB of one group are in memory"
+        follower.engine.stall = False
+        await hosts.agreed()
+        assert follower.value(b"95") == bytes(256 * 1024)
+
+
 async def test_what_was_under_way_when_the_disk_became_full_is_applied_so_that_reads_go_on(
     autojump_clock: MockClock,
 ) -> None:
