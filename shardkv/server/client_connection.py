@@ -17,7 +17,7 @@ from shardkv.environment import Clock
 from shardkv.errors import Busy, ProtocolError, ShardKVError, to_wire
 from shardkv.machine.clock import HybridClock
 from shardkv.server.answer_budget import BACKLOG_BYTES_MAX, PROVEN_BYTES, SMALL_ANSWER_BYTES, AnswerBudget
-from shardkv.server.intake import SMALL_FRAME_BYTES, Intake
+from shardkv.server.intake import SMALL_FRAME_BYTES, STANDSTILL_BYTES, STANDSTILL_SECONDS, Intake
 from shardkv.server.requests import NoRoom
 from shardkv.transport.connection import Connection
 from shardkv.wire import requests
@@ -267,7 +267,13 @@ class ClientConnection:
             return
         async with self._intake.turn(frame_bytes):
             while not frames and not self._ended:
-                await self._read(decoder, frames)
+                arrived = decoder.buffered
+                with self._clock.deadline(STANDSTILL_SECONDS) as waiting:
+                    while not frames and not self._ended:
+                        await self._read(decoder, frames)
+                stands_still = waiting.cancelled_caught and decoder.buffered < arrived + STANDSTILL_BYTES
+                if stands_still and self._intake.wanted:
+                    raise ProtocolError(f"a frame of {frame_bytes} bytes stands still while others wait for their turn")
 
     async def _read(self, decoder: FrameDecoder, frames: list[Frame]) -> None:
         data = await self._connection.receive(READ_BYTES_MAX)

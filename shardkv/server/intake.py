@@ -1,8 +1,9 @@
 """Who may send a large frame now: all clients together have a bound on frames that are still arriving.
 
 A frame is in memory until its last byte is there, and a hundred clients may each be in the middle of one. Small frames
-are read as they come; whoever has begun a large one is read on only within the bound, in the order of asking, and for
-so long only, for otherwise those who never finish would keep everybody else out.
+are read as they come; whoever has begun a large one is read on only within the bound, in the order of asking, for so
+long only, and while others wait only as long as it goes on arriving, for otherwise those who never finish would keep
+everybody else out.
 """
 
 from collections import deque
@@ -21,6 +22,10 @@ ARRIVING_BYTES_MAX: Final = 8 * 1024 * 1024
 """Large frames that are arriving at once, by their announced size. One alone may be larger."""
 ARRIVAL_SECONDS_MAX: Final = 30.0
 """How long a large frame may take from its turn to its last byte."""
+STANDSTILL_SECONDS: Final = 0.5
+"""Clients doubt a node that is silent for three times as long, and they are while they wait for their turn."""
+STANDSTILL_BYTES: Final = 16 * 1024
+"""Of whom less arrives in that time while others wait, the connection is given up."""
 
 
 class Intake:
@@ -30,6 +35,11 @@ class Intake:
         self._clock = clock
         self.arriving_bytes = 0
         self._waiting: deque[tuple[int, trio.Event]] = deque()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for a turn."""
+        return bool(self._waiting)
 
     @asynccontextmanager
     async def turn(self, frame_bytes: int) -> AsyncIterator[None]:

@@ -8,7 +8,10 @@ import trio
 import trio.testing
 
 from shardkv.errors import ProtocolError
-from shardkv.server.intake import ARRIVING_BYTES_MAX, Intake
+from shardkv.server.intake import ARRIVING_BYTES_MAX, SMALL_FRAME_BYTES, Intake
+from shardkv.wire.frames import FrameKind, encode_frame
+from shardkv.wire.handshake import Hello, Role, encode_hello
+from tests.server.world import world
 
 HALF = ARRIVING_BYTES_MAX // 2
 
@@ -73,3 +76,33 @@ async def test_who_goes_away_while_waiting_leaves_no_trace(autojump_clock: trio.
     assert turns.arriving_bytes == 0
     async with turns.turn(HALF):
         pass
+
+
+@pytest.mark.parametrize("trickles", [False, True])
+async def test_clients_that_are_cut_off_amid_a_large_frame_hold_up_nobody_else(
+    autojump_clock: trio.testing.MockClock, trickles: bool
+) -> None:
+    """docs/admin.md, of clients that are slow or dead. Four of the library's largest frames take all turns; others give
+    a silent node up after 1.5 s."""
+    frame = encode_frame(FrameKind.REQUEST, bytes(ARRIVING_BYTES_MAX // 4))
+    async with world(1) as cluster, cluster.client() as kv, trio.open_nursery() as nursery:
+        await kv.put(b"k", b"v")
+        node = cluster.nodes["n1"]
+
+        async def cut_off(number: int) -> None:
+            stream = await cluster.network.node(f"dead{number}").dial(node.address)
+            await stream.send_all(encode_hello(Hello(Role.CLIENT)) + frame[: 2 * SMALL_FRAME_BYTES])
+            try:
+                while trickles:
+                    await trio.sleep(0.1)
+                    await stream.send_all(b"x")
+            except trio.BrokenResourceError:
+                return
+
+        for number in range(4):
+            nursery.start_soon(cut_off, number)
+        await trio.sleep(1)
+        started = trio.current_time()
+        await kv.put(b"k", bytes(2 * SMALL_FRAME_BYTES))
+        assert trio.current_time() - started < 3
+        nursery.cancel_scope.cancel()
