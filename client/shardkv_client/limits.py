@@ -135,7 +135,7 @@ def age_us_of(max_age: float | None, consistency: int) -> int | None:
         raise RequestError("max_age must be a finite number of seconds from 0 on; None allows any age")
     if consistency != Consistency.STALE:
         raise RequestError('max_age is for reads with consistency="stale"; the others are never old')
-    return min(int(max_age * 1e6), TIMESTAMP_MAX)
+    return int(min(max_age * 1e6, TIMESTAMP_MAX))  # in this order: the product may be infinite
 
 
 def check_span(start: bytes, end: bytes | None) -> None:

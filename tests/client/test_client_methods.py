@@ -532,6 +532,14 @@ async def check_ages(kv: Client) -> None:
     assert set(pages) <= {0.0, 0.0015}
 
 
+@pytest.mark.parametrize("max_age", [1.7e308, 10**308], ids=repr)
+async def test_an_age_however_large_is_allowed(autojump_clock, max_age):
+    """docs/client.md: any number of seconds; Unavailable, as nobody is there to answer."""
+    async with connect("127.0.0.1:1") as kv:
+        with pytest.raises(errors.Unavailable):
+            await kv.get(b"k", consistency="stale", max_age=max_age, timeout=0)
+
+
 # --- types and limits -----------------------------------------------------------------------------------------------
 
 

@@ -5,9 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkv import errors
-from shardkv.types import SESSION_WINDOW_MAX, timestamp_at
+from shardkv.server.requests import COMMANDS_PER_REQUEST_MAX
+from shardkv.types import KEY_BYTES_MAX, SESSION_WINDOW_MAX, timestamp_at
+from shardkv.wire import commands
 from shardkv.wire.commands import Op
-from shardkv.wire.requests import Method, Request
+from shardkv.wire.frames import FRAME_BYTES_MAX
+from shardkv.wire.requests import REQUESTS_PER_FRAME_MAX, Method, Request
 from shardkv_client.core import Settings
 from shardkv_client.core.session import Session
 from tests.client.fake_cluster import BASE_MS
@@ -310,19 +313,20 @@ def test_acknowledged_below_is_the_lowest_unsettled_sequence():
     assert world.cluster.windows[-1] == (7, 7), "an unknown outcome is never retried, so it is settled"
 
 
-def test_a_cancelled_write_stays_registered_until_it_is_answered():
-    """Were it settled at once, its bytes in flight would be refused or, worse, be reused."""
+def test_a_cancelled_write_keeps_its_place_until_it_is_answered():
+    """It is settled at once, for it is never sent again; its bytes in flight may be executed all the same."""
     world = World(nodes=1)
     world.run(world.put(b"k", b"v"))
     call = world.put(b"k", b"w")
     world.core.flush(world.now)
     world.core.cancel(call)
     assert not call.done
-    assert world.core.session.unsettled == {2}
+    assert world.core.ledger.calls_active == 1
+    assert world.core.session.unsettled == set()
     world._perform()
     world.settle()
     assert call.done
-    assert world.core.session.unsettled == set()
+    assert world.core.ledger.calls_active == 0
     assert world.cluster.data[b"k"][0] == b"w", "a cancelled write may still apply"
 
 
@@ -338,6 +342,26 @@ def test_a_cancelled_write_is_not_sent_again():
     assert call.done
     assert call.attempts == 1
     assert world.cluster.data[b"k"][0] == b"v"
+
+
+def test_a_further_write_of_its_client_settles_a_cancelled_one():
+    """docs/client.md: once that is answered, the cancelled one has been applied before it or never will be. Its bytes
+    may still be on their way to a leader, and reach it after the answer."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    world.mute.add(1)
+    cancelled = world.put(b"k", b"cancelled")
+    world.pass_time(0.2)
+    late = cancelled.sealed
+    world.core.cancel(cancelled)
+    further = world.put(b"k", b"further")
+    world.pass_time(0.2)
+    world.cluster.range_of(b"k").leader = 2
+    world.run(further)
+    target = world.cluster.range_of(b"k")
+    (command,) = commands.decode(commands.join([late]))
+    world.cluster.apply(target, b"s" * 16, target.descriptor.epoch.span, command, late)
+    assert world.cluster.data[b"k"][0] == b"further"
 
 
 @pytest.mark.parametrize("error", CAME_TO_NOTHING, ids=repr)
@@ -504,6 +528,11 @@ def test_calls_that_end_while_they_wait_for_a_place_are_not_kept():
         {"commands_per_write_max": 0},
         {"bytes_per_write_max": 0},
         {"calls_in_flight_max": -1},
+        {"commands_per_write_max": COMMANDS_PER_REQUEST_MAX + 1},
+        {"bytes_per_write_max": FRAME_BYTES_MAX},
+        {"frame_bytes_target": FRAME_BYTES_MAX + 1},
+        {"requests_per_frame_max": REQUESTS_PER_FRAME_MAX + 1},
+        {"keys_per_get_max": FRAME_BYTES_MAX // KEY_BYTES_MAX},
         {"keys_per_get_max": 1.5},
         {"dials_at_once_max": True},
         {"dial_seconds": 0},
@@ -517,7 +546,8 @@ def test_calls_that_end_while_they_wait_for_a_place_are_not_kept():
     ids=repr,
 )
 def test_settings_that_no_client_could_work_with_are_refused(changed):
-    """With some of them a call spun for ever, past every timeout."""
+    """With some of them a call spun for ever, past every timeout; with others nodes refused sound calls for having come
+    too many together."""
     with pytest.raises(errors.ConfigError, match=next(iter(changed))):
         Settings(**changed)
 

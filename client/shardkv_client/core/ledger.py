@@ -2,7 +2,7 @@
 
 Every call enters here once and ends here once, whatever happened to it in between. Three rules stand here: callers
 beyond the bounds wait; a command's sequence is settled when, and only when, it will not be sent again; and a cancelled
-command that was sent keeps its place until then.
+command that was sent keeps its place until it is answered.
 """
 
 from collections import deque
@@ -137,11 +137,14 @@ class Ledger:
         self.requeue([call])
 
     def cancel(self, call: Call) -> None:
-        """Nobody waits for the call any more. A command that was sent stays registered until it is settled."""
+        """Nobody waits for the call any more. A command that was sent keeps its place until it is answered, but is
+        settled: it will not be sent again, and a further write of the same caller must rule out that it comes late."""
         if call.done:
             return
         call.notify = None
-        if not (call.kind is Kind.WRITE and call.attempts):
+        if isinstance(call, WriteCall) and call.attempts:
+            self.settle(call)
+        else:
             self.finish(call, None, None)
 
     def requeue(self, calls: list[Any]) -> None:
@@ -181,6 +184,8 @@ class Ledger:
 
     def settle(self, call: WriteCall) -> None:
         """The command, as it was sealed, will never be sent again."""
+        if call.sealed is None:
+            return  # it was cancelled, and has been settled since
         call.sealed = None
         if self._session.settle(call.sequence) and self.held:
             held = list(self.held)

@@ -13,6 +13,14 @@ TIMEOUT_SECONDS: Final = 10.0
 """How long a call may take when the caller does not say."""
 SECONDS_END: Final = 1e9
 """No delay is this long."""
+_TAKEN_MAX: Final = {
+    "commands_per_write_max": 1_024,
+    "bytes_per_write_max": 8 * 1024 * 1024,
+    "keys_per_get_max": 2_048,
+    "requests_per_frame_max": 4_096,
+    "frame_bytes_target": 8 * 1024 * 1024,
+}
+"""What nodes take in one request and one frame, with the largest keys; a larger one would fail whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,8 @@ class Settings:
             elif field.type is int:
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise ConfigError(f"{field.name} must be a whole number from 1 on, not {value!r:.60}")
+                if value > _TAKEN_MAX.get(field.name, value):
+                    raise ConfigError(f"{field.name} must be at most {_TAKEN_MAX[field.name]}, not {value!r:.60}")
             elif not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < SECONDS_END:
                 raise ConfigError(
                     f"{field.name} must be a number of seconds above 0 and below {SECONDS_END:g}, not {value!r:.60}"
