@@ -8,7 +8,7 @@ from shardkv import errors
 from shardkv.types import KEY_BYTES_MAX, Epoch, KeyRange, Member, NodeId, RangeDescriptor, RangeId, ReplicaId
 from shardkv.wire import requests
 from shardkv.wire.frames import FrameKind, encode_frame
-from shardkv.wire.requests import Method
+from shardkv.wire.requests import Method, Request
 from shardkv_client.core import Settings
 from shardkv_client.limits import before
 from tests.client.world import World
@@ -203,6 +203,25 @@ def test_a_range_whose_known_replicas_are_all_gone_is_looked_up_again():
     call = world.put(b"k", b"v", timeout=2.0)
     world.run(call)
     assert call.error is None
+
+
+@pytest.mark.parametrize("moved_to", [[2, 4, 5], [4, 5]], ids=["one stays", "all are new"])
+@pytest.mark.parametrize("new_nodes", [False, True])
+def test_a_node_that_is_cut_off_from_the_others_does_not_keep_a_client_with_what_it_knew(moved_to, new_nodes):
+    """It still answers lookups, by what it had of the placement group's state; others know better."""
+    world = World(nodes=5, seeds=[1, 2, 3])
+    world.cluster.move(b"", [1, 2, 3], leader=2)
+    added = {number: world.cluster.nodes.pop(number) for number in (4, 5)} if new_nodes else {}
+    world.run(world.put(b"k", b"v"))
+    cut_off = world.cluster.nodes[1]
+    up_to_date, remembered = cut_off._handle, {}
+    for method, arguments in ((Method.ROUTES, [b"k", 256]), (Method.NODES, [])):
+        remembered[method] = up_to_date(Request(0, method, 0, 0, 0, arguments))
+    cut_off._handle = lambda request: remembered.get(request.method) or up_to_date(request)
+    world.cluster.nodes |= added
+    world.cluster.move(b"", moved_to, leader=5)
+    world.run(world.put(b"k", b"w", timeout=10.0))
+    assert world.requests_to(5, Method.WRITE)
 
 
 def test_a_node_that_lags_behind_is_asked_again_later():

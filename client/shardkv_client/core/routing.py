@@ -250,12 +250,15 @@ class Router:
         start = call.arguments[0]
         assert start is None or isinstance(start, bytes), f"a lookup from {start!r}"
         del self._lookups[start]
+        news = False
         if call.error is None:
             for descriptor, leader in call.result:
-                self.learn(descriptor, leader)
+                news = self.learn(descriptor, leader) or news
         route = self.cache.placement if start is None else self.cache.find(start)
         if route is not None:
             self._lookups_fruitless = 0
+            if not news:
+                self._links.another_next()  # this one may be cut off from the others, who know better
         else:
             self._lookups_fruitless += 1
             self._links.another_next()
@@ -290,6 +293,8 @@ class Router:
         self._timers.at(now + self._settings.nodes_refresh_seconds, self.refresh_nodes)
         self._links.measure(now)
         if call.error is None:
+            if call.result == list(self._links.nodes.values()):
+                self._links.another_next()  # as after a lookup that brings no news
             self._links.learn_nodes(call.result)
             for route in list(self._blocked):
                 self._release(route)
