@@ -29,6 +29,10 @@ CHUNK_BYTES_MAX: Final = 1024 * 1024
 CHUNKS_OUT_MAX: Final = 3
 """With the chunk that is being filled, as many commands as a session's window holds."""
 
+SLOW_INPUT_SECONDS: Final = 0.1
+"""An iterable that takes so long for a chunk is read on only when nothing is out: meanwhile the loop stands still, so
+nothing is sent and no answer is heard, while the deadlines of what is out run on."""
+
 
 class Gathering:
     """Waits for a group of calls as if it were one: what a caller is parked on while they are out.
@@ -146,10 +150,16 @@ class PutMany:
                     if self.chunk_is_full and not await self.send():
                         break
             else:
+                began = self._now()
                 for pair in pairs.items() if isinstance(pairs, Mapping) else pairs:
                     self.add(pair)
-                    if self.chunk_is_full and not await self.send():
-                        break
+                    if self.chunk_is_full:
+                        slow = self._now() - began >= SLOW_INPUT_SECONDS
+                        if not await self.send():
+                            break
+                        if slow:
+                            await self._gathering.until(0)
+                        began = self._now()
         except Exception as error:  # noqa: BLE001 - the caller's input may raise anything
             problem = error
         except BaseException:

@@ -158,6 +158,9 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
         if resume and _is_stream(file_name):
             raise click.UsageError("a stream cannot be resumed; import from a file")
         start = saved or {"offset": 0, "line": 0, "count": 0}
+        total = None if _is_stream(file_name) else os.fstat(file.fileno()).st_size
+        if total is not None and total < start["offset"]:
+            raise click.UsageError(f"{file_name} is shorter than it was; start anew without --resume")
         try:
             checkpoint.save(**start)
         except OSError as problem:
@@ -165,7 +168,6 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
                 f"the progress cannot be noted in {checkpoint.path}: {problem.strerror};"
                 " import from stdin (-) to do without"
             ) from None
-        total = None if _is_stream(file_name) else os.fstat(file.fileno()).st_size
         with checkpoint.kept(count_min=1), Progress("import", unit="bytes", total=total) as progress:
             count = session.run(
                 _importer(session, file, file_format, start=start, checkpoint=checkpoint, progress=progress)

@@ -236,6 +236,20 @@ def test_resuming_something_else_is_refused(world: World, tmp_path: Path) -> Non
     assert "another fingerprint; start anew without --resume" in result.stderr
 
 
+def test_an_import_does_not_carry_on_in_a_file_that_has_become_shorter(world: World, tmp_path: Path) -> None:
+    """It would find nothing behind the place noted, and say that all is imported."""
+    path = tmp_path / "in.jsonl"
+    lines = [records.write_record("jsonl", b"k%03d" % number, b"v" * 1_000, 1) for number in range(10)]
+    path.write_bytes(b"".join(lines))
+    world.client.fail, world.client.fail_after = errors.Unavailable("no leader"), 2
+    assert world.run("import", str(path)).exit_code == 3
+    world.client.fail = None
+    path.write_bytes(b"".join(lines[:5]))  # its beginning, by which it is known again, is the same
+    result = world.run("import", str(path), "--resume")
+    assert result.exit_code == 2
+    assert "shorter than it was" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_a_damaged_note_of_the_progress_is_wrong_usage(world: World, tmp_path: Path, command: str) -> None:
     path = tmp_path / "some.jsonl"
