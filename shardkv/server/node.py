@@ -335,6 +335,7 @@ class _Node:
             on_connected=self._clock_health.ask,
             on_disconnected=self._on_disconnected,
             on_stranger=self._on_stranger,
+            on_old_copy=self._on_old_copy,
             on_pong=self._clock_health.answered,
         )
         hooks = DriverHooks(leadership=self._on_leadership, descriptor=self._on_descriptor, flush=self._flush)
@@ -574,6 +575,13 @@ class _Node:
 
     def _on_stranger(self, node_id: NodeId, address: str, reason: str) -> None:
         self._log.error("somebody else is at a node's address", peer=node_id, address=address, reason=reason)
+
+    def _on_old_copy(self, error: WrongCluster) -> None:
+        """A node that has seen a newer start of this one refuses it. The placement group, which else says so, may not
+        be there, and every start of this copy counts: in the end it would pass for the newest."""
+        if self._placement.fatal is None:
+            self._placement.fatal = error
+            self._stop.set()
 
     def _on_foreign(self, hello: Hello) -> None:
         """A node of another cluster has dialled this one.

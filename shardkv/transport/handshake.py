@@ -71,7 +71,7 @@ class KnownBoots:
             seen = "in another start" if other else f"with {known}"
             raise WrongCluster(
                 f"node {node_id} comes with boot counter {boot} but was seen {seen}: its data directory is an "
-                "old copy. Remove that directory and join as a new node"
+                "old copy; put the newest one back, or start on an empty directory under another name"
             )
 
     def learn(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
@@ -160,7 +160,11 @@ async def _accept(
         assert hello.node_id is not None, "decode_hello lets no peer through without its node id"
         if hello.node_id == identity.node_id:
             raise WrongCluster(f"this is node {identity.node_id} too: one of the two runs on a copied data directory")
-        known_boots.observe(hello.node_id, hello.boot, hello.start_token)
+        try:
+            known_boots.observe(hello.node_id, hello.boot, hello.start_token)
+        except WrongCluster as error:
+            # Said to whom it is about: it must stop, for with every start it would count further.
+            raise WrongCluster(str(error), old_copy=True) from None
     return hello, frames
 
 

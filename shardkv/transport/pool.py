@@ -108,6 +108,7 @@ class PeerPool:
             ProtocolError, which ends the connection.
         on_stranger: called with a node id, its address and a reason when somebody else is there: a node of another
             cluster, or another one of this.
+        on_old_copy: called with the error when a peer has seen a newer start of this node than this one.
 
     No callback may block, or raise anything else. :meth:`run` is the service; addresses may be set before it starts.
     """
@@ -123,6 +124,7 @@ class PeerPool:
         on_disconnected: Callable[[NodeId], None] = lambda node_id: None,
         on_pong: Callable[[NodeId, bytes], None] = lambda node_id, payload: None,
         on_stranger: Callable[[NodeId, str, str], None] = lambda node_id, address, reason: None,
+        on_old_copy: Callable[[WrongCluster], None] = lambda error: None,
     ) -> None:
         assert identity.cluster_id is not None, "a node dials no peers before it has joined a cluster"
         assert identity.node_id is not None, "a node dials no peers before it has an id"
@@ -134,6 +136,7 @@ class PeerPool:
         self._on_disconnected = on_disconnected
         self._on_pong = on_pong
         self._on_stranger = on_stranger
+        self._on_old_copy = on_old_copy
         self._peers: dict[NodeId, _Peer] = {}
         self._dirty: list[_Link] = []
         self._nursery: trio.Nursery | None = None
@@ -222,7 +225,9 @@ class PeerPool:
                     await self._connect_once(peer, link)
                 except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ShardKVError) as error:
                     problem = str(error) or type(error).__name__
-                    if isinstance(error, WrongCluster) and link.purpose is Purpose.URGENT and problem != link.problem:
+                    if isinstance(error, WrongCluster) and error.old_copy:
+                        self._on_old_copy(error)
+                    elif isinstance(error, WrongCluster) and link.purpose is Purpose.URGENT and problem != link.problem:
                         self._on_stranger(peer.node_id, peer.address, problem)
                     link.problem = problem
                 link.failures += 1

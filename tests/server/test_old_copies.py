@@ -133,3 +133,30 @@ async def test_trap_24_a_copy_that_was_let_in_first_is_heard_no_more_once_the_ne
         new, _ = await greeted(replace(hello, boot=8))
         assert await answered(old) == [FrameKind.REFUSED]
         assert await answered(new) == [FrameKind.PONG]
+
+
+@pytest.mark.parametrize("starts", [1, 3])
+async def test_trap_24_an_old_copy_stays_refused_however_often_it_is_started(
+    autojump_clock: MockClock, starts: int
+) -> None:
+    """Each start raises its count, and nobody but the one who refuses it is there: it must not pass for the newest in
+    the end, because its operator, or a supervisor, starts it once more."""
+    async with world(3) as cluster, cluster.client("n2", "n3") as kv:
+        await cluster.formed(kv)
+        await kv.put(b"k", OLD)
+        n2, n3 = cluster.nodes["n2"], cluster.nodes["n3"]
+        copy = await copied_before(cluster, n3, starts)
+        cluster.partition(["n1"], ["n2", "n3"])
+        await trio.sleep(3)
+        await kv.put(b"k", NEW)
+        await both_die_and_one_is_put_back(cluster, copy)
+        cluster.heal()
+        for _ in range(starts + 1):
+            n3.start_soon()
+            await trio.sleep(5)
+            if n3.alive:
+                await n3.kill()
+        n3.start_soon()
+        await reads_nothing_old(cluster)
+        n2.start_soon()
+        await holds_what_was_acknowledged(cluster)
