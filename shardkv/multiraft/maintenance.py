@@ -70,6 +70,8 @@ class Maintenance:
         self._environment = environment
         self._log = log
         self._collecting = False
+        self._noting = False
+        """A shorter promise is being put on record."""
         self._flushed_ns = 0
         self._flushed_segment = -1
         """The newest segment at the last flush: flushing again before there is another frees none."""
@@ -193,9 +195,13 @@ class Maintenance:
             if replica.machine is not None and not replica.installing
         ]
         shorter_ns = self._driver.catalog.shorter_promise_ns()
-        if shorter_ns is not None:
-            with suppress(OutOfSpace):  # the longer one stands
-                await self._environment.workers.run(self._driver.catalog.note_promise, shorter_ns)
+        if shorter_ns is not None and not self._noting:
+            self._noting = True  # people flush, too, at the same time; two threads must not write one file
+            try:
+                with suppress(OutOfSpace):  # the longer one stands
+                    await self._environment.workers.run(self._driver.catalog.note_promise, shorter_ns)
+            finally:
+                self._noting = False
         log = self._driver.wal.statistics()
         self._flushed_segment = log.oldest_segment_id + log.segments
         # Compaction goes only as far as the log knows entries to be committed.

@@ -27,7 +27,7 @@ from shardkv.raft.messages import ConfState
 from shardkv.storage.wal import CreateGroup, LogUpdate
 from shardkv.transport.groups import main_error
 from shardkv.types import RangeId, ReplicaId
-from tests.multiraft.world import RANGE, world
+from tests.multiraft.world import PROMISE_NS, RANGE, world
 
 
 async def test_room_is_measured_at_every_look_while_the_node_writes_or_lacks_room_and_less_often_at_rest(
@@ -318,3 +318,35 @@ async def test_how_far_the_log_is_on_disk_is_noted_now_and_then_and_never_ahead_
         write()
         maintenance._look("/")
         assert noted == [before, host.wal.synced_sequence]
+
+
+async def test_a_shorter_promise_is_put_on_record_once_however_many_flushes_begin_together(
+    autojump_clock: MockClock,
+) -> None:
+    """People flush too (`admin snapshot`), at any moment. Two threads that write one note at once meet each other's
+    unfinished file: one finds it gone, and the node ends by that; or a crash finds the note empty."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        host.catalog.note_promise(2 * PROMISE_NS)
+        await hosts.until(lambda: host.catalog.shorter_promise_ns() is not None, "the end of the longer promises")
+        under_way, most = 0, 0
+        run = host.workers.run
+
+        async def counted(function: Any, *args: Any) -> Any:
+            nonlocal under_way, most
+            if function != host.catalog.note_promise:
+                return await run(function, *args)
+            under_way += 1
+            most = max(most, under_way)
+            try:
+                return await run(function, *args)
+            finally:
+                under_way -= 1
+
+        host.workers.run = counted  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(host.maintenance.flush_and_compact)
+        assert most == 1
+        assert host.catalog.shorter_promise_ns() is None
