@@ -213,15 +213,18 @@ class Catalog:
         applied = machine.applied_index
         if applied < log.compact_index:
             raise Corruption(
-                f"range {machine.range_id} has applied {applied}, but its log begins after {log.compact_index}: data "
-                "of this node are lost. Remove the data directory and let the node join anew."
+                f"range {machine.range_id} has applied {applied}, but its log begins after {log.compact_index}: the "
+                "engine has lost data, or is an old copy. If other nodes have replicas of this node's ranges, move the "
+                "folder engine out of its data directory, and nothing else, and start it again: the data are copied "
+                "from them; else restore all of the data directory from a backup"
             )
         term, vote, commit = log.hard_state  # no entry of the log has a higher term
         if applied > log.last_index() or log.term(applied) != machine.applied_term:
             if applied < commit:
                 raise Corruption(
                     f"range {machine.range_id} has applied {applied} in term {machine.applied_term}, and its log has "
-                    f"committed another entry there. Remove the data directory and let the node join anew."
+                    "committed another entry there: engine and log do not belong together. Put back what does, if you "
+                    "can; else keep them, and start a node under another name with an empty data directory"
                 )
             # The engine is ahead: it was flushed and the log's last records were not, or a snapshot was ingested and
             # the crash came before that was logged. What the log holds there was never committed, or is in the engine.
@@ -292,6 +295,14 @@ class Catalog:
             if decision is RightHalf.DROP:
                 split.drop(batch)
             self.spans.replace([left_span])
+            return None
+        held = self._wal.groups.get(range_id)
+        if existing is not None and held is not None and held.compact_index > machine.applied_index:
+            # It was further on, its state is lost, and its log does not follow the split any more: only a snapshot
+            # brings it back. The left half's state came from a leader that had not applied the split.
+            split.drop(batch)
+            self.spans.replace([left_span])
+            existing.needs_snapshot = True
             return None
         promised_ns = existing.raft.raft.refuse_until if existing is not None else 0
         log = self._begin_log(range_id, member.replica_id, machine)

@@ -323,7 +323,7 @@ async def test_trap_20_a_node_that_has_lost_what_it_had_applied_does_not_start(
         # Either the log has let go of what would bring the state up, or it has committed something else there.
         RangeMachine.create(descriptor_on(1), applied_index=20, applied_term=6 if compacted else 5).write(batch)
         host.engine.write(batch)
-        with pytest.raises(Corruption, match="Remove the data directory and let the node join anew"):
+        with pytest.raises(Corruption, match="move the folder engine out" if compacted else "do not belong together"):
             host.catalog.recover()
 
 

@@ -24,6 +24,7 @@ from shardkv.multiraft.snapshot_install import Arrived
 from shardkv.raft import ProgressState, Role
 from shardkv.raft.messages import NONE, ConfChange, ConfChangeSingle, ConfChangeType, Message, MessageType
 from shardkv.storage.engine import WriteBatch
+from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate
 from shardkv.types import KeyRange, NodeId, RangeDescriptor, RangeId, ReplicaId
 from tests.multiraft.test_catalog import led_by_another, split_on_two, with_log
@@ -1003,4 +1004,68 @@ async def test_trap_11_a_follower_that_lacks_large_values_does_not_stop_compacti
         await write(6)
         assert leader.wal.groups[RANGE].compact_index > held
         hosts.heal()
+        await hosts.agreed()
+
+
+async def test_trap_20_a_split_applied_behind_a_snapshot_does_not_revive_a_right_half_whose_log_begins_later(
+    autojump_clock: MockClock,
+) -> None:
+    """A node's engine is gone, which the others make up for. The left half comes from a leader that has not applied the
+    split yet, so the split is applied here once more; the right half's log has let go of what followed it."""
+    async with world(3) as hosts:
+        await hosts.write(b"a", b"1")
+        await hosts.write(b"z", b"1")
+        leader = await led_by_another(hosts, 3)
+        for host in hosts.values():
+            host.engine.flush()
+        await leader.split(b"m", 2).wait()
+        for number in range(5):
+            await hosts.write(b"z", b"%d" % number, 2)
+        await hosts.agreed(1)
+        await hosts.agreed(2)
+        late = hosts[3]
+        late.engine.flush()
+        compact(late, 2)
+        await trio.sleep(0.1)
+        for host in hosts.values():
+            await host.crash(power=True)
+        late.engine = MemoryEngine(crashable=True)
+        for node_id in (1, 2):
+            assert hosts[node_id].engine.get(keys.applied_key(2)) is None, "the split is flushed"
+            hosts[node_id].engine.stall = True
+            await hosts[node_id].start()
+        await late.start()
+        assert late.replica(1).needs_snapshot
+        assert late.replica(2).needs_snapshot
+        await hosts.until(lambda: late.replica(1).machine is not None, "the left half")
+        for node_id in (1, 2):
+            hosts[node_id].engine.stall = False
+        await hosts.write(b"z", b"new", 2)
+        await hosts.agreed(1)
+        await hosts.agreed(2)
+        assert late.value(b"z", 2) == b"new"
+        assert late.value(b"a", 1) == b"1"
+
+
+async def test_a_replica_that_waits_for_its_data_keeps_what_it_logs_meanwhile_on_disk_and_not_in_memory(
+    autojump_clock: MockClock,
+) -> None:
+    """Its snapshot may be hours away: its node lacks room, or waits for those of a thousand other ranges."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        await led_by_another(hosts, 3)
+        late = hosts[3]
+        await late.crash(power=True)
+        late.engine = MemoryEngine(crashable=True)
+        hosts.opens = lambda source, target: False
+        await late.start()
+        assert late.replica().needs_snapshot
+        log = late.replica().raft.raft.log
+        value = bytes(250_000)
+        for _ in range(100):
+            await hosts.write(b"k", value)
+        await hosts.until(lambda: log.committed == hosts.leader().replica().raft.committed, "all that was written")
+        kept = sum(len(entry.data) for entry in log.tail)
+        assert kept <= 2 * log.applying_bytes_max, f"{kept} of {100 * len(value)} bytes are in memory"
+        hosts.opens = lambda source, target: True
         await hosts.agreed()

@@ -238,3 +238,31 @@ def test_trap_20_what_is_applied_while_the_engine_is_flushed_stays_in_the_log(mo
         node.check()
 
     in_a_cluster(main)
+
+
+async def test_an_engine_from_a_copy_is_refused_and_what_the_error_advises_brings_the_node_back(
+    autojump_clock: MockClock,
+) -> None:
+    """To remove the data directory, as it once said, loses the log, its votes and what it alone may hold, and no node
+    joins anew under its name."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await cluster.formed(kv)
+        await kv.put(b"k", b"v")
+        node = cluster.nodes["n3"]
+        await node.kill(kept_batches=lambda count: count)
+        copy = node.copied_engine()
+        await node.start()
+        for number in range(20):
+            await kv.put(b"k%d" % number, b"w")
+        await cluster.sleep(2)
+        node.inside.maintenance.kept = (0, 0)
+        await node.inside.maintenance.flush_and_compact()
+        await cluster.sleep(1)
+        await node.power_off()
+        node.engine = copy
+        with pytest.raises(Corruption, match="move the folder engine out of its data directory, and nothing else"):
+            await node.run_to_its_end()
+        lose_engine(node)
+        await node.start()
+        await cluster.sleep(5)
+        assert node.engine.get(user_key(b"k19")) is not None
