@@ -188,7 +188,8 @@ class Statistics:
         wanted = newer[:DESCRIPTORS_WANTED_MAX]
         full_wanted = not heard.full or len(newer) > len(wanted)  # the rest must be named again to be asked for
         version = state.counters.nodes_version
-        nodes = None if heartbeat.nodes_version == version else node_table(state)
+        # A leader that is deposed and does not know it yet has an older table: it would take newer nodes away again.
+        nodes = None if heartbeat.nodes_version >= version else node_table(state)
         return HeartbeatReply(full_wanted, version, nodes, state.settings.for_nodes(), tuple(wanted))
 
     # --- Judging --------------------------------------------------------------------------------------------------

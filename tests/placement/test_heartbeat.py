@@ -129,6 +129,15 @@ def test_what_another_leader_acknowledged_makes_this_one_ask_for_everything() ->
     assert successor.ranges[RangeId(1)].term == 7
 
 
+def test_a_deposed_leader_takes_no_newer_table_of_nodes_away() -> None:
+    line = Line()
+    version = line.group.state.counters.nodes_version
+    for known, told in ((version - 1, True), (version, False), (version + 1, False)):
+        line.reporter.nodes_version = known
+        reply = line.statistics.receive(line.group.state, line.reporter.heartbeat(), 1.0)
+        assert (reply.nodes is not None) == told
+
+
 def test_a_late_heartbeat_does_not_undo_a_newer_one() -> None:
     line = Line()
     line.reporter.report(report(1))
