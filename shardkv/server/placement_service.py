@@ -287,12 +287,17 @@ class PlacementService:
                     self._requests += 1
                     self._nursery.start_soon(self._perform, action, self._controller)
 
-    def _view(self) -> ClusterView:
-        now = self._clock.monotonic_ns() / 1e9
+    def _heard(self, now: float) -> Statistics:
+        """What this node has heard since it leads the group; nothing yet, if it does just now."""
         if self._statistics is None:
             self._statistics = Statistics(now)
             self._views = ViewBuilder(self._state, self._statistics)
             self._controller = Controller()
+        return self._statistics
+
+    def _view(self) -> ClusterView:
+        now = self._clock.monotonic_ns() / 1e9
+        self._heard(now)
         assert self._views is not None, "views come with statistics"
         return self._views.build(now, self._driver.hybrid_clock.ms())
 
@@ -369,9 +374,7 @@ class PlacementService:
         if not self.leads or not self._state.bootstrapped:
             raise NotLeader("the placement group has just got a new leader", hint=replica.node_of(replica.replica_id))
         now = self._clock.monotonic_ns() / 1e9
-        self._view()
-        assert self._statistics is not None, "a leader has statistics"
-        return heartbeat.encode_reply(self._statistics.receive(self._state, beat, now))
+        return heartbeat.encode_reply(self._heard(now).receive(self._state, beat, now))
 
     async def join(self, request: Request) -> Any:
         """A new node asks for an id: ``[name, address, directory token, [[label, value], ...]]``."""

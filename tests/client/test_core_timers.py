@@ -33,11 +33,28 @@ def test_what_is_due_is_known_and_the_timer_is_woken_only_for_something_earlier(
     expired = []
     timers.run(6.0, expired.append)
     assert expired == [first]
-    assert timers.due == 7.0
-    second.done = True
+    assert timers.due == 6.5, "others may come, and be due earlier"
     timers.run(6.5, expired.append)
+    assert timers.due == 7.0, "none came"
+    second.done = True
+    timers.run(6.6, expired.append)
     assert timers.due == inf
     timers.check()
+
+
+def test_the_timer_is_not_set_anew_for_every_call_of_a_few_a_second():
+    """Each call is due before nothing at all, and its ping before it; both woke the timer's task, for each call."""
+    woken = []
+    timers = Timers(lambda: woken.append(timers.due))
+    for step in range(200):
+        now = 0.1 * step
+        call = Call(None, now + 10.0, 0)
+        timers.add_deadline(call)
+        timers.at(now + 0.5, lambda at: None)
+        call.done = True
+        while timers.due <= now + 0.1:
+            timers.run(timers.due, lambda call: None)
+    assert len(woken) == 2
 
 
 def test_a_large_value_gets_through_a_slow_network():

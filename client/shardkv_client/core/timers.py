@@ -14,10 +14,12 @@ from shardkv_client.core.calls import Call
 
 DEAD_ENTRIES_MIN: Final = 1_024
 """Below this a rebuild is not worth its while."""
+LINGER_SECONDS: Final = 0.5
+"""While calls come, the next look is no further off: hardly any is due earlier then, and would set the timer anew."""
 
 
 class Timers:
-    __slots__ = ("_actions", "_deadlines", "_rebuild_at", "_tie", "_wake", "due")
+    __slots__ = ("_actions", "_deadlines", "_rebuild_at", "_tie", "_used", "_wake", "due")
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.due = inf
@@ -27,6 +29,8 @@ class Timers:
         self._deadlines: list[tuple[float, int, Call]] = []
         self._rebuild_at = 2 * DEAD_ENTRIES_MIN
         self._tie = count()
+        self._used = False
+        """Since the last look."""
 
     def add_deadline(self, call: Call) -> None:
         deadlines = self._deadlines
@@ -36,6 +40,7 @@ class Timers:
             deadlines[:] = [entry for entry in deadlines if not entry[2].done]
             heapify(deadlines)
             self._rebuild_at = 2 * (len(deadlines) + DEAD_ENTRIES_MIN)
+        self._used = True
         if deadline < self.due:
             self.due = deadline
             self._wake()
@@ -43,6 +48,7 @@ class Timers:
     def at(self, when: float, action: Callable[[float], None]) -> None:
         """Call ``action(now)`` once ``when`` has come."""
         heappush(self._actions, (when, next(self._tie), action))
+        self._used = True
         if when < self.due:
             self.due = when
             self._wake()
@@ -59,7 +65,8 @@ class Timers:
                 expire(call)
         next_action = actions[0][0] if actions else inf
         next_deadline = deadlines[0][0] if deadlines else inf
-        self.due = min(next_action, next_deadline)
+        self.due = min(next_action, next_deadline, now + LINGER_SECONDS if self._used else inf)
+        self._used = False
 
     def live(self) -> list[Call]:
         """Every call that is not done, the earliest deadline first."""
