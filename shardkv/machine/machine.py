@@ -74,7 +74,8 @@ class SplitResult:
         self.machine.write(batch)
 
     def drop(self, batch: WriteBatch) -> None:
-        """This node's replica of the right half is gone, or newer: its rows stay as they are, its keys go."""
+        """This node's replica of the right half is gone, or newer, or waits for a snapshot that is: its rows stay as
+        they are, its keys go."""
         batch.delete_range(*keys.user_span(self.right.span))
 
 

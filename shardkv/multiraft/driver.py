@@ -39,6 +39,9 @@ from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX, ReplicaNotice
 ROUNDS_PER_TURN_MAX: Final = 8
 """How often one turn goes round the ready groups before it lets the connections run again."""
 CAMPAIGNS_MAX: Final = 20
+ASKS_AGAIN_NS: Final = 1_000_000_000
+ASKS_AGAIN_TICKS: Final = 3
+"""A replica that waits for its data asks for them with every tick; one that has not for so long has them."""
 DECODED_BYTES_MAX: Final = 256 * 1024
 """Up to this size an entry is kept decoded until it is applied; a larger one would be in memory twice for little."""
 PEER_FRAME_BYTES: Final = 4 * 1024 * 1024
@@ -271,7 +274,8 @@ class Driver:
             return
         if from_ in replica.raft.status().progress:  # it is empty unless this replica leads
             replica.learn_node(from_, sender)
-            replica.asked_for_data(from_, self.environment.clock.monotonic_ns())
+            asks_again_ns = max(ASKS_AGAIN_NS, ASKS_AGAIN_TICKS * round(self._tick_seconds * 1e9))
+            replica.asked_for_data(from_, self.environment.clock.monotonic_ns() + asks_again_ns)
             self.snapshots.send(replica, Message(MessageType.SNAP, from_, to, replica.raft.term))
 
     def statistics(self) -> DriverStatistics:

@@ -29,8 +29,6 @@ GATHER_NS: Final = 3_000_000
 of them, for several clients are never heard at the same moment."""
 WAITING_READS_MAX: Final = 4_096
 """Reads that wait for one confirmation."""
-STATELESS_NS: Final = 1_000_000_000
-"""For so long a replica that has asked for its data counts as one without: it asks with every tick."""
 CONFIRMATIONS_MAX: Final = 8
 """ReadIndex requests under way at once; reads that come meanwhile share the next one."""
 
@@ -135,7 +133,7 @@ class Replica:
         self.installing = False
         """A snapshot is being installed: nothing of this group is stepped out until it is done."""
         self.stateless: dict[int, int] | None = None
-        """Other replicas that have asked this one for their data, and when."""
+        """Other replicas that have asked this one for their data, and until when each counts as one without."""
         self.needs_snapshot = False
         """An earlier install was interrupted: the range's data are gone and only a snapshot brings them back."""
 
@@ -165,17 +163,16 @@ class Replica:
             self.nodes = {}
         self.nodes[replica_id] = node_id
 
-    def asked_for_data(self, replica_id: int, now_ns: int) -> None:
-        """Another replica has a log and no state."""
+    def asked_for_data(self, replica_id: int, until_ns: int) -> None:
+        """Another replica has a log and no state; if it does not ask again by then, it has some."""
         if self.stateless is None:
             self.stateless = {}
-        self.stateless[replica_id] = now_ns
+        self.stateless[replica_id] = until_ns
 
     def could_lead(self, replica_id: int, now_ns: int) -> bool:
         """Whether another replica has state, as far as known. One without acknowledges entries like any other, but is
         in no position to take over."""
-        asked_ns = self.stateless.get(replica_id) if self.stateless else None
-        return asked_ns is None or now_ns - asked_ns > STATELESS_NS
+        return not self.stateless or now_ns > self.stateless.get(replica_id, -1)
 
     def successors(self, now_ns: int) -> list[tuple[int, PeerStatus]]:
         """Who could have this replica's leadership: voters that it has heard lately, and that have state."""

@@ -81,6 +81,10 @@ class RaftLog:
             raise Compacted(f"entry {index} of a log that begins at {metadata.index + 1}")
         return self.storage.term(index)
 
+    def type(self, index: int) -> int:
+        """The type of an entry that is held."""
+        return self.tail[index - self.tail_first].type if index >= self.tail_first else self.storage.type(index)
+
     def matches(self, index: int, term: int) -> bool:
         """Whether the entry at ``index`` has this term (the log matching property, paper 5.3)."""
         if index == self.last_index:

@@ -72,6 +72,10 @@ class RaftStorage(Protocol):
         """
         ...
 
+    def type(self, index: int) -> int:
+        """The type of an entry that is held. Reads no data, however old the entry is."""
+        ...
+
     def first_index(self) -> int: ...
 
     def last_index(self) -> int: ...
@@ -117,6 +121,9 @@ class MemoryStorage:
         if position >= len(self._entries):
             raise Unavailable(f"entry {index} of a log that ends at {self.last_index()}")
         return self._entries[position].term
+
+    def type(self, index: int) -> int:
+        return self._entries[index - self._entries[0].index].type
 
     def first_index(self) -> int:
         return self._entries[0].index + 1

@@ -45,6 +45,11 @@ class AddressBook:
         known = self._nodes.get(node_id)
         return None if known is None else known.address
 
+    def start_of(self, node_id: NodeId) -> tuple[int, bytes] | None:
+        """The boot counter and the token of the start that is known. A node's own come from the table alone."""
+        known = self._nodes.get(node_id)
+        return None if known is None else (known.boot, known.start_token)
+
     def joined(self, rows: Iterable[Iterable[Any]]) -> None:
         """The answer to a join: ``[[node id, name, address], ...]``."""
         for node_id, name, address, *_ in rows:

@@ -124,6 +124,9 @@ class GroupLog:
             raise Unavailable(f"entry {index} of a log that ends at {self.last_index()}")
         return self._items[position][0]
 
+    def type(self, index: int) -> int:
+        return self._items[index - self.compact_index - 1].type
+
     def entries(self, lo: int, hi: int, bytes_max: int) -> Sequence[Entry]:
         """Entries from ``lo`` to below ``hi``, cut at ``bytes_max`` but at least one. May read from the disk.
 

@@ -24,6 +24,7 @@ from shardkv.multiraft.replica import (
 )
 from shardkv.multiraft.turn import STEPS_PER_GROUP_MAX, gather
 from shardkv.raft.messages import MessageType
+from shardkv.storage.group_log import GroupLog
 from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX
 from tests.multiraft.world import SESSION, TICK_SECONDS, Answer, world
 
@@ -246,6 +247,33 @@ async def test_a_follower_whose_engine_is_stalled_keeps_little_of_its_log_in_mem
         follower.engine.stall = False
         await hosts.agreed()
         assert follower.value(b"95") == bytes(256 * 1024)
+
+
+async def test_a_campaign_reads_nothing_back_of_what_is_not_applied(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks each time for a membership change among that, in the loop, and where an engine stalls that may be all of
+    the log, of all ranges at once."""
+    async with world(3) as hosts:
+        follower = hosts.follower()
+        follower.engine.stall = True
+        for number in range(96):
+            await hosts.write(b"%d" % number, bytes(256 * 1024))
+        read = 0
+        entries = GroupLog.entries
+
+        def counted(self: GroupLog, lo: int, hi: int, bytes_max: int) -> Any:
+            nonlocal read
+            found = entries(self, lo, hi, bytes_max)
+            read += sum(len(entry.data) for entry in found)
+            return found
+
+        monkeypatch.setattr(GroupLog, "entries", counted)
+        raft = follower.replica().raft
+        raft.campaign(follower.environment.clock.monotonic_ns())
+        monkeypatch.undo()
+        assert read == 0, f"{read >> 20} MiB"
+        follower.engine.stall = False
 
 
 async def test_what_was_under_way_when_the_disk_became_full_is_applied_so_that_reads_go_on(

@@ -160,3 +160,30 @@ async def test_trap_24_an_old_copy_stays_refused_however_often_it_is_started(
         await reads_nothing_old(cluster)
         n2.start_soon()
         await holds_what_was_acknowledged(cluster)
+
+
+@pytest.mark.parametrize("agreed", [False, True])
+async def test_trap_24_the_newest_start_is_not_given_up_because_one_node_heard_a_copy_first(
+    autojump_clock: MockClock, agreed: bool
+) -> None:
+    """The copy's count is the same. Where two nodes know of the newest start, or will, the third errs: whoever is
+    condemned for its word holds what was acknowledged, and no start would use its directory any more."""
+    async with world(3) as cluster, cluster.client("n2", "n3") as kv:
+        await cluster.formed(kv)
+        cluster.tolerant = True
+        n1, n3 = cluster.nodes["n1"], cluster.nodes["n3"]
+        mine = n3.inside.listener._identity
+        await n3.kill()
+        if agreed:
+            cluster.partition(["n1"], ["n2", "n3"])
+            await n3.start()
+            await trio.sleep(3)
+        environment = simulated_environment("twins", seed=1, network=cluster.network)
+        connection = Connection(await environment.network.dial(n1.address), clock=environment.clock)
+        copy = Hello(Role.PEER, mine.cluster_id, NodeId(3), NodeId(1), boot=mine.boot + 1, start_token=bytes(16))
+        await greet(connection, FrameDecoder(), copy, clock=environment.clock, known_boots=KnownBoots())
+        cluster.heal()
+        n3.start_soon()
+        await trio.sleep(10)
+        assert n3.alive, n3.error
+        assert n3.inside.pool.connected(NodeId(1))
