@@ -31,7 +31,7 @@ CHUNKS_OUT_MAX: Final = 3
 
 SLOW_INPUT_SECONDS: Final = 0.1
 """An iterable that takes so long for a chunk is read on only when nothing is out: meanwhile the loop stands still, so
-nothing is sent and no answer is heard, while the deadlines of what is out run on."""
+nothing is sent and no answer is heard."""
 
 
 class Gathering:
@@ -67,6 +67,11 @@ class Gathering:
         if parked is not None and self._has_room():
             self._parked = None
             self._waiter.notify(parked)
+
+    def put_off(self, seconds: float) -> None:
+        """The loop stood still for so long: nobody could have been answered in that time."""
+        for call in self.out:
+            call.deadline += seconds
 
     def _has_room(self) -> bool:
         return len(self.out) <= self._room and self.bytes_out <= self._room_bytes
@@ -154,12 +159,16 @@ class PutMany:
                 for pair in pairs.items() if isinstance(pairs, Mapping) else pairs:
                     self.add(pair)
                     if self.chunk_is_full:
-                        slow = self._now() - began >= SLOW_INPUT_SECONDS
+                        spent = self._now() - began
+                        slow = spent >= SLOW_INPUT_SECONDS
+                        self._gathering.put_off(spent)
                         if not await self.send():
                             break
                         if slow:
                             await self._gathering.until(0)
                         began = self._now()
+                else:
+                    self._gathering.put_off(self._now() - began)
         except Exception as error:  # noqa: BLE001 - the caller's input may raise anything
             problem = error
         except BaseException:

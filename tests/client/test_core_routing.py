@@ -224,6 +224,30 @@ def test_a_node_that_is_cut_off_from_the_others_does_not_keep_a_client_with_what
     assert world.requests_to(5, Method.WRITE)
 
 
+def test_what_a_cut_off_node_lists_does_not_make_a_client_forget_a_node_that_serves_it():
+    """Lists that bring no news are asked for elsewhere, so now and then of that one, too."""
+    world = World(nodes=5, seeds=[1, 2, 3])
+    world.cluster.move(b"", [1, 2, 3], leader=2)
+    added = {number: world.cluster.nodes.pop(number) for number in (4, 5)}
+    world.run(world.put(b"k", b"v"))
+    cut_off = world.cluster.nodes[1]
+    up_to_date, remembered = cut_off._handle, {}
+    for method, arguments in ((Method.ROUTES, [b"k", 256]), (Method.NODES, [])):
+        remembered[method] = up_to_date(Request(0, method, 0, 0, 0, arguments))
+    cut_off._handle = lambda request: remembered.get(request.method) or up_to_date(request)
+    world.cluster.nodes |= added
+    world.cluster.move(b"", [4, 5], leader=5)
+    world.run(world.put(b"k", b"w"))
+    seconds = []
+    for _ in range(2_000):
+        world.pass_time(0.1)
+        started = world.now
+        world.run(world.put(b"k", b"w"))
+        seconds.append(world.now - started)
+    assert len(world.requests_to(1, Method.NODES)) > 2
+    assert max(seconds) == pytest.approx(min(seconds))
+
+
 def test_a_node_that_lags_behind_is_asked_again_later():
     """EpochMismatch with nothing new teaches nothing; a backoff keeps the client from asking in a circle."""
     world = World(nodes=1)

@@ -182,3 +182,18 @@ async def test_put_many_waits_for_an_input_that_takes_its_time(autojump_clock, s
     async with connect("n1:1", environment=environment) as kv:
         assert await kv.put_many(pairs()) == 1_500
     assert len(environment.cluster.data) == 1_500
+
+
+@pytest.mark.parametrize(("pause_at", "pause", "timeout"), [(300, 11.0, 10.0), (1_499, 11.0, 10.0), (300, 1.2, 1.0)])
+async def test_put_many_waits_for_an_input_that_pauses_once(autojump_clock, pause_at, pause, timeout):
+    """What was quick to read is out by then, and nobody can answer it while the loop stands still."""
+
+    def pairs():
+        for number in range(1_500):
+            if number == pause_at:
+                autojump_clock.jump(pause)
+            yield b"%04d" % number, b"v"
+
+    environment = VirtualEnvironment(FakeCluster(nodes=1))
+    async with connect("n1:1", environment=environment) as kv:
+        assert await kv.put_many(pairs(), timeout=timeout) == 1_500

@@ -171,8 +171,10 @@ class Links:
                 advertised = self.peers[node.address] = Peer(node.address)
             greeted = [peer for peer in self.peers.values() if peer.node_id == node.id]
             self._by_node[node.id] = min((*greeted, advertised), key=lambda peer: peer.failures)
-        for node_id in [known for known in self._by_node if known not in self.nodes]:
-            del self._by_node[node_id]
+        for node_id, peer in list(self._by_node.items()):
+            # One that is connected is there, whatever a node says that is cut off from the others.
+            if node_id not in self.nodes and (peer.link is None or not peer.link.greeted):
+                del self._by_node[node_id]
         listed = {node.address for node in self.nodes.values()} | self._seeds
         for address in [known for known in self.peers if known not in listed]:
             peer = self.peers[address]

@@ -61,7 +61,9 @@ class Timers:
             heappop(actions)[2](now)
         while deadlines and (deadlines[0][2].done or deadlines[0][0] <= now):
             call = heappop(deadlines)[2]
-            if not call.done:
+            if not call.done and call.deadline > now:
+                heappush(deadlines, (call.deadline, next(self._tie), call))  # it was put off
+            elif not call.done:
                 expire(call)
         next_action = actions[0][0] if actions else inf
         next_deadline = deadlines[0][0] if deadlines else inf
