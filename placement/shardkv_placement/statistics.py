@@ -72,7 +72,8 @@ class Statistics:
     def __init__(self, now: float) -> None:
         self.started_at = now
         self.revision = 0
-        """Grows when anything but the times of heartbeats changes."""
+        """Grows when anything that is said of ranges changes. What is said of a node is looked at for every view: its
+        free space changes with each heartbeat, and to look at very many ranges again for that would be dear."""
         self._heard: dict[NodeId, _Heard] = {}
         self._claims: dict[RangeId, dict[NodeId, RangeReport]] = {}
         """The reports of those that say they lead the range."""
@@ -131,9 +132,6 @@ class Statistics:
                 self._claim(node_id, report, now)
         for range_id in heartbeat.removed:
             self._remove(node_id, heard, range_id, now)
-        now_said = (heartbeat.draining, heartbeat.slow_disk, heartbeat.fullness, heartbeat.capacity)
-        if now_said != (heard.draining, heard.slow_disk, heard.fullness, heard.capacity):
-            self.revision += 1
         heard.sequence = heartbeat.sequence
         heard.at = now
         heard.draining = heartbeat.draining

@@ -73,6 +73,11 @@ class Space:
         return self._free_bytes is not None and self._free_bytes < self._free_bytes_min * fraction
 
     @property
+    def free_bytes(self) -> int:
+        """As it was measured last; 0 before that."""
+        return self._free_bytes or 0
+
+    @property
     def fullness(self) -> Fullness:
         if self.full:
             return Fullness.FULL

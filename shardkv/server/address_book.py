@@ -15,6 +15,7 @@ from shardkv import codec
 from shardkv.errors import Corruption, MalformedRequest
 from shardkv.types import NodeId
 from shardkv_placement.heartbeat import NodeEntry
+from shardkv_placement.state import NodeRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,12 @@ class AddressBook:
         """The answer to a join: ``[[node id, name, address], ...]``."""
         for node_id, name, address, *_ in rows:
             self._nodes[NodeId(int(node_id))] = KnownNode(str(name), str(address))
+
+    def recovered(self, record: NodeRecord) -> None:
+        """What this node's own replica of the placement group says: perhaps old, and never older than nothing."""
+        known = self._nodes.get(record.node_id)
+        if known is None or known.boot < record.boot:
+            self._nodes[record.node_id] = KnownNode(record.name, record.address, record.boot, record.start_token)
 
     def table(self, entries: Iterable[NodeEntry]) -> None:
         """The placement group's node table; who is not in it, or was decommissioned, is no member any more."""

@@ -59,8 +59,10 @@ class Introduction:
         identity: Identity,
         start_token: bytes,
         address: str,
+        new: bool,
         log: Any,
     ) -> None:
+        """``new``: it was in this start that the directory became the node's."""
         self._environment = environment
         self._catalog = catalog
         self._placement = placement
@@ -69,6 +71,7 @@ class Introduction:
         self._identity = identity
         self._start_token = start_token
         self._address = address
+        self._new = new
         self._log = log
 
     async def register(self, stop: trio.Event) -> None:
@@ -127,7 +130,7 @@ class Introduction:
         A node that comes back is ready as soon as it listens: there may be no placement group before others come back
         as well, and who starts a cluster again, one node after the other, waits for each.
         """
-        if self._identity.boot == 1:
+        if self._new:
             with self._environment.clock.deadline(WAIT_SECONDS):
                 while not self._introduced():
                     if stop.is_set():

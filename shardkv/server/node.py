@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 import trio
 
+from shardkv.address import parse_address
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment, Stream
 from shardkv.errors import ConfigError, Corruption, OutOfSpace, ShardKVError, StorageError, WrongCluster
@@ -35,7 +36,7 @@ from shardkv.server.listener import Listener
 from shardkv.server.loop_health import LoopProbe
 from shardkv.server.missing_data import tell_of_missing_data
 from shardkv.server.operations import Operations
-from shardkv.server.peers import PoolPeers, SnapshotDialler
+from shardkv.server.peers import PoolPeers, SnapshotDialler, who_is_at
 from shardkv.server.placement_service import PlacementExtension, PlacementService
 from shardkv.server.requests import Asker, Requests
 from shardkv.server.splitter import Splitter
@@ -62,6 +63,8 @@ AGREEMENT_SECONDS: Final = 2.0
 """How long a start that others take for an old copy's may go on until the placement group agrees on it."""
 START_SECONDS: Final = 30.0
 """How long a connection waits for a node that is still starting."""
+LOOK_AGAIN_SECONDS: Final = 1.0
+"""Between two looks at the addresses of --join where nobody has answered yet."""
 LOG_CACHE_BYTES_MAX: Final = 8 * 1024 * 1024
 """Log entries in memory, of all ranges: followers that are further behind are served from the disk."""
 
@@ -153,6 +156,8 @@ class _Node:
         """When another node first took this one for an old copy, if one did."""
         self._address_book = AddressBook()
         self._is_ready = trio.Event()
+        self._is_new = False
+        """The directory has become this node's in this start."""
         self._admin: Admin | None = None
 
     async def run(self) -> None:
@@ -224,6 +229,11 @@ class _Node:
         async with trio.open_nursery() as nursery:
             listener = await nursery.start(self._environment.network.listen, self._config.listen, self._handle)
             self._address = self._config.advertise or listener.address
+            if parse_address(self._address).is_wildcard:  # which not every name of it shows before it is looked up
+                raise ConfigError(
+                    f"advertise must be given: listen is {self._config.listen!r}, every interface, which others cannot "
+                    "connect to"
+                )
             await self._start_admin(nursery)
             if await self._become_member():
                 self._compose()
@@ -256,6 +266,7 @@ class _Node:
         """Make sure that the directory belongs to a node of a cluster; False if told to stop before one lets it in."""
         identity = self._directory.identity
         workers = self._environment.workers
+        self._is_new = not identity.assigned
         if identity.assigned:
             await self._known_nodes.load()
         elif self._config.bootstrap:
@@ -332,6 +343,10 @@ class _Node:
         if mine.node_id == FIRST_NODE:
             self._catalog.bootstrap(first_ranges(), timestamp_at(self._hybrid_clock.ms()))
         self._catalog.recover(used_before=mine.boot > 1)
+        for record in self._extension.state.nodes.values():
+            if not record.decommissioned:
+                self._address_book.recovered(record)
+        self._learn_boots()
         self._pool = PeerPool(
             environment,
             self._identity,
@@ -410,7 +425,6 @@ class _Node:
             on_nodes=self._on_nodes,
             address_book=self._address_book,
             cluster_id=identity.cluster_id,
-            data_path=self._directory.path,
             log=self._log,
         )
         self._placement.slow_disk = self._disk_health.is_slow
@@ -423,6 +437,7 @@ class _Node:
             identity=self._directory.identity,
             start_token=identity.start_token,
             address=self._address,
+            new=self._is_new,
             log=self._log,
         )
         self._operations = Operations(
@@ -501,6 +516,7 @@ class _Node:
                 nursery.start_soon(self._placement.run)
                 nursery.start_soon(self._introduction.register, self._stop)
                 nursery.start_soon(self._known_nodes.run)
+                nursery.start_soon(self._look_where_told)
                 nursery.start_soon(tell_of_missing_data, self._catalog, self._environment.clock, self._log)
                 await nursery.start(self._maintenance.run)
                 await nursery.start(self._splitter.run)
@@ -576,6 +592,33 @@ class _Node:
             self._apply_addresses()
             self._known_nodes.changed()
         self._pool.retry_now(hello.node_id)
+
+    async def _look_where_told(self) -> None:
+        """Service: learn who is at the addresses of --join, until somebody has answered at each or the placement group
+        has answered this node.
+
+        Nodes that have all moved know each other's old addresses only, and without a majority no table says otherwise.
+        """
+        cluster_id = self._identity.cluster_id
+        assert cluster_id is not None, "looks for others before it is a member"
+        left = [address for address in self._config.join if address != self._address]
+        while left:
+            await self._environment.clock.sleep(LOOK_AGAIN_SECONDS)
+            if self._placement.introduced(None):
+                return  # the table does say where the others are
+            for address in list(left):
+                try:
+                    found = await who_is_at(self._environment, cluster_id, address)
+                except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ShardKVError) as error:
+                    self._log.debug("nobody of the cluster there yet", address=address, reason=str(error))
+                    continue
+                left.remove(address)
+                known = dict(self._address_book)
+                if found.node_id is None or found.node_id not in known or found.boot <= known[found.node_id].boot:
+                    continue  # it has told, or will tell, where it advertises itself, which may be written otherwise
+                if self._address_book.greeted(found.node_id, address, found.boot, found.start_token):
+                    self._apply_addresses()
+                    self._known_nodes.changed()
 
     def _on_stranger(self, node_id: NodeId, address: str, reason: str) -> None:
         self._log.error("somebody else is at a node's address", peer=node_id, address=address, reason=reason)

@@ -30,7 +30,7 @@ from shardkv.wire.frames import (
     compress_payload,
     encode_frame,
 )
-from shardkv.wire.handshake import Hello, Role
+from shardkv.wire.handshake import GREETING_BYTES_MAX, Hello, Role, Welcome
 from shardkv.wire.raft_codec import ReplicaNotice
 
 DIAL_SECONDS_MAX: Final = 2.0
@@ -116,6 +116,26 @@ class FrameStream:
         if not isinstance(message, list):
             raise ProtocolError("a part of a snapshot must be an array")
         return message
+
+
+async def who_is_at(environment: Environment, cluster_id: bytes, address: str) -> Welcome:
+    """Greet whoever listens at an address, of whom nothing is known, as a client would.
+
+    Raises OSError, trio.BrokenResourceError or ShardKVError.
+    """
+    stream: Stream | None = None
+    with environment.clock.deadline(DIAL_SECONDS_MAX):
+        stream = await environment.network.dial(address)
+    if stream is None:
+        raise TimeoutError(f"no answer from {address} within {DIAL_SECONDS_MAX:g} s")
+    connection = Connection(stream, clock=environment.clock)
+    try:
+        hello = Hello(Role.CLIENT, cluster_id=cluster_id)
+        decoder = FrameDecoder(GREETING_BYTES_MAX)
+        welcome, _ = await greet(connection, decoder, hello, clock=environment.clock, known_boots=KnownBoots())
+        return welcome
+    finally:
+        connection.close_now()
 
 
 class SnapshotDialler:

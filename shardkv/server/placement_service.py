@@ -78,7 +78,6 @@ class PlacementService:
         reporter: puts this node's heartbeats together.
         bytes_of: about how large a range is.
         on_nodes: called with each answer to a heartbeat, which may hold a newer node table.
-        data_path: lies on the disk whose free space is reported.
     """
 
     def __init__(
@@ -92,7 +91,6 @@ class PlacementService:
         on_nodes: Callable[[HeartbeatReply], None],
         address_book: AddressBook,
         cluster_id: bytes,
-        data_path: str,
         log: Any,
     ) -> None:
         self._driver = driver
@@ -104,7 +102,6 @@ class PlacementService:
         self._on_nodes = on_nodes
         self._address_book = address_book
         self._cluster_id = cluster_id
-        self._data_path = data_path
         self._log = log
         self.call: Call
         self.draining = False
@@ -256,7 +253,7 @@ class PlacementService:
         )
 
     def _capacity(self) -> Capacity:
-        return Capacity(disk_free_bytes=self._environment.disk.free_bytes(self._data_path))
+        return Capacity(disk_free_bytes=self._driver.space.free_bytes)
 
     # The leader's loop
 

@@ -5,6 +5,7 @@ import pytest
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId, ReplicaId
 from shardkv_placement import commands
 from shardkv_placement.controller import Controller, Propose
+from shardkv_placement.heartbeat import Capacity
 from shardkv_placement.operators import (
     UNALLOCATED,
     AddLearners,
@@ -190,6 +191,16 @@ def test_a_quiet_cluster_costs_no_new_view_of_its_ranges_and_no_scheduling() -> 
     assert cluster.view().ranges is not first.ranges
     assert cluster.view().ranges[PLACEMENT_RANGE] is first.ranges[PLACEMENT_RANGE]
     assert newest in cluster.view().ranges
+
+
+def test_a_disk_whose_free_space_changes_costs_no_new_view_of_the_ranges_and_no_scheduling() -> None:
+    """Whatever else is written to the nodes' disks changes it between any two heartbeats: the nodes' own logs do."""
+    cluster = grown()
+    before = cluster.view()
+    received = cluster.reporters[NodeId(2)].heartbeat(capacity=Capacity(disk_free_bytes=4096))
+    cluster.statistics.receive(cluster.group.state, received, cluster.now)
+    assert cluster.view().nodes[NodeId(2)].capacity.disk_free_bytes == 4096
+    assert cluster.view().ranges is before.ranges
 
 
 # --- Single decisions -------------------------------------------------------------------------------------------------

@@ -158,3 +158,18 @@ async def test_a_node_whose_file_of_known_nodes_is_gone_says_what_to_do(autojump
                     assert node.environment.disk.exists(peers)
             assert len(told) == 1
     assert not any("missing" in line for line in lines)
+
+
+async def test_nodes_whose_files_of_known_nodes_are_all_gone_look_into_the_table_that_they_hold(
+    autojump_clock: MockClock,
+) -> None:
+    """Each has a replica of the placement group, whose log tells where the others are; no majority has to say so."""
+    async with world(3) as cluster:
+        for node in cluster.nodes.values():
+            await node.kill()
+            node.environment.disk.unlink(f"{node.config.data}/{FILE_NAME}")
+            node.config = replace(node.config, join=(), bootstrap=False)
+        for node in cluster.nodes.values():
+            await node.start()
+        async with cluster.client() as kv:
+            await kv.put(b"k", b"v", timeout=30)

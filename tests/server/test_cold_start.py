@@ -14,6 +14,7 @@ from shardkv.errors import Busy, ConfigError
 from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.disk import Call
 from shardkv.simulation.network import SimulatedNetwork
+from shardkv.types import FIRST_RANGE
 from shardkv.wire.requests import Method, Request
 from shardkv_placement import commands
 
@@ -108,6 +109,31 @@ async def test_a_new_node_that_is_ready_is_in_what_the_cluster_says_of_itself(
                 assert states[node.name] == "live"
                 assert all(each["leader"] is not None for each in await kv.call(Method.RANGES))
                 assert node.name in [each[1] for each in await kv.call(Method.NODES)]
+
+
+@pytest.mark.parametrize("founds", [False, True])
+async def test_a_new_node_whose_first_start_came_to_nothing_is_ready_no_sooner(
+    autojump_clock: MockClock, founds: bool
+) -> None:
+    """Its address was in use, or nobody was there to join: it is as new at its second start."""
+    async with empty(*NODES) as cluster:
+        first, second, _ = cluster.nodes.values()
+        node = first if founds else second
+        node.crash_at_call(12)
+        node.start_soon()
+        await cluster.sleep(1.0)
+        if node.alive:
+            await node.kill()
+        await node.buried()
+        assert not node.composed
+        await first.start()
+        await node.start() if node is not first else None
+        async with cluster.client(node.name) as kv:
+            if founds:
+                replica = node.inside.catalog.replicas[FIRST_RANGE]
+                assert replica.raft.committed_in_term
+            states = {each["name"]: each["state"] for each in (await kv.call(Method.STATUS))["node_table"]}
+            assert states[node.name] == "live"
 
 
 async def test_a_cluster_that_is_just_being_made_does_not_describe_itself(autojump_clock: MockClock) -> None:

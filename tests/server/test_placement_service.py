@@ -76,7 +76,6 @@ class World:
             on_nodes=lambda reply: None,
             address_book=SimpleNamespace(),  # type: ignore[arg-type]
             cluster_id=b"c" * 16,
-            data_path="/data",
             log=log,
         )
         self.service.call = self._call
@@ -209,6 +208,20 @@ async def test_only_who_leads_reports_or_who_knows_of_no_leader(autojump_clock: 
         del world.replicas[12]
         await trio.sleep(0.1)
         assert world.reported == [11]
+
+
+async def test_a_heartbeat_asks_the_disk_for_nothing(autojump_clock: MockClock) -> None:
+    """A disk that does not answer would hold up the loop; and where the data directory is gone, whoever watches it says
+    what to do, and must not find the node ended by its heartbeat, which cannot."""
+
+    def gone(path: str) -> int:
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    async with running() as world:
+        world.service._environment.disk.free_bytes = gone  # type: ignore[method-assign]
+        before = len(world.beats)
+        await trio.sleep(2.0)
+        assert len(world.beats) > before
 
 
 async def test_many_changes_make_few_heartbeats(autojump_clock: MockClock) -> None:
