@@ -26,7 +26,8 @@ class Address(NamedTuple):
     def is_wildcard(self) -> bool:
         """Whether it means every interface, so that nobody can connect to it as it stands."""
         try:
-            return ip_address(self.host).is_unspecified
+            found = ip_address(self.host)
+            return (getattr(found, "ipv4_mapped", None) or found).is_unspecified
         except ValueError:
             return False
 

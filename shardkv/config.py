@@ -22,6 +22,10 @@ ENGINES: Final = ("rocksdb", "memory")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 NAME_CHARACTERS_MAX: Final = 64
 LABELS_MAX: Final = 32
+LABEL_BYTES_MAX: Final = 64
+"""Of a label's key, and of its value."""
+ADDRESS_BYTES_MAX: Final = 256
+"""Of these the placement group takes no more: it would refuse the node's start, which nobody but its debug log says."""
 
 _MIB: Final = 1024 * 1024
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -337,6 +341,8 @@ def _problem(setting: Setting, value: Any) -> str | None:
                     parse_address(address, port_zero=setting.kind is Kind.LISTEN_ADDRESS)
                 except ConfigError as problem:
                     return f"must be an address: {problem}"
+                if len(address.encode()) > ADDRESS_BYTES_MAX:
+                    return f"must be an address: {address[:40]!r}… is longer than {ADDRESS_BYTES_MAX} bytes"
         case Kind.LABELS:
             if len(value) > LABELS_MAX or len(dict(value)) != len(value):
                 return f"must be at most {LABELS_MAX} labels, each key once"
@@ -349,11 +355,18 @@ def _problem(setting: Setting, value: Any) -> str | None:
                         "must have a key of letters, digits, dots, dashes or underscores,"
                         f" starting with a letter or digit, not {key!r}"
                     )
-                if len(key) + len(text) > 2 * NAME_CHARACTERS_MAX:
-                    return f"must have at most {2 * NAME_CHARACTERS_MAX} characters in key and value, unlike {label!r}"
+                if not _is_unicode(text):
+                    return f"must be UTF-8, not {label!r}"
+                if len(key) > LABEL_BYTES_MAX or len(text.encode()) > LABEL_BYTES_MAX:
+                    return f"must have at most {LABEL_BYTES_MAX} bytes in its key, and in its value, unlike {label!r}"
         case Kind.SWITCH:
             pass
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Not so what the command line or the environment held in another encoding."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class Given(NamedTuple):
@@ -415,7 +428,12 @@ def _origins(message: str, given: Mapping[str, Given]) -> str:
 def _choose_first_start(given: dict[str, Given]) -> None:
     """``bootstrap`` and ``join`` are two answers to one question: the source of higher rank answers it."""
     bootstrap, join = given.get("bootstrap"), given.get("join")
-    if bootstrap and join and bootstrap.rank != join.rank and bootstrap.value not in (False, *_FALSE):
+    if not bootstrap or not join or bootstrap.rank == join.rank:
+        return
+    denied = str(bootstrap.value).lower() in _FALSE  # False among them
+    parts = [join.value] if isinstance(join.value, str) else join.value
+    nobody = isinstance(parts, Sequence) and not any(str(part).strip(" ,") for part in parts)
+    if not denied and not nobody:
         del given["join" if bootstrap.rank > join.rank else "bootstrap"]
 
 

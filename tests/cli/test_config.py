@@ -135,7 +135,7 @@ def test_the_file_in_the_quick_start_shows_every_setting_in_its_place() -> None:
         ({"label": ["=y"]}, {}, None, ["label", "no key in '=y'", "KEY=VALUE", "--label"]),
         ({"label": ["zone="]}, {}, None, ["label", "no value in 'zone='", "KEY=VALUE"]),
         ({"label": ["a b=c"]}, {}, None, ["label", "key of letters, digits", "not 'a b'"]),
-        ({"label": ["a=" + "b" * 128]}, {}, None, ["label", "at most 128 characters"]),
+        ({"label": ["a=" + "b" * 128]}, {}, None, ["label", "at most 64 bytes"]),
         ({"label": ["zone=a", "zone=b"]}, {}, None, ["label", "each key once"]),
         ({}, {}, "[label]\nzone = 3", ["label", "text", "label in node.toml"]),
         ({}, {"SHARDKV_BOOTSTRAP": "maybe"}, None, ["bootstrap", "true or false", "SHARDKV_BOOTSTRAP"]),
@@ -164,6 +164,19 @@ def test_a_flag_that_joins_overrides_a_bootstrap_from_the_file() -> None:
     config = load_node_config({**FLAGS, "bootstrap": True}, {"SHARDKV_JOIN": "h:1"})
     assert config.bootstrap
     assert config.join == ()
+
+
+@pytest.mark.parametrize("text", ["false", "False", "OFF"])
+def test_a_bootstrap_that_is_denied_overrides_no_join(text: str) -> None:
+    """However the denial is written: else the node has no answer to the question at all, and does not start."""
+    config = load_node_config(FLAGS, {"SHARDKV_BOOTSTRAP": text}, 'join = ["h:1"]', "f")
+    assert not config.bootstrap
+    assert config.join == ("h:1",)
+
+
+def test_a_join_that_names_nobody_overrides_no_bootstrap() -> None:
+    """As from a script whose variable is empty."""
+    assert load_node_config({**FLAGS, "join": ("",)}, {"SHARDKV_BOOTSTRAP": "1"}).bootstrap
 
 
 def test_a_dataclass_made_directly_is_checked_as_well() -> None:
