@@ -128,6 +128,33 @@ async def test_an_address_that_does_not_answer_leaves_time_for_the_next(
     assert tried == targets[: silent + 1]
 
 
+NO_FAMILY = 46
+"""No system knows it, as one without IPv6 knows nothing of that."""
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_addresses_of_a_kind_that_the_machine_has_not_are_passed_over(
+    network: RealNetwork, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """``localhost`` has an IPv6 address first, on machines, too, that know nothing of that."""
+
+    async def getaddrinfo(_host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        families = [NO_FAMILY, socket.AF_INET] if known else [NO_FAMILY]
+        return [(family, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port)) for family in families]
+
+    monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+    if known:
+        listener: Listener = await nursery.start(network.listen, "name:0", echo)
+        stream = await network.dial(listener.address)
+        stream.close_now()
+    else:
+        with pytest.raises(ConfigError, match="no address of its kind"):
+            await network.listen("name:0", echo)
+        with pytest.raises(OSError):
+            await network.dial("name:7001")
+    nursery.cancel_scope.cancel()
+
+
 async def test_dialling_where_nobody_listens_is_an_os_error(network: RealNetwork) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -1,6 +1,7 @@
 """The admin endpoint of a node of the real environment on loopback, asked over HTTP."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -268,6 +269,26 @@ async def test_an_address_that_is_not_ours_or_not_known_is_refused_with_advice()
     admin = serving.Admin(real_environment(), structlog.get_logger())
     with pytest.raises(ConfigError, match="no address of this machine"):
         await admin.run("192.0.2.1:0")
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_addresses_of_a_kind_that_the_machine_has_not_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """46 is one that no system knows, as one without IPv6 knows nothing of that."""
+
+    async def getaddrinfo(_host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        families = [46, socket.AF_INET] if known else [46]
+        return [(family, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port)) for family in families]
+
+    monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+    if known:
+        listening, address = await serving._bind("name:0")
+        listening.close()
+        assert address.startswith("127.0.0.1:")
+    else:
+        with pytest.raises(ConfigError, match="no address of its kind"):
+            await serving._bind("name:0")
 
 
 async def test_an_asker_who_takes_nothing_does_not_keep_the_node_from_stopping(monkeypatch: pytest.MonkeyPatch) -> None:

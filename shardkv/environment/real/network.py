@@ -220,7 +220,11 @@ class RealNetwork:
         found = await _resolve(host, port)
         problem: OSError | None = None
         for position, (family, kind, protocol, _, target) in enumerate(found, 1):
-            dialling = trio.socket.socket(family, kind, protocol)
+            try:
+                dialling = trio.socket.socket(family, kind, protocol)
+            except OSError as error:  # this machine has no such addresses, though a name may have one
+                problem = error
+                continue
             try:
                 if hasattr(socket, "TCP_USER_TIMEOUT"):
                     dialling.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
@@ -264,17 +268,23 @@ async def _bind(address: Address) -> socket.socket:
         found = await _resolve(address.host, address.port, socket.AI_PASSIVE)
     except OSError as error:
         raise ConfigError(f"cannot listen on {address}: the host {address.host} is not known ({error})") from error
-    family, kind, protocol, _, target = found[0]
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setblocking(False)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(target)
-        listening.listen(BACKLOG)
-    except OSError as error:
-        listening.close()
-        raise ConfigError(f"cannot listen on {address}: {_bind_advice(error, address)}") from error
-    return listening
+    problem: OSError | None = None
+    for family, kind, protocol, _, target in found:
+        try:
+            listening = socket.socket(family, kind, protocol)
+        except OSError as error:  # this machine has no such addresses, though a name may have one
+            problem = error
+            continue
+        try:
+            listening.setblocking(False)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(target)
+            listening.listen(BACKLOG)
+        except OSError as error:
+            listening.close()
+            raise ConfigError(f"cannot listen on {address}: {_bind_advice(error, address)}") from error
+        return listening
+    raise ConfigError(f"cannot listen on {address}: this machine has no address of its kind ({problem})")
 
 
 def _bind_advice(error: OSError, address: Address) -> str:

@@ -117,8 +117,7 @@ async def _bind(address: str) -> tuple[trio.socket.SocketType, str]:
         found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM, flags=trio.socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"the admin endpoint cannot listen on {address}: {host} is not known ({error})") from error
-    family, kind, protocol, _, target = found[0]
-    listening = trio.socket.socket(family, kind, protocol)
+    listening, target = _socket_for(found, address)
     try:
         listening.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
         if hasattr(trio.socket, "TCP_USER_TIMEOUT"):
@@ -134,6 +133,19 @@ async def _bind(address: str) -> tuple[trio.socket.SocketType, str]:
         listening.close()
         raise
     return listening, str(Address(*listening.getsockname()[:2]))
+
+
+def _socket_for(found: list[tuple[Any, ...]], address: str) -> tuple[trio.socket.SocketType, Any]:
+    """A socket for the first of these addresses that is of a kind which this machine has, and that address."""
+    problem: OSError | None = None
+    for family, kind, protocol, _, target in found:
+        try:
+            return trio.socket.socket(family, kind, protocol), target
+        except OSError as error:
+            problem = error
+    raise ConfigError(
+        f"the admin endpoint cannot listen on {address}: this machine has no address of its kind ({problem})"
+    )
 
 
 def _advice(error: OSError, port: int) -> str:
