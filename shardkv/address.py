@@ -29,6 +29,10 @@ class Address(NamedTuple):
             found = ip_address(self.host)
             return (getattr(found, "ipv4_mapped", None) or found).is_unspecified
         except ValueError:
+            pass
+        try:
+            return not any(int(part, 0) for part in self.host.split("."))  # "0", and "0x0", mean it, too
+        except ValueError:
             return False
 
 

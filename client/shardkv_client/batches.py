@@ -148,6 +148,7 @@ class PutMany:
     async def run(self, pairs: Pairs) -> int:
         """The count of pairs, all of them written. Raises as :meth:`end`."""
         problem = None
+        began = inf
         try:
             if isinstance(pairs, AsyncIterable):
                 async for pair in pairs:
@@ -171,6 +172,7 @@ class PutMany:
                     self._gathering.put_off(self._now() - began)
         except Exception as error:  # noqa: BLE001 - the caller's input may raise anything
             problem = error
+            self._gathering.put_off(max(0.0, self._now() - began))
         except BaseException:
             self.abandon()
             raise

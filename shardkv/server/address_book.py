@@ -57,9 +57,12 @@ class AddressBook:
             self._nodes[NodeId(int(node_id))] = KnownNode(str(name), str(address))
 
     def recovered(self, record: NodeRecord) -> None:
-        """What this node's own replica of the placement group says: perhaps old, and never older than nothing."""
+        """What this node's own replica of the placement group says: perhaps old, and never older than nothing.
+
+        Of two starts of one count it is right, as the table is: the group has agreed on one.
+        """
         known = self._nodes.get(record.node_id)
-        if known is None or known.boot < record.boot:
+        if known is None or known.boot < record.boot or (known.boot == record.boot and record.start_token):
             self._nodes[record.node_id] = KnownNode(record.name, record.address, record.boot, record.start_token)
 
     def table(self, entries: Iterable[NodeEntry]) -> None:

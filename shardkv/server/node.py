@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 
 YOUNG_SECONDS: Final = 600.0
 """A cluster that was made so lately gives way to one that has its only node's address."""
-AGREEMENT_SECONDS: Final = 2.0
-"""How long a start that others take for an old copy's may go on until the placement group agrees on it."""
 START_SECONDS: Final = 30.0
 """How long a connection waits for a node that is still starting."""
 LOOK_AGAIN_SECONDS: Final = 1.0
@@ -152,8 +150,6 @@ class _Node:
         self._serving = trio.Event()
         self._founded_ns: int | None = None
         """When this start made a cluster, if it did."""
-        self._refused_ns: int | None = None
-        """When another node first took this one for an old copy, if one did."""
         self._address_book = AddressBook()
         self._is_ready = trio.Event()
         self._is_new = False
@@ -613,6 +609,8 @@ class _Node:
                     self._log.debug("nobody of the cluster there yet", address=address, reason=str(error))
                     continue
                 left.remove(address)
+                if found.node_id == self._identity.node_id:
+                    continue  # itself, under another name; which of its starts is the newest, the table alone says
                 known = dict(self._address_book)
                 if found.node_id is None or found.node_id not in known or found.boot <= known[found.node_id].boot:
                     continue  # it has told, or will tell, where it advertises itself, which may be written otherwise
@@ -627,17 +625,13 @@ class _Node:
         """A node that has seen a newer start of this one refuses it. The placement group, which else says so, may not
         be there, and every start of this copy counts: in the end it would pass for the newest.
 
-        But the other may have heard a copy of this node before it heard this one. Once the group has agreed that this
-        start is the newest it will learn so, and has to wait for that a moment before a start is given up for good.
+        But where the group has agreed that this very start is the newest, the other has heard a copy first, and will
+        learn so.
         """
         mine = self._identity
         assert mine.node_id is not None, "dialled before the node has an id"
-        if self._address_book.start_of(mine.node_id) == (mine.boot, mine.start_token):
-            return
-        now_ns = self._environment.clock.monotonic_ns()
-        if self._refused_ns is None:
-            self._refused_ns = now_ns
-        if now_ns - self._refused_ns >= AGREEMENT_SECONDS * 1e9 and self._placement.fatal is None:
+        agreed = self._address_book.start_of(mine.node_id) == (mine.boot, mine.start_token)
+        if not agreed and self._placement.fatal is None:
             self._placement.fatal = error
             self._stop.set()
 

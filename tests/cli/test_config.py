@@ -226,3 +226,9 @@ def test_the_settings_that_a_cluster_can_be_founded_with_are_those_that_it_can_h
     assert getattr(RangesConfig(**{name: value}), name) == value
     chosen = "replication_factor" if name == "replicas" else name
     assert Settings().with_value(chosen, value).value(chosen) == value
+
+
+@pytest.mark.parametrize("host", ["0", "0x0", "0.0"])
+def test_another_writing_of_every_interface_is_not_advertised(host: str) -> None:
+    with pytest.raises(ConfigError, match="advertise"):
+        load_node_config({**FLAGS, "bootstrap": True, "advertise": f"{host}:7001"}, {})

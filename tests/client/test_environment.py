@@ -197,3 +197,20 @@ async def test_put_many_waits_for_an_input_that_pauses_once(autojump_clock, paus
     environment = VirtualEnvironment(FakeCluster(nodes=1))
     async with connect("n1:1", environment=environment) as kv:
         assert await kv.put_many(pairs(), timeout=timeout) == 1_500
+
+
+async def test_put_many_whose_input_pauses_and_fails_still_waits_for_what_is_out(autojump_clock):
+    """Only what was never sent is not known to be written."""
+
+    def pairs():
+        for number in range(256):
+            yield b"%04d" % number, b"v"
+        autojump_clock.jump(11.0)
+        raise OSError("the file is gone")
+
+    environment = VirtualEnvironment(FakeCluster(nodes=1))
+    async with connect("n1:1", environment=environment) as kv:
+        with pytest.raises(errors.BatchError) as caught:
+            await kv.put_many(pairs(), timeout=10.0)
+    assert caught.value.consumed == 256
+    assert not caught.value.failed

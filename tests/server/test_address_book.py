@@ -13,6 +13,7 @@ from shardkv.server.address_book import AddressBook, KnownNode
 from shardkv.server.known_nodes import FILE_NAME
 from shardkv.types import PLACEMENT_RANGE, NodeId
 from shardkv_placement.heartbeat import NodeEntry
+from shardkv_placement.state import NodeRecord
 from tests.server.world import PORT, world
 
 N1, N2 = NodeId(1), NodeId(2)
@@ -173,3 +174,13 @@ async def test_nodes_whose_files_of_known_nodes_are_all_gone_look_into_the_table
             await node.start()
         async with cluster.client() as kv:
             await kv.put(b"k", b"v", timeout=30)
+
+
+def test_of_two_starts_of_one_count_the_one_that_the_own_replica_has_agreed_on_counts() -> None:
+    """The other, which greeted this node, was a copy's: whoever believes it refuses the node itself."""
+    book = AddressBook()
+    book.joined([[3, "n3", "h:1"]])
+    assert book.greeted(NodeId(3), "copy:1", 7, b"c" * 16)
+    book.recovered(NodeRecord(NodeId(3), "n3", "h:1", b"d" * 16, (), boot=7, start_token=b"n" * 16))
+    assert book.start_of(NodeId(3)) == (7, b"n" * 16)
+    assert book.address_of(NodeId(3)) == "h:1"
