@@ -62,7 +62,7 @@ class Introduction:
         new: bool,
         log: Any,
     ) -> None:
-        """``new``: it was in this start that the directory became the node's."""
+        """``new``: it was in this start that the directory became the node's, or nobody has heard of one yet."""
         self._environment = environment
         self._catalog = catalog
         self._placement = placement

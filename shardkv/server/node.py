@@ -433,7 +433,8 @@ class _Node:
             identity=self._directory.identity,
             start_token=identity.start_token,
             address=self._address,
-            new=self._is_new,
+            # Who has joined, and died before it was introduced, has heard of none of its own starts.
+            new=self._is_new or self._address_book.start_of(identity.node_id) == (0, b""),
             log=self._log,
         )
         self._operations = Operations(

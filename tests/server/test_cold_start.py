@@ -250,3 +250,18 @@ async def test_a_node_that_is_told_to_stop_while_it_waits_to_join_stops_at_once_
         node.start_soon()
         await cluster.nodes["n1"].start()
         await node.ready.wait()
+
+
+async def test_a_node_that_joined_and_died_before_anybody_had_heard_of_it_is_ready_no_sooner(
+    autojump_clock: MockClock,
+) -> None:
+    """Its directory is a node's by then, but it never was in what the cluster says of itself."""
+    async with empty(*NODES) as cluster:
+        first, node, _ = cluster.nodes.values()
+        await first.start()
+        node.start_soon()
+        while not node.composed:
+            await cluster.sleep(0.0005)
+        await node.kill()
+        await node.start()
+        assert node.inside.placement.introduced(None)
