@@ -132,6 +132,20 @@ NO_FAMILY = 46
 """No system knows it, as one without IPv6 knows nothing of that."""
 
 
+async def test_a_name_is_listened_on_at_its_next_address_where_the_first_is_not_the_machines(
+    network: RealNetwork, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``::1`` is where IPv6 is switched off by a setting."""
+
+    async def getaddrinfo(_host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, port)) for host in ("192.0.2.1", "127.0.0.1")]
+
+    monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+    listener: Listener = await nursery.start(network.listen, "name:0", echo)
+    assert listener.address.startswith("127.0.0.1:")
+    nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("known", [True, False])
 async def test_addresses_of_a_kind_that_the_machine_has_not_are_passed_over(
     network: RealNetwork, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, known: bool

@@ -71,7 +71,7 @@ class Timers:
         self._used = False
 
     def live(self) -> list[Call]:
-        """Every call that is not done, the earliest deadline first."""
+        """Every call that is not done, the earliest deadline first, as it was when the call was made."""
         return [entry[2] for entry in sorted(self._deadlines) if not entry[2].done]
 
     def check(self) -> None:

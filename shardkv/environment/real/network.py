@@ -282,6 +282,8 @@ async def _bind(address: Address) -> socket.socket:
             listening.listen(BACKLOG)
         except OSError as error:
             listening.close()
+            if error.errno == errno.EADDRNOTAVAIL and target is not found[-1][-1]:
+                continue  # where the kind of addresses is switched off
             raise ConfigError(f"cannot listen on {address}: {_bind_advice(error, address)}") from error
         return listening
     raise ConfigError(f"cannot listen on {address}: this machine has no address of its kind ({problem})")
