@@ -126,6 +126,8 @@ class SimulatedNode:
         try:
             with self.scope:
                 await self._run_node()
+            if self.alive and environment is self.environment and not self.stop.is_set():
+                raise AssertionError(f"{self.name} ended by itself, and without an error")
         except Exception as error:
             if not self.alive or environment is not self.environment:
                 return  # What the remains of a crashed node say counts for nothing.

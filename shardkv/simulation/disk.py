@@ -198,7 +198,7 @@ class SimulatedFile:
         try:
             self._disk._count("sync", self._path)
         except StorageError:
-            self._inode.sync_failed = True
+            self._inode.forget()
             raise
         if not self._disk.fenced:
             self._settle()

@@ -7,6 +7,7 @@ history.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -77,7 +78,8 @@ async def _many(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, 
         raise Violation("errand-answered", f"put_many wrote {[*written]}, and get_many finds {[*found]}")
     if len(written) % SPLIT_EVERY == 0 and cluster.now < SPLITS_END_SECONDS:
         middle = keys[len(written) // 2]
-        await _quietly(kv.call(Method.SPLIT, middle, key=middle, timeout=SECONDS / 2))
+        with suppress(ShardKVError):
+            await kv.call(Method.SPLIT, middle, key=middle, timeout=SECONDS / 2)
     await kv.delete_range(prefix=prefix, timeout=SECONDS)
     found = await kv.get_many(keys, timeout=SECONDS)
     if found:
@@ -85,12 +87,15 @@ async def _many(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, 
 
 
 async def _large(cluster: Cluster, kv: Client, chance: determinism.SeededRandom, prefix: bytes) -> None:
-    key = prefix + b"large"
-    value = chance.choice([b"l", b"m", b"n"]) * chance.choice([20_000, 300_000, VALUE_BYTES_MAX])
-    await kv.put(key, value, timeout=SECONDS)
+    """A large value under a key of this errand alone: it is what was put, every byte of it."""
+    key = b"%cv-%015d" % (prefix[0], cluster.now * 1e9)
+    letter, size = chance.choice([b"l", b"m", b"n"]), chance.choice([20_000, 300_000, VALUE_BYTES_MAX])
+    value = b"".join(b"%07d" % number + letter * 1_000 for number in range(size // 1_000))[:size]
+    version = await kv.put(key, value, timeout=SECONDS)
     entry = await kv.get(key, timeout=SECONDS)
-    if entry is not None and len(entry.value) not in (20_000, 300_000, VALUE_BYTES_MAX):
-        raise Violation("errand-answered", f"{key!r} has {len(entry.value)} bytes")
+    if entry is None or (entry.value, entry.version) != (value, version):
+        found = "absent" if entry is None else f"{len(entry.value)} bytes at {entry.version}"
+        raise Violation("errand-answered", f"{key!r} was put with {size} bytes at {version}, and is {found}")
     await kv.delete(key, timeout=SECONDS)
 
 

@@ -12,6 +12,7 @@ import trio
 
 from shardkv.errors import Corruption, OutOfSpace, ShardKVError, StorageError
 from shardkv.simulation import determinism
+from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.simulation.disk import CAPACITY_BYTES, OPERATIONS, ChooseAtRandom
 from shardkv.simulation.sequences import SEQUENCES
@@ -28,6 +29,8 @@ CALLS_AHEAD_MAX: Final = 400
 """A crash at a numbered call comes within so many."""
 DOWN_SECONDS_MAX: Final = 4.0
 ADMIN_SECONDS: Final = 3.0
+ADMIN_SECONDS_MAX: Final = 3 * ADMIN_SECONDS
+"""Of two calls, one after the other, clocks that drift included."""
 FLIPPING_READS_MAX: Final = 12
 FLUSH_SECONDS_MAX: Final = 2.0
 FAIL_SECONDS_MAX: Final = 8.0
@@ -339,6 +342,14 @@ async def _step(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
 
 async def _admin(faults: Faults, what: str, where: float) -> None:
     cluster, key = faults.cluster, faults.keys()
+    began = cluster.now
+    with determinism.deadline_after(ADMIN_SECONDS_MAX):
+        await _asked(cluster, key, what, where)
+    if cluster.now - began >= ADMIN_SECONDS_MAX:
+        raise Violation("every-call-ends", f"a {what} at {key!r} has no answer {ADMIN_SECONDS_MAX:g} s later")
+
+
+async def _asked(cluster: Cluster, key: bytes, what: str, where: float) -> None:
     try:
         async with cluster.client() as kv:
             ((descriptor, _),) = await kv.call(Method.ROUTES, key, 1, timeout=ADMIN_SECONDS)

@@ -92,6 +92,14 @@ class Inode:
             self.durable.apply(change)
         self.unsynced.clear()
 
+    def forget(self) -> None:
+        """A sync has failed: what it should have written is given up by the system, and read by nobody any more."""
+        self.sync_failed = True
+        self.unsynced = [change for change in self.unsynced if change.data is None]
+        self.present = self.durable.copy()
+        for change in self.unsynced:
+            self.present.apply(change)
+
     def crash(self, spans: Callable[[Unsynced], Iterable[tuple[int, int]]]) -> None:
         """Of what is not synced, keep the ``spans`` of each change: of a write's bytes, any of a change of size."""
         for change in self.unsynced:

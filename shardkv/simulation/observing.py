@@ -60,6 +60,8 @@ class Observing:
         self._cluster = cluster
         self._read_to: dict[tuple[str, int, int], tuple[int, int]] = {}
         """Of each replica of each life of a node: the last entry that was looked at, and its term."""
+        self._committed_to: dict[tuple[str, int, int], int] = {}
+        """Likewise: the last entry that was seen to be committed, which may be long after it was looked at."""
         cluster.observers.append(self._attach)
         for node in cluster.nodes.values():
             if node.composed:
@@ -101,6 +103,12 @@ class Observing:
                         other = inside.catalog.replicas.get(range_id)
                         has_data = other is not None and (other.machine is not None or other.log.last_index() > 0)
                         self.voters.saw_vote(range_id, member.replica_id, has_data=has_data)
+
+    def starts(self) -> set[bytes]:
+        """Where the ranges of keys begin that nodes hold now."""
+        replicas = [replica for _, inside in self._running() for replica in inside.catalog.replicas.values()]
+        machines = [replica.machine for replica in replicas if replica.range_id != PLACEMENT_RANGE]
+        return {machine.descriptor.span.start for machine in machines if machine is not None}
 
     # Looks
 
@@ -165,11 +173,9 @@ class Observing:
             term, size, checksum = log.fingerprint(number)
             self.logs.saw_entry(range_id, number, term, Seen(size, checksum, previous), node.name)
             previous = term
-        for number in range(max(index, first), committed + 1):
+        for number in range(max(self._committed_to.get(key, 0) + 1, first), committed + 1):
             self.logs.saw_committed(range_id, number, log.term(number), node.name)
-        if committed >= first:
-            # What is committed now was perhaps looked at before it was.
-            self.logs.saw_committed(range_id, committed, log.term(committed), node.name)
+        self._committed_to[key] = committed
         if last >= first:
             self._read_to[key] = (last, log.term(last))
 

@@ -5,6 +5,7 @@ a function of its settings; nothing of the machine, the process or the time of d
 """
 
 import gc
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from shardkv.simulation.cluster import Cluster, SimulatedNode, simulated_cluster
 from shardkv.simulation.faults import KINDS, Faults
 from shardkv.simulation.observing import Observing, apart
 from shardkv.simulation.trace import Lines, Trace
-from shardkv.simulation.workload import CLIENTS, COUNTERS, LEDGERS, REGISTERS, WORKLOADS, Workload
+from shardkv.simulation.workload import CALL_SECONDS, CLIENTS, COUNTERS, LEDGERS, REGISTERS, WORKLOADS, Workload
 from shardkv_client import Client
 
 LIVENESS_SECONDS_MAX: Final = 10.0
@@ -108,6 +109,23 @@ class RunResult:
     """The faults, in words."""
 
 
+class _Complaints(logging.Handler):
+    """What clients say of bugs of their own: they go on without the connection, and callers hear nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.first: str | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.first is None:
+            error = record.exc_info[1] if record.exc_info else None
+            self.first = record.getMessage() + (f": {_described(error)}" if error is not None else "")
+
+    def check(self) -> None:
+        if self.first is not None:
+            raise Violation("client-bug", self.first)
+
+
 class Run:
     """One run under way."""
 
@@ -120,6 +138,7 @@ class Run:
         self.faults: Faults | None = None
         self.workload: Workload | None = None
         self.observing: Observing | None = None
+        self.complaints = _Complaints()
         self._slow_bytes_per_second: int | None = None
         """Of each snapshot on its way, while snapshots are slow."""
 
@@ -195,6 +214,7 @@ class Run:
         while not self.workload.stopped:
             await determinism.sleep(LOOK_SECONDS)
             looks += 1
+            self.complaints.check()
             if looks % DEEPER_LOOKS:
                 self.observing.look()
             else:
@@ -259,6 +279,11 @@ class Run:
             calls.append(partial(workload.increment, kv, key))
         for key in workload.keys("l", LEDGERS, generation):
             calls.append(partial(self._put_ledger, kv, key, value))
+        await self._all(calls, healed)
+        # Only now, for a range whose split nobody had applied yet may have been made by the writes before.
+        await self._all([partial(self._put_beside, kv, start + b"\0") for start in sorted(self._starts())], healed)
+
+    async def _all(self, calls: list[Callable[[], Awaitable[bool]]], healed: float) -> None:
         for call in calls:
             while not await call():
                 self._progress(healed)
@@ -271,6 +296,17 @@ class Run:
     async def _put_ledger(self, kv: Client, key: bytes, value: bytes) -> bool:
         assert self.workload is not None, "written to before there is a workload"
         return await self.workload.ledger_put(kv, key, b"%b %d" % (value, self.workload.calls))
+
+    def _starts(self) -> set[bytes]:
+        """Where ranges begin: most hold none of the keys that are in use now."""
+        assert self.observing is not None, "written to before anybody observes"
+        return self.observing.starts()
+
+    async def _put_beside(self, kv: Client, key: bytes) -> bool:
+        """A put of which nothing is judged but that it is answered."""
+        assert self.workload is not None, "written to before there is a workload"
+        how, _ = await self.workload.call("put", key, kv.put(key, b"after the faults", timeout=CALL_SECONDS))
+        return how == "ok"
 
     def _progress(self, healed: float) -> None:
         elapsed = determinism.now() - healed
@@ -295,6 +331,7 @@ class Run:
         await self._agree(cluster)
         observing.look_deeper()
         observing.check()
+        self.complaints.check()
         workload.judge(everything=True)
         workload.counters.check()
         workload.ledger.check()
@@ -352,6 +389,8 @@ def run(
     gc.collect()
     gc.freeze()
     gc.set_threshold(ALLOCATIONS_PER_COLLECTION)
+    clients = logging.getLogger("shardkv_client")
+    clients.addHandler(state.complaints)
     try:
         determinism.run_deterministically(state.main, seed=settings.seed)
     except BaseException as error:  # noqa: BLE001  # whatever else ended the run is what the run found
@@ -359,6 +398,7 @@ def run(
             raise interrupt from None
         violation = _reason(error)
     finally:
+        clients.removeHandler(state.complaints)
         gc.set_threshold(*thresholds)
         gc.unfreeze()
     workload, faults, observing = state.workload, state.faults, state.observing

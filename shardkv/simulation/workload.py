@@ -34,7 +34,10 @@ CLIENTS: Final = 6
 READERS: Final = 2
 """Of the clients. They never wait for a write that goes nowhere, so they see what a leader that is cut off answers."""
 CALL_SECONDS: Final = 3.0
-ERRAND_SECONDS: Final = 3 * CALL_SECONDS
+PAGE_SECONDS: Final = CALL_SECONDS / 4
+"""For each page of a scan."""
+ERRAND_SECONDS: Final = 40.0
+"""More than the timeouts of an errand's calls come to, one after the other: past it one of them hangs."""
 LATE_SECONDS: Final = 0.6
 """What a call may take beyond its timeout, clocks that drift included."""
 GENERATION_SECONDS: Final = 20.0
@@ -79,6 +82,8 @@ class Workload:
         """Of the registers that are not judged yet."""
         self.batches: dict[bytes, list[Operation]] = {}
         """Of the bulk keys that are not judged yet: what was put, and what scans showed."""
+        self.lasting: dict[bytes, tuple[Operation, ...]] = {}
+        """Of those that were judged: the writes of which one is what the key holds from then on; none: it is absent."""
         self.calls = self.answered = self.unknown = self.refused = self.judged = 0
         self.stopped = False
         self._seed = seed
@@ -189,14 +194,26 @@ class Workload:
         await self._register(kv, chance, Operation("put", self._value(chance)))
 
     async def _delete(self, kv: Client, chance: determinism.SeededRandom) -> None:
-        await self._register(kv, chance, Operation("delete"))
+        """Of a key, of a version of it that may be over, or of a span that holds no other."""
+        key = self.register(chance)
+        operations = (
+            Operation("delete"),
+            Operation("delete", None, self._version(key, chance)),
+            Operation("delete-range"),
+        )
+        await self.register_call(kv, key, chance.choice(operations))
 
     async def _cas(self, kv: Client, chance: determinism.SeededRandom) -> None:
         key = self.register(chance)
+        version = self._version(key, chance)
+        await self.register_call(kv, key, Operation("put", self._value(chance), version))
+
+    def _version(self, key: bytes, chance: determinism.SeededRandom) -> int:
+        """One that a register has had lately; 0 is an absent key's."""
         recent = self.histories.get(key, [])[-8:]
         known = [each.outcome.result for each in recent if each.kind == "put" and each.outcome and each.outcome.result]
-        version = chance.choice([0, *known])
-        await self.register_call(kv, key, Operation("put", self._value(chance), version))
+        version: int = chance.choice([0, *known])
+        return version
 
     def judge(self, *, everything: bool = False) -> None:
         """Look for an order of the calls of every register and bulk key whose generation is over, and forget them."""
@@ -208,6 +225,7 @@ class Workload:
                 continue
             history = histories.pop(key)
             self.judged += len(history)
+            self.lasting[key] = _lasting(history)
             result = check(history, REGISTER)
             if result.verdict is not Verdict.LINEARIZABLE:
                 raise Violation(
@@ -251,8 +269,10 @@ class Workload:
         self.ledger.called(key, value)
         how, version = await self.call("ledger-put", key, kv.put(key, value, timeout=CALL_SECONDS))
         if how == "ok":
-            self.ledger.acknowledged(key, version, value, floor)
+            self.ledger.acknowledged(key, version, value, floor, kv)
             self.staleness.known(key, version, self.cluster.now)
+        elif how == "unknown":
+            self.ledger.unknown(key, value, kv)
         return how == "ok"
 
     async def _ledger_get(self, kv: Client, chance: determinism.SeededRandom) -> None:
@@ -282,24 +302,23 @@ class Workload:
 
     async def stale(self, kv: Client, keys: list[bytes], age_max: float | None, *, scan: bool) -> bool:
         ages: list[float] = []
+        options: dict[str, Any] = {"consistency": "stale", "max_age": age_max}
 
-        async def collect() -> dict[bytes, Any]:
-            how: dict[str, Any] = {"consistency": "stale", "max_age": age_max, "on_age": ages.append}
-            how["timeout"] = CALL_SECONDS
-            if not scan and len(keys) > 1:
-                return await kv.get_many(keys, **how)
-            found = {}
+        async def walk(page: Callable[[float], object]) -> dict[bytes, Any]:
+            found: dict[bytes, Any] = {}
             for key in keys:
-                if not scan:
-                    found[key] = await kv.get(key, **how)
-                    continue
                 # The largest age holds for every page, counted from before the first.
-                async with kv.scan(prefix=key, **how) as entries:
+                async with kv.scan(prefix=key, on_age=page, timeout=PAGE_SECONDS, **options) as entries:
                     found |= {entry.key: entry async for entry in entries}
             return found
 
+        async def collect() -> dict[bytes, Any]:
+            if len(keys) > 1:
+                return await kv.get_many(keys, on_age=ages.append, timeout=CALL_SECONDS, **options)
+            return {key: await kv.get(key, on_age=ages.append, timeout=CALL_SECONDS, **options) for key in keys}
+
         called = self.cluster.now
-        how, found = await self.call("stale", len(keys), self._bounded(collect))
+        how, found = await self.call("stale", len(keys), self._paged(walk, ages) if scan else collect())
         if how != "ok":
             return False
         for key in keys:
@@ -331,7 +350,9 @@ class Workload:
         generation = chance.randint(max(0, self.generation - 1), self.generation)
         keys = self.keys("l", LEDGERS, generation)
         floors = {key: self.ledger.floor(key) for key in keys}
-        how, found = await self.call("many", len(keys), kv.get_many(keys, timeout=CALL_SECONDS))
+        consistency = "follower" if chance.random() < 0.3 else "linearizable"
+        call = kv.get_many(keys, consistency=consistency, timeout=CALL_SECONDS)
+        how, found = await self.call("many", len(keys), call)
         if how == "ok":
             for key in keys:
                 self._seen(key, found.get(key), floors[key])
@@ -341,27 +362,32 @@ class Workload:
         await self.scan(kv, limit, reverse=chance.random() < 0.3, near=chance.random() < 0.3)
 
     async def scan(self, kv: Client, limit: int | None, *, reverse: bool = False, near: bool = False) -> bool:
-        """Strict order, nothing twice, every ledger key that was acknowledged before it began, and bulk keys as they
-        can be at a moment of the scan; of followers no less than of leaders."""
+        """Strict order, nothing twice, no more than was asked for, every ledger key that was acknowledged before it
+        began, what was counted by then, and registers and bulk keys as they can be at a moment of the scan; of
+        followers no less than of leaders."""
         called = self.cluster.now
         floors = {key: self.ledger.floor(key) for key in self.ledger.keys}
+        counted = {key: self.counters.floor(key) for key in self.counters.keys}
+        lasting = list(self.lasting)
 
-        async def collect() -> list[Any]:
+        async def walk(page: Callable[[float], object]) -> list[Any]:
             found = []
             consistency = "follower" if near else "linearizable"
             async with kv.scan(
-                limit=limit, reverse=reverse, consistency=consistency, timeout=CALL_SECONDS / 4
+                limit=limit, reverse=reverse, consistency=consistency, on_age=page, timeout=PAGE_SECONDS
             ) as entries:
                 async for entry in entries:
                     found.append(entry)
             return found
 
-        how, entries = await self.call("scan", limit, self._bounded(collect))
+        how, entries = await self.call("scan", limit, self._paged(walk, []))
         if how != "ok":
             return False
         keys = [entry.key for entry in entries]
         if any(one >= two for one, two in pairwise(keys[::-1] if reverse else keys)):
             raise Violation("scan-order", f"a scan in {'reverse' if reverse else 'order'} gave {keys}")
+        if limit is not None and len(keys) > limit:
+            raise Violation("scan-order", f"a scan of {limit} keys at most gave {len(keys)}")
         whole = limit is None or len(keys) < limit
 
         def covered(key: bytes) -> bool:
@@ -371,11 +397,17 @@ class Workload:
         for key, floor in floors.items():
             if covered(key):
                 self._seen(key, found.get(key), floor)
-        for key, history in self.batches.items():
+        for key, floor in counted.items():
+            if covered(key):
+                self.counters.saw_total(key, int(found[key].value) if key in found else 0, floor)
+        for key, history in (*self.histories.items(), *self.batches.items()):
             if covered(key):
                 entry = found.get(key)
                 outcome = Outcome((entry.value, entry.version) if entry is not None else None)
                 history.append(Operation("get", called=called, returned=self.cluster.now, outcome=outcome, key=key))
+        for key in lasting:
+            if covered(key) and not _may_last(self.lasting[key], found.get(key)):
+                raise Violation("linearizability", f"{key!r}: is {found.get(key)}, long after {self.lasting[key]}")
         return True
 
     async def _errand(self, kv: Client, chance: determinism.SeededRandom) -> None:
@@ -383,14 +415,42 @@ class Workload:
         began = self.cluster.now
         with determinism.deadline_after(ERRAND_SECONDS):
             await errands.run(self.cluster, kv, chance, self.generation)
-        if self.cluster.now - began > ERRAND_SECONDS + LATE_SECONDS:
+        if self.cluster.now - began >= ERRAND_SECONDS:
             raise Violation("every-call-ends", f"an errand took {self.cluster.now - began:.2f} s")
 
-    async def _bounded(self, function: Callable[[], Awaitable[Any]]) -> Any:
-        """A scan's timeout is for each page; here it is given up as a whole like any other call."""
+    async def _paged(self, walk: Callable[[Callable[[float], object]], Awaitable[Any]], ages: list[float]) -> Any:
+        """A scan's timeout is for each page, of which ``walk`` tells the ages; here it is given up as a whole like any
+        other call, and may be in the middle of a page then, but not of one that is late."""
+        answered = self.cluster.now
+
+        def page(age: float) -> None:
+            nonlocal answered
+            answered = self.cluster.now
+            ages.append(age)
+
         with determinism.deadline_after(CALL_SECONDS):
-            return await function()
+            return await walk(page)
+        silent = self.cluster.now - answered
+        if silent > PAGE_SECONDS + LATE_SECONDS:
+            raise Violation("every-call-ends", f"the next page of a scan has not come {silent:.2f} s later")
         raise Unavailable("the scan took too long")
+
+
+def _lasting(history: list[Operation]) -> tuple[Operation, ...]:
+    """The writes that no other write certainly came after."""
+    writes = [
+        each for each in history if each.kind != "get" and (each.outcome is None or each.outcome.mismatch is None)
+    ]
+    latest = max((each.called for each in writes if each.outcome is not None), default=0.0)
+    return tuple(each for each in writes if each.returned >= latest)
+
+
+def _may_last(lasting: tuple[Operation, ...], entry: Any) -> bool:
+    """Whether a key may be found so, that was written last by any one of these."""
+    if entry is None:
+        return any(each.kind != "put" for each in lasting) or all(each.outcome is None for each in lasting)
+    puts = [each for each in lasting if each.kind == "put" and each.argument == entry.value]
+    return any(each.outcome is None or each.outcome.result in (None, entry.version) for each in puts)
 
 
 def _check(kv: Client) -> None:
@@ -411,6 +471,8 @@ async def _perform(kv: Client, key: bytes, operation: Operation, near: bool) -> 
         case "get":
             return await kv.get(key, consistency="follower" if near else "linearizable", timeout=CALL_SECONDS)
         case "delete":
-            return await kv.delete(key, timeout=CALL_SECONDS)
+            return await kv.delete(key, if_version=operation.if_version, timeout=CALL_SECONDS)
+        case "delete-range":
+            return await kv.delete_range(key, key + b"\0", timeout=CALL_SECONDS)
         case _:
             return await kv.put(key, operation.argument, if_version=operation.if_version, timeout=CALL_SECONDS)

@@ -61,6 +61,15 @@ def test_a_conditional_write_on_a_version_that_nobody_told_is_held_to_what_was_t
         assert linearizable([put(b"a", 10, 0, 1), put(b"b", None, 2), conditional]) is possible
 
 
+def test_what_a_conditional_write_found_is_below_every_later_version() -> None:
+    """The put whose answer was lost had version 100, says who replaced or deleted it."""
+    for version in (50, 100, 101):
+        replaced = Operation("put", b"b", 100, called=2, returned=3, outcome=Outcome(version))
+        assert linearizable([put(b"a", None, 0), replaced]) is (version > 100)
+        deleted = Operation("delete", None, 100, called=2, returned=3, outcome=Outcome(True))
+        assert linearizable([put(b"a", None, 0), deleted, put(b"b", version, 4, 5)]) is (version > 100)
+
+
 def test_a_lost_write_is_found_and_one_of_unknown_outcome_may_be_lost_or_late() -> None:
     assert not linearizable([put(b"a", 1, 0, 1), get(None, 2, 3)])
     assert linearizable([put(b"a", None, 0), get(None, 2, 3)])
@@ -172,7 +181,7 @@ def histories(draw: st.DrawFn) -> list[Operation]:
     for client in range(draw(st.integers(1, 6))):
         called = draw(st.integers(0, 8))
         returned: float = called + draw(st.integers(0, 6))
-        kind = draw(st.sampled_from(["get", "put", "put", "delete", "increment", "cas"]))
+        kind = draw(st.sampled_from(["get", "put", "put", "delete", "delete-range", "increment", "cas"]))
         value, version = draw(st.sampled_from([b"1", b"2"])), draw(st.integers(1, 4))
         operation = Operation("put" if kind == "cas" else kind, called=called, returned=returned, client=client)
         if kind == "get":
@@ -188,6 +197,7 @@ def histories(draw: st.DrawFn) -> list[Operation]:
                 "put": Outcome(version),
                 "cas": draw(st.sampled_from([Outcome(version), Outcome(mismatch=version)])),
                 "delete": Outcome(draw(st.booleans())),
+                "delete-range": Outcome(),
                 "increment": Outcome(draw(st.integers(1, 3))),
             }
             operation.outcome = draw(st.sampled_from([None, answers[kind], answers[kind]]))
@@ -195,6 +205,15 @@ def histories(draw: st.DrawFn) -> list[Operation]:
                 operation.returned = inf
         found.append(operation)
     return found
+
+
+def test_a_delete_without_an_answer_may_come_behind_a_write_that_it_overlaps() -> None:
+    """Where the key is absent before, it leaves that so, and is not to be taken early for that."""
+    put = Operation("put", b"v", called=2.0, returned=3.0, outcome=Outcome(5))
+    for after, possible in ((None, True), ((b"v", 5), True), ((b"w", 6), False)):
+        got = Operation("get", called=5.0, returned=6.0, outcome=Outcome(after))
+        delete = Operation("delete-range", called=1.0, returned=4.0, outcome=Outcome())
+        assert linearizable([delete, put, got]) == possible
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

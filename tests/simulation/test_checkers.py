@@ -1,6 +1,9 @@
 """Each checker takes a right history and refuses a wrong one: a rule that cannot fail proves nothing."""
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,7 @@ from shardkv.simulation.checkers.sessions import SessionsBounded
 from shardkv.simulation.checkers.staleness import NoOlderThanSaid
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.checkers.voters import VotersHaveData
+from shardkv.simulation.observing import Observing
 from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX
 
 
@@ -72,6 +76,29 @@ def test_a_committed_entry_is_never_another() -> None:
     logs.saw_committed(1, 11, 5, "n1")
     logs.saw_committed(1, 11, 5, "n2")
     assert_refused(lambda: logs.saw_committed(1, 11, 6, "n3"), "log-matching")
+
+
+def test_an_entry_that_is_committed_after_it_was_looked_at_is_one_that_was_committed() -> None:
+    """Two replicas commit entries 10 and 11 of different terms, and never stand at the same commit index when somebody
+    looks."""
+    observing: Any = Observing.__new__(Observing)
+    observing.logs, observing._read_to, observing._committed_to = LogMatching(), {}, {}
+    for name, term, commits in (("n1", 3, (9, 11)), ("n2", 4, (9, 12))):
+        for commit in commits:
+            log = SimpleNamespace(
+                first_index=lambda: 1,
+                last_index=lambda: 12,
+                term=lambda index, term=term: 2 if index < 10 else term,
+                fingerprint=lambda index, term=term: (2 if index < 10 else term, 1, 1),
+                hard_state=SimpleNamespace(commit=commit),
+            )
+            look = partial(
+                observing._see_log, SimpleNamespace(name=name, starts=1), 1, SimpleNamespace(log=log, replica_id=term)
+            )
+            if commit == 12:
+                assert_refused(look, "log-matching")
+            else:
+                look()
 
 
 def test_terms_never_fall_along_the_committed_log() -> None:
@@ -142,6 +169,30 @@ def test_an_increment_that_is_counted_twice_is_seen_by_the_next() -> None:
     assert_refused(lambda: counters.answered(b"n", counters.called(b"n"), 3), "exactly-once")
 
 
+def test_an_increment_that_is_counted_twice_is_not_hidden_by_a_later_one_of_unknown_outcome() -> None:
+    """Others are under way all the while, so that no more is counted at any moment than was called."""
+    counters = ExactlyOnce()
+    counters.answered(b"n", counters.called(b"n"), 1)
+    slow, twice = counters.called(b"n"), counters.called(b"n")
+    counters.answered(b"n", twice, 3)
+    later = counters.called(b"n")
+    counters.answered(b"n", slow, 4)
+    counters.unknown(b"n", later)
+    counters.saw_total(b"n", 4, counters.floor(b"n"))
+    assert_refused(counters.check, "exactly-once")
+
+
+def test_an_increment_of_unknown_outcome_counts_for_what_was_answered_after_its_call() -> None:
+    counters = ExactlyOnce()
+    doubtful = counters.called(b"n")
+    counters.answered(b"n", counters.called(b"n"), 2)
+    counters.unknown(b"n", doubtful)
+    counters.answered(b"n", counters.called(b"n"), 3)
+    counters.called(b"n")  # still under way
+    counters.saw_total(b"n", 4)
+    counters.check()
+
+
 def test_an_increment_that_was_refused_counts_for_nothing() -> None:
     counters = ExactlyOnce()
     counters.refused(b"n", counters.called(b"n"))
@@ -185,6 +236,21 @@ def test_a_put_of_unknown_outcome_shows_what_was_put_and_shows_it_once() -> None
     assert_refused(lambda: ledger.read(b"k", 11, b"w", 9), "no-write-lost")
     assert_refused(lambda: ledger.read(b"k", 11, b"x", 9), "no-write-lost")
     assert_refused(lambda: ledger.acknowledged(b"k", 11, b"v", 9), "no-write-lost")
+
+
+def test_a_put_of_unknown_outcome_comes_before_the_next_one_of_its_client_or_never() -> None:
+    """What the client's guide promises to whoever must know; another client's put settles nothing."""
+    for settles, early in (("one", False), ("two", False), ("one", True)):
+        ledger = NoWriteLost()
+        ledger.called(b"k", b"doubtful")
+        ledger.unknown(b"k", b"doubtful", "one")
+        ledger.called(b"k", b"next")
+        ledger.acknowledged(b"k", 7, b"next", 0, settles)
+        late = partial(ledger.read, b"k", 5 if early else 9, b"doubtful", 0)
+        if settles == "one" and not early:
+            assert_refused(late, "no-write-lost")
+        else:
+            late()
 
 
 def test_a_session_stays_within_its_window_and_its_age() -> None:

@@ -245,6 +245,22 @@ def test_after_a_failed_sync_no_later_sync_counts() -> None:
     assert after_crash(disk) == {"/data/f": b"old"}
 
 
+def test_what_a_failed_sync_should_have_written_is_not_there_for_the_next_process() -> None:
+    """The real disk has the system drop it: else the next start would read it, and no sync would write it."""
+    disk = disk_with("/data/f", b"old")
+    file = disk.open("/data/f")
+    file.pwrite(b"new and more", 0)
+    disk.fail("sync", StorageError("input/output error"))
+    with pytest.raises(StorageError, match="input/output"):
+        file.sync()
+    assert file.pread(99, 0) == b"old"
+    disk.kill()
+    again = disk.restart()
+    assert again.files() == {"/data/f": b"old"}
+    again.open("/data/f").sync()
+    assert after_crash(again) == {"/data/f": b"old"}
+
+
 def test_a_full_disk_refuses_growth_and_takes_overwrites() -> None:
     disk = disk_with("/data/f", b"12345")
     file = disk.open("/data/f")

@@ -1,6 +1,8 @@
 """Whole runs: a small fixed swarm, that equal seeds are equal runs, and that a swarm resumes where it stopped."""
 
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -15,7 +17,14 @@ import pytest
 import trio
 from click.testing import CliRunner
 
+from shardkv.config import NodeConfig
+from shardkv.errors import Busy
+from shardkv.machine import execution, reads
+from shardkv.machine.envelope import FORMAT, pack_head
+from shardkv.machine.keys import USER_PREFIX
+from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
+from shardkv.simulation import cluster as cluster_module
 from shardkv.simulation import determinism, run_deterministically, scheduler, simulated_cluster
 from shardkv.simulation import swarm as swarm_module
 from shardkv.simulation.checkers.violation import Violation
@@ -27,6 +36,11 @@ from shardkv.simulation.swarm import SwarmFileError, SwarmSettings, load, swarm
 from shardkv.simulation.workload import WORKLOADS, Workload
 from shardkv.storage.wal import Wal
 from shardkv.types import RangeId
+from shardkv.wire.commands import Op
+from shardkv.wire.requests import Method
+from shardkv_client import Client
+from shardkv_client.core import Core, Link
+from shardkv_client.scan import Scan
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -99,6 +113,146 @@ def test_a_violation_is_the_runs_result(monkeypatch: pytest.MonkeyPatch) -> None
     assert result.violation is not None
     assert "a-rule: it does not hold" in result.violation
     assert result.history[-1].split()[1] == "drop"
+
+
+def test_a_bug_of_a_client_that_its_callers_do_not_see_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client logs it, gives the connection up, and asks again through another."""
+    original = Core.link_bytes
+    received = itertools.count(1)
+
+    def link_bytes(core: Core, link: Link, data: bytes, now: float) -> None:
+        assert next(received) % 60, "a mistake"
+        original(core, link, data, now)
+
+    monkeypatch.setattr(Core, "link_bytes", link_bytes)
+    result = run(RunSettings(1, minutes=0.1, faults=()))
+    assert result.violation is not None
+    assert result.violation.startswith("Violation: client-bug: the connection to n")
+    assert "AssertionError: a mistake" in result.violation
+
+
+HANGING: dict[str, tuple[type, str, str]] = {
+    # Whose method it is and how it is called, and the workload that calls it.
+    "a range delete": (Client, "delete_range", "errands"),
+    "a page of a scan": (Scan, "_fetch", "bulk"),
+    "a stale read": (Client, "get_many", "stale"),
+}
+
+
+@pytest.mark.parametrize("what", HANGING)
+def test_a_call_that_hangs_until_its_caller_gives_up_is_a_violation(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call ends by its own timeout; that whoever made it gives it up some day is no answer."""
+    owner, method, workload = HANGING[what]
+
+    async def hang(*arguments: object, **options: object) -> None:
+        await determinism.hang()
+
+    monkeypatch.setattr(owner, method, hang)
+    result = run(RunSettings(1, minutes=0.1, rate=40, workload=workload, faults=()))
+    assert result.violation is not None
+    assert result.violation.startswith("Violation: every-call-ends: ")
+
+
+def test_a_range_that_takes_no_writes_is_a_violation_though_no_key_in_use_lies_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its reads are answered. All but the range of the first keys refuse what is written after the last fault."""
+    healing: list[Faults] = []
+    heal_for_good, propose_writes = Faults.heal_for_good, Driver._propose_writes
+
+    async def healed(faults: Faults) -> None:
+        async with faults.cluster.client() as kv:
+            await kv.call(Method.SPLIT, b"zz", key=b"zz")
+        await heal_for_good(faults)
+        healing.append(faults)
+
+    def refuse(driver: Driver, replica: Replica) -> None:
+        if healing and replica.machine is not None and replica.machine.descriptor.span.contains(b"zzz"):
+            for group in replica.take_waiting():
+                group.requester.refuse(group.request_id, Busy("asleep"))
+        else:
+            propose_writes(driver, replica)
+
+    monkeypatch.setattr(Faults, "heal_for_good", healed)
+    monkeypatch.setattr(Driver, "_propose_writes", refuse)
+    result = run(RunSettings(1, minutes=0.05, workload="ledger", faults=()))
+    assert result.violation is not None
+    assert result.violation.startswith("Violation: liveness: writes do not all go on")
+
+
+def test_a_large_value_that_is_not_what_was_put_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    execute = execution._General._execute
+
+    def damaged(general: Any, command: list[Any]) -> tuple[int, int]:
+        """A byte of each large value is another before it is written."""
+        if command[0] == Op.PUT and len(command[6]) > 16_000:
+            command = [*command[:6], command[6][:8_000] + b"?" + command[6][8_001:], *command[7:]]
+        return execute(general, command)
+
+    monkeypatch.setattr(execution._General, "_execute", damaged)
+    for shortcut in "_run_plain_put", "_run_plain_puts":
+        monkeypatch.setattr(execution, shortcut, lambda *arguments: None)
+    result = run(RunSettings(1, minutes=0.1, rate=40, workload="errands", faults=()))
+    assert result.violation is not None
+    assert result.violation.startswith("Violation: errand-answered: ")
+
+
+def test_a_node_that_ends_without_being_told_to_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody starts it again before some fault hits it; from then on it is as if that had ended it."""
+    original = cluster_module.run_node
+
+    async def run_node(config: NodeConfig, *arguments: Any, **how: Any) -> None:
+        early = config.name == "n2" and 3 < trio.current_time() < 10
+        with trio.move_on_after(0.5 if early else math.inf):
+            await original(config, *arguments, **how)
+
+    monkeypatch.setattr(cluster_module, "run_node", run_node)
+    result = run(RunSettings(4, minutes=0.2, faults=("kill", "transfer")))
+    assert result.violation is not None
+    assert result.violation.startswith("AssertionError: n2 ended by itself")
+
+
+@pytest.mark.parametrize("family, checker", [(b"r", "linearizability"), (b"c", "exactly-once")])
+def test_a_scan_that_shows_a_key_as_it_was_once_is_a_violation(
+    family: bytes, checker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, first = reads.scan_page, dict[bytes, list[Any]]()
+
+    def old(*arguments: Any) -> tuple[list[Any], bool]:
+        found, more = page(*arguments)
+        for place in range(0, len(found), 3):
+            if found[place][1:2] == family:
+                found[place : place + 3] = first.setdefault(found[place], found[place : place + 3])
+        return found, more
+
+    monkeypatch.setattr(reads, "scan_page", old)
+    result = run(RunSettings(1, minutes=0.1, rate=40, faults=()))
+    assert result.violation is not None
+    assert result.violation.startswith(f"Violation: {checker}: ")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_becomes_of_a_register_after_it_was_judged_is_seen_by_scans(
+    lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was deleted is there again, or one that was put is gone, long after anybody touched it."""
+    judge = Workload.judge
+
+    def judged(workload: Workload, *, everything: bool = False) -> None:
+        before = set(workload.lasting)
+        judge(workload, everything=everything)
+        for key in sorted(set(workload.lasting) - before):
+            for node in workload.cluster.nodes.values() if not everything else ():
+                envelope = node.engine.get(USER_PREFIX + key)
+                if lost and envelope is not None:
+                    node.engine._data.pop(USER_PREFIX + key)
+                elif not lost and envelope is None:
+                    node.engine._data[USER_PREFIX + key] = pack_head(FORMAT, 7) + b"again"
+
+    monkeypatch.setattr(Workload, "judge", judged)
+    result = run(RunSettings(1, minutes=0.6, rate=10, workload="mixed", faults=()))
+    assert result.violation is not None
+    assert result.violation.startswith("Violation: linearizability: ")
 
 
 def test_a_last_read_of_a_register_that_fails_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 For keys that are put and never deleted. A key's version grows with every write of it (DESIGN 4.4), so a read that was
 called after a put had been answered must show that version or a higher one; a version has one value for ever, and a
-value, which is put once, one version; and no value comes from nowhere.
+value, which is put once, one version; and no value comes from nowhere. A put of unknown outcome is settled by the next
+answered one of the same client, which has one call under way at a time: it came before that, or never will.
 """
 
 from typing import Any
@@ -18,6 +19,10 @@ class NoWriteLost:
         self._values: dict[Any, dict[int, Any]] = {}
         self._versions: dict[Any, dict[Any, int | None]] = {}
         """Of each value that was ever put, the version it was seen with."""
+        self._doubtful: dict[tuple[Any, Any], list[Any]] = {}
+        """Of a key and a client: the values of its puts of unknown outcome."""
+        self._settled: dict[Any, dict[Any, int]] = {}
+        """Of such values: the version of the put that settled them."""
 
     @property
     def keys(self) -> list[Any]:
@@ -34,8 +39,15 @@ class NoWriteLost:
         assert value not in versions, f"{key!r} is given {value!r} twice"
         versions[value] = None
 
-    def acknowledged(self, key: Any, version: int, value: Any, floor: int) -> None:
+    def unknown(self, key: Any, value: Any, client: Any) -> None:
+        """A put may have happened, or may yet."""
+        self._doubtful.setdefault((key, client), []).append(value)
+
+    def acknowledged(self, key: Any, version: int, value: Any, floor: int, client: Any = None) -> None:
         """A put was answered; ``floor`` is what :meth:`floor` said before it was called."""
+        for doubtful in self._doubtful.pop((key, client), ()):
+            self._settled.setdefault(key, {})[doubtful] = version
+            self._check_settled(key, doubtful, self._versions[key][doubtful] or 0)
         if version <= floor:
             raise Violation(self.name, f"{key!r}: a put got version {version}, after {floor} had been acknowledged")
         self._one_value(key, version, value)
@@ -60,6 +72,12 @@ class NoWriteLost:
         if before not in (None, version):
             raise Violation(self.name, f"{key!r}: {value!r} was put once, and is version {before} and {version}")
         versions[value] = version
+        self._check_settled(key, value, version)
+
+    def _check_settled(self, key: Any, value: Any, version: int) -> None:
+        by = self._settled.get(key, {}).get(value, version)
+        if version > by:
+            raise Violation(self.name, f"{key!r}: {value!r} was settled by version {by}, and is version {version}")
 
     def check(self) -> None:
         """Nothing is left to judge: the last reads of a run are told as all others."""

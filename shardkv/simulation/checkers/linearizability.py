@@ -77,6 +77,10 @@ class Model(Protocol[State]):
     def changes(self, operation: Operation) -> bool:
         """Whether it may change the state. One that cannot, and has no answer, says nothing and is left out."""
 
+    def tells(self, operation: Operation) -> bool:
+        """Whether its answer tells if it has changed the state. One that has not is taken as early as it fits."""
+        return True
+
     def states_after(self, operations: Iterable[Operation]) -> frozenset[State] | None:
         """Every state that any of these may leave behind, done or not and in whatever order, the initial one too.
 
@@ -108,9 +112,11 @@ ABSENT: Final = Register()
 
 
 class VersionedRegister(Model[Register]):
-    """A key of this database: ``get``, ``put``, ``delete`` and ``increment``, with or without ``if_version``.
+    """A key of this database: ``get``, ``put``, ``delete``, ``delete-range`` and ``increment``, with or without
+    ``if_version``.
 
-    Answers are a get's ``(value, version)`` or None, a put's version, a delete's ``was there``, an increment's total.
+    Answers are a get's ``(value, version)`` or None, a put's version, a delete's ``was there``, an increment's total,
+    and nothing for a range's delete.
     Versions are the database's to choose; a write whose answer was lost leaves one that a later answer names.
     """
 
@@ -131,10 +137,15 @@ class VersionedRegister(Model[Register]):
                 return _mismatch(state, operation.if_version, outcome.mismatch)
             if not _may_have(state, operation.if_version):
                 return None if outcome is not None else state
+            if state.version is None:
+                state = state._replace(above=max(state.above, operation.if_version))
         return _write(state, operation, outcome)
 
     def changes(self, operation: Operation) -> bool:
         return operation.kind != "get"
+
+    def tells(self, operation: Operation) -> bool:
+        return operation.kind != "delete-range"
 
     def states_after(self, operations: Iterable[Operation]) -> frozenset[Register] | None:
         found = {self._initial}
@@ -145,7 +156,7 @@ class VersionedRegister(Model[Register]):
             if operation.kind == "put":
                 version = None if outcome is None else outcome.result
                 found.add(Register(operation.argument, version, version or 0))
-            elif operation.kind == "delete":
+            elif operation.kind in ("delete", "delete-range"):
                 found.add(ABSENT)
             elif operation.kind == "increment":
                 if outcome is None:
@@ -201,8 +212,8 @@ def _write(state: Register, operation: Operation, outcome: Outcome | None) -> Re
         if version is None:
             return Register(operation.argument, None, state.above)
         return Register(operation.argument, version, version) if version > state.above else None
-    if operation.kind == "delete":
-        if outcome is not None and outcome.result != (state.value is not None):
+    if operation.kind in ("delete", "delete-range"):
+        if outcome is not None and operation.kind == "delete" and outcome.result != (state.value is not None):
             return None
         return state if state.value is None else Register(None, 0, state.above)
     assert operation.kind == "increment", operation.kind
@@ -399,7 +410,7 @@ class _Search:
                     unknown.add(each.alike)
                     found.append((node, after))
             elif after is not None:
-                if after == state:
+                if after == state and self._model.tells(each):
                     return [(node, after)]
                 found.append((node, after))
             node = following[node]

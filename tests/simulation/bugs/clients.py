@@ -7,6 +7,7 @@ from shardkv.machine import reads
 from shardkv.multiraft import replica as replica_module
 from shardkv.multiraft.driver import Driver
 from shardkv.server import requests
+from shardkv.wire.requests import Consistency, Method
 from shardkv_client.core import answers, engine
 from shardkv_client.core.calls import WriteCall
 from shardkv_client.core.ledger import Ledger
@@ -84,6 +85,21 @@ def range_delete_ends_with_the_range() -> Patches:
     return [patch.object(engine, "next_start", lambda call: None)]
 
 
+def followers_answer_many_keys_at_once() -> Patches:
+    """Without a read index: that is asked for when a single key is read."""
+    original = requests.Requests._read
+
+    def read(self: Any, requester: Any, request: Any, consistency: int, serve: Any, *arguments: Any) -> None:
+        replica = self._replica(request)
+        several = request.method == Method.GET and len(request.arguments[1]) > 1
+        if several and consistency == Consistency.FOLLOWER and not replica.leads:
+            requester.offer(request.id, serve(replica))
+        else:
+            original(self, requester, request, consistency, serve, *arguments)
+
+    return [patch.object(requests.Requests, "_read", read)]
+
+
 def small_pages() -> Patches:
     return [patch.object(requests, "SCAN_PAGE_ENTRIES_MAX", 5)]
 
@@ -141,6 +157,14 @@ BUGS = (
         1,
         workload="ledger",
         tuning=small_pages,
+    ),
+    Bug(
+        "many-keys-from-a-follower",
+        "a follower's reads are linearizable, however many keys are asked for (DESIGN 2.3)",
+        followers_answer_many_keys_at_once,
+        ("slow", "slow-disk"),
+        1,
+        workload="bulk",
     ),
     Bug(
         "range-delete-ends-early",

@@ -82,6 +82,31 @@ def settled_commands_are_new() -> Patches:
     ]
 
 
+# Conditions and spans
+
+
+def deletes_on_any_condition() -> Patches:
+    original = execution._General._execute
+
+    def execute(general: Any, command: list[Any]) -> tuple[int, int]:
+        if command[0] == execution._DELETE:
+            command = [*command[:6], None, *command[7:]]
+        return original(general, command)
+
+    return [patch.object(execution._General, "_execute", execute)]
+
+
+def range_deletes_that_delete_nothing() -> Patches:
+    original = execution._General._execute
+
+    def execute(general: Any, command: list[Any]) -> tuple[int, int]:
+        if command[0] == execution._DELETE_RANGE:
+            return execution.BOOLEAN, 1
+        return original(general, command)
+
+    return [patch.object(execution._General, "_execute", execute)]
+
+
 # Applying
 
 
@@ -481,6 +506,22 @@ BUGS = (
         install_without_a_new_log,
         ("lag", "flush", "kill"),
         1,
+    ),
+    Bug(
+        "delete-on-any-condition",
+        "a conditional delete looks at the version (DESIGN 2.3)",
+        deletes_on_any_condition,
+        ("transfer",),
+        1,
+        workload="registers",
+    ),
+    Bug(
+        "range-delete-deletes-nothing",
+        "delete_range deletes every key of its span (DESIGN 2.3)",
+        range_deletes_that_delete_nothing,
+        ("transfer",),
+        1,
+        workload="registers",
     ),
     Bug("no-fsync", "nothing is said before it is synced (trap 10)", no_fsync, _POWER, 1),
     Bug(
