@@ -118,17 +118,22 @@ class FrameStream:
         return message
 
 
-async def who_is_at(environment: Environment, cluster_id: bytes, address: str) -> Welcome:
-    """Greet whoever listens at an address, of whom nothing is known, as a client would.
-
-    Raises OSError, trio.BrokenResourceError or ShardKVError.
-    """
+async def _connect(environment: Environment, address: str) -> Connection:
+    """Raises OSError."""
     stream: Stream | None = None
     with environment.clock.deadline(DIAL_SECONDS_MAX):
         stream = await environment.network.dial(address)
     if stream is None:
         raise TimeoutError(f"no answer from {address} within {DIAL_SECONDS_MAX:g} s")
-    connection = Connection(stream, clock=environment.clock)
+    return Connection(stream, clock=environment.clock)
+
+
+async def who_is_at(environment: Environment, cluster_id: bytes, address: str) -> Welcome:
+    """Greet whoever listens at an address, of whom nothing is known, as a client would.
+
+    Raises OSError, trio.BrokenResourceError or ShardKVError.
+    """
+    connection = await _connect(environment, address)
     try:
         hello = Hello(Role.CLIENT, cluster_id=cluster_id)
         decoder = FrameDecoder(GREETING_BYTES_MAX)
@@ -159,12 +164,7 @@ class SnapshotDialler:
         if address is None:
             raise OSError(f"the address of node {node_id} is not known")
         environment = self._environment
-        stream: Stream | None = None
-        with environment.clock.deadline(DIAL_SECONDS_MAX):
-            stream = await environment.network.dial(address)
-        if stream is None:
-            raise TimeoutError(f"no answer from {address} within {DIAL_SECONDS_MAX:g} s")
-        connection = Connection(stream, clock=environment.clock)
+        connection = await _connect(environment, address)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.run_writer)

@@ -205,6 +205,14 @@ def test_a_range_whose_known_replicas_are_all_gone_is_looked_up_again():
     assert call.error is None
 
 
+def cut_off(node):
+    """From the others, not from clients: it answers lookups by what it knows now, whatever becomes of that."""
+    up_to_date, remembered = node._handle, {}
+    for method, arguments in ((Method.ROUTES, [b"k", 256]), (Method.NODES, [])):
+        remembered[method] = up_to_date(Request(0, method, 0, 0, 0, arguments))
+    node._handle = lambda request: remembered.get(request.method) or up_to_date(request)
+
+
 @pytest.mark.parametrize("moved_to", [[2, 4, 5], [4, 5]], ids=["one stays", "all are new"])
 @pytest.mark.parametrize("new_nodes", [False, True])
 def test_a_node_that_is_cut_off_from_the_others_does_not_keep_a_client_with_what_it_knew(moved_to, new_nodes):
@@ -213,11 +221,7 @@ def test_a_node_that_is_cut_off_from_the_others_does_not_keep_a_client_with_what
     world.cluster.move(b"", [1, 2, 3], leader=2)
     added = {number: world.cluster.nodes.pop(number) for number in (4, 5)} if new_nodes else {}
     world.run(world.put(b"k", b"v"))
-    cut_off = world.cluster.nodes[1]
-    up_to_date, remembered = cut_off._handle, {}
-    for method, arguments in ((Method.ROUTES, [b"k", 256]), (Method.NODES, [])):
-        remembered[method] = up_to_date(Request(0, method, 0, 0, 0, arguments))
-    cut_off._handle = lambda request: remembered.get(request.method) or up_to_date(request)
+    cut_off(world.cluster.nodes[1])
     world.cluster.nodes |= added
     world.cluster.move(b"", moved_to, leader=5)
     world.run(world.put(b"k", b"w", timeout=10.0))
@@ -230,11 +234,7 @@ def test_what_a_cut_off_node_lists_does_not_make_a_client_forget_a_node_that_ser
     world.cluster.move(b"", [1, 2, 3], leader=2)
     added = {number: world.cluster.nodes.pop(number) for number in (4, 5)}
     world.run(world.put(b"k", b"v"))
-    cut_off = world.cluster.nodes[1]
-    up_to_date, remembered = cut_off._handle, {}
-    for method, arguments in ((Method.ROUTES, [b"k", 256]), (Method.NODES, [])):
-        remembered[method] = up_to_date(Request(0, method, 0, 0, 0, arguments))
-    cut_off._handle = lambda request: remembered.get(request.method) or up_to_date(request)
+    cut_off(world.cluster.nodes[1])
     world.cluster.nodes |= added
     world.cluster.move(b"", [4, 5], leader=5)
     world.run(world.put(b"k", b"w"))

@@ -174,6 +174,7 @@ async def test_nodes_whose_files_of_known_nodes_are_all_gone_look_into_the_table
             await node.start()
         async with cluster.client() as kv:
             await kv.put(b"k", b"v", timeout=30)
+            assert {node.id for node in await kv.nodes()} == {1, 2, 3}
 
 
 def test_of_two_starts_of_one_count_the_one_that_the_own_replica_has_agreed_on_counts() -> None:
