@@ -23,6 +23,7 @@ from shardkv.simulation import determinism
 from shardkv.simulation.disk import CAPACITY_BYTES, CrashChooser, SimulatedDisk
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
 from shardkv.simulation.network import SimulatedNetwork
+from shardkv.simulation.scheduler import Process
 from shardkv.simulation.trace import Trace
 from shardkv.storage.engine import Engine, WriteBatch
 from shardkv.storage.memory import MemoryEngine
@@ -68,10 +69,15 @@ class SimulatedNode:
         """Somebody works on its disk: it is not started meanwhile."""
         self._buried = True
         self._inside: Inside | None = None
+        self._process = Process()
 
     @property
     def address(self) -> str:
         return self.config.listen
+
+    @property
+    def paused(self) -> bool:
+        return self._process.suspended
 
     @property
     def serving(self) -> bool:
@@ -120,9 +126,11 @@ class SimulatedNode:
         self.error = None
         self.starts += 1
         self._inside = None
-        self.cluster.nursery.start_soon(self._run, self.environment)
+        self._process = Process()
+        self.cluster.nursery.start_soon(self._run, self.environment, self._process)
 
-    async def _run(self, environment: SimulatedEnvironment) -> None:
+    async def _run(self, environment: SimulatedEnvironment, process: Process) -> None:
+        process.run_here()
         try:
             with self.scope:
                 await self._run_node()
@@ -163,10 +171,24 @@ class SimulatedNode:
         with trio_deadline(2 * FORMING_SECONDS, f"{self.name} neither served nor failed"):
             await self._run_node()
 
+    # Pausing
+
+    def pause(self) -> None:
+        """SIGSTOP: until :meth:`resume` it does nothing; its clocks go on, and its system takes what is sent to it.
+
+        To a node that is down, or paused, nothing happens.
+        """
+        if self.alive:
+            self._process.suspend()
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._process.resume()
+
     # Ending
 
     async def shut_down(self) -> None:
-        """SIGTERM."""
+        """SIGTERM. One that is paused ends once it is resumed."""
         self.stop.set()
         with trio_deadline(FORMING_SECONDS, f"{self.name} did not stop"):
             await self.ended.wait()
@@ -218,6 +240,7 @@ class SimulatedNode:
             self.environment.kill()
         self.engine = self.engine.crash(kept_batches)
         self.scope.cancel()
+        self.resume()
 
     async def buried(self) -> None:
         """Wait until nothing of a node that was told to die runs any more; then it can be started again.
@@ -344,10 +367,12 @@ class Cluster:
         self.network.partition(*groups)
 
     def heal(self) -> None:
-        """Every link works as it did at the start, no disk stalls, fills or lies, every clock is right."""
+        """Every link works as it did at the start, no disk stalls, fills or lies, no node is paused, every clock is
+        right."""
         self.network.heal()
         self.network.restore_links()
         for node in self.nodes.values():
+            node.resume()
             node.environment.calls.disarm()
             disk, clock = node.environment.disk, node.environment.clock
             disk.resume()
@@ -512,6 +537,7 @@ async def simulated_cluster(
                 # Whoever would have ended a stall may be cancelled; a log that is being closed waits for its disk.
                 for node in cluster.nodes.values():
                     node.environment.disk.resume()
+                    node.resume()
             nursery.cancel_scope.cancel()
     finally:
         if not configured:

@@ -34,6 +34,7 @@ ADMIN_SECONDS_MAX: Final = 3 * ADMIN_SECONDS
 FLIPPING_READS_MAX: Final = 12
 FLUSH_SECONDS_MAX: Final = 2.0
 FAIL_SECONDS_MAX: Final = 8.0
+PAUSE_SECONDS: Final = (0.05, 0.5, 2.0, 6.0)
 
 Fault = Callable[["Faults", SimulatedNode, SimulatedNode], Awaitable[None]]
 
@@ -241,6 +242,22 @@ async def _stop(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
     faults.soon(faults.restart_later, one)
 
 
+async def _pause(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
+    """A node does nothing for a while, as under SIGSTOP, or on a machine that has no processor for it."""
+    if one.paused:
+        return
+    one.pause()
+    seconds = faults.chance.choice(PAUSE_SECONDS) * faults.chance.random()
+    starts = one.starts
+
+    async def resume() -> None:
+        await determinism.sleep(seconds)
+        if one.starts == starts:
+            one.resume()
+
+    faults.soon(resume)
+
+
 async def _everything(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
     """The power of the whole place goes, once in a while."""
     if faults.chance.random() < 0.8:
@@ -375,7 +392,7 @@ async def _transfer(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> N
 async def _flush(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
     """Engines are flushed and logs compacted: who is behind needs a snapshot now."""
     for node in faults.cluster.nodes.values():
-        if node.serving:
+        if node.serving and not node.paused:
             faults.soon(flush_one, node)
 
 
@@ -404,6 +421,7 @@ KINDS: Final[dict[str, Fault]] = {
     "power": _power,
     "call": _call,
     "stop": _stop,
+    "pause": _pause,
     "everything": _everything,
     "stall": _stall,
     "full": _full,

@@ -10,6 +10,7 @@ for each; a simulated second is made of some hundred steps, and a tenth of its c
 import random  # noqa: TID251  # seeded here and in ``determinism``, and only there
 from collections.abc import Awaitable, Callable, Generator, Iterator, MutableSequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from math import inf
 from typing import Any, Final, Protocol
 
@@ -78,6 +79,61 @@ class _WaitTaskRescheduled:
 
     def __init__(self, abort_func: Callable[[Any], Any]) -> None:
         self.abort_func = abort_func
+
+
+class Process:
+    """The tasks of one simulated process: what :meth:`run_here` made of one task, and every task that comes from it.
+
+    While it is suspended none of them takes a step; whatever wakes them, or cancels them, is kept for later. Time goes
+    on, and so does all that is not a task: what comes to its sockets waits there.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Any] | None = None
+        """Its tasks that would have run since it was suspended, in that order; None while it runs."""
+
+    @property
+    def suspended(self) -> bool:
+        return self._held is not None
+
+    def run_here(self) -> None:
+        """The task that calls this belongs to the process, and so does every task that it starts from now on."""
+        _process.set(self)
+
+    def suspend(self) -> None:
+        """From the next round on. Does nothing to one that is suspended."""
+        assert _trio.unrolled_run is _run_to_end, "trio's own loop suspends nobody"
+        if self._held is None:
+            self._held = []
+            _suspended.add(self)
+
+    def resume(self) -> None:
+        """Its tasks run in the next round. Does nothing to one that runs."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            _suspended.discard(self)
+            _trio.GLOBAL_RUN_CONTEXT.runner.runq.extend(held)
+
+    def hold(self, task: Any) -> None:
+        assert self._held is not None, "a task is held of a process that runs"
+        self._held.append(task)
+
+
+_process: ContextVar[Process | None] = ContextVar("process", default=None)
+_suspended: set[Process] = set()
+"""Of the run under way."""
+
+
+def _without_held(tasks: list[Any]) -> list[Any]:
+    """Of the tasks that are to run in this round those of processes that are not suspended."""
+    batch: list[Any] = []
+    for task in tasks:
+        process = task.context.get(_process)
+        if process is not None and process.suspended:
+            process.hold(task)
+        else:
+            batch.append(task)
+    return batch
 
 
 def _reschedule(runner: Any, task: Any, next_send: Any = _NOTHING) -> None:
@@ -151,6 +207,8 @@ def _rounds(runner: Any, clock: Clock) -> Generator[float, Any, None]:
             # Sorted before it is shuffled: the order is arbitrary, and repeats.
             batch.sort(key=_age)
             order.shuffle(batch)
+        if _suspended:
+            batch = _without_held(batch)
         while batch:
             step(runner, batch.pop())
 
@@ -227,6 +285,7 @@ def quickened(seed: str) -> Iterator[None]:
         (_traps, "WaitTaskRescheduled", _WaitTaskRescheduled),
     )
     before = [getattr(owner, name) for owner, name, _ in replaced]
+    _suspended.clear()
     for owner, name, ours in replaced:
         setattr(owner, name, ours)
     try:

@@ -38,6 +38,9 @@ CATCHING_UP_SECONDS: Final = 1.5
 LATE_SECONDS_MAX: Final = 4.0
 """Of what clients have sent; they give a connection up that is silent for 1.5 s."""
 USURPING_SECONDS: Final = 2.5
+SLEEPING_SECONDS_MAX: Final = 2.5
+WAKING_SECONDS_MAX: Final = 0.6
+"""After others have come to lead; clients give a node up that is silent for 1.5 s."""
 TURNING_SECONDS: Final = 2.5
 HANDING_OVER_SECONDS: Final = 0.05
 ASKING_SECONDS: Final = 0.0002
@@ -97,21 +100,27 @@ def _reconnect(faults: "Faults", node: SimulatedNode) -> None:
         network.unblock(name, node.name)
 
 
-async def _divide_clients(faults: "Faults", node: SimulatedNode, seconds: float) -> None:
-    """Once another node leads, too, some clients of this one lose their connections and find the other; the rest
-    stay: what is written there and read here shows who answers without a right to. Takes ``seconds`` in all."""
-    end = determinism.now() + seconds
+def _rivalled(faults: "Faults", node: SimulatedNode) -> Callable[[], bool]:
+    """Whether by then another node leads, too, what this one leads now."""
     mine = {range_id for range_id, (_, leader) in _leaders(faults).items() if leader is node}
+    return lambda: any((_leader(faults, each) or (0, node))[1] is not node for each in mine)
 
-    def divided() -> bool:
-        return any((_leader(faults, each) or (0, node))[1] is not node for each in mine)
 
-    await determinism.until(divided, end, NOTICING_SECONDS)
+def _send_clients_away(faults: "Faults", node: SimulatedNode) -> None:
+    """Some of a node's clients, drawn, lose their connections."""
     network = faults.cluster.network
     ends = [each for each in network.streams.values() if each.incoming.source == node.name]
     for name in dict.fromkeys(each.incoming.target for each in ends):
         if name.startswith("client") and faults.chance.random() < 0.5:
             network.drop(node.name, name)
+
+
+async def _divide_clients(faults: "Faults", node: SimulatedNode, seconds: float) -> None:
+    """Once another node leads, too, some clients of this one lose their connections and find the other; the rest
+    stay: what is written there and read here shows who answers without a right to. Takes ``seconds`` in all."""
+    end = determinism.now() + seconds
+    await determinism.until(_rivalled(faults, node), end, NOTICING_SECONDS)
+    _send_clients_away(faults, node)
     await determinism.sleep(end - determinism.now())
 
 
@@ -202,6 +211,20 @@ async def _usurp(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> No
             node.start_soon()
     await _divide_clients(faults, leader, faults.chance.uniform(0.2, 0.8))
     _reconnect(faults, leader)
+
+
+async def _sleeper(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
+    """A leader sleeps until others lead, and wakes amid the requests of clients that have not heard of them."""
+    leader = _leading(faults)
+    if leader is None or leader.paused:
+        return
+    starts, rivalled = leader.starts, _rivalled(faults, leader)
+    leader.pause()
+    await determinism.until(rivalled, determinism.now() + SLEEPING_SECONDS_MAX, NOTICING_SECONDS)
+    _send_clients_away(faults, leader)
+    await determinism.sleep(faults.chance.uniform(0, WAKING_SECONDS_MAX))
+    if leader.starts == starts:
+        leader.resume()
 
 
 async def _relay(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
@@ -535,6 +558,7 @@ SEQUENCES: Final[dict[str, Callable[["Faults", SimulatedNode, SimulatedNode], Aw
     "blink": _blink,
     "depose": _depose,
     "usurp": _usurp,
+    "sleeper": _sleeper,
     "relay": _relay,
     "turncoat": _turncoat,
     "amnesia": _amnesia,

@@ -197,11 +197,74 @@ def test_healing_takes_every_fault_back() -> None:
             disk.on_read = lambda path, found: b""
             clock.set_drift(0.01)
             clock.wall_offset_ms = 100
+            node.pause()
             cluster.heal()
+            assert not node.paused
             assert link == Link()
             assert (clock.drift, clock.wall_offset_ms, disk.on_read, disk.stalled) == (0, 0, None, False)
             assert disk.free_bytes("/") > 1 << 30
             await kv.put(b"k", b"v")
+
+    run_deterministically(main, seed=1)
+
+
+def test_a_leader_that_was_paused_answers_what_waited_for_it_by_the_state_of_now() -> None:
+    """A read that was sent to it after others had come to lead, and had taken a write, sees that write."""
+
+    async def main() -> None:
+        async with simulated_cluster(3, seed=1) as cluster, cluster.client() as first, cluster.client() as second:
+            await first.put(b"k", b"old")
+            assert await second.get(b"k") is not None
+            leader = await cluster.leader_of(first, b"k")
+            leader.pause()
+            assert leader.paused
+            await cluster.sleep(0.1)
+            applied = leader.inside.driver.statistics().entries_applied
+            cluster.network.drop(leader.name, "client2")
+            await first.put(b"k", b"new")
+            assert (await cluster.leader_of(first, b"k")) is not leader
+            assert leader.inside.driver.statistics().entries_applied == applied
+            found: list[bytes | None] = []
+
+            async def read() -> None:
+                entry = await second.get(b"k")
+                found.append(entry and entry.value)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await cluster.sleep(0.2)
+                assert not found
+                leader.resume()
+            assert found == [b"new"]
+
+    run_deterministically(main, seed=1)
+
+
+@pytest.mark.parametrize("power", [False, True])
+def test_a_paused_node_dies_like_any_other(power: bool) -> None:
+    async def main() -> None:
+        async with simulated_cluster(3, seed=1) as cluster, cluster.client() as kv:
+            node = cluster.nodes["n2"]
+            node.pause()
+            await cluster.sleep(1)
+            await (node.power_off() if power else node.kill())
+            assert not node.paused
+            await node.start()
+            await kv.put(b"k", b"v")
+
+    run_deterministically(main, seed=1)
+
+
+def test_a_paused_node_stops_once_it_goes_on() -> None:
+    async def main() -> None:
+        async with simulated_cluster(3, seed=1) as cluster, trio.open_nursery() as nursery:
+            node = cluster.nodes["n2"]
+            node.pause()
+            nursery.start_soon(node.shut_down)
+            await cluster.sleep(2)
+            assert node.alive
+            node.resume()
+            await node.ended.wait()
 
     run_deterministically(main, seed=1)
 

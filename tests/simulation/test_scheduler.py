@@ -171,3 +171,67 @@ def test_trio_has_its_own_loop_again_after_a_run() -> None:
     before = parts()
     run_deterministically(sleeps_and_events, [], seed=1)
     assert parts() == before
+
+
+def test_a_suspended_process_takes_no_step_while_time_and_others_go_on() -> None:
+    steps: list[tuple[float, str]] = []
+
+    async def ticks(name: str) -> None:
+        while True:
+            steps.append((round(trio.current_time(), 3), name))
+            await determinism.sleep(1)
+
+    async def main() -> None:
+        process = scheduler.Process()
+
+        async def program() -> None:
+            process.run_here()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ticks, "child")
+                with trio.move_on_after(2.5):
+                    await trio.sleep_forever()
+                steps.append((trio.current_time(), "deadline"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(program)
+            nursery.start_soon(ticks, "other")
+            await determinism.sleep(1.5)
+            process.suspend()
+            process.suspend()
+            assert process.suspended
+            await determinism.sleep(2)
+            process.resume()
+            process.resume()
+            assert not process.suspended
+            await determinism.sleep(1.2)
+            nursery.cancel_scope.cancel()
+
+    run_deterministically(main, seed=1)
+    assert [at for at, name in steps if name == "other"] == [0, 1, 2, 3, 4]
+    assert [at for at, name in steps if name == "child"] == [0, 1, 3.5, 4.5]
+    assert [at for at, name in steps if name == "deadline"] == [3.5]
+
+
+def test_a_process_that_is_cancelled_while_it_is_suspended_ends_once_it_goes_on() -> None:
+    async def main() -> None:
+        process = scheduler.Process()
+        scope = trio.CancelScope()
+        ended: list[float] = []
+
+        async def program() -> None:
+            process.run_here()
+            with scope:
+                await trio.sleep_forever()
+            ended.append(trio.current_time())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(program)
+            await determinism.sleep(1)
+            process.suspend()
+            scope.cancel()
+            await determinism.sleep(1)
+            assert not ended
+            process.resume()
+        assert ended == [2]
+
+    run_deterministically(main, seed=1)

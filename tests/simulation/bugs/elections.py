@@ -161,6 +161,15 @@ def lease_without_end() -> Patches:
     return [patch.object(lease, "valid", valid)]
 
 
+def lease_by_an_old_look() -> Patches:
+    original = lease.valid
+
+    def valid(raft: Raft, now: int) -> bool:
+        return original(raft, raft.now)
+
+    return [patch.object(lease, "valid", valid)]
+
+
 def lease_through_a_transfer() -> Patches:
     def send_timeout_now(raft: Raft, to: int) -> None:
         raft.send(Message(MessageType.TIMEOUT_NOW, to))
@@ -271,6 +280,15 @@ BUGS = (
         lease_without_end,
         _SPLIT_BRAINS,
         1,
+        workload="registers",
+        rate=100,
+    ),
+    Bug(
+        "lease-by-an-old-look",
+        "the clock is read after the request came, also by a process that slept meanwhile (trap 7)",
+        lease_by_an_old_look,
+        ("sleeper",),
+        58,
         workload="registers",
         rate=100,
     ),
