@@ -60,18 +60,21 @@ class Extension(Protocol):
 class SplitResult:
     """A split as the left half applied it. The caller must call :meth:`keep` or :meth:`drop`, in the same batch."""
 
-    __slots__ = ("left", "machine", "right")
+    __slots__ = ("_sessions", "left", "machine", "right")
 
-    def __init__(self, left: RangeDescriptor, right: RangeDescriptor, machine: "RangeMachine") -> None:
+    def __init__(
+        self, left: RangeDescriptor, right: RangeDescriptor, machine: "RangeMachine", sessions: Sequence[bytes]
+    ) -> None:
         self.left = left
         self.right = right
         self.machine = machine
         """The right half's, with the sessions of both (trap 12)."""
+        self._sessions = sessions
 
     def keep(self, batch: WriteBatch) -> None:
         """This node's replica of the right half begins with this state."""
         batch.delete_range(*keys.system_span(self.right.range_id))
-        self.machine.write(batch)
+        self.machine.write(batch, self._sessions)
 
     def drop(self, batch: WriteBatch) -> None:
         """This node's replica of the right half is gone, or newer, or waits for a snapshot that is: its rows stay as
@@ -146,16 +149,14 @@ class RangeMachine:
         applied_term: int = INITIAL_TERM,
         last_timestamp: int = 0,
         conf_state: ConfState | None = None,
-        sessions: bytes | None = None,
+        sessions: Sequence[bytes] = (),
         extension: Extension | None = None,
     ) -> "RangeMachine":
         """A range at its beginning; call :meth:`write` to put its rows into a batch.
 
-        ``conf_state`` defaults to the descriptor's replicas; ``sessions`` is one session row.
+        ``conf_state`` defaults to the descriptor's replicas; ``sessions`` are session rows.
         """
-        table = SessionTable()
-        if sessions is not None:
-            table.add_row(applied_index, sessions)
+        table = SessionTable.load(_indexed(sessions, applied_index))
         if extension is not None:
             extension.load(iter(()))
         return cls(
@@ -266,7 +267,7 @@ class RangeMachine:
         if kind == _WRITE:
             return self._apply_write(index, entry, len(data), stamp, batch, reader)
         if kind == _SPLIT:
-            return self._apply_split(entry, batch, reader)
+            return self._apply_split(entry, stamp, batch, reader)
         if kind == _EXTENSION:
             return self._apply_extension(entry, len(data), stamp, batch)
         raise Corruption(f"entry {index} of range {self.range_id} has the unknown kind {kind!r}; upgrade this node")
@@ -310,15 +311,19 @@ class RangeMachine:
             rows.pack_applied(self.applied_index, self.applied_term, self.last_timestamp, self._conf_bytes),
         )
 
-    def write(self, batch: WriteBatch) -> None:
-        """Put every system row of a machine that :meth:`create` made into ``batch``."""
+    def write(self, batch: WriteBatch, sessions: Sequence[bytes] = ()) -> None:
+        """Put every system row of a machine that :meth:`create` made, of these ``sessions``, into ``batch``."""
         batch.put(keys.descriptor_key(self.range_id), rows.pack_descriptor(self.descriptor))
-        table = self._sessions
-        assert table is not None, f"range {self.range_id} was loaded: its rows are written already"
-        consolidated = table.consolidated()
-        if consolidated is not None:
-            batch.put(keys.session_key(self.range_id, self.applied_index), consolidated)
+        assert self._sessions is not None, f"range {self.range_id} was loaded: its rows are written already"
+        for index, row in _indexed(sessions, self.applied_index):
+            batch.put(keys.session_key(self.range_id, index), row)
         self.finish(batch)
+
+    def rest(self, now_ms: int) -> None:
+        """Let go of what is only in memory of commands that have had their time: a range that is not written any more
+        would keep it for ever."""
+        if self._sessions is not None and self._sessions.idle(now_ms):
+            self._sessions = None
 
     def _advance(self, index: int, term: int) -> None:
         assert index == self.applied_index + 1, f"entry {index} after {self.applied_index} of range {self.range_id}"
@@ -329,11 +334,7 @@ class RangeMachine:
     def _apply_write(
         self, index: int, entry: DecodedEntry, size: int, stamp: int, batch: WriteBatch, reader: Reader
     ) -> Applied:
-        table = self._sessions
-        if table is None:
-            table = self.sessions(reader)
-        for expired in table.expire(timestamp_ms(stamp)):
-            batch.delete(keys.session_key(self.range_id, expired))
+        table = self._living_sessions(stamp, batch, reader)
         run = WriteRun(self.descriptor, table, index, stamp, batch, reader)
         outcomes = run.run(entry)
         if run.version > stamp:
@@ -341,19 +342,26 @@ class RangeMachine:
         self.bytes_written += size
         return Applied(outcomes, None, None, size, run.version - stamp)
 
-    def _apply_split(self, entry: DecodedEntry, batch: WriteBatch, reader: Reader) -> Applied:
+    def _living_sessions(self, stamp: int, batch: WriteBatch, reader: Reader) -> SessionTable:
+        table = self._sessions
+        if table is None:
+            table = self.sessions(reader)
+        for expired in table.expire(timestamp_ms(stamp)):
+            batch.delete(keys.session_key(self.range_id, expired))
+        return table
+
+    def _apply_split(self, entry: DecodedEntry, stamp: int, batch: WriteBatch, reader: Reader) -> Applied:
         command = entries.split_command(entry)
         error = problem(self.descriptor, command, joint=self.joint)
         if error is not None:
             return Applied([error], error=error)
         left, right = divide(self.descriptor, command)
-        child = RangeMachine.create(
-            right, last_timestamp=self.last_timestamp, sessions=self.sessions(reader).consolidated()
-        )
+        sessions = self._living_sessions(stamp, batch, reader).consolidated()
+        child = RangeMachine.create(right, last_timestamp=self.last_timestamp, sessions=sessions)
         self.descriptor = left
         row = rows.pack_descriptor(left)
         batch.put(keys.descriptor_key(self.range_id), row)
-        return Applied([[left.to_wire(), right.to_wire()]], SplitResult(left, right, child), bytes=len(row))
+        return Applied([[left.to_wire(), right.to_wire()]], SplitResult(left, right, child, sessions), bytes=len(row))
 
     def _apply_extension(self, entry: DecodedEntry, size: int, stamp: int, batch: WriteBatch) -> Applied:
         if self.extension is None:
@@ -380,6 +388,11 @@ class RangeMachine:
         assert members == set(ids), f"range {self.range_id} has members {sorted(members)}, its descriptor {sorted(ids)}"
         if self._sessions is not None:
             self._sessions.check()
+
+
+def _indexed(sessions: Sequence[bytes], last: int) -> Iterator[tuple[int, bytes]]:
+    """Session rows with the indices they have, of which the newest has the ``last``."""
+    return enumerate(sessions, last - len(sessions) + 1)
 
 
 def conf_state_of(descriptor: RangeDescriptor) -> ConfState:

@@ -34,6 +34,17 @@ digests, outcome kinds, outcome values."""
 VERSION, BOOLEAN, NUMBER, VERSION_MISMATCH, NOT_AN_INTEGER = range(5)
 """Kinds of outcome; each keeps one 64-bit value (a NUMBER in two's complement)."""
 
+CONSOLIDATED_ROWS_MAX: Final = 10
+"""Of the other half of a split: so many indices lie before its first entry."""
+_CONSOLIDATED_BYTES: Final = 1024 * 1024
+"""A consolidated row that has grown to this gets no further session, unless they would be too many rows."""
+_CONSOLIDATED_MS: Final = 30_000
+"""Sessions that were last heard of further apart never share one, so that however often a range splits, none is kept
+for longer than this beyond its time. What lives was issued within twice SESSION_AGE_MS_MAX, for a row waits for those
+before it."""
+_CUTS_MAX: Final = CONSOLIDATED_ROWS_MAX - (2 * SESSION_AGE_MS_MAX // _CONSOLIDATED_MS + 2)
+"""What is left of the rows for cutting those that are too large."""
+
 DIGEST_MASK: Final = 0xFFFF_FFFF
 _U64_MASK: Final = (1 << 64) - 1
 _SIGN: Final = 1 << 63
@@ -273,27 +284,47 @@ class SessionTable:
             del self.sessions[session_id]
             return
         pieces = session.pieces
+        forgotten = -1
         while pieces and pieces[0][0] <= row:
-            del pieces[0]
+            forgotten = max(forgotten, pieces.pop(0)[2])
+        if forgotten == session.highest:
+            # As a replica that loads the rows that are left would have it.
+            session.highest = max(piece[2] for piece in pieces)
 
-    def consolidated(self) -> bytes | None:
-        """The whole table as one row, for the other half of a split; None if it is empty.
+    def idle(self, now_ms: int) -> bool:
+        """Whether everything here has had its time: the table may be dropped, and loaded again from the rows."""
+        return all(row.issued_at + SESSION_AGE_MS_MAX < now_ms for row in reversed(self._rows))
 
-        Made from what the rows say and nothing else (not from how much memory still holds), sorted, so that every
-        replica makes the same bytes.
+    def consolidated(self) -> list[bytes]:
+        """The whole table as a few rows, oldest first, for the other half of a split: at most CONSOLIDATED_ROWS_MAX.
+
+        Call it right after :meth:`expire`. Made from what the rows say and nothing else (not from how much memory still
+        holds), sorted, so that every replica makes the same bytes.
         """
-        if not self.sessions:
-            return None
-        issued_at = max(row.issued_at for row in self.rows)
-        parts = [_ROW_HEAD.pack(ROW_FORMAT, issued_at)]
-        for session_id in sorted(self.sessions):
-            session = self.sessions[session_id]
+        issued = {row.index: row.issued_at for row in self.rows}
+        found: list[tuple[int, bytes, bytes]] = []
+        for session_id, session in self.sessions.items():
             below = session.acknowledged_below
             living = {sequence: record for sequence, record in session.records().items() if sequence >= below}
             # The row that last named the session holds at least one record that it has not settled.
             assert living, f"session {session_id.hex()} has settled all it has, below {below}"
-            parts.append(pack_mixed(session_id, below, living))
-        return b"".join(parts)
+            found.append((issued[session.last_row], session_id, pack_mixed(session_id, below, living)))
+        found.sort()
+        large = max(_CONSOLIDATED_BYTES, -(-sum(len(piece) for _, _, piece in found) // _CUTS_MAX))
+        made: list[bytes] = []
+        pieces: list[bytes] = []
+        size = newest = 0
+        for issued_at, _, piece in found:
+            if pieces and (size >= large or issued_at // _CONSOLIDATED_MS != newest // _CONSOLIDATED_MS):
+                made.append(pack_row(newest, pieces))
+                pieces, size = [], 0
+            pieces.append(piece)
+            size += len(piece)
+            newest = issued_at
+        if pieces:
+            made.append(pack_row(newest, pieces))
+        assert len(made) <= CONSOLIDATED_ROWS_MAX, f"{len(found)} sessions make {len(made)} rows"
+        return made
 
     def statistics(self) -> tuple[int, int, int]:
         """Sessions, rows, bytes of records in memory."""

@@ -43,7 +43,12 @@ LAG_BYTES_MAX: Final = 16 * 1024 * 1024
 """The same in bytes of one group's log."""
 KEEPING_SEGMENTS_MAX: Final = 12
 """For one that is being sent a snapshot, or catches up after it, the log keeps all that follows, until it has grown to
-so many segments: else a large range under load would need the next snapshot as soon as it has the first."""
+so many segments: else a large range under load would need the next snapshot as soon as it has the first. For one that
+is only behind nothing is kept either in a log of so many: of ten thousand ranges it would be too much."""
+COMPACTED_AT_ONCE_MAX: Final = 256
+"""So many groups' logs are looked at before others may do something."""
+REST_SECONDS: Final = 60.0
+"""So often what only ranges in use need in memory is let go from those at rest."""
 
 
 class Maintenance:
@@ -80,12 +85,13 @@ class Maintenance:
         self._unmeasured = 0
         self._room = (False, False, False)
         """What was last said of it: short, low, full."""
+        self._rested_ns = 0
         self._flush_again_ns = 0
         """When to try again a flush that found no room; 0 if the last one went well."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         clock = self._environment.clock
-        self._flushed_ns = clock.monotonic_ns()
+        self._flushed_ns = self._rested_ns = clock.monotonic_ns()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_room)
             task_status.started()
@@ -102,6 +108,8 @@ class Maintenance:
                             )
                         self._flush_again_ns = clock.monotonic_ns() + int(FULL_DISK_FLUSH_SECONDS * 1e9)
                 self._collect()
+                if clock.monotonic_ns() - self._rested_ns > REST_SECONDS * 1e9:
+                    self._rest()
 
     async def _watch_room(self) -> None:
         """Also while a flush takes long: the log goes on meanwhile, and others fill the disk."""
@@ -214,17 +222,25 @@ class Maintenance:
         self._driver.space.succeeded("engine")
         self._flush_again_ns = 0
         self._flushed_ns = self._environment.clock.monotonic_ns()
-        long = self._driver.wal.statistics().segments > LOG_SEGMENTS_MAX
-        updates = []
-        for replica, index in applied:
-            update = self._compaction(replica, index, long)
-            if update is not None:
-                updates.append(update)
-        if updates:
-            self._driver.log_writer.append(updates)
+        segments = self._driver.wal.statistics().segments
+        for position in range(0, len(applied), COMPACTED_AT_ONCE_MAX):
+            if position:
+                await trio.lowlevel.checkpoint()
+            looked_at = applied[position : position + COMPACTED_AT_ONCE_MAX]
+            found = [self._compaction(replica, index, segments) for replica, index in looked_at]
+            updates = [update for update in found if update is not None]
+            if updates:
+                self._driver.log_writer.append(updates)
 
-    def _compaction(self, replica: Replica, applied: int, long: bool) -> LogUpdate | None:
-        """What to let go of; ``long``: the log has grown so that less is kept for those who are a little behind."""
+    def _rest(self) -> None:
+        self._rested_ns = self._environment.clock.monotonic_ns()
+        now_ms = self._driver.hybrid_clock.ms()
+        for replica in self._driver.catalog.replicas.values():
+            if replica.machine is not None:
+                replica.machine.rest(now_ms)
+
+    def _compaction(self, replica: Replica, applied: int, segments: int) -> LogUpdate | None:
+        """What to let go of, while the log has so many ``segments``."""
         if self._driver.catalog.replicas.get(replica.range_id) is not replica:
             return None  # another one is in its place since: what that one has applied was not flushed
         if replica.machine is None or replica.installing or replica.needs_snapshot:
@@ -232,11 +248,11 @@ class Maintenance:
         entries_kept, lag_entries_max = self.kept or (ENTRIES_KEPT, LAG_ENTRIES_MAX)
         last = min(applied, replica.log.hard_state.commit)
         index = last - entries_kept
-        if long:
+        if segments > LOG_SEGMENTS_MAX:
             index = max(index, _lowest_kept(replica, last, entries_kept, KEPT_BYTES_MAX))
         if replica.leads:
             needed = _needed(replica)
-            if needed < index:
+            if needed < index and segments <= KEEPING_SEGMENTS_MAX:
                 index = max(needed, _lowest_kept(replica, index, lag_entries_max, LAG_BYTES_MAX))
             index = min(index, self._needed_after_snapshots(replica, applied))
         if index <= replica.log.compact_index:
@@ -285,16 +301,20 @@ class Maintenance:
 def _needed(replica: Replica) -> int:
     """The highest index that every other replica is known to have, or will have with its snapshot.
 
-    One that is not heard of counts too: it may be installing the snapshot that it was sent, or be just restarting.
+    One that is not heard of counts too: it may be installing the snapshot that it was sent, or be just restarting. But
+    not one to which what the log still holds would be of no use: it gets a snapshot, whatever is kept.
     """
     needed = replica.raft.last_index
     for replica_id, peer in replica.raft.status().progress.items():
-        if replica_id != replica.replica_id:
-            held = peer.match
-            if peer.state is ProgressState.SNAPSHOT:
-                held = peer.pending_snapshot
-            elif peer.state is ProgressState.PROBE and not peer.recent_active:
-                held = max(held, peer.next - 1)  # where a snapshot that has arrived will let it go on
+        if replica_id == replica.replica_id:
+            continue
+        held = peer.match
+        if peer.state is ProgressState.SNAPSHOT:
+            held = peer.pending_snapshot
+        elif peer.state is ProgressState.PROBE and not peer.recent_active:
+            held = max(held, peer.next - 1)  # where a snapshot that has arrived will let it go on
+        unknown = not peer.match and peer.recent_active  # a new leader learns it from the first answer
+        if held >= replica.log.compact_index or unknown:
             needed = min(needed, held)
     return needed
 
@@ -303,6 +323,8 @@ def _lowest_kept(replica: Replica, index: int, entries_max: int, bytes_max: int)
     """How far the log may be compacted so that of what stays up to ``index`` there is no more than that."""
     log = replica.log
     lowest = max(index - entries_max, log.compact_index)
+    if log.data_bytes <= bytes_max:
+        return lowest
     left = bytes_max
     while index > lowest:
         left -= log.entry_bytes(index)

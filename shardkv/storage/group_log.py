@@ -7,6 +7,7 @@ which the records are written, so that recovery, which calls the same methods, a
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 from zlib import crc32
 
@@ -28,6 +29,7 @@ from shardkv.types import RangeId
 
 CACHE_ENTRY_BYTES: Final = 256
 """What a cached entry costs beside its data."""
+SHARED_STUBS_MAX: Final = 16_384
 
 _TYPES: Final = (EntryType.NORMAL, EntryType.CONF_CHANGE, EntryType.CONF_CHANGE_V2)
 
@@ -40,9 +42,19 @@ class Stub(NamedTuple):
     bytes: int
 
 
+@lru_cache(maxsize=SHARED_STUBS_MAX)
+def shared_stub(term: int, type_: int, bytes_: int) -> Stub:
+    """Many entries are alike without their data; they share one object."""
+    return Stub(term, type_, bytes_)
+
+
 ABSENT: Final = Stub(-1, 0, 0)
 """During recovery: an entry that a checkpoint promises but no segment has shown yet. It lay in a segment that is gone,
 so a later record must compact it away or bring it back."""
+
+
+def _data_bytes(item: Entry | Stub) -> int:
+    return len(item.data) if isinstance(item, Entry) else item.bytes
 
 
 class GroupLog:
@@ -57,6 +69,7 @@ class GroupLog:
         "compact_index",
         "compact_term",
         "conf_state",
+        "data_bytes",
         "hard_state",
         "payload",
         "range_id",
@@ -86,6 +99,8 @@ class GroupLog:
         """Told, before it is raised, of the error when an entry cannot be read back; set by the owner. Whoever asked
         for it may not be the one to whom it matters: a peer's message may be what has it read."""
         self._segments = segments
+        self.data_bytes = 0
+        """Of all entries that are held, in memory or not."""
         self._items: list[Entry | Stub] = []
         self._places = Places()
         """Parallel to ``_items``: where each entry's data lie."""
@@ -178,6 +193,7 @@ class GroupLog:
             f"range {self.range_id}: a reset to {reset.index} below commit {self.hard_state.commit}"
         )
         self._items.clear()
+        self.data_bytes = 0
         self._places.cut(0)
         self.compact_index, self.compact_term, self.conf_state = reset
         term, vote, _ = self.hard_state
@@ -195,8 +211,10 @@ class GroupLog:
         assert first > self.hard_state[2], f"range {self.range_id}: append at {first}, committed {self.hard_state[2]}"
         assert self.tombstone is None, f"range {self.range_id} has ended"
         if position < len(held):
+            self.data_bytes -= sum(map(_data_bytes, held[position:]))
             del held[position:]
             self._places.cut(position)
+        self.data_bytes += sum(map(_data_bytes, items))
         held.extend(items)
         self._places.extend(places)
 
@@ -226,6 +244,7 @@ class GroupLog:
         assert held is ABSENT or held[0] == term, (
             f"range {self.range_id}: entry {index} is of term {held[0]}, not {term}"
         )
+        self.data_bytes -= sum(map(_data_bytes, self._items[:count]))
         del self._items[:count]
         self._places.cut(0, count)
         self.compact_index, self.compact_term = index, term
@@ -240,6 +259,7 @@ class GroupLog:
                 f"range {self.range_id}: a copy of entry {first + position - start} has term {item[0]}, not {held[0]}"
             )
             # In the running log the copy is not on disk yet, so its data must be in memory.
+            self.data_bytes += _data_bytes(item) - _data_bytes(held)
             self._items[position] = item
             self._places[position] = place
 
@@ -257,7 +277,7 @@ class GroupLog:
         for position in range(max(first - offset, 0), min(last - offset + 1, len(items))):
             item = items[position]
             if type(item) is Entry and item.data and places[position] < synced:
-                items[position] = Stub(item.term, item.type, len(item.data))
+                items[position] = shared_stub(item.term, item.type, len(item.data))
 
     def live_in(self, segment: Segment) -> list[int]:
         """The indexes of entries whose only copy lies in a segment. Walks the log up to the last that it holds."""
@@ -274,8 +294,7 @@ class GroupLog:
         return self._items[position][0], self.entry_bytes(index), self._places[position] & PLACE_MASK
 
     def entry_bytes(self, index: int) -> int:
-        item = self._items[index - self.compact_index - 1]
-        return len(item.data) if isinstance(item, Entry) else item.bytes
+        return _data_bytes(self._items[index - self.compact_index - 1])
 
     def pack(self) -> bytes:
         """The group in a checkpoint."""
@@ -293,6 +312,8 @@ class GroupLog:
 
     def check(self) -> None:
         assert len(self._items) == len(self._places), f"{len(self._items)} entries, {len(self._places)} places"
+        size = sum(map(_data_bytes, self._items))
+        assert size == self.data_bytes, f"range {self.range_id}: {size} bytes of entries, counted {self.data_bytes}"
         assert self.compact_index <= self.hard_state.commit <= self.last_index(), (
             f"range {self.range_id}: compacted {self.compact_index}, {self.hard_state}, last {self.last_index()}"
         )

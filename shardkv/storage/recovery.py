@@ -16,14 +16,13 @@ from zlib import crc32
 
 from shardkv.environment import Disk, File
 from shardkv.errors import Corruption, StorageError
-from shardkv.storage.group_log import Stub
+from shardkv.storage.group_log import shared_stub
 from shardkv.storage.log_state import LogState
 from shardkv.storage.record import (
     HEADER_BYTES,
     MAGIC,
     Checkpoint,
     DecodedUpdate,
-    EntryPlace,
     Header,
     Malformed,
     decode_meta,
@@ -44,8 +43,6 @@ WINDOW_BYTES: Final = 1024 * 1024
 FIRST_SEGMENT_BYTES: Final = 1024 * 1024
 """The first segment of a new log is no larger, for its node waits while the disk fills it with zeros. The others are
 made ahead of time."""
-STUBS_MAX: Final = 16_384
-"""So many different kinds of entries (term, type, bytes) are looked for repetitions at once."""
 
 _ADVICE: Final = (
     "this node's log cannot be trusted: do not delete anything; check the disk, then start a node under another name "
@@ -138,7 +135,6 @@ class _Recovery:
         self._seed = seed
         self._state = LogState()
         self._sequence = 0
-        self._stubs: dict[Stub, Stub] = {}
         self._opened: list[File] = []
 
     def close(self) -> None:
@@ -279,20 +275,12 @@ class _Recovery:
         data_offset = record.offset + HEADER_BYTES + record.header.meta_bytes
         base = (segment.id << PLACE_SEGMENT_SHIFT) | (data_offset << PLACE_OFFSET_SHIFT)
         for update in updates:
-            items = [self._stub(entry) for entry in update.entries]
+            items = [shared_stub(entry.term, entry.type, entry.bytes) for entry in update.entries]
             places = [base + (entry.offset << PLACE_OFFSET_SHIFT) + entry.crc for entry in update.entries]
             if update.rewritten:
                 self._state.move(update.range_id, segment, update.entries_start, items, places)
             else:
                 self._state.apply(update, segment, update.entries_start, items, places)
-
-    def _stub(self, entry: EntryPlace) -> Stub:
-        """Many entries are alike without their data; they share one object."""
-        stub = Stub(entry.term, entry.type, entry.bytes)
-        stubs = self._stubs
-        if len(stubs) >= STUBS_MAX:
-            stubs.clear()
-        return stubs.setdefault(stub, stub)
 
     # Judging
 

@@ -401,6 +401,48 @@ def test_expired_rows_are_let_go_from_memory() -> None:
     assert len(table._rows) <= 2 * 11
 
 
+def test_a_range_at_rest_keeps_no_sessions_in_memory_and_knows_them_when_it_is_written_again() -> None:
+    range_, client = World(), Client()
+    attempt = client.increment(b"n")
+    range_.do(client, attempt)
+    range_.machine.rest(range_.now_ms + SESSION_AGE_MS_MAX)
+    assert range_.machine._sessions is not None
+    range_.machine.rest(range_.now_ms + SESSION_AGE_MS_MAX + 1)
+    assert range_.machine._sessions is None
+    assert range_.do(client, attempt) == 1
+    range_.now_ms += SESSION_AGE_MS_MAX + 1
+    range_.machine.rest(range_.now_ms)
+    other = Client(b"other", now_ms=range_.now_ms)
+    range_.do(other, other.increment(b"n"))
+    assert list(range_.machine.sessions(range_.engine).sessions) == [other.session]
+    assert len(list(range_.engine.scan(*keys.kind_span(range_.machine.range_id, keys.SESSIONS)))) == 1
+
+
+@pytest.mark.parametrize("sequence", [60, 120])
+def test_a_replica_that_has_restarted_writes_the_same_rows(sequence: int) -> None:
+    """What decides how a command is recorded follows from the rows alone, not from those that have expired."""
+
+    def run(restart: bool) -> World:
+        range_, client, other = World(), Client(), Client(b"other")
+
+        def put(sequence: int) -> None:
+            client.sequence, client.below, client.now_ms = sequence - 1, 10, range_.now_ms
+            range_.do(client, client.put(b"k", b""))
+
+        put(100)
+        range_.now_ms += 30_000
+        put(50)
+        range_.now_ms = world.NOW_MS + SESSION_AGE_MS_MAX + 1
+        other.now_ms = range_.now_ms
+        range_.do(other, other.put(b"k", b""))
+        if restart:
+            range_.reload()
+        put(sequence)
+        return range_
+
+    assert run(True).rows() == run(False).rows()
+
+
 def test_a_row_that_is_damaged_or_of_an_unknown_format_is_corruption() -> None:
     row = pack_row(1, [pack_mixed(b"s" * 16, 1, {3: Record(7, 0, 9)})])
     assert SessionTable.load([(1, row)]).statistics() == (1, 1, 50)

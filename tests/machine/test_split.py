@@ -9,10 +9,11 @@ from shardkv import errors
 from shardkv.machine import RangeMachine, keys
 from shardkv.machine.entries import encode_membership
 from shardkv.machine.reads import get, scan_page
+from shardkv.machine.sessions import CONSOLIDATED_ROWS_MAX, Record, SessionTable, pack_mixed
 from shardkv.machine.split import SplitCommand, problem
 from shardkv.raft.messages import ConfState
 from shardkv.storage.engine import WriteBatch
-from shardkv.types import Epoch, KeyRange, Member, NodeId, RangeId, ReplicaId, ReplicaRole
+from shardkv.types import SESSION_AGE_MS_MAX, Epoch, KeyRange, Member, NodeId, RangeId, ReplicaId, ReplicaRole
 
 from . import world
 from .world import Client, World, split_command
@@ -338,3 +339,52 @@ def test_a_storage_error_of_an_extension_is_no_outcome() -> None:
         range_.extend("break")
     with pytest.raises(errors.Corruption):
         World().extend(1)
+
+
+def test_a_session_goes_with_its_time_however_often_its_range_splits() -> None:
+    """Keys written in order: the right half is the one that is written, and splits again within a minute."""
+    range_, once = World(), Client(b"once")
+    range_.do(once, once.put(b"zz", b""))
+    for number in range(4):
+        writer = Client(b"%d" % number, now_ms=range_.now_ms)
+        range_.do(writer, writer.put(b"z", b""))
+        split = range_.split(b"m%d" % number, right=2 + number).split
+        assert split is not None
+        range_ = range_.other(split)
+        range_.now_ms += 50_000
+    assert once.session not in range_.machine.sessions(range_.engine).sessions
+
+
+def test_what_has_had_its_time_is_not_copied() -> None:
+    range_, client = World(), Client()
+    range_.do(client, client.put(b"z", b""))
+    range_.now_ms += SESSION_AGE_MS_MAX + 1
+    split = range_.split(b"m").split
+    assert split is not None
+    assert not split.machine.sessions(range_.engine).sessions
+    assert not list(range_.engine.scan(*keys.kind_span(range_.machine.range_id, keys.SESSIONS)))
+
+
+@pytest.mark.parametrize(
+    ("sessions", "records", "rows_min"), [(30, 1, 1), (64, 1_000, 2), (600, 1_000, 5)], ids=["few", "some", "many"]
+)
+def test_many_sessions_are_copied_in_rows_that_a_snapshot_can_send(sessions: int, records: int, rows_min: int) -> None:
+    table = SessionTable()
+    for number in range(sessions):
+        session_id = b"%016d" % number
+        piece = pack_mixed(session_id, 0, {each: Record(each, 0, each) for each in range(records)})
+        table.session(session_id).add(number, 0, 0, records - 1, piece)
+        table.remember_row(number, world.NOW_MS + 2 * SESSION_AGE_MS_MAX * number // sessions, (session_id,))
+    made = table.consolidated()
+    copy = SessionTable.load(enumerate(made))
+    copy.check()
+    assert {each: session.records() for each, session in copy.sessions.items()} == {
+        each: session.records() for each, session in table.sessions.items()
+    }
+    assert rows_min <= len(made) <= CONSOLIDATED_ROWS_MAX
+    size = sum(map(len, made))
+    assert max(map(len, made)) <= max(1 << 20, size // 2) + (1 << 15)
+    assert [row.issued_at for row in copy.rows] == sorted(row.issued_at for row in copy.rows)
+    for row in copy.rows:
+        oldest = min(table.rows[int(session_id)].issued_at for session_id in row.sessions)
+        assert row.issued_at - oldest < 30_000

@@ -19,14 +19,16 @@ from shardkv.multiraft.maintenance import (
     KEPT_BYTES_MAX,
     LOG_SEGMENTS_MAX,
     MARK_LOOKS,
+    REST_SECONDS,
     Maintenance,
 )
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.space import Space
 from shardkv.raft.messages import ConfState
+from shardkv.storage.group_log import GroupLog
 from shardkv.storage.wal import CreateGroup, LogUpdate
 from shardkv.transport.groups import main_error
-from shardkv.types import RangeId, ReplicaId
+from shardkv.types import SESSION_AGE_MS_MAX, RangeId, ReplicaId
 from tests.multiraft.world import PROMISE_NS, RANGE, world
 
 
@@ -254,6 +256,73 @@ async def test_the_newest_entries_stay_in_the_log_though_every_follower_has_them
         leader.maintenance.kept = (5, 100)
         await leader.maintenance.flush_and_compact()
         assert leader.replica().log.compact_index == leader.machine().applied_index - 5
+
+
+async def test_the_log_keeps_for_a_follower_that_is_away_only_what_it_can_use(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its next entry is gone it gets a snapshot, whatever is kept; and where nothing goes, nothing is counted."""
+    async with world(3) as hosts:
+        for number in range(20):
+            await hosts.write(b"k%d" % number, b"v")
+        await hosts.agreed()
+        leader = hosts.leader()
+        away = next(host for host in hosts.values() if host is not leader)
+        await away.crash()
+        held = leader.replica().log.last_index()
+        leader.maintenance.kept = (5, 40)
+        for number in range(20):
+            await hosts.write(b"k%d" % number, b"v")
+        log = leader.replica().log
+        counted: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(GroupLog, "entry_bytes", lambda self, index: counted.append(index) or 0)
+            await leader.maintenance.flush_and_compact()
+        assert log.compact_index == held
+        assert not counted
+        for number in range(40):
+            await hosts.write(b"k%d" % number, b"v")
+        await leader.maintenance.flush_and_compact()
+        assert log.compact_index == leader.machine().applied_index - 45
+        await leader.maintenance.flush_and_compact()
+        assert log.compact_index == leader.machine().applied_index - 5
+        await away.start()
+        await hosts.agreed()
+
+
+async def test_a_log_of_very_many_segments_keeps_nothing_for_those_far_behind(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound of each range is not enough: there may be ten thousand."""
+    monkeypatch.setattr("shardkv.multiraft.maintenance.KEEPING_SEGMENTS_MAX", 2)
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = hosts.leader()
+        away = next(host for host in hosts.values() if host is not leader)
+        await away.crash()
+        leader.maintenance.kept = (5, 10_000)
+        for number in range(20):
+            await hosts.write(b"k%d" % number, bytes(20_000))
+        assert leader.wal.statistics().segments > 2
+        await leader.maintenance.flush_and_compact()
+        assert leader.replica().log.compact_index == leader.machine().applied_index - 5
+        await away.start()
+        await hosts.agreed()
+
+
+async def test_ranges_at_rest_are_told_so_now_and_then(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        await hosts.write(b"k", b"v")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(host.maintenance.run)
+            assert host.machine()._sessions is not None
+            await trio.sleep(SESSION_AGE_MS_MAX / 1000 + REST_SECONDS + 1)
+            assert host.machine()._sessions is None
+            nursery.cancel_scope.cancel()
 
 
 async def test_what_a_replica_had_applied_is_not_said_of_the_one_in_its_place(

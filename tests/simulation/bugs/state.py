@@ -1,6 +1,6 @@
 """Deliberate bugs in what is kept: state machine, sessions, splits, snapshots, the log on disk, versions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,7 +48,7 @@ def sessions_left_out_of_snapshots() -> Patches:
 def sessions_left_behind_by_a_split() -> Patches:
     original = RangeMachine.create
 
-    def create(descriptor: RangeDescriptor, *, sessions: bytes | None = None, **how: Any) -> RangeMachine:
+    def create(descriptor: RangeDescriptor, *, sessions: Sequence[bytes] = (), **how: Any) -> RangeMachine:
         return original(descriptor, **how)
 
     return [patch.object(RangeMachine, "create", create)]
