@@ -303,7 +303,7 @@ class Snapshots:
                 self._log.warning("snapshot begun anew", range=replica.range_id, to=to, reason=str(error))
                 id_ = self._environment.ids.random_bytes(ID_BYTES)
             except StorageError as error:
-                # No break: the range cannot be read here, and could not be on another connection.
+                # No break: the range cannot be read here, or not be kept there, and could not on another connection.
                 self._log.error("snapshot not sent", range=replica.range_id, to=to, reason=str(error))
                 return False
             except _BREAKS as error:
@@ -371,11 +371,13 @@ class Snapshots:
             raise StreamBroken("the receiver of a snapshot takes nothing any more")
 
     async def _hear(self, stream: SnapshotStream, seconds: float | None = None) -> list[Any]:
-        """The next part. Raises StreamBroken when none comes."""
+        """The next part. Raises StreamBroken when none comes, StorageError when the other side's disk failed it."""
         part: list[Any] | None = None
         try:
             with self._environment.clock.deadline(SILENCE_SECONDS_MAX if seconds is None else seconds):
                 part = await stream.receive()
+        except StorageError:
+            raise  # the other side's: it is no better on another connection
         except _BREAKS as error:
             raise StreamBroken(str(error)) from error
         if part is None:

@@ -54,6 +54,7 @@ class Intake:
                     self._leave(frame_bytes)
                 else:
                     self._waiting.remove((frame_bytes, turn))
+                    self._let_in()  # it may have stood before smaller ones
                 raise
         else:
             self.arriving_bytes += frame_bytes
@@ -70,6 +71,9 @@ class Intake:
 
     def _leave(self, frame_bytes: int) -> None:
         self.arriving_bytes -= frame_bytes
+        self._let_in()
+
+    def _let_in(self) -> None:
         while self._waiting and self._fits(self._waiting[0][0]):
             size, turn = self._waiting.popleft()
             self.arriving_bytes += size

@@ -30,7 +30,7 @@ from shardkv.wire.frames import (
     compress_payload,
     encode_frame,
 )
-from shardkv.wire.handshake import GREETING_BYTES_MAX, Hello, Role, Welcome
+from shardkv.wire.handshake import GREETING_BYTES_MAX, Hello, Role, Welcome, decode_refused
 from shardkv.wire.raft_codec import ReplicaNotice
 
 DIAL_SECONDS_MAX: Final = 2.0
@@ -110,6 +110,8 @@ class FrameStream:
                 raise ProtocolError("the other side of a snapshot went away")
             self._frames = self._decoder.feed(data)
         frame, self._frames = self._frames[0], self._frames[1:]
+        if frame.kind is FrameKind.REFUSED:
+            raise decode_refused(frame.payload).error
         if frame.kind is not FrameKind.SNAPSHOT:
             raise ProtocolError(f"{frame.kind.name} in the middle of a snapshot")
         message = codec.loads(frame.payload)

@@ -44,6 +44,8 @@ class Splitter:
         self._log = log
         self.sizes: dict[RangeId, int] = {}
         self._retry_at_ns: dict[RangeId, int] = {}
+        self._single: set[RangeId] = set()
+        """Ranges of too many bytes and a single key; measured again only once they were written."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
@@ -62,6 +64,7 @@ class Splitter:
         if len(self.sizes) + len(self._retry_at_ns) > len(held):
             self.sizes = {range_id: size for range_id, size in self.sizes.items() if range_id in held}
             self._retry_at_ns = {range_id: at for range_id, at in self._retry_at_ns.items() if range_id in held}
+            self._single &= held.keys()
 
     def bytes_of(self, replica: Replica) -> int:
         """About how large a range is: as last measured, and what was written since."""
@@ -75,6 +78,8 @@ class Splitter:
         if self._driver.space.low:
             return False  # it grows no more; and where others are full, they take the split no more than other entries
         if self._clock.monotonic_ns() < self._retry_at_ns.get(replica.range_id, 0):
+            return False
+        if replica.range_id in self._single and not machine.bytes_written:
             return False
         size = self.sizes.get(replica.range_id)
         return size is None or size + machine.bytes_written > self._split_bytes()
@@ -94,7 +99,11 @@ class Splitter:
         if replica.machine is not machine or machine.descriptor.epoch.span != generation:
             return
         self.sizes[replica.range_id] = measure.bytes
-        if measure.bytes <= self._split_bytes() or measure.split_key is None:
+        self._single.discard(replica.range_id)
+        if measure.bytes <= self._split_bytes():
+            return
+        if measure.split_key is None:
+            self._single.add(replica.range_id)
             return
         try:
             await self._split(replica.range_id, measure.split_key)

@@ -39,6 +39,9 @@ INGEST_FILE_BYTES: Final = 256 * 1024 * 1024
 """What is built to be ingested is cut into files of this size. A writer keeps its file's index and filter in memory,
 about 4 % of the data. Where they replace other data the files stand in level 0 at first, and of those there must not be
 so many that writes are held back."""
+DELETIONS_IN_A_ROW: Final = 15_000
+"""More than a memtable has of rows of sessions that have had their time."""
+DELETIONS_WINDOW: Final = 16_384
 
 _ABSENT: Final = "key not found"
 _NO_KEY: Final = b"\0"
@@ -90,6 +93,9 @@ def _options(settings: RocksSettings) -> rocksdict.Options:
     options.set_max_log_file_size(4 * 1024 * 1024)
     options.set_stats_dump_period_sec(0)
     options.set_stats_persist_period_sec(0)
+    # A file with so many deletions in a row is compacted although nothing else calls for it: a scan from where they
+    # are steps over each of them, in the loop. Their share of the whole file decides nothing (0).
+    options.add_compact_on_deletion_collector_factory(DELETIONS_WINDOW, DELETIONS_IN_A_ROW, 0.0)
     return options
 
 

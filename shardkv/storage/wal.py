@@ -262,7 +262,8 @@ class Wal:
         """Begin a segment with a checkpoint and room for a record. Its file comes to be when the writer gets there."""
         meta = self._state.encode_checkpoint()
         segment_id = self._segment.id + 1
-        size = max(self._settings.segment_bytes, HEADER_BYTES + len(meta) + record_bytes)
+        # Were it hardly larger than what it begins with, every turn of a node with many ranges would begin another.
+        size = max(self._settings.segment_bytes, 4 * len(meta), HEADER_BYTES + len(meta) + record_bytes)
         assert size <= 2 * SEGMENT_BYTES_MAX, f"a record of {record_bytes} bytes"
         segment = Segment(segment_id, segment_path(self._directory, segment_id), size)
         # The writer syncs the old segment before it writes to a new one, so by the time this stands on disk, all

@@ -17,7 +17,7 @@ from shardkv.transport.connection import BUFFER_BYTES_MAX, Connection
 from shardkv.transport.handshake import GREETING_SECONDS_MAX, KnownBoots, NodeIdentity, greet
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
-from shardkv.wire.handshake import GREETING_BYTES_MAX, Hello, Role
+from shardkv.wire.handshake import GREETING_BYTES_MAX, Hello, Role, decode_refused
 
 _GOODBYE = encode_frame(FrameKind.GOODBYE)
 _PONG = encode_frame(FrameKind.PONG)
@@ -284,6 +284,9 @@ class PeerPool:
             for frame in frames:
                 if frame.kind is FrameKind.GOODBYE:
                     raise trio.BrokenResourceError(f"{connection.remote} is stopping")
+                if frame.kind is FrameKind.REFUSED:
+                    reason = decode_refused(frame.payload).error
+                    raise trio.BrokenResourceError(f"{connection.remote} refused to go on: {reason}")
                 if frame.kind is FrameKind.PONG:
                     self._on_pong(peer.node_id, frame.payload)
                 elif frame.kind is FrameKind.PING:

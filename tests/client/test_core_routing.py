@@ -8,6 +8,7 @@ from shardkv import errors
 from shardkv.types import KEY_BYTES_MAX, Epoch, KeyRange, Member, NodeId, RangeDescriptor, RangeId, ReplicaId
 from shardkv.wire import requests
 from shardkv.wire.frames import FrameKind, encode_frame
+from shardkv.wire.handshake import encode_refused
 from shardkv.wire.requests import Method, Request
 from shardkv_client.core import Settings
 from shardkv_client.limits import before
@@ -114,6 +115,14 @@ def test_a_leaders_death_sends_the_same_call_to_the_others():
     world.run(world.put(b"k", b"w"))
     assert world.now - started < 0.1
     assert world.cluster.data[b"k"][0] == b"w"
+
+
+def test_why_a_node_will_not_go_on_is_kept():
+    world = World()
+    world.run(world.get(b"k"))
+    link = next(link for link, node in world.open.items() if node.id == 1)
+    world.core.link_bytes(link, encode_refused(errors.ProtocolError("a frame stands still")), world.now)
+    assert "refused to go on: a frame stands still" in str(world.core.links.problem)
 
 
 def test_a_mute_leader_is_given_up_after_its_silence():

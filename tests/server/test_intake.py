@@ -50,6 +50,27 @@ async def test_large_frames_wait_for_their_turn_in_the_order_of_asking(autojump_
     assert turns.arriving_bytes == 0
 
 
+async def test_who_waits_behind_one_that_gives_up_is_let_in_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    turns, order = intake(), []
+
+    async def receive(name: str, size: int, scope: trio.CancelScope) -> None:
+        with scope:
+            async with turns.turn(size):
+                order.append(name)
+                await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        scopes = [trio.CancelScope() for _ in range(3)]
+        for name, size, scope in zip("abc", (HALF, ARRIVING_BYTES_MAX, 1), scopes, strict=True):
+            nursery.start_soon(receive, name, size, scope)
+            await trio.testing.wait_all_tasks_blocked()
+        scopes[1].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert order == ["a", "c"]
+        nursery.cancel_scope.cancel()
+    turns.check()
+
+
 async def test_a_frame_larger_than_the_bound_comes_through_alone() -> None:
     turns = intake()
     async with turns.turn(3 * ARRIVING_BYTES_MAX):

@@ -2,18 +2,22 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from shardkv.config import SnapshotsConfig
+from shardkv.errors import OutOfSpace, ProtocolError, ShardKVError
 from shardkv.multiraft import maintenance
-from shardkv.multiraft.snapshots import Snapshots
-from shardkv.server.peers import DIAL_SECONDS_MAX
+from shardkv.multiraft.snapshots import Snapshots, StreamBroken
+from shardkv.server.peers import DIAL_SECONDS_MAX, FrameStream
 from shardkv.types import FIRST_RANGE
+from shardkv.wire.frames import Frame, FrameDecoder
+from shardkv.wire.handshake import encode_refused
 from shardkv_client import Client
+from tests.multiraft.world import world as simulated_hosts
 from tests.server.world import Cluster, SimulatedNode, world
 
 MIB = 1024 * 1024
@@ -145,3 +149,18 @@ async def test_trap_16_the_rates_in_a_nodes_configuration_hold_and_writes_go_on_
         assert seconds < 5
         assert written > seconds_min / 0.15
         await whole(leader, late, 30)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "expected"), [(OutOfSpace("its disk is full"), OutOfSpace), (ProtocolError("no"), StreamBroken)]
+)
+async def test_a_receiver_that_cannot_keep_a_snapshot_ends_it_and_one_that_breaks_off_does_not(
+    refusal: ShardKVError, expected: type[ShardKVError]
+) -> None:
+    """The first is the same on every connection; dialling again and again would only hold a place for sending."""
+    ((kind, payload),) = FrameDecoder().feed(encode_refused(refusal))
+    nothing: Any = None
+    stream = FrameStream(nothing, FrameDecoder(), [Frame(kind, payload)], nothing)
+    async with simulated_hosts(1) as hosts:
+        with pytest.raises(expected, match=str(refusal)):
+            await hosts[1].snapshots._hear(stream)

@@ -251,3 +251,16 @@ async def test_what_is_known_of_a_range_goes_with_it(autojump_clock: MockClock) 
         await rounds(2)
         assert not world.splitter.sizes
         assert not world.splitter._retry_at_ns
+
+
+async def test_a_range_of_one_large_key_is_measured_again_only_once_it_was_written(autojump_clock: MockClock) -> None:
+    async with running() as world:
+        batch = WriteBatch()
+        batch.put(keys.user_key(b"k"), envelope.pack(1, bytes(2 * SPLIT_BYTES)))
+        world.engine.memory.write(batch)
+        replica = world.add()
+        await trio.sleep(100 * IDLE_SECONDS)
+        assert world.engine.scans == 1
+        world.write(replica, 0, 10)
+        await trio.sleep(10 * IDLE_SECONDS)
+        assert len(world.splits) == 1

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import rocksdict
 
 from shardkv.errors import Corruption, OutOfSpace, StorageError
 from shardkv.storage.engine import WriteBatch
-from shardkv.storage.rocks import RocksEngine, RocksSettings, _translated
+from shardkv.storage.rocks import DELETIONS_IN_A_ROW, RocksEngine, RocksSettings, _translated
 
 LOW, HIGH = b"", b"\xff" * 8
 ROOT = Path(__file__).parents[2]
@@ -290,3 +291,26 @@ def test_a_flush_in_another_thread_does_not_take_a_write_under_way_for_one_that_
     assert refusals == []
     assert engine.get(b"k") == b"v"
     engine.close()
+
+
+def test_what_was_deleted_key_by_key_is_compacted_away_though_nothing_else_is_written(tmp_path: Path) -> None:
+    """A queue that was emptied: whoever looks whether there is something in it would step over all of it, each time."""
+    engine = RocksEngine(str(tmp_path / "engine"))
+    try:
+        for change in (lambda batch, key: batch.put(key, b"v"), WriteBatch.delete):
+            for first in range(0, 60_000, 1_000):
+                batch = WriteBatch()
+                for number in range(first, first + 1_000):
+                    change(batch, b"queue/%012d" % number)
+                engine.write(batch)
+            engine.flush()
+        end = time.monotonic() + 60
+
+        def deletions() -> int:
+            return sum(file["num_deletions"] for file in engine._db.live_files())
+
+        while deletions() >= DELETIONS_IN_A_ROW and time.monotonic() < end:
+            time.sleep(0.05)
+        assert deletions() < DELETIONS_IN_A_ROW
+    finally:
+        engine.close()

@@ -202,6 +202,15 @@ def test_a_record_larger_than_a_segment_gets_a_segment_of_its_size() -> None:
     assert [found.data for found in again.groups[R1].entries(1, 4, 1 << 30)] == [data, data, b"x"]
 
 
+def test_a_checkpoint_larger_than_a_segment_does_not_make_a_segment_of_every_turn() -> None:
+    wal = opened()
+    wal.append([create(RangeId(number)) for number in range(1, 401)])()
+    before = wal.statistics().segments
+    for index in range(1, 201):
+        wal.append([LogUpdate(RangeId(1), entries=[entry(index, b"x" * 100)])])()
+    assert wal.statistics().segments - before <= 4
+
+
 def test_a_turn_too_large_for_one_record_is_read_back_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a sync lasts, hundreds of groups may collect megabytes each; a record that recovery takes for damaged,
     because none can be that large, would lose what was acknowledged."""

@@ -148,7 +148,7 @@ def small_log(records: int = 6) -> tuple[MemoryDisk, Driver, str]:
 def records_in(content: bytes) -> list[tuple[int, int, int, int]]:
     """``start, end, sequence, synced`` of every record of a sound segment."""
     found, offset = [], 0
-    while content[offset : offset + 4] != bytes(4):
+    while len(content) - offset >= HEADER_BYTES and content[offset : offset + 4] != bytes(4):
         _, _, meta, data, _, sequence, synced = HEADER.unpack_from(content, offset)
         end = offset + HEADER_BYTES + meta + data
         found.append((offset, end, sequence, synced))

@@ -16,7 +16,7 @@ from shardkv.simulation import (
 from shardkv.transport import Connection, KnownBoots, NodeIdentity, PeerPool, PoolSettings, Purpose, accept, greet
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
-from shardkv.wire.handshake import Hello, Role, Welcome, decode_refused, encode_hello, encode_welcome
+from shardkv.wire.handshake import Hello, Role, Welcome, decode_refused, encode_hello, encode_refused, encode_welcome
 from tests.virtual_time import simulated
 
 CLUSTER, OTHER = b"c" * 16, b"o" * 16
@@ -441,6 +441,19 @@ async def test_a_peer_that_talks_back_on_a_one_way_connection_is_cut(nursery: tr
     await trio.sleep(0.01)
     assert one.events == ["+2", "-2"]
     assert any("one-way" in s.problem for s in pool.statistics())
+
+
+@simulated
+async def test_why_a_peer_will_not_go_on_is_kept(nursery: trio.Nursery) -> None:
+    one, two, _ = two_nodes()
+    await two.start(nursery)
+    pool = await one.start_pool(nursery, two)
+    await trio.sleep(1)
+    two.connections[0].write(encode_refused(ProtocolError("a node may not say that")))
+    two.connections[0].flush()
+    await trio.sleep(0.01)
+    assert one.events == ["+2", "-2"]
+    assert any("refused to go on: a node may not say that" in each.problem for each in pool.statistics())
 
 
 @simulated

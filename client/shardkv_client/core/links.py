@@ -256,13 +256,13 @@ class Links:
             self.write(link, encode_frame(FrameKind.PONG, payload))
         elif kind is FrameKind.GOODBYE:
             self._drain(link)
+        elif kind is FrameKind.REFUSED:
+            whom = "this client" if link.state is LinkState.GREETING else "to go on"
+            self.drop(link, f"refused {whom}: {decode_refused(payload).error}", now)
         elif link.state is not LinkState.GREETING:
             raise ProtocolError(f"a {kind.name} frame that no client expects")
         elif kind is FrameKind.WELCOME:
             self._welcomed(link, decode_welcome(payload), now)
-        elif kind is FrameKind.REFUSED:
-            error = decode_refused(payload).error
-            self.drop(link, f"refused this client: {error}", now)
         else:
             raise ProtocolError(f"a {kind.name} frame instead of a greeting")
 
