@@ -16,8 +16,10 @@ from shardkv.errors import (
     KeyTooLarge,
     MalformedRequest,
     NotLeader,
+    OutOfSpace,
     RangeNotFound,
     ShardKVError,
+    StorageError,
     Unavailable,
     UnknownMethod,
     ValueTooLarge,
@@ -122,7 +124,14 @@ class Requests:
                 raise UnknownMethod(f"this node knows no method {request.method}; it may be older than the client")
             method(requester, request)
         except ShardKVError as error:
-            requester.refuse(request.id, error)
+            requester.refuse(request.id, self._said(error))
+
+    def _said(self, error: ShardKVError) -> ShardKVError:
+        """What the caller is told of an error. One of the engine ends the node: others have the same data, and lead."""
+        if not isinstance(error, StorageError) or isinstance(error, OutOfSpace):
+            return error
+        self._driver.fail(error)
+        return Unavailable(f"this node cannot read its data, and ends: {error}")
 
     def _replica(self, request: Request) -> Replica:
         replica = self._replicas.get(request.range_id)
@@ -270,7 +279,10 @@ class Requests:
             # Many come due at once: each is looked at only if its client has taken what it was given before.
             if requester.crowded:
                 raise Busy("the answers that this client was given already are still unread")
-            return serve(replica)
+            try:
+                return serve(replica)
+            except StorageError as error:
+                raise self._said(error) from error
 
         replica.await_read(WaitingRead(requester.later, request.id, serve_later))
         self._driver.propose_later(replica)

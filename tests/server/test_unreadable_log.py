@@ -1,4 +1,6 @@
-"""A node that cannot read back what its log holds ends, whoever it was that made it read."""
+"""A node that cannot read back what its log or its engine holds ends, whoever it was that made it read."""
+
+from typing import Any
 
 import pytest
 
@@ -6,6 +8,7 @@ from shardkv.errors import Corruption, StorageError
 from shardkv.server import node as node_module
 from shardkv.simulation import run_deterministically, simulated_cluster
 from shardkv.simulation.cluster import SimulatedNode
+from shardkv.types import FIRST_RANGE
 
 ADVICE = {"corrupt": "check its disk", "io": "replace the disk"}
 
@@ -71,5 +74,34 @@ def test_whoever_reads_the_node_ends(monkeypatch: pytest.MonkeyPatch) -> None:
             await cluster.sleep(0.1)
             assert not leader.alive
             assert isinstance(leader.error, Corruption)
+
+    run_deterministically(main, seed=1)
+
+
+@pytest.mark.parametrize("read", ["leased", "confirmed", "scan"])
+def test_a_leader_that_cannot_read_its_engine_ends_and_another_one_answers(read: str) -> None:
+    """Two others have the value; told of the error, the client would take it for the cluster's."""
+
+    async def main() -> None:
+        async with simulated_cluster(3, seed=1) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            leader = await cluster.leader_of(kv, b"k")
+            cluster.tolerates = lambda node, error: node is leader and isinstance(error, Corruption)
+
+            def damaged(*_: object, **__: object) -> Any:
+                raise Corruption("engine: reading: a block's checksum does not match; stop the node")
+
+            for name in ("get", "get_many", "scan"):
+                setattr(leader.engine, name, damaged)
+            if read == "confirmed":
+                leader.inside.catalog.replicas[FIRST_RANGE].raft.raft.lease_suspended = True
+            if read == "scan":
+                found = [entry.value async for entry in kv.scan(b"", None)]
+            else:
+                entry = await kv.get(b"k")
+                found = [] if entry is None else [entry.value]
+            assert found == [b"v"]
+            assert not leader.alive
+            assert "checksum does not match" in str(leader.error)
 
     run_deterministically(main, seed=1)
