@@ -9,7 +9,7 @@ from shardkv.codec import malformed
 from shardkv.types import RangeDescriptor
 
 ID_MAX: Final = (1 << 62) - 1
-"""Ids stay far below 64 bits, so that one mistaken report cannot exhaust a counter."""
+"""Ids stay below 64 bits. That one mistaken report cannot exhaust a counter is :mod:`.state`'s matter."""
 NAME_BYTES_MAX: Final = 64
 ADDRESS_BYTES_MAX: Final = 256
 LABELS_MAX: Final = 32

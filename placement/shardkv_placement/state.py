@@ -27,6 +27,9 @@ RUNNING_MAX: Final = 1_024
 """Running operators."""
 FINISHED_MAX: Final = 256
 """Finished operators that are remembered, for people and for cooldowns."""
+REPORTED_AHEAD_MAX: Final = 1 << 20
+"""How far above the ids that were given out a reported one may be. It is not above them at all unless somebody is
+mistaken; so every id that was given out can be reported, and no number of mistakes brings a counter near its end."""
 
 _COUNTER_MAX: Final = (1 << 63) - 1
 _META, _NODE, _SETTING, _PLACEMENT, _SEGMENT, _RUNNING, _FINISHED = b"m", b"n", b"s", b"p", b"r", b"o", b"h"
@@ -475,12 +478,21 @@ def _check_all_keys(descriptors: tuple[RangeDescriptor, ...]) -> None:
 
 
 def _raised(counters: Counters, descriptors: tuple[RangeDescriptor, ...]) -> Counters:
-    """Counters above every id that is in use: an id seen anywhere is never given out."""
+    """Counters above every id that is in use: an id seen anywhere is never given out.
+
+    Raises RequestError for an id that nobody can have been given.
+    """
     next_range, next_replica = counters.next_range, counters.next_replica
     for descriptor in descriptors:
         next_range = max(next_range, descriptor.range_id + 1)
         for replica in descriptor.replicas:
             next_replica = max(next_replica, replica.replica_id + 1)
+    for what, known, reported in (
+        ("range", counters.next_range, next_range),
+        ("replica", counters.next_replica, next_replica),
+    ):
+        if reported - known > REPORTED_AHEAD_MAX:
+            raise RequestError(f"there can be no {what} {reported - 1}: the ids given out end at {known - 1}")
     if (next_range, next_replica) == (counters.next_range, counters.next_replica):
         return counters
     return replace(counters, next_range=next_range, next_replica=next_replica)

@@ -17,8 +17,9 @@ from shardkv.errors import (
     ShardKVError,
     WrongCluster,
 )
-from shardkv.types import NodeId, RangeId, ReplicaId
+from shardkv.types import EVERY_KEY, Epoch, Member, NodeId, RangeDescriptor, RangeId, ReplicaId
 from shardkv_placement import commands, router
+from shardkv_placement.fields import ID_MAX
 from shardkv_placement.operators import (
     UNALLOCATED,
     AddLearners,
@@ -29,7 +30,7 @@ from shardkv_placement.operators import (
     PromoteLearners,
     TransferLeader,
 )
-from shardkv_placement.state import FINISHED_MAX, RUNNING_MAX, PlacementState
+from shardkv_placement.state import FINISHED_MAX, REPORTED_AHEAD_MAX, RUNNING_MAX, PlacementState
 from tests.placement.worlds import PREFIX, Group, Rows, contents, descriptor, first_descriptors, token
 
 TRANSFER = Operator(OperatorKind.TRANSFER, RangeId(1), (TransferLeader(NodeId(1)),), "asked for")
@@ -39,6 +40,12 @@ GROW = Operator(OperatorKind.GROW, RangeId(1), (AddLearners(JOINING), PromoteLea
 
 def register(number: int, *, name: str | None = None) -> commands.RegisterNode:
     return commands.RegisterNode(name or f"n{number}", f"host{number}:7000", token(number), (("zone", "a"),))
+
+
+def reported(range_id: int, replica_id: int) -> RangeDescriptor:
+    """A range of every key, newer the higher its id, with one replica."""
+    epoch = Epoch(1, max(2, range_id))
+    return RangeDescriptor(RangeId(range_id), EVERY_KEY, epoch, (Member(NodeId(1), ReplicaId(replica_id)),))
 
 
 # --- Identity ---------------------------------------------------------------------------------------------------------
@@ -165,6 +172,29 @@ def test_trap_03_allocated_ids_are_never_given_out_again() -> None:
     group.apply(commands.ReportRanges((descriptor(70, b"x", b"y", (9, 9), 50),)))
     assert group.apply(commands.Allocate(1, 1)) == [71, 70 * 100 + 51]
     assert group.reloaded().counters == group.state.counters
+
+
+@pytest.mark.parametrize(("range_id", "replica_id"), [(1, ID_MAX), (ID_MAX, 5), (1, 1 << 40), (1 << 40, 5)])
+def test_a_report_of_an_id_that_nobody_can_have_been_given_is_refused(range_id: int, replica_id: int) -> None:
+    """One with the highest id there is left a state that could not be loaded again, once ids were allocated above."""
+    group = Group()
+    before = contents(group.state)
+    with pytest.raises(RequestError, match="there can be no"):
+        group.apply(commands.ReportRanges((reported(range_id, replica_id),)))
+    assert contents(group.state) == contents(group.reloaded()) == before
+
+
+def test_every_id_that_is_given_out_can_be_reported_whatever_was_reported_before() -> None:
+    group = Group()
+    for _ in range(3):
+        next_range, next_replica = group.state.counters.next_range, group.state.counters.next_replica
+        highest = reported(next_range + REPORTED_AHEAD_MAX - 1, next_replica + REPORTED_AHEAD_MAX - 1)
+        group.apply(commands.ReportRanges((highest,)))
+        group.apply(commands.ReportRanges((reported(*group.apply(commands.Allocate(1, 1))),)))
+    running = group.apply(commands.AddOperator(replace(GROW, range_id=RangeId(group.state.counters.next_range - 1))))
+    group.state.check()
+    assert contents(group.reloaded()) == contents(group.state)
+    assert group.apply(commands.FinishOperator(running, Outcome.DONE)) is True
 
 
 def test_adding_an_operator_allocates_one_id_for_each_new_replica() -> None:
