@@ -383,6 +383,9 @@ class PlacementState:
         if len(self.operators) >= RUNNING_MAX:
             raise Conflict(f"{RUNNING_MAX} operators are running; try again when some are finished")
         next_replica = self.counters.next_replica
+        for place in (place for step in asked.steps for place in step.places()):
+            if place.replica_id >= next_replica:
+                raise RequestError(f"the replica id {place.replica_id} was never given out; leave it 0 to get one")
 
         def allocate() -> ReplicaId:
             nonlocal next_replica

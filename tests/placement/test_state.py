@@ -209,6 +209,19 @@ def test_adding_an_operator_allocates_one_id_for_each_new_replica() -> None:
     assert added.learners == promoted.learners == (Place(NodeId(2), ReplicaId(3)), Place(NodeId(3), ReplicaId(4)))
 
 
+def test_trap_03_an_operator_names_no_replica_id_that_was_never_given_out() -> None:
+    """Trap 3: it would be given out to another replica later. One that is known, a learner say, may be named."""
+    group = Group()
+    for replica_id in (group.state.counters.next_replica, group.state.counters.next_replica + 3, ID_MAX):
+        made_up = Place(NodeId(2), ReplicaId(replica_id))
+        for step in (AddLearners((made_up,)), PromoteLearners((made_up,)), PromoteLearners((), (made_up,))):
+            with pytest.raises(RequestError, match=f"{replica_id} was never given out"):
+                group.apply(commands.AddOperator(replace(GROW, steps=(AddLearners(JOINING), step))))
+    known = Place(NodeId(2), ReplicaId(group.state.counters.next_replica - 1))
+    group.apply(commands.AddOperator(replace(GROW, steps=(AddLearners((known,)),))))
+    assert group.state.operators[RangeId(1)].steps == (AddLearners((known,)),)
+
+
 # --- Ranges -----------------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +386,8 @@ DESCRIPTORS = st.builds(
     st.integers(1, 5),
     st.lists(st.integers(1, 5), min_size=1, max_size=3, unique=True),
 )
-PLACES = st.lists(st.builds(Place, NODES, st.just(UNALLOCATED)), min_size=1, max_size=3, unique=True).map(tuple)
+PLACE = st.builds(Place, NODES, st.sampled_from([UNALLOCATED, ReplicaId(1), ReplicaId(900)]))
+PLACES = st.lists(PLACE, min_size=1, max_size=3, unique_by=lambda place: place.node_id).map(tuple)
 STEPS = st.one_of(st.builds(AddLearners, PLACES), st.builds(PromoteLearners, PLACES), st.builds(TransferLeader, NODES))
 OPERATORS = st.builds(
     Operator,
