@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 CATCH_UP_LAG_MAX: Final = 256
 """A replica at most this many entries behind its leader counts as caught up: under load some are always in flight."""
 CATCH_UP_SECONDS_MAX: Final = 600.0
-"""For a new replica to receive its data. Long: a range of the default size over a slow link."""
+"""For a new replica to follow closely, besides the time that the range's data takes to it."""
 CATCH_UP_BYTES_PER_SECOND_MIN: Final = 128 * 1024
-"""A new replica that acknowledges nothing has the time that its data takes at this rate, over a slow link: until a
-snapshot is whole, it looks like one that nobody can reach."""
+"""A new replica has the time that its data takes at this rate, over a slow link, although it acknowledges nothing:
+until a snapshot is whole, it looks like one that nobody can reach."""
 CHANGE_SECONDS_MAX: Final = 60.0
 TRANSFER_SECONDS_MAX: Final = 10.0
 STEPS_MAX: Final = 8
@@ -86,6 +86,30 @@ def caught_up(view: "RangeView", replica_id: ReplicaId) -> bool:
     return progress is not None and progress.active and progress.lag <= CATCH_UP_LAG_MAX
 
 
+def _data_seconds_max(view: "RangeView") -> float:
+    """How long the range's data may be on its way to a new replica."""
+    return view.bytes / CATCH_UP_BYTES_PER_SECOND_MIN
+
+
+def catch_up_seconds_max(view: "RangeView") -> float:
+    """How long a new replica may take to follow closely."""
+    return CATCH_UP_SECONDS_MAX + _data_seconds_max(view)
+
+
+def without_data(cluster: "ClusterView", view: "RangeView", place: Place, seconds: float) -> str | None:
+    """Why a learner that has been awaited for so long will hardly get the range's data, or None; others should not
+    wait for it, nor their places."""
+    if caught_up(view, place.replica_id):
+        return None
+    if cluster.nodes[place.node_id].fullness >= Fullness.LOW:
+        return f"node {place.node_id} has no room for the range's data"
+    since = view.silent_since(place.replica_id)
+    silent_seconds = 0.0 if since is None else min(seconds, cluster.now - since)
+    if silent_seconds > cluster.settings.node_down_ms / 1000 + _data_seconds_max(view):
+        return f"node {place.node_id} acknowledges nothing of the range after {silent_seconds:.0f} s"
+    return None
+
+
 def _unusable(view: "ClusterView", places: tuple[Place, ...]) -> str | None:
     for place in places:
         node = view.nodes.get(place.node_id)
@@ -106,7 +130,9 @@ class AddLearners:
 
     learners: tuple[Place, ...]
     tag = "add_learners"
-    seconds_max = CATCH_UP_SECONDS_MAX
+
+    def seconds_max(self, view: "RangeView") -> float:
+        return catch_up_seconds_max(view)
 
     def finished(self, cluster: "ClusterView", view: "RangeView") -> bool:
         return all(
@@ -119,21 +145,8 @@ class AddLearners:
             other = view.descriptor.replica_on(place.node_id)
             if other is not None and other.replica_id != place.replica_id:
                 return f"node {place.node_id} holds another replica, {other.replica_id}, of the range"
-        return _unusable(cluster, self.learners) or self._without_data(cluster, view, seconds)
-
-    def _without_data(self, cluster: "ClusterView", view: "RangeView", seconds: float) -> str | None:
-        """Which learner will hardly get the range's data; others should not wait for it, nor their places."""
-        silent_seconds_max = cluster.settings.node_down_ms / 1000 + view.bytes / CATCH_UP_BYTES_PER_SECOND_MIN
-        for place in self.learners:
-            if caught_up(view, place.replica_id):
-                continue
-            if cluster.nodes[place.node_id].fullness >= Fullness.LOW:
-                return f"node {place.node_id} has no room for the range's data"
-            since = view.silent_since(place.replica_id)
-            silent_seconds = 0.0 if since is None else min(seconds, cluster.now - since)
-            if silent_seconds > silent_seconds_max:
-                return f"node {place.node_id} acknowledges nothing of the range after {silent_seconds:.0f} s"
-        return None
+        hopeless = (without_data(cluster, view, place, seconds) for place in self.learners)
+        return _unusable(cluster, self.learners) or next(filter(None, hopeless), None)
 
     def request(self, view: "RangeView") -> Request | None:
         missing = [place for place in self.learners if view.descriptor.replica(place.replica_id) is None]
@@ -156,7 +169,9 @@ class PromoteLearners:
     learners: tuple[Place, ...]
     removed: tuple[Place, ...] = ()
     tag = "promote_learners"
-    seconds_max = CHANGE_SECONDS_MAX
+
+    def seconds_max(self, view: "RangeView") -> float:
+        return CHANGE_SECONDS_MAX
 
     def finished(self, cluster: "ClusterView", view: "RangeView") -> bool:
         for place in self.learners:
@@ -198,7 +213,9 @@ class RemoveReplicas:
 
     removed: tuple[Place, ...]
     tag = "remove_replicas"
-    seconds_max = CHANGE_SECONDS_MAX
+
+    def seconds_max(self, view: "RangeView") -> float:
+        return CHANGE_SECONDS_MAX
 
     def finished(self, cluster: "ClusterView", view: "RangeView") -> bool:
         return all(view.descriptor.replica(place.replica_id) is None for place in self.removed)
@@ -226,7 +243,9 @@ class TransferLeader:
 
     target: NodeId
     tag = "transfer_leader"
-    seconds_max = TRANSFER_SECONDS_MAX
+
+    def seconds_max(self, view: "RangeView") -> float:
+        return TRANSFER_SECONDS_MAX
 
     def finished(self, cluster: "ClusterView", view: "RangeView") -> bool:
         return view.leader == self.target
@@ -314,9 +333,9 @@ class Operator:
 
     def failure(self, cluster: "ClusterView", view: "RangeView") -> str | None:
         """Why the current step cannot be finished any more, or None."""
-        seconds = (cluster.wall_ms - self.step_started_ms) / 1000
-        if seconds > self.current.seconds_max:
-            return f"{self.current.tag} took more than {self.current.seconds_max:.0f} s"
+        seconds, seconds_max = (cluster.wall_ms - self.step_started_ms) / 1000, self.current.seconds_max(view)
+        if seconds > seconds_max:
+            return f"{self.current.tag} took more than {seconds_max:.0f} s"
         return self.current.failed(cluster, view, seconds)
 
     def allocated(self, allocate: Callable[[], ReplicaId]) -> "Operator":

@@ -19,7 +19,9 @@ from shardkv_placement.operators import (
     Place,
     PromoteLearners,
     RemoveReplicas,
+    catch_up_seconds_max,
     caught_up,
+    without_data,
 )
 from shardkv_placement.view import ClusterView, NodeState, RangeView
 
@@ -200,15 +202,19 @@ def _grow(view: ClusterView, range_view: RangeView, members: _Members, target: i
 def _adoptable(view: ClusterView, range_view: RangeView, learners: list[Member]) -> list[Member]:
     """Those that follow already come first; one that cannot get the range's data for lack of room is none.
 
-    Once a growth has failed, those that do not follow are none: it may have failed because of them, and would again,
-    for ever. They are sent the data all the same, and count as soon as they have it.
+    Once a growth has failed, those that have had the time for their data and do not follow are none: it may have failed
+    because of them, and would again, for ever. They are sent the data all the same, and count as soon as they have it.
+    The others still are being sent it: to send it to further nodes instead would only take longer, and leave learners.
     """
     follow = [learner for learner in learners if caught_up(range_view, learner.replica_id)]
-    last = view.finished.get((range_view.range_id, OperatorKind.GROW))
-    if last is not None and last.outcome is Outcome.FAILED:
-        return follow
     rest = [learner for learner in learners if not caught_up(range_view, learner.replica_id)]
-    return follow + [learner for learner in rest if view.nodes[learner.node_id].fullness < Fullness.LOW]
+    last = view.finished.get((range_view.range_id, OperatorKind.GROW))
+    awaited_seconds = 0.0
+    if last is not None and last.outcome is Outcome.FAILED:
+        awaited_seconds = view.seconds_since(last.operator.created_ms)
+        if awaited_seconds > catch_up_seconds_max(range_view):
+            return follow
+    return follow + [each for each in rest if without_data(view, range_view, _place(each), awaited_seconds) is None]
 
 
 def _least_loaded(view: ClusterView, range_view: RangeView, count: int, loads: _Loads) -> tuple[Place, ...]:

@@ -10,6 +10,7 @@ from shardkv.errors import NotFound, RequestError
 from shardkv.types import Fullness, NodeId, RangeId, ReplicaId
 from shardkv_placement import orders, replica_schedulers
 from shardkv_placement.operators import (
+    CATCH_UP_BYTES_PER_SECOND_MIN,
     UNALLOCATED,
     AddLearners,
     FinishedOperator,
@@ -274,6 +275,32 @@ def test_a_growth_to_a_node_that_acknowledges_nothing_fails_after_the_time_that_
     assert why_failed(growing(1, 2, 3, seconds=599), view) is None, "it follows, if not closely"
     patient = silent(a_view(nodes=3, ranges={1: "1* 2+? 3+"}, node_down_ms=60_000), 1, 2)
     assert why_failed(growing(1, 2, 3, seconds=59), patient) is None
+
+
+def test_a_growth_has_the_time_that_the_data_take_and_as_long_again_as_any() -> None:
+    """A range of 16 GiB, which ``split_bytes`` allows, takes a thousand seconds to two nodes at what one sends by
+    default. Its growth failed after 600 s each time, and each time two more nodes were given learners."""
+    large = silent(a_view(nodes=5, ranges={1: "1* 2+? 3+?"}), 1, 2, 3, size=16 << 30, seconds=1_000)
+    assert why_failed(growing(1, 2, 3, seconds=1_000), large) is None
+    for size, seconds in ((1_000, 600), (16 << 30, 600 + (16 << 30) // CATCH_UP_BYTES_PER_SECOND_MIN)):
+        view = silent(large, 1, size=size)
+        assert why_failed(growing(1, 2, 3, seconds=seconds), view) is None
+        assert why_failed(growing(1, 2, 3, seconds=seconds + 1), view) == f"add_learners took more than {seconds} s"
+
+
+def test_a_growth_that_failed_is_tried_again_with_the_learners_that_still_are_sent_the_data() -> None:
+    """The others to blame are left out. Learners cannot be removed: each that is given in vain stays."""
+
+    def joiners_after(seconds: float, *silent_nodes: int) -> list[list[int]]:
+        before = growing(1, 2, 3, seconds=seconds)
+        failed = FinishedOperator(before, Outcome.FAILED, "it did not work", WALL_MS - 31_000)
+        view = filled(a_view(nodes=5, ranges={1: "1* 2+? 3+?"}, finished=[failed]), {2: Fullness.LOW})
+        return [joiners(each) for each in schedule(silent(view, 1, *silent_nodes, size=64 << 20, seconds=seconds))]
+
+    assert joiners_after(500, 3) == [[3, 4]]
+    assert joiners_after(530, 3) == [[4, 5]], "it acknowledges nothing"
+    assert joiners_after(1_100) == [[3, 4]]
+    assert joiners_after(1_200) == [[4, 5]], "it does not follow"
 
 
 def test_a_growth_does_not_fail_by_a_single_look_at_a_moment_of_silence() -> None:
