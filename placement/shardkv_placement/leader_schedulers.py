@@ -4,11 +4,11 @@ Pure functions from a view. A leadership moves only when that brings two nodes c
 or more), only to a voter that follows closely, and not again within a cooldown, so nothing is moved back and forth.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from shardkv.types import PLACEMENT_RANGE, Fullness, NodeId
+from shardkv.types import PLACEMENT_RANGE, Fullness, NodeId, RangeId, ReplicaRole
 from shardkv_placement.operators import (
     LEADER_KINDS,
     Operator,
@@ -24,6 +24,9 @@ DIFFERENCE_MIN: Final = 2
 RETRY_SECONDS: Final = 10.0
 """After a transfer of the range failed."""
 OPERATORS_PER_ROUND_MAX: Final = 256
+
+_ByTarget = dict[NodeId, Iterator[RangeView]]
+"""The ranges that a node might take over, by that node."""
 
 
 def drain_leaders(view: ClusterView) -> tuple[Operator, ...]:
@@ -53,10 +56,12 @@ def balance_leaders(view: ClusterView) -> tuple[Operator, ...]:
     if not view.settings.leader_balance:
         return ()
     leads = Leads.of(view)
-    pairs: dict[tuple[NodeId, NodeId], Iterator[RangeView]] = {}
-    found: dict[int, Operator] = {}
+    nodes = [node.node_id for node in view.live_nodes if not node.draining]
+    movable: dict[NodeId, _ByTarget] = {}
+    found: dict[RangeId, Operator] = {}
     while len(found) < OPERATORS_PER_ROUND_MAX:
-        operator = _next_move(view, leads, pairs, found)
+        nodes = [node_id for node_id in nodes if leads.room(node_id)]
+        operator = _next_move(view, leads, nodes, movable, found)
         if operator is None:
             break
         found[operator.range_id] = operator
@@ -134,23 +139,26 @@ class Leads:
 def _next_move(
     view: ClusterView,
     leads: Leads,
-    pairs: dict[tuple[NodeId, NodeId], Iterator[RangeView]],
-    found: dict[int, Operator],
+    nodes: list[NodeId],
+    movable: dict[NodeId, _ByTarget],
+    found: Mapping[RangeId, Operator],
 ) -> Operator | None:
-    """The best single transfer: from the node that leads most to the one that leads fewest, as far as voters allow."""
+    """The best single transfer: from the node that leads most to the one that leads fewest, as far as voters allow.
+
+    ``movable`` is what is left to be looked at, of each node that was a source already; nothing is looked at twice.
+    """
     counts = leads.counts
-    nodes = [node.node_id for node in view.live_nodes if not node.draining]
+    ascending = sorted(nodes, key=lambda node_id: (counts[node_id], node_id))
     for source in sorted(nodes, key=lambda node_id: (-counts[node_id], node_id)):
-        if not leads.room(source):
+        if source not in movable:
+            movable[source] = _movable(view, leads, source)
+        by_target = movable[source]
+        if not by_target:
             continue
-        for target in sorted(nodes, key=lambda node_id: (counts[node_id], node_id)):
+        for target in ascending:
             if counts[source] - counts[target] < DIFFERENCE_MIN:
                 break
-            if not leads.room(target):
-                continue
-            if (source, target) not in pairs:
-                pairs[source, target] = _movable(view, leads, source, target)
-            for range_view in pairs[source, target]:
+            for range_view in by_target.get(target, ()):
                 if range_view.range_id in found:
                     continue
                 reason = (
@@ -159,16 +167,27 @@ def _next_move(
                 )
                 leads.move(source, target)
                 return Operator(OperatorKind.BALANCE, range_view.range_id, (TransferLeader(target),), reason)
+            by_target.pop(target, None)
     return None
 
 
-def _movable(view: ClusterView, leads: Leads, source: NodeId, target: NodeId) -> Iterator[RangeView]:
-    """The ranges that ``source`` leads and ``target`` may lead instead, each once."""
-    node = view.nodes[target]
+def _movable(view: ClusterView, leads: Leads, source: NodeId) -> _ByTarget:
+    """The ranges that ``source`` leads and another node may lead instead, each once, by that node."""
+    held: dict[NodeId, list[RangeView]] = {}
     for range_view in leads.led.get(source, ()):
+        for node_id, _, role in range_view.descriptor.replicas:
+            if role is ReplicaRole.VOTER and node_id != source:
+                held.setdefault(node_id, []).append(range_view)
+    return {target: _ready(view, source, target, ranges) for target, ranges in held.items()}
+
+
+def _ready(view: ClusterView, source: NodeId, target: NodeId, ranges: list[RangeView]) -> Iterator[RangeView]:
+    """Those of ``ranges`` whose leadership may go from ``source`` to ``target`` now."""
+    node, fullness_max = view.nodes[target], view.nodes[source].fullness
+    for range_view in ranges:
         if (
-            _range_obstacle(view, range_view) is None
-            and _target_obstacle(range_view, node, view.nodes[source].fullness) is None
+            _target_obstacle(range_view, node, fullness_max) is None
+            and _range_obstacle(view, range_view) is None
             and _cooldown(view, range_view) is None
         ):
             yield range_view
@@ -182,9 +201,10 @@ def _drain_target(view: ClusterView, range_view: RangeView, leads: Leads) -> Nod
     assert range_view.leader is not None, "drained without a leader"
     source = view.nodes[range_view.leader]
     fullness_max = Fullness.SHORT if source.draining else min(source.fullness - 1, Fullness.SHORT)
+    holders = [view.nodes[each.node_id] for each in range_view.descriptor.replicas if each.node_id in view.nodes]
     targets = [
         (node.fullness, leads.counts[node.node_id], node.node_id)
-        for node in view.nodes.values()
+        for node in holders
         if node is not source and _target_obstacle(range_view, node, fullness_max) is None and leads.room(node.node_id)
     ]
     return min(targets)[2] if targets else None

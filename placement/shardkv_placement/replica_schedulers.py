@@ -48,9 +48,10 @@ def place_replicas(view: ClusterView) -> tuple[Operator, ...]:
     serving = {node.node_id for node in view.nodes.values() if node.state is not NodeState.DECOMMISSIONED}
     placement, others = target_voters(view, PLACEMENT_RANGE), target_voters(view, FIRST_RANGE)
     for range_id, range_view in view.ranges.items():
-        if _settled(range_view, others if range_id else placement, serving):
+        target = placement if range_id == PLACEMENT_RANGE else others
+        if _settled(range_view, target, serving, loads.receivers):
             continue
-        planned = plan(view, range_view, loads)
+        planned = plan(view, range_view, target, loads)
         if isinstance(planned, Operator):
             loads.add(planned)
             found.append(planned)
@@ -59,20 +60,24 @@ def place_replicas(view: ClusterView) -> tuple[Operator, ...]:
     return tuple(found)
 
 
-def _settled(range_view: RangeView, target: int, serving: set[NodeId]) -> bool:
-    """Whether nothing is to be done, as for nearly all of many ranges: the quick half of :func:`plan`."""
+def _settled(range_view: RangeView, target: int, serving: set[NodeId], receivers: set[NodeId]) -> bool:
+    """Whether nothing is to be done, as for nearly all of many ranges, or no node is left to do it with, as while very
+    many grow: the quick half of :func:`plan`."""
     replicas = range_view.descriptor.replicas
-    if len(replicas) < target:
-        return False
-    for node_id, _, role in replicas:  # noqa: SIM110 (a generator costs twice as much, for every range)
-        if role is not ReplicaRole.VOTER or node_id not in serving:
+    voters = 0
+    for node_id, _, role in replicas:
+        if role is not ReplicaRole.VOTER:
             return False
-    return True
+        voters += node_id in serving
+    if voters < target:
+        free = len(receivers) - sum([replica.node_id in receivers for replica in replicas])
+        return free <= voters % 2  # one more than an odd number is no gain
+    return voters == len(replicas)
 
 
 def why_not(view: ClusterView, range_view: RangeView) -> str:
     """What keeps a range's replicas where they are, or what would be done about them."""
-    planned = plan(view, range_view, _Loads.of(view))
+    planned = plan(view, range_view, target_voters(view, range_view.range_id), _Loads.of(view))
     return planned.reason if isinstance(planned, Operator) else planned
 
 
@@ -82,10 +87,19 @@ class _Loads:
 
     replicas: dict[NodeId, int]
     receiving: dict[NodeId, int]
+    receiving_max: int
+    receivers: set[NodeId]
+    """The nodes that may be given another replica now."""
 
     @classmethod
     def of(cls, view: ClusterView) -> "_Loads":
-        loads = cls({node.node_id: node.replicas for node in view.nodes.values()}, {})
+        replicas = {node.node_id: node.replicas for node in view.nodes.values()}
+        receivers = {
+            node.node_id
+            for node in view.live_nodes
+            if not node.draining and not node.slow_disk and node.fullness < Fullness.LOW
+        }
+        loads = cls(replicas, {}, view.settings.learners_per_node_max, receivers)
         for operator in view.operators.values():
             step = operator.current
             if isinstance(step, AddLearners):
@@ -106,6 +120,8 @@ class _Loads:
     def _receive(self, node_id: NodeId, replicas: int) -> None:
         self.replicas[node_id] = self.replicas.get(node_id, 0) + replicas
         self.receiving[node_id] = self.receiving.get(node_id, 0) + 1
+        if self.receiving[node_id] >= self.receiving_max:
+            self.receivers.discard(node_id)
 
 
 @dataclass(slots=True)
@@ -134,13 +150,12 @@ class _Members:
         return members
 
 
-def plan(view: ClusterView, range_view: RangeView, loads: _Loads) -> Operator | str:
-    """The operator that the range's replicas need, or why they stay as they are."""
+def plan(view: ClusterView, range_view: RangeView, target: int, loads: _Loads) -> Operator | str:
+    """The operator that the range's replicas need to be ``target`` voters, or why they stay as they are."""
     obstacle = _obstacle(view, range_view)
     if obstacle is not None:
         return obstacle
     members = _Members.of(view, range_view)
-    target = target_voters(view, range_view.range_id)
     if len(members.kept) >= target:
         return _shed(range_view, members, target)
     return _grow(view, range_view, members, target, loads)
@@ -218,20 +233,14 @@ def _adoptable(view: ClusterView, range_view: RangeView, learners: list[Member])
 
 
 def _least_loaded(view: ClusterView, range_view: RangeView, count: int, loads: _Loads) -> tuple[Place, ...]:
-    """Up to ``count`` live nodes without a replica of the range: those with room first, then with few replicas."""
+    """Up to ``count`` receivers without a replica of the range: those with room first, then with few replicas."""
     count = min(count, REPLICAS_MAX - len(range_view.descriptor.replicas))
-    receiving_max = view.settings.learners_per_node_max
     candidates = [
-        node.node_id
-        for node in view.live_nodes
-        if not node.draining
-        and not node.slow_disk
-        and node.fullness < Fullness.LOW
-        and range_view.descriptor.replica_on(node.node_id) is None
-        and loads.receiving.get(node.node_id, 0) < receiving_max
+        (view.nodes[node_id].fullness, loads.replicas[node_id], node_id)
+        for node_id in loads.receivers
+        if range_view.descriptor.replica_on(node_id) is None
     ]
-    candidates.sort(key=lambda node_id: (view.nodes[node_id].fullness, loads.replicas[node_id], node_id))
-    return tuple(Place(node_id, UNALLOCATED) for node_id in candidates[:count])
+    return tuple(Place(node_id, UNALLOCATED) for _, _, node_id in sorted(candidates)[:count])
 
 
 def _place(replica: Member) -> Place:

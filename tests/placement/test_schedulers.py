@@ -1,6 +1,9 @@
 """Schedulers: a view in, operators out, each with a reason (design 4.10)."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,7 +26,7 @@ from shardkv_placement.operators import (
     TransferLeader,
 )
 from shardkv_placement.replica_schedulers import place_replicas, target_voters
-from shardkv_placement.schedulers import explain, schedule
+from shardkv_placement.schedulers import SCHEDULERS, Scheduler, explain, schedule, with_running
 from shardkv_placement.view import ClusterView
 from tests.placement.worlds import WALL_MS, a_view, filled
 
@@ -36,6 +39,23 @@ def transfers(view: ClusterView) -> dict[int, int]:
 def joiners(operator: Operator) -> list[int]:
     """The nodes that get a new replica."""
     return [place.node_id for step in operator.steps if isinstance(step, AddLearners) for place in step.learners]
+
+
+def calls_of(scheduler: Scheduler, view: ClusterView) -> tuple[int, int]:
+    """How many functions a round of a scheduler calls, and how many operators it makes."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        made = scheduler(view)
+    finally:
+        sys.setprofile(before)
+    return calls, len(made)
 
 
 def silent(view: ClusterView, range_id: int, *nodes: int, size: int = 1_000, seconds: float = 1_000.0) -> ClusterView:
@@ -407,6 +427,36 @@ def test_any_round_of_transfers_makes_the_leaders_more_even(world: tuple[int, di
         counts[range_view.leader] -= 1
         counts[NodeId(target)] += 1
     assert sum(count**2 for count in counts.values()) <= before - len(moved)
+
+
+# --- Work -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("members", "changes"),
+    [
+        (lambda number: "1*", {"learners_per_node_max": 2}),
+        (lambda number: "1* 2 3", {"learners_per_node_max": 2, "replication_factor": 5, "leader_balance": False}),
+        (lambda number: "1* 2? 3?", {}),
+        (lambda number: f"{1 + number % 25}* {26 + number % 25}? {26 + (number + 1) % 25}?", {}),
+        (lambda number: "1* 2? 3?", {"draining": [1]}),
+        (
+            lambda number: f"{1 + number % 50}* {1 + (number + 1) % 50} {1 + (number + 2) % 50}",
+            {"draining": range(1, 51)},
+        ),
+    ],
+)
+def test_a_round_that_makes_nothing_looks_at_no_range_once_for_each_node(
+    members: Callable[[int], str], changes: dict[str, Any]
+) -> None:
+    """With 100 nodes and 10,000 ranges the placement leader's loop stood still for a second, every few seconds."""
+    view = a_view(nodes=50, ranges={number: members(number) for number in range(1, 801)}, **changes)
+    while made := place_replicas(view):
+        view = with_running(view, made)
+    for scheduler in SCHEDULERS:
+        calls, count = calls_of(scheduler, view)
+        assert count == 0, scheduler
+        assert calls < 64 * 800, (scheduler, calls)
 
 
 # --- For people -------------------------------------------------------------------------------------------------------
