@@ -22,7 +22,7 @@ from shardkv.codec import malformed
 from shardkv.types import TOKEN_BYTES, Fullness, NodeId, RangeId, ReplicaId
 from shardkv_placement import fields
 from shardkv_placement.operators import CATCH_UP_LAG_MAX
-from shardkv_placement.state import NODES_MAX
+from shardkv_placement.state import DECOMMISSIONED_MAX, NODES_MAX
 
 FORMAT: Final = 1
 REPORTS_MAX: Final = 200_000
@@ -34,6 +34,8 @@ REPORT_ITEMS_MAX: Final = 1 << 20
 not."""
 DESCRIPTORS_WANTED_MAX: Final = 1_024
 """Ranges whose descriptors one reply asks for; the next one asks for more."""
+NODE_ENTRIES_MAX: Final = NODES_MAX + DECOMMISSIONED_MAX
+"""Entries of a node table."""
 BYTES_CHANGE_MIN: Final = 1024 * 1024
 """A range whose size alone has changed, by less than this, is not reported."""
 
@@ -259,11 +261,10 @@ def decode_reply(value: Any) -> HeartbeatReply:
                         found[name] = fields.integer(number, name)
                     case _:
                         raise malformed(f"a setting must be [name, value], not {pair!r:.100}")
-            entries = None if nodes is None else tuple(_entry(n) for n in fields.array(nodes, "nodes", NODES_MAX))
             return HeartbeatReply(
                 fields.flag(full_wanted, "full_wanted"),
                 fields.integer(version, "a version"),
-                entries,
+                None if nodes is None else tuple(map(_entry, fields.array(nodes, "nodes", NODE_ENTRIES_MAX))),
                 found,
                 _range_ids(wanted, DESCRIPTORS_WANTED_MAX),
             )

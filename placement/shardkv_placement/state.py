@@ -22,7 +22,10 @@ from shardkv_placement.settings import Settings
 
 FORMAT: Final = 1
 NODES_MAX: Final = 1_000
-"""Node ids ever allocated, decommissioned ones included: their records stay, so that a late one is recognised."""
+"""Nodes in service."""
+DECOMMISSIONED_MAX: Final = 1_000
+"""Decommissioned nodes whose records stay, so that everybody hears of their end, and people see their names. Of the
+others the id says it all: it was given out, and has no record."""
 RUNNING_MAX: Final = 1_024
 """Running operators."""
 FINISHED_MAX: Final = 256
@@ -170,6 +173,16 @@ class PlacementState:
         """The node that has the name now; decommissioned ones have lost theirs."""
         return next((node for node in self.nodes.values() if node.name == name and not node.decommissioned), None)
 
+    def in_service(self, node_id: NodeId) -> NodeRecord:
+        """The node with the id. Raises NotFound when there never was one, WrongCluster when it was decommissioned."""
+        self._require_given_out(node_id)
+        node = self.nodes.get(node_id)
+        if node is None:
+            raise WrongCluster(f"node {node_id} was decommissioned long ago")
+        if node.decommissioned:
+            raise WrongCluster(f"node {node_id} ({node.name!r}) was decommissioned")
+        return node
+
     # --- Rows -----------------------------------------------------------------------------------------------------
 
     def load(self, rows: Iterator[tuple[bytes, bytes]]) -> None:
@@ -232,6 +245,10 @@ class PlacementState:
         self.nodes[node.node_id] = node
         batch.put(self._key_numbered(_NODE, node.node_id), codec.dumps(node.to_wire()))
 
+    def _forget_node(self, batch: Batch, node_id: NodeId) -> None:
+        del self.nodes[node_id]
+        batch.delete(self._key_numbered(_NODE, node_id))
+
     def _put_operator(self, batch: Batch, operator: Operator) -> None:
         self.operators[operator.range_id] = operator
         self._range_by_operator[operator.operator_id] = operator.range_id
@@ -254,9 +271,10 @@ class PlacementState:
 
     def _bootstrap(self, command: commands.Bootstrap, now_ms: int, batch: Batch) -> int:
         if self.bootstrapped:
-            first = self.nodes[NodeId(1)]
-            if (command.cluster_id, command.directory_token) == (self.counters.cluster_id, first.directory_token):
-                return first.node_id
+            first = self.nodes.get(NodeId(1))
+            token = None if first is None else first.directory_token
+            if (command.cluster_id, command.directory_token) == (self.counters.cluster_id, token):
+                return NodeId(1)
             raise WrongCluster(f"this cluster is {self.counters.cluster_id.hex()} and bootstrapped already")
         _check_spans(command.descriptors)
         _check_all_keys(command.descriptors)
@@ -282,8 +300,8 @@ class PlacementState:
                 f"the name {command.name!r} belongs to node {named.node_id} with another data directory: start that "
                 "one, or choose another name; the name of a node that is lost is not given again"
             )
-        if len(self.nodes) >= NODES_MAX:
-            raise RequestError(f"a cluster has at most {NODES_MAX} nodes over its life")
+        if sum(not node.decommissioned for node in self.nodes.values()) >= NODES_MAX:
+            raise RequestError(f"a cluster has at most {NODES_MAX} nodes")
         node_id = NodeId(self.counters.next_node)
         version = self.counters.nodes_version + 1
         self._put_counters(batch, replace(self.counters, next_node=node_id + 1, nodes_version=version))
@@ -301,9 +319,7 @@ class PlacementState:
         return node.node_id
 
     def _node_started(self, command: commands.NodeStarted, now_ms: int, batch: Batch) -> bool:
-        node = self._node(command.node_id)
-        if node.decommissioned:
-            raise WrongCluster(f"node {node.node_id} ({node.name!r}) was decommissioned")
+        node = self.in_service(command.node_id)
         if command.boot < node.boot or (command.boot == node.boot and command.start_token != node.start_token):
             raise WrongCluster(
                 f"node {node.node_id} ({node.name!r}) has been started {node.boot} times, this directory says "
@@ -324,9 +340,13 @@ class PlacementState:
         return True
 
     def _decommission_node(self, command: commands.DecommissionNode, now_ms: int, batch: Batch) -> bool:
-        node = self._node(command.node_id)
-        if not node.decommissioned:
+        self._require_given_out(command.node_id)
+        node = self.nodes.get(command.node_id)
+        if node is not None and not node.decommissioned:
             self._put_counters(batch, replace(self.counters, nodes_version=self.counters.nodes_version + 1))
+            before = [each.node_id for each in self.nodes.values() if each.decommissioned]
+            if len(before) >= DECOMMISSIONED_MAX:
+                self._forget_node(batch, min(before))
             self._put_node(batch, replace(node, decommissioned=True))
         return True
 
@@ -428,11 +448,9 @@ class PlacementState:
             batch.delete(self._key_numbered(_FINISHED, number - FINISHED_MAX))
         return True
 
-    def _node(self, node_id: NodeId) -> NodeRecord:
-        node = self.nodes.get(node_id)
-        if node is None:
+    def _require_given_out(self, node_id: NodeId) -> None:
+        if node_id >= self.counters.next_node:
             raise NotFound(f"there is no node {node_id}")
-        return node
 
     def check(self) -> None:
         """Every invariant of the state."""
@@ -440,6 +458,8 @@ class PlacementState:
         self.ranges.check(tiled=len(self.ranges) > 0)
         assert all(0 < node_id < counters.next_node for node_id in self.nodes), (self.nodes.keys(), counters)
         names = [node.name for node in self.nodes.values() if not node.decommissioned]
+        assert len(names) <= NODES_MAX, len(names)
+        assert len(self.nodes) - len(names) <= DECOMMISSIONED_MAX, (len(self.nodes), len(names))
         assert len(set(names)) == len(names), names
         tokens = [node.directory_token for node in self.nodes.values()]
         assert len(set(tokens)) == len(tokens), self.nodes

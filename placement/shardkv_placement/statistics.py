@@ -11,7 +11,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import NamedTuple
 
-from shardkv.errors import Busy, NotFound, WrongCluster
+from shardkv.errors import Busy, WrongCluster
 from shardkv.types import Fullness, NodeId, RangeId, ReplicaId
 from shardkv_placement.heartbeat import (
     DESCRIPTORS_WANTED_MAX,
@@ -92,11 +92,7 @@ class Statistics:
             Busy: the node's start is not on record yet.
             WrongCluster: the node was decommissioned, or this is an old copy of its disk; it must stop.
         """
-        record = state.nodes.get(heartbeat.node_id)
-        if record is None:
-            raise NotFound(f"there is no node {heartbeat.node_id}")
-        if record.decommissioned:
-            raise WrongCluster(f"node {record.node_id} ({record.name!r}) was decommissioned")
+        record = state.in_service(heartbeat.node_id)
         heard = self._heard.get(record.node_id)
         # Only by what the group has agreed on: a node that is told so never starts again.
         if heartbeat.boot < record.boot:

@@ -8,9 +8,12 @@ from shardkv import codec
 from shardkv.errors import Busy, MalformedRequest, NotFound, WrongCluster
 from shardkv.types import NodeId, RangeId, ReplicaId
 from shardkv.wire import requests
+from shardkv.wire.frames import FRAME_BYTES_MAX
 from shardkv.wire.requests import Method
 from shardkv_placement import commands, heartbeat
-from shardkv_placement.heartbeat import Capacity, Heartbeat, HeartbeatReply, Progress, RangeReport, Reporter
+from shardkv_placement.fields import ADDRESS_BYTES_MAX, NAME_BYTES_MAX
+from shardkv_placement.heartbeat import Capacity, Heartbeat, HeartbeatReply, NodeEntry, Progress, RangeReport, Reporter
+from shardkv_placement.state import DECOMMISSIONED_MAX, NODES_MAX
 from shardkv_placement.statistics import NodeState, Statistics
 from tests.placement.worlds import Group, descriptor, token
 
@@ -313,6 +316,16 @@ def test_heartbeats_and_replies_are_what_they_were_after_the_wire() -> None:
     assert heartbeat.encode(heartbeat.decode(FIELDS)) == FIELDS
     reply = HeartbeatReply(True, 3, None, {"split_bytes": 5}, (RangeId(1),))
     assert heartbeat.decode_reply(heartbeat.encode_reply(reply)) == reply
+
+
+def test_the_longest_node_table_there_is_comes_through() -> None:
+    entries = tuple(
+        NodeEntry(NodeId(number), "n" * NAME_BYTES_MAX, "a" * ADDRESS_BYTES_MAX, 1, number > NODES_MAX, token(number))
+        for number in range(1, NODES_MAX + DECOMMISSIONED_MAX + 1)
+    )
+    encoded = codec.dumps(heartbeat.encode_reply(HeartbeatReply(True, 3, entries, {})))
+    assert heartbeat.decode_reply(codec.loads(encoded)).nodes == entries
+    assert len(encoded) < FRAME_BYTES_MAX // 16
 
 
 def test_a_node_that_leads_very_many_ranges_can_say_so_in_one_request() -> None:

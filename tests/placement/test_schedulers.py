@@ -182,6 +182,8 @@ def test_a_voter_on_a_decommissioned_node_is_replaced_in_the_same_joint_change()
     (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2 3"}, decommissioned=[3]))
     assert joiners(operator) == [4]
     assert operator.steps[-1] == PromoteLearners((Place(NodeId(4), UNALLOCATED),), (Place(NodeId(3), ReplicaId(103)),))
+    (operator,) = schedule(a_view(nodes=4, ranges={1: "1* 2 9"}))  # Of node 9 there is no record any more.
+    assert operator.steps[-1] == PromoteLearners((Place(NodeId(3), UNALLOCATED),), (Place(NodeId(9), ReplicaId(109)),))
 
 
 def test_a_voter_on_a_decommissioned_node_stays_while_nobody_can_take_its_place() -> None:

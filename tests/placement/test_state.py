@@ -18,8 +18,9 @@ from shardkv.errors import (
     WrongCluster,
 )
 from shardkv.types import EVERY_KEY, Epoch, Member, NodeId, RangeDescriptor, RangeId, ReplicaId
-from shardkv_placement import commands, router
+from shardkv_placement import commands, router, state
 from shardkv_placement.fields import ID_MAX
+from shardkv_placement.heartbeat import Reporter
 from shardkv_placement.operators import (
     UNALLOCATED,
     AddLearners,
@@ -31,6 +32,7 @@ from shardkv_placement.operators import (
     TransferLeader,
 )
 from shardkv_placement.state import FINISHED_MAX, REPORTED_AHEAD_MAX, RUNNING_MAX, PlacementState
+from shardkv_placement.statistics import Statistics
 from tests.placement.worlds import PREFIX, Group, Rows, contents, descriptor, first_descriptors, token
 
 TRANSFER = Operator(OperatorKind.TRANSFER, RangeId(1), (TransferLeader(NodeId(1)),), "asked for")
@@ -157,6 +159,51 @@ def test_every_change_of_the_node_table_gets_a_new_version_and_a_repetition_none
         assert group.state.counters.nodes_version == version, command
         group.apply(command)
         assert group.state.counters.nodes_version == version, command
+
+
+def test_a_cluster_may_have_any_number_of_nodes_over_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has so many in service, and knows what it must of the others by their ids: there were 1,000 for ever."""
+    monkeypatch.setattr(state, "NODES_MAX", 3)
+    monkeypatch.setattr(state, "DECOMMISSIONED_MAX", 2)
+    group = Group()
+    for number in range(2, 20):
+        assert group.join(number) == number, "an id is never used twice"
+        group.apply(commands.DecommissionNode(NodeId(number)))
+        group.state.check()
+        assert contents(group.reloaded()) == contents(group.state)
+    assert list(group.state.nodes) == [1, 18, 19]
+    assert [group.join(number) for number in (20, 21)] == [20, 21]
+    with pytest.raises(RequestError, match="at most 3 nodes"):
+        group.join(22)
+
+
+def test_a_node_that_was_decommissioned_long_ago_is_no_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 24: its record is forgotten, but not that its id was given out. An id that was not may be one some day."""
+    monkeypatch.setattr(state, "DECOMMISSIONED_MAX", 1)
+    group = Group()
+    heard = Statistics(0.0)
+    for number in (2, 3, 4):
+        group.join(number)
+    for number in (3, 1, 4):
+        group.apply(commands.DecommissionNode(NodeId(number)))
+        assert group.state.nodes[NodeId(number)].decommissioned, "everybody hears of its end"
+    assert group.state.nodes.keys() == {2, 4}
+    version = group.state.counters.nodes_version
+    for number in (1, 3, 4):
+        with pytest.raises(WrongCluster, match="decommissioned"):
+            group.apply(commands.NodeStarted(NodeId(number), 7, token(7), "host:7000", ()))
+        with pytest.raises(WrongCluster, match="decommissioned"):
+            heard.receive(group.state, Reporter(NodeId(number), 7, "host:7000").heartbeat(), 1.0)
+        assert group.apply(commands.DecommissionNode(NodeId(number))) is True
+    assert group.state.counters.nodes_version == version
+    for command in (
+        commands.NodeStarted(NodeId(5), 1, token(1), "host:7000", ()),
+        commands.DecommissionNode(NodeId(5)),
+    ):
+        with pytest.raises(NotFound):
+            group.apply(command)
+    with pytest.raises(WrongCluster, match="bootstrapped already"):
+        group.apply(commands.Bootstrap(b"c" * 16, "n1", "host1:7000", token(1), (), first_descriptors()))
 
 
 # --- Ids --------------------------------------------------------------------------------------------------------------
