@@ -3,6 +3,7 @@
 Pure values: nothing here does I/O, knows a wire format or changes after it is made.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final, NamedTuple, NewType
@@ -21,6 +22,8 @@ FIRST_RANGE: Final = RangeId(1)
 CLUSTER_ID_BYTES: Final = 16
 TOKEN_BYTES: Final = 16
 """Of the random tokens that tell one data directory, or one start of a node, from another."""
+LINEAGE_MAX: Final = 16
+"""The tokens of so many starts, the last ones, a node's directory keeps, and its greetings tell."""
 
 KEY_BYTES_MAX: Final = 4 * 1024
 VALUE_BYTES_MAX: Final = 1024 * 1024
@@ -32,6 +35,20 @@ SESSION_WINDOW_MAX: Final = 1_024
 """A command's sequence may be at most this far above the session's lowest unsettled sequence."""
 SESSION_AGE_MS_MAX: Final = 60_000
 """A command issued longer ago than this, by replicated time, is refused as too old."""
+
+
+def branches_off(boot: int, tokens: Sequence[bytes], known_boot: int, known_token: bytes) -> bool:
+    """Whether a node's start is neither an earlier one that is known nor any that came after that: then one of the two
+    was on a copy of the node's data directory.
+
+    ``tokens`` are those of start ``boot`` and of the starts right before it, newest first; one that is empty is not
+    known. False, too, where they do not reach back so far.
+    """
+    back = boot - known_boot
+    if not 0 <= back < len(tokens):
+        return False
+    token = tokens[back]
+    return bool(token) and bool(known_token) and token != known_token
 
 
 class KeyRange(NamedTuple):

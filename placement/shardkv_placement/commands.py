@@ -2,7 +2,7 @@
 
     BOOTSTRAP         [1, cluster_id, name, address, token, labels, [descriptor, ...], [[name, value], ...]] -> node id
     REGISTER_NODE     [2, name, address, token, labels]                                  -> node id
-    NODE_STARTED      [3, node_id, boot, start_token, address, labels]                   -> True
+    NODE_STARTED      [3, node_id, boot, start_token, address, labels, earlier_tokens]   -> True
     DECOMMISSION_NODE [4, node_id]                                                       -> True
     REPORT_RANGES     [5, [descriptor, ...]]                                             -> [accepted, ...]
     ALLOCATE          [6, ranges, replicas]                                  -> [first range id, first replica id]
@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Final
 from shardkv.address import parse_address
 from shardkv.codec import malformed
 from shardkv.errors import ConfigError, MalformedRequest
-from shardkv.types import CLUSTER_ID_BYTES, TOKEN_BYTES, NodeId, RangeDescriptor
+from shardkv.types import CLUSTER_ID_BYTES, LINEAGE_MAX, TOKEN_BYTES, NodeId, RangeDescriptor
 from shardkv_placement import fields
 from shardkv_placement.fields import Labels
 from shardkv_placement.operators import Operator, Outcome, outcome_from_wire
@@ -74,7 +74,8 @@ class RegisterNode:
 class NodeStarted:
     """A node's process has started. ``boot`` grows with every start; ``start_token`` is random, made at this start.
 
-    A lower ``boot``, or the same with another token, is an old copy of the disk and is refused.
+    A lower ``boot``, or one that did not come from the start that is known, is on an old copy of the disk and is
+    refused.
     """
 
     node_id: NodeId
@@ -82,11 +83,14 @@ class NodeStarted:
     start_token: bytes
     address: str
     labels: Labels
+    earlier_tokens: tuple[bytes, ...] = ()
+    """Of the starts right before it, newest first."""
     number: ClassVar = 3
 
     def to_wire(self) -> list[Any]:
         labels = fields.labels_to_wire(self.labels)
-        return [self.number, self.node_id, self.boot, self.start_token, self.address, labels]
+        earlier = list(self.earlier_tokens)
+        return [self.number, self.node_id, self.boot, self.start_token, self.address, labels, earlier]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +205,14 @@ def decode(value: Any) -> Command:
             )
         case [RegisterNode.number, name, address, token, labels]:
             return RegisterNode(fields.name(name), fields.address(address), _token(token), fields.labels(labels))
-        case [NodeStarted.number, node_id, boot, token, address, labels]:
+        case [NodeStarted.number, node_id, boot, token, address, labels, earlier]:
             return NodeStarted(
                 _node_id(node_id),
                 fields.integer(boot, "a boot counter", 1),
                 _token(token),
                 fields.address(address),
                 fields.labels(labels),
+                tuple(map(_token, fields.array(earlier, "tokens of earlier starts", LINEAGE_MAX - 1))),
             )
         case [DecommissionNode.number, node_id]:
             return DecommissionNode(_node_id(node_id))

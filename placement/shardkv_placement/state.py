@@ -13,7 +13,16 @@ from typing import Any, Final, Protocol
 
 from shardkv import codec
 from shardkv.errors import Conflict, Corruption, NotFound, RequestError, ShardKVError, WrongCluster
-from shardkv.types import PLACEMENT_RANGE, KeyRange, NodeId, RangeDescriptor, RangeId, ReplicaId, timestamp_ms
+from shardkv.types import (
+    PLACEMENT_RANGE,
+    KeyRange,
+    NodeId,
+    RangeDescriptor,
+    RangeId,
+    ReplicaId,
+    branches_off,
+    timestamp_ms,
+)
 from shardkv_placement import commands, fields
 from shardkv_placement.fields import Labels
 from shardkv_placement.operators import FinishedOperator, Operator
@@ -320,11 +329,13 @@ class PlacementState:
 
     def _node_started(self, command: commands.NodeStarted, now_ms: int, batch: Batch) -> bool:
         node = self.in_service(command.node_id)
-        if command.boot < node.boot or (command.boot == node.boot and command.start_token != node.start_token):
+        tokens = (command.start_token, *command.earlier_tokens)
+        other = branches_off(command.boot, tokens, node.boot, node.start_token)
+        if command.boot < node.boot or other:
             raise WrongCluster(
                 f"node {node.node_id} ({node.name!r}) has been started {node.boot} times, this directory says "
-                f"{command.boot}: it is an old copy; put the newest one back, or start on an empty directory "
-                "under another name",
+                f"{command.boot}{', and knows nothing of that start' if other else ''}: it is an old copy; put the "
+                "newest one back, or start on an empty directory under another name",
                 old_copy=True,
             )
         started = replace(

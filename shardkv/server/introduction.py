@@ -58,6 +58,7 @@ class Introduction:
         config: NodeConfig,
         identity: Identity,
         start_token: bytes,
+        earlier_tokens: tuple[bytes, ...],
         address: str,
         new: bool,
         log: Any,
@@ -70,6 +71,7 @@ class Introduction:
         self._config = config
         self._identity = identity
         self._start_token = start_token
+        self._earlier_tokens = earlier_tokens
         self._address = address
         self._new = new
         self._log = log
@@ -93,6 +95,7 @@ class Introduction:
                     start_token=self._start_token,
                     address=self._address,
                     labels=self._config.label,
+                    earlier_tokens=self._earlier_tokens,
                 )
                 await self._placement.propose(started)
                 return

@@ -48,7 +48,7 @@ from shardkv.storage.wal import Wal, WalSettings
 from shardkv.transport.groups import main_error
 from shardkv.transport.handshake import KnownBoots, NodeIdentity
 from shardkv.transport.pool import PeerPool, Purpose
-from shardkv.types import PLACEMENT_RANGE, TOKEN_BYTES, NodeId, RangeId, timestamp_at
+from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId, timestamp_at
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.handshake import Hello
 from shardkv.wire.requests import Request
@@ -318,8 +318,10 @@ class _Node:
         mine = self._directory.identity
         assert mine.cluster_id is not None, "composed before the node is a member"
         assert mine.node_id is not None, "composed before the node has an id"
-        start_token = environment.ids.random_bytes(TOKEN_BYTES)
-        self._identity = NodeIdentity(mine.cluster_id, mine.node_id, mine.boot, self._address, start_token)
+        start_token, *earlier = mine.starts
+        self._identity = NodeIdentity(
+            mine.cluster_id, mine.node_id, mine.boot, self._address, start_token, tuple(earlier)
+        )
         self._learn_boots()
         self._extension = PlacementExtension()
         raft = config.raft
@@ -432,6 +434,7 @@ class _Node:
             config=config,
             identity=self._directory.identity,
             start_token=identity.start_token,
+            earlier_tokens=identity.earlier_tokens,
             address=self._address,
             # Who has joined, and died before it was introduced, has heard of none of its own starts.
             new=self._is_new or self._address_book.start_of(identity.node_id) == (0, b""),
@@ -615,6 +618,11 @@ class _Node:
                 known = dict(self._address_book)
                 if found.node_id is None or found.node_id not in known or found.boot <= known[found.node_id].boot:
                     continue  # it has told, or will tell, where it advertises itself, which may be written otherwise
+                try:
+                    self._known_boots.require_newest(found.node_id, found.boot, found.start_token, found.earlier_tokens)
+                except WrongCluster as error:
+                    self._log.error("a node runs there on an old copy", address=address, reason=str(error))
+                    continue
                 if self._address_book.greeted(found.node_id, address, found.boot, found.start_token):
                     self._apply_addresses()
                     self._known_nodes.changed()

@@ -179,6 +179,7 @@ class SnapshotDialler:
                     boot=self._identity.boot,
                     address=self._identity.address,
                     start_token=self._identity.start_token,
+                    earlier_tokens=self._identity.earlier_tokens,
                 )
                 _, frames = await greet(
                     connection, decoder, hello, clock=environment.clock, known_boots=self._known_boots

@@ -17,9 +17,9 @@ from zlib import crc32
 from shardkv.environment import DirectoryLock, Disk, Ids
 from shardkv.errors import Corruption, DataDirectoryError, OutOfSpace, StorageError
 from shardkv.storage.segment import remove_spares
-from shardkv.types import CLUSTER_ID_BYTES, TOKEN_BYTES, NodeId
+from shardkv.types import CLUSTER_ID_BYTES, LINEAGE_MAX, TOKEN_BYTES, NodeId
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Of everything under the directory. Raised when an older program could no longer read it."""
 
 IDENTITY_NAME: Final = "identity"
@@ -85,6 +85,9 @@ class Identity:
     """16 random bytes, of this directory alone; the log's checksums start from it."""
     boot: int
     """How often the directory was opened, 1 the first time. A lower one than peers have seen is a restored disk."""
+    starts: tuple[bytes, ...]
+    """A random token of each of the last LINEAGE_MAX openings, newest first: two copies of a disk part with the first
+    opening of either, however often each is opened then."""
     cluster_id: bytes | None = None
     node_id: NodeId | None = None
     name: str | None = None
@@ -100,14 +103,15 @@ def encode_identity(identity: Identity) -> bytes:
     body = _FIELDS.pack(
         identity.token, identity.boot, identity.cluster_id or _NO_CLUSTER, identity.node_id or 0, len(name)
     )
-    return _START.pack(_MAGIC, FORMAT, crc32(body + name)) + body + name
+    body += name + b"".join(identity.starts)
+    return _START.pack(_MAGIC, FORMAT, crc32(body)) + body
 
 
 def decode_identity(data: bytes, path: str) -> Identity:
     """The inverse of :func:`encode_identity`. Raises DataDirectoryError for a newer format, Corruption for damage."""
     advice = (
-        "the directory cannot be used as it is: restore that one file from a copy, or start a node under another name "
-        "with an empty data directory"
+        "the directory cannot be used as it is: restore that one file from a copy made since the node was last "
+        "started, or start a node under another name with an empty data directory"
     )
     if len(data) < _START.size:
         raise Corruption(f"{path} holds {len(data)} bytes, too few; {advice}")
@@ -122,12 +126,14 @@ def decode_identity(data: bytes, path: str) -> Identity:
     if version > FORMAT:
         raise DataDirectoryError(_newer(path, version))
     token, boot, cluster_id, node_id, name_bytes = _FIELDS.unpack_from(body)
-    name = body[_FIELDS.size :]
-    if version < 1 or len(name) != name_bytes:
-        raise Corruption(f"{path} says format {version} and a name of {name_bytes} bytes, not {len(name)}; {advice}")
+    name, rest = body[_FIELDS.size :][:name_bytes], body[_FIELDS.size + name_bytes :]
+    starts = tuple(rest[at : at + TOKEN_BYTES] for at in range(0, len(rest), TOKEN_BYTES))
+    # Format 1 had no tokens.
+    if version < 1 or len(name) != name_bytes or len(rest) % TOKEN_BYTES or (rest and version < 2):
+        raise Corruption(f"{path} says format {version}, and {len(body)} bytes do not fit that; {advice}")
     if cluster_id == _NO_CLUSTER:
-        return Identity(token, boot)
-    return Identity(token, boot, cluster_id, NodeId(node_id), name.decode())
+        return Identity(token, boot, starts)
+    return Identity(token, boot, starts, cluster_id, NodeId(node_id), name.decode())
 
 
 def _newer(path: str, version: int) -> str:
@@ -232,9 +238,10 @@ def open_directory(disk: Disk, ids: Ids, path: str) -> DataDirectory:
         try:
             identity = decode_identity(disk.read(identity_path), identity_path)
         except FileNotFoundError:
-            identity = Identity(ids.random_bytes(TOKEN_BYTES), 0)
+            identity = Identity(ids.random_bytes(TOKEN_BYTES), 0, ())
         directory = DataDirectory(disk, path, identity, lock)
-        started = replace(identity, boot=identity.boot + 1)
+        starts = (ids.random_bytes(TOKEN_BYTES), *identity.starts[: LINEAGE_MAX - 1])
+        started = replace(identity, boot=identity.boot + 1, starts=starts)
         try:
             directory._store(started)
         except OutOfSpace:

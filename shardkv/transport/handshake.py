@@ -4,7 +4,7 @@ The rule: nothing else is said on a connection before both sides know the cluste
 that refuses says why before it closes.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,7 +13,7 @@ import trio
 from shardkv.environment import Clock
 from shardkv.errors import ProtocolError, ShardKVError, WrongCluster
 from shardkv.transport.connection import Connection
-from shardkv.types import NodeId
+from shardkv.types import NodeId, branches_off
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind
 from shardkv.wire.handshake import (
     GREETING_BYTES_MAX,
@@ -43,13 +43,16 @@ class NodeIdentity:
     address: str | None = None
     start_token: bytes = b""
     """Random, made at this start."""
+    earlier_tokens: tuple[bytes, ...] = ()
+    """Of the starts right before it, newest first."""
 
 
 class KnownBoots:
     """The newest start of each node that is known: its boot counter, and the token that it made.
 
-    A lower counter, or the same with another token, means that a data directory was restored from a copy: it has
-    forgotten votes (trap 24). A copy from just before the last start counts up to the same number.
+    A lower counter, or one that did not come from it, means that a data directory was restored from a copy: it has
+    forgotten votes (trap 24). A copy from just before the last start counts up to the same number, and one that was
+    started apart from the others may have counted further.
     """
 
     __slots__ = ("_starts",)
@@ -57,18 +60,21 @@ class KnownBoots:
     def __init__(self) -> None:
         self._starts: dict[NodeId, tuple[int, bytes]] = {}
 
-    def observe(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
-        """Remember the start that a node greets with. Raises WrongCluster when a newer one is known."""
-        self.require_newest(node_id, boot, start_token)
+    def observe(self, node_id: NodeId, boot: int, start_token: bytes, earlier_tokens: Sequence[bytes] = ()) -> None:
+        """Remember the start that a node greets with. Raises WrongCluster when a newer one is known, or one that it did
+        not come from."""
+        self.require_newest(node_id, boot, start_token, earlier_tokens)
         known, known_token = self._starts.get(node_id, (0, b""))
         self._starts[node_id] = (boot, start_token or known_token if boot == known else start_token)
 
-    def require_newest(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
+    def require_newest(
+        self, node_id: NodeId, boot: int, start_token: bytes, earlier_tokens: Sequence[bytes] = ()
+    ) -> None:
         """Raises WrongCluster when another start than this one is known to be the node's last."""
         known, known_token = self._starts.get(node_id, (0, b""))
-        other = boot == known and start_token != known_token and start_token and known_token
+        other = branches_off(boot, (start_token, *earlier_tokens), known, known_token)
         if boot < known or other:
-            seen = "in another start" if other else f"with {known}"
+            seen = "in a start that it knows nothing of" if other else f"with {known}"
             raise WrongCluster(
                 f"node {node_id} comes with boot counter {boot} but was seen {seen}: its data directory is an "
                 "old copy; put the newest one back, or start on an empty directory under another name"
@@ -130,6 +136,7 @@ async def accept(
         timestamp=timestamp() if hello.role is Role.CLIENT else 0,
         inflight_max=inflight_max,
         start_token=identity.start_token,
+        earlier_tokens=identity.earlier_tokens,
     )
     connection.write(encode_welcome(welcome))
     connection.flush()
@@ -161,7 +168,7 @@ async def _accept(
         if hello.node_id == identity.node_id:
             raise WrongCluster(f"this is node {identity.node_id} too: one of the two runs on a copied data directory")
         try:
-            known_boots.observe(hello.node_id, hello.boot, hello.start_token)
+            known_boots.observe(hello.node_id, hello.boot, hello.start_token, hello.earlier_tokens)
         except WrongCluster as error:
             # Said to whom it is about: it must stop, for with every start it would count further.
             raise WrongCluster(str(error), old_copy=True) from None
@@ -198,7 +205,8 @@ async def greet(
     if hello.destination_node_id is not None:
         if welcome.node_id != hello.destination_node_id:
             raise WrongCluster(f"{connection.remote} is node {welcome.node_id}, not {hello.destination_node_id}")
-        known_boots.observe(hello.destination_node_id, welcome.boot, welcome.start_token)
+        node_id = hello.destination_node_id
+        known_boots.observe(node_id, welcome.boot, welcome.start_token, welcome.earlier_tokens)
     return welcome, frames
 
 

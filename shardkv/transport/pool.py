@@ -258,6 +258,7 @@ class PeerPool:
                 boot=self._identity.boot,
                 address=self._identity.address,
                 start_token=self._identity.start_token,
+                earlier_tokens=self._identity.earlier_tokens,
             )
             _, frames = await greet(
                 connection,

@@ -10,7 +10,7 @@ from typing import Final
 
 from shardkv import codec, errors
 from shardkv.errors import MalformedRequest, ProtocolError, ShardKVError, VersionUnsupported
-from shardkv.types import CLUSTER_ID_BYTES, TOKEN_BYTES, NodeId
+from shardkv.types import CLUSTER_ID_BYTES, LINEAGE_MAX, TOKEN_BYTES, NodeId
 from shardkv.wire.frames import FrameKind, encode_frame
 
 PROTOCOL_VERSION_MIN: Final = 1
@@ -49,6 +49,8 @@ class Hello:
     """Where the sender listens in this start, so that whom it dials can dial it back after it has moved."""
     start_token: bytes = b""
     """Random, made at this start: two starts of the same count are not taken for one. Empty: not told."""
+    earlier_tokens: tuple[bytes, ...] = ()
+    """Of the starts right before this one, newest first: what was started on a copy does not pass for its original."""
     protocol_version_min: int = PROTOCOL_VERSION_MIN
     protocol_version_max: int = PROTOCOL_VERSION_MAX
 
@@ -69,6 +71,7 @@ class Welcome:
     """How many requests the connection may have unanswered before the node stops reading it."""
     start_token: bytes = b""
     """As in :class:`Hello`; a client has no use for it."""
+    earlier_tokens: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ def encode_hello(hello: Hello) -> bytes:
         hello.boot,
         hello.address,
         hello.start_token,
+        list(hello.earlier_tokens),
     ]
     return encode_frame(FrameKind.HELLO, MAGIC, codec.dumps(fields))
 
@@ -120,6 +124,7 @@ def decode_hello(payload: bytes) -> Hello:
                 boot=_unsigned(boot, "boot counter"),
                 address=_address(later[0]) if later else None,
                 start_token=_start_token(later[1]) if len(later) > 1 else b"",
+                earlier_tokens=_earlier_tokens(later[2]) if len(later) > 2 else (),
                 protocol_version_min=low,
                 protocol_version_max=high,
             )
@@ -140,6 +145,7 @@ def encode_welcome(welcome: Welcome) -> bytes:
         welcome.timestamp,
         welcome.inflight_max,
         welcome.start_token,
+        list(welcome.earlier_tokens),
     ]
     return encode_frame(FrameKind.WELCOME, MAGIC, codec.dumps(fields))
 
@@ -159,6 +165,7 @@ def decode_welcome(payload: bytes) -> Welcome:
                 timestamp=_unsigned(timestamp, "timestamp"),
                 inflight_max=max(1, _unsigned(inflight_max, "in-flight bound")),
                 start_token=_start_token(later[0]) if later else b"",
+                earlier_tokens=_earlier_tokens(later[1]) if len(later) > 1 else (),
             )
     raise ProtocolError(f"a welcome of another shape: {fields!r:.200}")
 
@@ -220,6 +227,12 @@ def _start_token(value: object) -> bytes:
     if not isinstance(value, bytes) or len(value) not in (0, TOKEN_BYTES):
         raise ProtocolError(f"a start's token that cannot be one: {value!r:.80}")
     return value
+
+
+def _earlier_tokens(value: object) -> tuple[bytes, ...]:
+    if not isinstance(value, list) or len(value) >= LINEAGE_MAX:
+        raise ProtocolError(f"tokens of earlier starts that cannot be some: {value!r:.80}")
+    return tuple(map(_start_token, value))
 
 
 def _unsigned(value: int, what: str) -> int:

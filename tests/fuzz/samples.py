@@ -188,7 +188,7 @@ WAL_RECORDS: Final = (
     ),
 )
 WAL_METAS: Final = tuple(map(_meta, WAL_RECORDS))
-IDENTITIES: Final = (encode_identity(Identity(SESSION, 3)),)
+IDENTITIES: Final = (encode_identity(Identity(SESSION, 3, (SESSION, SESSION))),)
 
 PLACEMENT_COMMANDS: Final = tuple(
     codec.dumps(each)

@@ -137,6 +137,23 @@ def test_trap_24_a_node_reborn_from_an_old_copy_of_its_disk_is_refused() -> None
     assert group.state.nodes[node_id].address == "other:7000"
 
 
+def test_trap_24_a_copy_that_was_started_more_often_than_the_node_itself_is_refused() -> None:
+    """It does not know the start that the group knows; what came of that does, as far back as it tells."""
+    group = Group()
+    node_id = group.join(2)
+    group.apply(commands.NodeStarted(node_id, 7, token(70), "host2:7000", ()))
+
+    def started(boot: int, *starts: int) -> commands.NodeStarted:
+        newest, *earlier = map(token, starts)
+        return commands.NodeStarted(node_id, boot, newest, "host2:7000", (), tuple(earlier))
+
+    for command in (started(8, 81, 71), started(9, 91, 81, 71, 60)):
+        with pytest.raises(WrongCluster, match="knows nothing of that start"):
+            group.apply(command)
+    assert group.apply(started(9, 90, 80, 70, 60)) is True
+    assert group.apply(started(12, 120, 110)) is True, "too far back to tell"
+
+
 def test_a_data_directory_keeps_the_name_it_was_registered_with() -> None:
     group = Group()
     group.apply(register(2))

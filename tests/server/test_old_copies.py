@@ -144,6 +144,33 @@ async def test_trap_24_a_copy_that_was_let_in_first_is_heard_no_more_once_the_ne
         assert await answered(new) == [FrameKind.PONG]
 
 
+@pytest.mark.parametrize("apart", [2, 4])
+async def test_trap_24_an_old_copy_is_refused_though_it_was_started_more_often_than_the_original(
+    autojump_clock: MockClock, apart: int
+) -> None:
+    """Cut off, on another machine say, nobody told it so, and its count is the higher one."""
+    async with world(3) as cluster, cluster.client("n2", "n3") as kv:
+        await cluster.formed(kv)
+        await kv.put(b"k", OLD)
+        n2, n3 = cluster.nodes["n2"], cluster.nodes["n3"]
+        copy = await copied_before(cluster, n3, starts=1)
+        cluster.partition(["n1"], ["n2", "n3"])
+        await trio.sleep(3)
+        await kv.put(b"k", NEW)
+        await both_die_and_one_is_put_back(cluster, copy)
+        cluster.partition(["n3"], ["n1", "n2"])
+        for _ in range(apart):
+            await n3.start()
+            await trio.sleep(1)
+            await n3.kill()
+        assert n3.environment.disk.exists("/n3/identity")
+        cluster.heal()
+        n3.start_soon()
+        await reads_nothing_old(cluster)
+        n2.start_soon()
+        await holds_what_was_acknowledged(cluster)
+
+
 @pytest.mark.parametrize(("starts", "seconds"), [(1, 5.0), (3, 5.0), (1, 1.5)])
 async def test_trap_24_an_old_copy_stays_refused_however_often_it_is_started_and_for_however_short(
     autojump_clock: MockClock, starts: int, seconds: float

@@ -1,12 +1,21 @@
 """Whose data directory it is: made once, counted at each start, refused when in doubt, and never changed then."""
 
 import itertools
+from struct import pack
+from zlib import crc32
 
 import pytest
 
 from shardkv.errors import Corruption, DataDirectoryError
-from shardkv.storage.directory import DataDirectory, Identity, decode_identity, encode_identity, open_directory
-from shardkv.types import NodeId
+from shardkv.storage.directory import (
+    FORMAT,
+    DataDirectory,
+    Identity,
+    decode_identity,
+    encode_identity,
+    open_directory,
+)
+from shardkv.types import LINEAGE_MAX, TOKEN_BYTES, NodeId
 
 from .support import MemoryDisk, Node
 
@@ -39,11 +48,11 @@ def flipped(data: bytes, position: int, bit: int) -> bytes:
 def test_a_new_directory_gets_a_token_and_counts_its_starts() -> None:
     disk = MemoryDisk()
     first = start(disk)
-    assert first.identity == Identity((1).to_bytes(16, "big"), 1)
+    assert first.identity == Identity((1).to_bytes(16, "big"), 1, ((2).to_bytes(16, "big"),))
     assert not first.identity.assigned
     first.close()
     second = start(disk, CountingIds())
-    assert second.identity == Identity(first.identity.token, 2)
+    assert second.identity == Identity(first.identity.token, 2, (second.identity.starts[0], *first.identity.starts))
     assert {name for name in disk.directories if name.startswith("/data/")} == {
         "/data/wal",
         "/data/engine",
@@ -66,7 +75,8 @@ def test_an_assignment_stays() -> None:
     directory.assign(CLUSTER, NODE, "anna")
     directory.assign(CLUSTER, NODE, "anna")
     again = restarted(disk)
-    assert again.identity == Identity(directory.identity.token, 2, CLUSTER, NODE, "anna")
+    starts = (again.identity.starts[0], *directory.identity.starts)
+    assert again.identity == Identity(directory.identity.token, 2, starts, CLUSTER, NODE, "anna")
     assert again.identity.assigned
     again.assign(CLUSTER, NODE, "anna")
 
@@ -151,7 +161,7 @@ def test_a_newer_format_is_refused_whatever_follows_it() -> None:
     disk = MemoryDisk()
     start(disk).close()
     content = disk.names["/data/identity"].current
-    content[8] = 2
+    content[8] = FORMAT + 1
     before = bytes(content)
     with pytest.raises(DataDirectoryError, match="newer version"):
         start(disk)
@@ -160,7 +170,7 @@ def test_a_newer_format_is_refused_whatever_follows_it() -> None:
 
 
 def test_every_flipped_bit_and_every_cut_of_an_identity_is_noticed() -> None:
-    identity = Identity(b"T" * 16, 7, CLUSTER, NODE, "anna")
+    identity = Identity(b"T" * 16, 7, (b"s" * 16, b"r" * 16), CLUSTER, NODE, "anna")
     data = encode_identity(identity)
     assert decode_identity(data, "identity") == identity
     for position in range(len(data)):
@@ -169,6 +179,28 @@ def test_every_flipped_bit_and_every_cut_of_an_identity_is_noticed() -> None:
                 decode_identity(flipped(data, position, bit), "identity")
         with pytest.raises(Corruption, match="empty data directory"):
             decode_identity(data[:position], "identity")
+
+
+def test_a_directory_knows_its_last_starts_and_no_more() -> None:
+    disk, ids = MemoryDisk(), CountingIds()
+    tokens: list[bytes] = []
+    for _ in range(LINEAGE_MAX + 3):
+        directory = start(disk, ids)
+        directory.close()
+        tokens.insert(0, directory.identity.starts[0])
+        assert directory.identity.starts == tuple(tokens[:LINEAGE_MAX])
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_an_identity_of_the_first_format_is_taken_on() -> None:
+    """It has no tokens of starts."""
+    name = b"anna"
+    body = pack("<16sQ16sQH", b"T" * 16, 7, CLUSTER, NODE, len(name)) + name
+    data = pack("<8sII", b"shardkv\n", 1, crc32(body)) + body
+    assert decode_identity(data, "identity") == Identity(b"T" * 16, 7, (), CLUSTER, NODE, "anna")
+    longer = body + bytes(TOKEN_BYTES)
+    with pytest.raises(Corruption, match="format 1"):
+        decode_identity(pack("<8sII", b"shardkv\n", 1, crc32(longer)) + longer, "identity")
 
 
 def test_a_damaged_identity_gives_the_lock_back() -> None:

@@ -175,21 +175,30 @@ def test_trap_24_of_two_starts_of_the_same_count_only_the_one_that_was_seen_is_l
     boots.observe(ONE, 3, b"a" * 16)
     boots.observe(ONE, 3, b"")
     boots.observe(ONE, 3, b"a" * 16)
-    with pytest.raises(WrongCluster, match="in another start"):
+    with pytest.raises(WrongCluster, match="knows nothing of"):
         boots.observe(ONE, 3, b"b" * 16)
     boots.learn(ONE, 2, b"c" * 16)
     boots.learn(ONE, 3, b"")
     boots.observe(ONE, 3, b"a" * 16)
     boots.learn(ONE, 3, b"b" * 16)
-    with pytest.raises(WrongCluster, match="in another start"):
+    with pytest.raises(WrongCluster, match="knows nothing of"):
         boots.observe(ONE, 3, b"a" * 16)
     boots.observe(ONE, 3, b"b" * 16)
     boots.learn(ONE, 4, b"d" * 16)
     with pytest.raises(WrongCluster, match="seen with 4"):
         boots.observe(ONE, 3, b"a" * 16)
-    with pytest.raises(WrongCluster, match="in another start"):
+    with pytest.raises(WrongCluster, match="knows nothing of"):
         boots.observe(ONE, 4, b"a" * 16)
     boots.observe(ONE, 5, b"e" * 16)
+
+
+def test_trap_24_a_start_that_does_not_come_from_the_one_that_was_seen_is_refused_however_often_it_counted() -> None:
+    boots = KnownBoots()
+    boots.observe(ONE, 3, b"a" * 16)
+    with pytest.raises(WrongCluster, match="knows nothing of"):
+        boots.observe(ONE, 5, b"c" * 16, (b"b" * 16, b"x" * 16, b"0" * 16))
+    boots.observe(ONE, 5, b"e" * 16, (b"d" * 16, b"a" * 16, b"0" * 16))
+    boots.observe(ONE, 9, b"f" * 16, (b"?" * 16, b"!" * 16))
 
 
 @simulated

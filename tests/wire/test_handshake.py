@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkv.errors import NotLeader, ProtocolError, VersionUnsupported, WrongCluster
-from shardkv.types import NodeId
+from shardkv.types import LINEAGE_MAX, NodeId
 from shardkv.wire.frames import FrameDecoder, FrameKind
 from shardkv.wire.handshake import (
     GREETING_BYTES_MAX,
@@ -75,7 +75,7 @@ def test_a_refusal_carries_its_error() -> None:
 
 def test_fields_of_a_later_version_are_ignored() -> None:
     """A greeting is read before a version is agreed, so an older program must understand a newer one's."""
-    body = cbor2.dumps([1, 9, 1, CLUSTER, 1, 2, 7, "n1:7001", TOKEN, {"field": 1}])
+    body = cbor2.dumps([1, 9, 1, CLUSTER, 1, 2, 7, "n1:7001", TOKEN, [], {"field": 1}])
     assert decode_hello(MAGIC + body) == replace(PEER, protocol_version_max=9)
 
 
@@ -83,6 +83,14 @@ def test_a_greeting_of_an_earlier_version_has_no_address_and_no_token() -> None:
     assert decode_hello(MAGIC + cbor2.dumps([1, 1, 1, CLUSTER, 1, 2, 7])) == replace(
         PEER, address=None, start_token=b""
     )
+
+
+@pytest.mark.parametrize("tokens", ["text", [b"short"], [5], [TOKEN] * LINEAGE_MAX, None])
+def test_tokens_of_earlier_starts_that_cannot_be_some_are_refused(tokens: object) -> None:
+    with pytest.raises(ProtocolError, match="token"):
+        decode_hello(MAGIC + cbor2.dumps([1, 1, 1, CLUSTER, 1, 2, 7, "n1:7001", TOKEN, tokens]))
+    with pytest.raises(ProtocolError, match="token"):
+        decode_welcome(MAGIC + cbor2.dumps([1, CLUSTER, 1, 7, 0, 100, TOKEN, tokens]))
 
 
 @pytest.mark.parametrize("token", ["text", b"short", b"l" * 17, None, 5])

@@ -225,7 +225,7 @@ def replica_id_used_twice() -> Patches:
     return [
         patch.object(PlacementState, "_register_node", register_node),
         patch.object(PlacementState, "_node_started", node_started),
-        patch.object(KnownBoots, "observe", lambda known, node_id, boot, start_token: None),
+        patch.object(KnownBoots, "observe", lambda known, node_id, boot, start_token, earlier_tokens: None),
     ]
 
 
