@@ -96,11 +96,11 @@ HELLOS: Final = tuple(
     for each in (
         Hello(Role.CLIENT),
         Hello(Role.PEER, SESSION, NodeId(1), NodeId(2), 3, "n1:7000", SESSION),
-        Hello(Role.SNAPSHOT, SESSION, NodeId(1), NodeId(2), 3, None, b"", 1, 9),
+        Hello(Role.SNAPSHOT, SESSION, NodeId(1), NodeId(2), 3, None, b"", (SESSION, SESSION), 1, 9),
     )
 )
 WELCOMES: Final = (
-    handshake.encode_welcome(Welcome(1, SESSION, NodeId(2), 3, 1 << 60, 4096, SESSION))[HEAD_BYTES:],
+    handshake.encode_welcome(Welcome(1, SESSION, NodeId(2), 3, 1 << 60, 4096, SESSION, (SESSION,)))[HEAD_BYTES:],
     handshake.encode_welcome(Welcome(1, None, None, 0, 0, 1))[HEAD_BYTES:],
 )
 REFUSALS: Final = tuple(handshake.encode_refused(each)[HEAD_BYTES:] for each in ERRORS)

@@ -220,7 +220,7 @@ def replica_id_used_twice() -> Patches:
         return named.node_id if named is not None else register(state, command, *arguments)
 
     def node_started(state: PlacementState, command: commands.NodeStarted, *arguments: Any) -> bool:
-        return command.boot < state._node(command.node_id).boot or started(state, command, *arguments)
+        return command.boot < state.nodes[command.node_id].boot or started(state, command, *arguments)
 
     return [
         patch.object(PlacementState, "_register_node", register_node),
