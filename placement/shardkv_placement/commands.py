@@ -205,14 +205,15 @@ def decode(value: Any) -> Command:
             )
         case [RegisterNode.number, name, address, token, labels]:
             return RegisterNode(fields.name(name), fields.address(address), _token(token), fields.labels(labels))
-        case [NodeStarted.number, node_id, boot, token, address, labels, earlier]:
+        case [NodeStarted.number, node_id, boot, token, address, labels, *later] if len(later) <= 1:
             return NodeStarted(
                 _node_id(node_id),
                 fields.integer(boot, "a boot counter", 1),
                 _token(token),
                 fields.address(address),
                 fields.labels(labels),
-                tuple(map(_token, fields.array(earlier, "tokens of earlier starts", LINEAGE_MAX - 1))),
+                # A log may have commands from before there were any.
+                tuple(map(_token, fields.array(later[0] if later else [], "earlier tokens", LINEAGE_MAX - 1))),
             )
         case [DecommissionNode.number, node_id]:
             return DecommissionNode(_node_id(node_id))

@@ -196,6 +196,7 @@ PLACEMENT_COMMANDS: Final = tuple(
         [1, SESSION, "n1", "h:1", SESSION, [["zone", "a"]], [DESCRIPTOR.to_wire(), WHOLE.to_wire()], [["a_bound", 5]]],
         [2, "n2", "h:7002", SESSION, []],
         [3, 2, 1, SESSION, "h:7002", [["zone", "b"], ["rack", "1"]]],
+        [3, 2, 2, SESSION, "h:7002", [], [SESSION, SESSION]],
         [4, 2],
         [5, [DESCRIPTOR.to_wire()]],
         [6, 10, 30],
