@@ -7,8 +7,9 @@ carries the group's applied index; :meth:`PlacementState.load` makes the same st
 here: see :mod:`.statistics`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Final, Protocol
 
 from shardkv import codec
@@ -289,7 +290,12 @@ class PlacementState:
         _check_all_keys(command.descriptors)
         for name, value in command.settings:
             self.settings.with_value(name, value)
-        counters = _raised(Counters(command.cluster_id, next_node=2, nodes_version=1), command.descriptors)
+        counters = Counters(command.cluster_id, next_node=2, nodes_version=1)
+        for descriptor in command.descriptors:
+            problem = _impossible(counters, descriptor)
+            if problem is not None:
+                raise RequestError(problem)
+        counters = _raised(counters, command.descriptors)
         self._put_counters(batch, counters)
         node = NodeRecord(NodeId(1), command.name, command.address, command.directory_token, command.labels)
         self._put_node(batch, node)
@@ -363,8 +369,14 @@ class PlacementState:
 
     def _report_ranges(self, command: commands.ReportRanges, now_ms: int, batch: Batch) -> list[bool]:
         _check_spans(command.descriptors)
-        self._put_counters(batch, _raised(self.counters, command.descriptors))
-        return [self._accept(descriptor, batch) for descriptor in command.descriptors]
+        # One that cannot be is passed over: it must not keep out the others, nor be sent again for ever.
+        counters = self.counters
+        possible = [_impossible(counters, descriptor) is None for descriptor in command.descriptors]
+        self._put_counters(batch, _raised(counters, list(compress(command.descriptors, possible))))
+        return [
+            may_be and self._accept(descriptor, batch)
+            for may_be, descriptor in zip(possible, command.descriptors, strict=True)
+        ]
 
     def _accept(self, descriptor: RangeDescriptor, batch: Batch) -> bool:
         if descriptor.range_id == PLACEMENT_RANGE:
@@ -511,22 +523,22 @@ def _check_all_keys(descriptors: tuple[RangeDescriptor, ...]) -> None:
         raise RequestError("the first ranges leave the last keys without one")
 
 
-def _raised(counters: Counters, descriptors: tuple[RangeDescriptor, ...]) -> Counters:
-    """Counters above every id that is in use: an id seen anywhere is never given out.
+def _impossible(counters: Counters, descriptor: RangeDescriptor) -> str | None:
+    """Which id of a descriptor nobody can have been given."""
+    ids = [("replica", replica.replica_id, counters.next_replica) for replica in descriptor.replicas]
+    for what, reported, following in (("range", descriptor.range_id, counters.next_range), *ids):
+        if reported - following >= REPORTED_AHEAD_MAX:
+            return f"there can be no {what} {reported}: the ids given out end at {following - 1}"
+    return None
 
-    Raises RequestError for an id that nobody can have been given.
-    """
+
+def _raised(counters: Counters, descriptors: Sequence[RangeDescriptor]) -> Counters:
+    """Counters above every id that is in use: an id seen anywhere is never given out."""
     next_range, next_replica = counters.next_range, counters.next_replica
     for descriptor in descriptors:
         next_range = max(next_range, descriptor.range_id + 1)
         for replica in descriptor.replicas:
             next_replica = max(next_replica, replica.replica_id + 1)
-    for what, known, reported in (
-        ("range", counters.next_range, next_range),
-        ("replica", counters.next_replica, next_replica),
-    ):
-        if reported - known > REPORTED_AHEAD_MAX:
-            raise RequestError(f"there can be no {what} {reported - 1}: the ids given out end at {known - 1}")
     if (next_range, next_replica) == (counters.next_range, counters.next_replica):
         return counters
     return replace(counters, next_range=next_range, next_replica=next_replica)

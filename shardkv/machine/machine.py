@@ -343,12 +343,24 @@ class RangeMachine:
         return Applied(outcomes, None, None, size, run.version - stamp)
 
     def _living_sessions(self, stamp: int, batch: WriteBatch, reader: Reader) -> SessionTable:
+        """The session table without what has had its time by ``stamp``; its rows go with the batch."""
+        now_ms = timestamp_ms(stamp)
         table = self._sessions
         if table is None:
-            table = self.sessions(reader)
-        for expired in table.expire(timestamp_ms(stamp)):
+            table = self._sessions = SessionTable.load(self._living_rows(now_ms, batch, reader))
+        for expired in table.expire(now_ms):
             batch.delete(keys.session_key(self.range_id, expired))
         return table
+
+    def _living_rows(self, now_ms: int, batch: WriteBatch, reader: Reader) -> Iterator[tuple[int, bytes]]:
+        """After a rest all of them may have had their time, and be too many to be looked at more closely."""
+        living = False
+        for key, value in reader.scan(*keys.kind_span(self.range_id, keys.SESSIONS)):
+            living = living or not SessionTable.expired(value, now_ms)
+            if living:
+                yield keys.session_key_index(key), value
+            else:
+                batch.delete(key)
 
     def _apply_split(self, entry: DecodedEntry, stamp: int, batch: WriteBatch, reader: Reader) -> Applied:
         command = entries.split_command(entry)

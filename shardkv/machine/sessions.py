@@ -39,9 +39,9 @@ CONSOLIDATED_ROWS_MAX: Final = 10
 _CONSOLIDATED_BYTES: Final = 1024 * 1024
 """A consolidated row that has grown to this gets no further session, unless they would be too many rows."""
 _CONSOLIDATED_MS: Final = 30_000
-"""Sessions that were last heard of further apart never share one, so that however often a range splits, none is kept
-for longer than this beyond its time. What lives was issued within twice SESSION_AGE_MS_MAX, for a row waits for those
-before it."""
+"""Sessions whose newest commands were issued further apart never share one, so that however often a range splits, none
+is kept for longer than this beyond its time. What lives was issued within twice SESSION_AGE_MS_MAX, for a row waits for
+those before it."""
 _CUTS_MAX: Final = CONSOLIDATED_ROWS_MAX - (2 * SESSION_AGE_MS_MAX // _CONSOLIDATED_MS + 2)
 """What is left of the rows for cutting those that are too large."""
 
@@ -223,6 +223,14 @@ class SessionTable:
             table.add_row(index, value)
         return table
 
+    @staticmethod
+    def expired(value: bytes, now_ms: int) -> bool:
+        """Whether a row that is the oldest has had its time. Raises Corruption."""
+        if len(value) < _ROW_HEAD.size:
+            raise Corruption(f"a session row of {len(value)} bytes")
+        _, issued_at = _ROW_HEAD.unpack_from(value)
+        return bool(issued_at + SESSION_AGE_MS_MAX < now_ms)
+
     @property
     def rows(self) -> list[Row]:
         """The living rows, oldest first."""
@@ -308,7 +316,9 @@ class SessionTable:
             living = {sequence: record for sequence, record in session.records().items() if sequence >= below}
             # The row that last named the session holds at least one record that it has not settled.
             assert living, f"session {session_id.hex()} has settled all it has, below {below}"
-            found.append((issued[session.last_row], session_id, pack_mixed(session_id, below, living)))
+            # Not its last row's: a command may be issued later than one whose retry was executed after it.
+            newest = max(issued[row] for row, _, highest, _ in session.pieces if highest >= below)
+            found.append((newest, session_id, pack_mixed(session_id, below, living)))
         found.sort()
         large = max(_CONSOLIDATED_BYTES, -(-sum(len(piece) for _, _, piece in found) // _CUTS_MAX))
         made: list[bytes] = []

@@ -44,7 +44,9 @@ LAG_BYTES_MAX: Final = 16 * 1024 * 1024
 KEEPING_SEGMENTS_MAX: Final = 12
 """For one that is being sent a snapshot, or catches up after it, the log keeps all that follows, until it has grown to
 so many segments: else a large range under load would need the next snapshot as soon as it has the first. For one that
-is only behind nothing is kept either in a log of so many: of ten thousand ranges it would be too much."""
+is away nothing is kept either in a log of so many: of ten thousand ranges it would be too much."""
+AWAY_SECONDS: Final = 5.0
+"""Who has not answered a heartbeat for so long is away."""
 COMPACTED_AT_ONCE_MAX: Final = 256
 """So many groups' logs are looked at before others may do something."""
 REST_SECONDS: Final = 60.0
@@ -251,8 +253,10 @@ class Maintenance:
         if segments > LOG_SEGMENTS_MAX:
             index = max(index, _lowest_kept(replica, last, entries_kept, KEPT_BYTES_MAX))
         if replica.leads:
-            needed = _needed(replica)
-            if needed < index and segments <= KEEPING_SEGMENTS_MAX:
+            crowded = segments > KEEPING_SEGMENTS_MAX
+            heard_since_ns = self._environment.clock.monotonic_ns() - int(AWAY_SECONDS * 1e9) if crowded else 0
+            needed = _needed(replica, heard_since_ns)
+            if needed < index:
                 index = max(needed, _lowest_kept(replica, index, lag_entries_max, LAG_BYTES_MAX))
             index = min(index, self._needed_after_snapshots(replica, applied))
         if index <= replica.log.compact_index:
@@ -298,11 +302,12 @@ class Maintenance:
         self._driver.log_writer.submit(job, collected)
 
 
-def _needed(replica: Replica) -> int:
+def _needed(replica: Replica, heard_since_ns: int) -> int:
     """The highest index that every other replica is known to have, or will have with its snapshot.
 
-    One that is not heard of counts too: it may be installing the snapshot that it was sent, or be just restarting. But
-    not one to which what the log still holds would be of no use: it gets a snapshot, whatever is kept.
+    One that is not heard of counts too, if it was heard of since then: it may be installing the snapshot that it was
+    sent, or be just restarting. But not one to which what the log still holds would be of no use: it gets a snapshot,
+    whatever is kept.
     """
     needed = replica.raft.last_index
     for replica_id, peer in replica.raft.status().progress.items():
@@ -314,7 +319,8 @@ def _needed(replica: Replica) -> int:
         elif peer.state is ProgressState.PROBE and not peer.recent_active:
             held = max(held, peer.next - 1)  # where a snapshot that has arrived will let it go on
         unknown = not peer.match and peer.recent_active  # a new leader learns it from the first answer
-        if held >= replica.log.compact_index or unknown:
+        away = not peer.recent_active and peer.lease_stamp < heard_since_ns
+        if (held >= replica.log.compact_index and not away) or unknown:
             needed = min(needed, held)
     return needed
 

@@ -27,7 +27,7 @@ from shardkv.raft.messages import (
     MessageType,
     Snapshot,
 )
-from shardkv.raft.progress import ProgressState
+from shardkv.raft.progress import NEVER, ProgressState
 from shardkv.raft.proposals import append_and_send, conf_change_refusal, refuse_unless_open
 from shardkv.raft.reads import ReadState
 from shardkv.raft.settings import RaftSettings
@@ -99,6 +99,7 @@ class PeerStatus(NamedTuple):
     inflight_bytes: int
     inflight_full: bool
     is_learner: bool
+    lease_stamp: int = NEVER
 
 
 class RaftStatus(NamedTuple):
@@ -467,6 +468,7 @@ class RaftNode:
                     peer.inflights.bytes,
                     peer.inflights.full,
                     peer.is_learner,
+                    peer.lease_stamp,
                 )
         return RaftStatus(
             raft.id,

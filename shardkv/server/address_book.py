@@ -6,7 +6,7 @@ change the table; so its greeting counts at once. The rule: a boot counter dates
 replaces a newer one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
@@ -26,6 +26,8 @@ class KnownNode:
     """Of the start at which the node had this address; 0 if that is not known."""
     start_token: bytes = b""
     """That start's own, random; empty if that is not known."""
+    agreed: bool = False
+    """The placement group has agreed on that start. Else the node has said so."""
 
 
 class AddressBook:
@@ -63,16 +65,23 @@ class AddressBook:
         """
         known = self._nodes.get(record.node_id)
         if known is None or known.boot < record.boot or (known.boot == record.boot and record.start_token):
-            self._nodes[record.node_id] = KnownNode(record.name, record.address, record.boot, record.start_token)
+            self._nodes[record.node_id] = KnownNode(record.name, record.address, record.boot, record.start_token, True)
 
-    def table(self, entries: Iterable[NodeEntry]) -> None:
-        """The placement group's node table; who is not in it, or was decommissioned, is no member any more."""
+    def table(self, entries: Iterable[NodeEntry], is_newest: Callable[[NodeId, int, bytes], bool]) -> None:
+        """The placement group's node table; who is not in it, or was decommissioned, is no member any more.
+
+        A greeting that is newer than the table counts on, if its start ``is_newest``.
+        """
         before, self._nodes = self._nodes, {}
         for entry in entries:
             if not entry.decommissioned:
-                told = KnownNode(entry.name, entry.address, entry.boot, entry.start_token)
+                told = KnownNode(entry.name, entry.address, entry.boot, entry.start_token, True)
                 greeted = before.get(entry.node_id)
-                if greeted is not None and greeted.boot > entry.boot:
+                if (
+                    greeted is not None
+                    and greeted.boot > entry.boot
+                    and is_newest(entry.node_id, greeted.boot, greeted.start_token)
+                ):
                     told = replace(greeted, name=entry.name)
                 self._nodes[entry.node_id] = told
 
@@ -81,13 +90,17 @@ class AddressBook:
         known = self._nodes.get(node_id)
         if known is None or boot < known.boot:
             return False
-        self._nodes[node_id] = replace(known, address=address, boot=boot, start_token=start_token)
+        agreed = known.agreed and (boot, start_token) == (known.boot, known.start_token)
+        self._nodes[node_id] = replace(known, address=address, boot=boot, start_token=start_token, agreed=agreed)
         return self._nodes[node_id] != known
 
     def encode(self) -> bytes:
         """For the file in the data directory."""
         rows = codec.dumps(
-            [[node_id, it.name, it.address, it.boot, it.start_token] for node_id, it in sorted(self._nodes.items())]
+            [
+                [node_id, it.name, it.address, it.boot, it.start_token, it.agreed]
+                for node_id, it in sorted(self._nodes.items())
+            ]
         )
         return codec.dumps([crc32(rows), rows])
 
@@ -101,7 +114,7 @@ class AddressBook:
             # A file without a checksum is from before there was one.
             rows = codec.loads(_checked(found)) if found and isinstance(found[0], int) else found
             self._nodes = {
-                NodeId(node_id): KnownNode(name, address, *rest[:2]) for node_id, name, address, *rest in rows
+                NodeId(node_id): KnownNode(name, address, *rest[:3]) for node_id, name, address, *rest in rows
             }
         except (MalformedRequest, TypeError, ValueError) as error:
             raise Corruption(

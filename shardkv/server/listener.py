@@ -199,13 +199,13 @@ class Listener:
     async def _serve_peer(
         self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], hello: Hello
     ) -> None:
-        node_id, boot, start_token = hello.node_id, hello.boot, hello.start_token
+        node_id, start = hello.node_id, (hello.boot, hello.start_token, hello.earlier_tokens)
         assert node_id is not None, "a peer's greeting names its node"
         contradicted = partial(self._contradicted, node_id)
         require_newest = self._known_boots.require_newest
         while True:
             # Of two copies of a disk the one that was let in first may turn out to be the old one.
-            require_newest(node_id, boot, start_token)
+            require_newest(node_id, *start)
             for frame in frames:
                 if frame.kind is FrameKind.PING:
                     connection.write(encode_frame(FrameKind.PONG, self._clock_health.answer(frame.payload)))

@@ -578,8 +578,9 @@ class _Node:
         for entry in reply.nodes:
             if entry.decommissioned:
                 self._pool.forget(entry.node_id)
-        self._address_book.table(reply.nodes)
-        self._learn_boots()
+        for entry in reply.nodes:
+            self._known_boots.agree(entry.node_id, entry.boot, entry.start_token)
+        self._address_book.table(reply.nodes, self._known_boots.is_newest)
         self._apply_addresses()
         self._known_nodes.changed()
 
@@ -687,7 +688,8 @@ class _Node:
         """An old copy of another node's disk is known by what is on record of that node, though this one has been
         restarted since it saw the newer one."""
         for node_id, known in self._address_book:
-            self._known_boots.learn(node_id, known.boot, known.start_token)
+            know = self._known_boots.agree if known.agreed else self._known_boots.learn
+            know(node_id, known.boot, known.start_token)
 
     def _apply_addresses(self) -> None:
         for node_id, known in self._address_book:

@@ -48,31 +48,37 @@ class NodeIdentity:
 
 
 class KnownBoots:
-    """The newest start of each node that is known: its boot counter, and the token that it made.
+    """The newest start of each node that is known: its boot counter, and the tokens of it and of those before it.
 
-    A lower counter, or one that did not come from it, means that a data directory was restored from a copy: it has
-    forgotten votes (trap 24). A copy from just before the last start counts up to the same number, and one that was
-    started apart from the others may have counted further.
+    A lower counter, or the same with another token, means that a data directory was restored from a copy: it has
+    forgotten votes (trap 24). A copy from just before the last start counts up to the same number; one that was started
+    apart from the others may have counted further, but does not name the start that the placement group has agreed on.
+    What was only heard is held against nobody for so long: it may be the copy that was heard first.
     """
 
-    __slots__ = ("_starts",)
+    __slots__ = ("_agreed", "_heard")
 
     def __init__(self) -> None:
-        self._starts: dict[NodeId, tuple[int, bytes]] = {}
+        self._heard: dict[NodeId, tuple[int, tuple[bytes, ...]]] = {}
+        """The newest start, with its token and those of the starts before it, as far as they are known."""
+        self._agreed: dict[NodeId, tuple[int, bytes]] = {}
+        """The newest that the placement group has agreed on."""
 
     def observe(self, node_id: NodeId, boot: int, start_token: bytes, earlier_tokens: Sequence[bytes] = ()) -> None:
-        """Remember the start that a node greets with. Raises WrongCluster when a newer one is known, or one that it did
-        not come from."""
+        """Remember the start that a node greets with. Raises WrongCluster when another one is known to be its last."""
         self.require_newest(node_id, boot, start_token, earlier_tokens)
-        known, known_token = self._starts.get(node_id, (0, b""))
-        self._starts[node_id] = (boot, start_token or known_token if boot == known else start_token)
+        if start_token or boot != self._heard.get(node_id, _NO_START)[0]:
+            self._heard[node_id] = (boot, (start_token, *earlier_tokens))
 
     def require_newest(
         self, node_id: NodeId, boot: int, start_token: bytes, earlier_tokens: Sequence[bytes] = ()
     ) -> None:
         """Raises WrongCluster when another start than this one is known to be the node's last."""
-        known, known_token = self._starts.get(node_id, (0, b""))
-        other = branches_off(boot, (start_token, *earlier_tokens), known, known_token)
+        known, tokens = self._heard.get(node_id, _NO_START)
+        agreed, agreed_token = self._agreed.get(node_id, (0, b""))
+        other = (boot == known and branches_off(boot, (start_token,), known, tokens[0])) or branches_off(
+            boot, (start_token, *earlier_tokens), agreed, agreed_token
+        )
         if boot < known or other:
             seen = "in a start that it knows nothing of" if other else f"with {known}"
             raise WrongCluster(
@@ -80,14 +86,30 @@ class KnownBoots:
                 "old copy; put the newest one back, or start on an empty directory under another name"
             )
 
-    def learn(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
-        """What the node table says, or was noted in an earlier start of this node, may be older than what was seen.
+    def is_newest(self, node_id: NodeId, boot: int, start_token: bytes) -> bool:
+        """Whether this start is the newest that is known."""
+        known, tokens = self._heard.get(node_id, _NO_START)
+        return (boot, start_token) == (known, tokens[0])
 
-        Of two starts of the same count the table, which has agreed on one, is right.
-        """
-        known, _ = self._starts.get(node_id, (0, b""))
+    def learn(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
+        """What was noted in an earlier start of this node; it may be older than what was seen."""
+        known = self._heard.get(node_id, _NO_START)[0]
         if boot > known or (boot == known and start_token):
-            self._starts[node_id] = (boot, start_token)
+            self._heard[node_id] = (boot, (start_token,))
+
+    def agree(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
+        """The placement group has agreed on this start; what was seen may be newer.
+
+        Of two starts of the same count it is right, and where what was seen did not come of it, that was a copy.
+        """
+        known, tokens = self._heard.get(node_id, _NO_START)
+        if boot >= self._agreed.get(node_id, (0, b""))[0]:
+            self._agreed[node_id] = (boot, start_token)
+        if boot > known or (boot == known and start_token) or branches_off(known, tokens, boot, start_token):
+            self._heard[node_id] = (boot, (start_token,))
+
+
+_NO_START: Final = (0, (b"",))
 
 
 async def _admit_all(hello: Hello) -> None:

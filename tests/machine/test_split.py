@@ -388,3 +388,43 @@ def test_many_sessions_are_copied_in_rows_that_a_snapshot_can_send(sessions: int
     for row in copy.rows:
         oldest = min(table.rows[int(session_id)].issued_at for session_id in row.sessions)
         assert row.issued_at - oldest < 30_000
+
+
+@pytest.mark.parametrize("gap", [5_000, 40_000])
+def test_trap_12_a_session_is_copied_with_the_time_of_its_newest_command_not_of_its_last_row(gap: int) -> None:
+    range_, client = World(), Client()
+    client.now_ms = range_.now_ms
+    early = client.put(b"a", b"")
+    range_.now_ms += gap
+    client.now_ms = range_.now_ms
+    late = client.increment(b"z")
+    assert range_.do(client, late) == 1
+    assert range_.do(client, early), "its first attempt was lost"
+    split = range_.split(b"m").split
+    assert split is not None
+    range_ = range_.other(split)
+    range_.now_ms = world.NOW_MS + SESSION_AGE_MS_MAX + 100
+    other = Client(b"other", now_ms=range_.now_ms)
+    range_.do(other, other.put(b"zz", b""))
+    assert range_.do(client, late) == 1, "executed twice"
+
+
+def test_after_a_rest_what_has_had_its_time_goes_unread() -> None:
+    """However much it is, it is gone with the next entry, which need not be kept waiting for it."""
+    range_, client = World(), Client()
+    range_.do(client, client.put(b"a", b""))
+    range_.engine.write(damaged_sessions(range_))
+    range_.now_ms += SESSION_AGE_MS_MAX + 1
+    range_.machine.rest(range_.now_ms)
+    other = Client(b"other", now_ms=range_.now_ms)
+    range_.do(other, other.put(b"b", b""))
+    assert list(range_.machine.sessions(range_.engine).sessions) == [other.session]
+    assert len(list(range_.engine.scan(*keys.kind_span(range_.machine.range_id, keys.SESSIONS)))) == 1
+
+
+def damaged_sessions(range_: World) -> WriteBatch:
+    """Rows whose heads alone can be read."""
+    batch = WriteBatch()
+    for key, value in range_.engine.scan(*keys.kind_span(range_.machine.range_id, keys.SESSIONS)):
+        batch.put(key, value[:9] + b"?")
+    return batch

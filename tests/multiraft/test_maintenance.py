@@ -12,10 +12,12 @@ from trio.testing import MockClock
 
 from shardkv.errors import OutOfSpace, StorageError
 from shardkv.multiraft.maintenance import (
+    AWAY_SECONDS,
     ENTRIES_KEPT,
     FULL_DISK_FLUSH_SECONDS,
     IDLE_MEASURES,
     INTERVAL_SECONDS,
+    KEEPING_SEGMENTS_MAX,
     KEPT_BYTES_MAX,
     LOG_SEGMENTS_MAX,
     MARK_LOOKS,
@@ -29,6 +31,7 @@ from shardkv.storage.group_log import GroupLog
 from shardkv.storage.wal import CreateGroup, LogUpdate
 from shardkv.transport.groups import main_error
 from shardkv.types import SESSION_AGE_MS_MAX, RangeId, ReplicaId
+from tests.multiraft.test_snapshots import led_by_another
 from tests.multiraft.world import PROMISE_NS, RANGE, world
 
 
@@ -304,10 +307,34 @@ async def test_a_log_of_very_many_segments_keeps_nothing_for_those_far_behind(
         for number in range(20):
             await hosts.write(b"k%d" % number, bytes(20_000))
         assert leader.wal.statistics().segments > 2
+        await trio.sleep(AWAY_SECONDS + 1)
         await leader.maintenance.flush_and_compact()
         assert leader.replica().log.compact_index == leader.machine().applied_index - 5
         await away.start()
         await hosts.agreed()
+
+
+@pytest.mark.parametrize(("size", "behind"), [(1 << 20, 1), (300_000, 4)])
+async def test_trap_11_a_follower_a_moment_behind_needs_no_snapshot_however_long_the_log_is(
+    autojump_clock: MockClock, size: int, behind: int
+) -> None:
+    """Another range's follower is away, say, so that the log has more than KEEPING_SEGMENTS_MAX segments; this range's
+    followers are all there, and one has not heard of the last write or two yet."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = await led_by_another(hosts, 3)
+        for _ in range(16):
+            await hosts.write(b"k", bytes(size))
+        await hosts.agreed()
+        await trio.sleep(0.2)
+        hosts.isolate(3)
+        for _ in range(behind):
+            await hosts.write(b"k", bytes(size))
+        assert leader.wal.statistics().segments > KEEPING_SEGMENTS_MAX
+        await leader.maintenance.flush_and_compact()
+        hosts.heal()
+        await hosts.agreed()
+        assert leader.snapshots.statistics().chunks_sent == 0
 
 
 async def test_ranges_at_rest_are_told_so_now_and_then(

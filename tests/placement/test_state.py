@@ -239,13 +239,21 @@ def test_trap_03_allocated_ids_are_never_given_out_again() -> None:
 
 
 @pytest.mark.parametrize(("range_id", "replica_id"), [(1, ID_MAX), (ID_MAX, 5), (1, 1 << 40), (1 << 40, 5)])
-def test_a_report_of_an_id_that_nobody_can_have_been_given_is_refused(range_id: int, replica_id: int) -> None:
-    """One with the highest id there is left a state that could not be loaded again, once ids were allocated above."""
+def test_a_report_of_an_id_that_nobody_can_have_been_given_is_passed_over(range_id: int, replica_id: int) -> None:
+    """One with the highest id there is left a state that could not be loaded again, once ids were allocated above. What
+    is reported with it counts."""
     group = Group()
     before = contents(group.state)
-    with pytest.raises(RequestError, match="there can be no"):
-        group.apply(commands.ReportRanges((reported(range_id, replica_id),)))
+    assert group.apply(commands.ReportRanges((reported(range_id, replica_id),))) == [False]
     assert contents(group.state) == contents(group.reloaded()) == before
+    true = descriptor(7, b"x", b"y", (9, 9), 5)
+    assert group.apply(commands.ReportRanges((reported(range_id, replica_id), true))) == [False, True]
+    assert group.state.descriptor(RangeId(7)) == true
+    *others, whole = first_descriptors()
+    replicas = (whole.replicas[0]._replace(replica_id=ReplicaId(replica_id)),)
+    ranges = (*others, replace(whole, range_id=RangeId(range_id), replicas=replicas))
+    with pytest.raises(RequestError, match="there can be no"):
+        Group(bootstrapped=False).apply(commands.Bootstrap(b"c" * 16, "n1", "h:1", token(1), (), ranges))
 
 
 def test_every_id_that_is_given_out_can_be_reported_whatever_was_reported_before() -> None:

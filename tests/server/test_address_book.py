@@ -27,9 +27,14 @@ def entry(node_id: NodeId, address: str, boot: int, *, decommissioned: bool = Fa
     return NodeEntry(node_id, f"n{node_id}", address, boot, decommissioned, token(boot))
 
 
+def anything(node_id: NodeId, boot: int, start_token: bytes) -> bool:
+    """A greeting's start is the newest."""
+    return True
+
+
 def book(*entries: NodeEntry) -> AddressBook:
     made = AddressBook()
-    made.table(entries)
+    made.table(entries, anything)
     return made
 
 
@@ -43,19 +48,27 @@ def test_a_greeting_replaces_an_older_address_at_once() -> None:
 def test_a_table_that_is_behind_does_not_bring_an_old_address_back() -> None:
     nodes = book(entry(N2, "old:1", 1))
     nodes.greeted(N2, "new:1", 2, token(2))
-    nodes.table([entry(N2, "old:1", 1)])
+    nodes.table([entry(N2, "old:1", 1)], anything)
     assert nodes.address_of(N2) == "new:1"
-    nodes.table([entry(N2, "newer:1", 3)])
+    nodes.table([entry(N2, "newer:1", 3)], anything)
     assert nodes.address_of(N2) == "newer:1"
+
+
+def test_a_greeting_from_a_copy_gives_way_to_the_table_though_it_counted_further() -> None:
+    nodes = book(entry(N2, "old:1", 1))
+    nodes.greeted(N2, "copy:1", 5, token(5))
+    assert not dict(nodes)[N2].agreed
+    nodes.table([entry(N2, "old:1", 2)], lambda node_id, boot, start_token: (boot, start_token) != (5, token(5)))
+    assert dict(nodes)[N2] == KnownNode("n2", "old:1", 2, token(2), agreed=True)
 
 
 def test_the_token_of_the_newest_start_stays_whoever_told_of_it() -> None:
     nodes = book(entry(N2, "a:1", 1))
     assert dict(nodes)[N2].start_token == token(1)
     nodes.greeted(N2, "a:1", 2, token(2))
-    nodes.table([entry(N2, "a:1", 1)])
+    nodes.table([entry(N2, "a:1", 1)], anything)
     assert dict(nodes)[N2].start_token == token(2)
-    nodes.table([entry(N2, "a:1", 3)])
+    nodes.table([entry(N2, "a:1", 3)], anything)
     assert dict(nodes)[N2].start_token == token(3)
 
 
@@ -73,7 +86,7 @@ def test_a_strangers_greeting_is_not_believed() -> None:
 
 def test_who_left_the_table_or_was_decommissioned_is_no_member() -> None:
     nodes = book(entry(N1, "a:1", 1), entry(N2, "b:1", 1))
-    nodes.table([entry(N1, "a:1", 1), entry(N2, "b:1", 1, decommissioned=True)])
+    nodes.table([entry(N1, "a:1", 1), entry(N2, "b:1", 1, decommissioned=True)], anything)
     assert [node_id for node_id, _ in nodes] == [N1]
 
 

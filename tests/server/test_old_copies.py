@@ -261,3 +261,31 @@ async def test_trap_24_an_old_copy_that_is_told_to_join_itself_does_not_take_its
         await n1.start()
         await trio.sleep(5)
         assert not n3.alive
+
+
+@pytest.mark.parametrize("apart", [1, 2])
+async def test_trap_24_who_was_refused_for_a_copy_that_was_heard_first_comes_back_once_that_has_ended(
+    autojump_clock: MockClock, apart: int
+) -> None:
+    """docs/admin.md: of what nobody has agreed on, a node believes what it hears first. It says what to do then."""
+    async with world(3) as cluster, cluster.client("n1", "n3") as kv:
+        await cluster.formed(kv)
+        await kv.put(b"k", b"v")
+        cluster.tolerant = True
+        n1, n2, n3 = (cluster.nodes[name] for name in ("n1", "n2", "n3"))
+        mine = n3.inside.listener._identity
+        await n2.kill()  # without n3 nobody agrees on anything then
+        await n3.kill()
+        environment = simulated_environment("twins", seed=1, network=cluster.network)
+        connection = Connection(await environment.network.dial(n1.address), clock=environment.clock)
+        copy = Hello(Role.PEER, mine.cluster_id, NodeId(3), NodeId(1), boot=mine.boot + apart, start_token=b"c" * 16)
+        await greet(connection, FrameDecoder(), copy, clock=environment.clock, known_boots=KnownBoots())
+        await connection.aclose("the copy is ended for good")
+        for _ in range(apart):
+            n3.start_soon()
+            await trio.sleep(5)
+            assert not n3.alive
+            n3.environment.disk.unlink("/n3/refused")
+        n3.start_soon()
+        await trio.sleep(5)
+        assert n3.alive

@@ -193,12 +193,34 @@ def test_trap_24_of_two_starts_of_the_same_count_only_the_one_that_was_seen_is_l
 
 
 def test_trap_24_a_start_that_does_not_come_from_the_one_that_was_seen_is_refused_however_often_it_counted() -> None:
+    """The group has agreed on the one that was seen; else it may be the copy that was."""
+    a, b, c, d, e, x = (letter.encode() * 16 for letter in "abcdex")
     boots = KnownBoots()
-    boots.observe(ONE, 3, b"a" * 16)
+    boots.observe(ONE, 3, a)
+    boots.observe(ONE, 5, c, (b, x))
+    boots = KnownBoots()
+    boots.observe(ONE, 3, a)
+    boots.agree(ONE, 3, a)
     with pytest.raises(WrongCluster, match="knows nothing of"):
-        boots.observe(ONE, 5, b"c" * 16, (b"b" * 16, b"x" * 16, b"0" * 16))
-    boots.observe(ONE, 5, b"e" * 16, (b"d" * 16, b"a" * 16, b"0" * 16))
-    boots.observe(ONE, 9, b"f" * 16, (b"?" * 16, b"!" * 16))
+        boots.observe(ONE, 5, c, (b, x))
+    boots.observe(ONE, 5, e, (d, a))
+    assert boots.is_newest(ONE, 5, e)
+    boots.agree(ONE, 3, a)
+    assert boots.is_newest(ONE, 5, e), "the table is behind"
+    boots.observe(ONE, 9, x, (c, b))
+
+
+def test_trap_24_a_copy_that_was_heard_first_gives_way_to_the_start_that_the_group_has_agreed_on() -> None:
+    """However far it has counted; and whoever has its connection hears no more from it."""
+    t7, t8, c8, c9 = (b"t7" * 8, b"t8" * 8, b"c8" * 8, b"c9" * 8)
+    boots = KnownBoots()
+    boots.observe(ONE, 7, t7)
+    boots.observe(ONE, 9, c9, (c8, t7))
+    boots.agree(ONE, 8, t8)
+    with pytest.raises(WrongCluster, match="knows nothing of"):
+        boots.require_newest(ONE, 9, c9, (c8, t7))
+    boots.observe(ONE, 8, t8, (t7,))
+    boots.observe(ONE, 9, b"t9" * 8, (t8, t7))
 
 
 @simulated
