@@ -1,8 +1,9 @@
 """``shardkv import`` and ``shardkv export``: streams of JSON lines or CSV that carry on where they were interrupted.
 
 What was done stands in ``FILE.progress`` beside the file, written at the start and after every batch: for an import
-the offset up to which every record is acknowledged, for an export the offset that is on disk and the last key before
-it. It is removed at the end. An import repeats at most one batch, which is harmless: puts of the same values.
+the offset up to which every record is acknowledged, and a hash of what stands around it there, for an export the
+offset that is on disk and the last key before it. It is removed at the end. An import repeats at most one batch, which
+is harmless: puts of the same values. What stands behind the offset may be corrected before it carries on.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from shardkv.types import KEY_BYTES_MAX
 BATCH_KEYS_MAX: Final = 5_000
 BATCH_BYTES_MAX: Final = 8 * 1024 * 1024
 FINGERPRINT_BYTES_MAX: Final = 4_096
+"""Of the beginning of what was imported, and of its end."""
 PACKERS: Final = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 """What makes files with such names; each unpacks with -dc, and packs its stdin without options."""
 _HEX: Final = re.compile("([0-9a-f]{2})+")
@@ -50,6 +52,14 @@ class Checkpoint:
         self.path = None if _is_stream(file_name) else Path(file_name + ".progress")
         self._identity = dict(identity)
         self._count = 0
+
+    def left_by(self) -> object:
+        """The command that left the file there; None where there is none, or nobody can tell."""
+        try:
+            saved = json.loads(self.path.read_bytes()) if self.path is not None else None
+        except (OSError, ValueError, RecursionError):
+            return None
+        return saved.get("command") if isinstance(saved, dict) else None
 
     def load(self) -> dict[str, Any] | None:
         """What an earlier run left, None if it left nothing. Raises a usage error when it was another command's."""
@@ -103,7 +113,7 @@ class Checkpoint:
 def _is_whole(saved: Mapping[str, Any]) -> bool:
     """Whether all is there that its command carries on from."""
     match saved:
-        case {"command": "import", "offset": int(offset), "line": int(line), "count": int(count)}:
+        case {"command": "import", "offset": int(offset), "line": int(line), "count": int(count), "fingerprint": str()}:
             return min(offset, line, count) >= 0
         case {"command": "export", "offset": int(offset), "last_key_hex": None | str() as last, "count": int(count)}:
             return min(offset, count) >= 0 and (last is None or _HEX.fullmatch(last) is not None)
@@ -150,17 +160,22 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
     Bytes that are not UTF-8 come as key_base64 and value_base64.
     """
     file_format = _format_of(file_name, given_format, "{packer} -dc {file} | shardkv import - --format {format}")
+    checkpoint = Checkpoint(file_name, {"command": "import", "format": file_format})
+    if checkpoint.left_by() == "export":
+        raise click.UsageError(f"{file_name} is an unfinished export; finish it with export --resume")
     with _open_input(session, file_name) as file:
-        checkpoint = Checkpoint(
-            file_name, {"command": "import", "format": file_format, "fingerprint": _fingerprint(file, file_name)}
-        )
         saved = checkpoint.load() if resume else None
         if resume and _is_stream(file_name):
             raise click.UsageError("a stream cannot be resumed; import from a file")
-        start = saved or {"offset": 0, "line": 0, "count": 0}
+        start = saved or {"offset": 0, "line": 0, "count": 0, "fingerprint": _fingerprint(file, 0)}
         total = None if _is_stream(file_name) else os.fstat(file.fileno()).st_size
         if total is not None and total < start["offset"]:
             raise click.UsageError(f"{file_name} is shorter than it was; start anew without --resume")
+        if start["offset"] and start["fingerprint"] != _fingerprint(file, start["offset"]):
+            raise click.UsageError(
+                f"{file_name} has changed before line {start['line'] + 1}, where the import is to carry on;"
+                " start anew without --resume"
+            )
         try:
             checkpoint.save(**start)
         except OSError as problem:
@@ -180,18 +195,20 @@ def _importer(
     file: BinaryIO,
     file_format: str,
     *,
-    start: Mapping[str, int],
+    start: Mapping[str, Any],
     checkpoint: Checkpoint,
     progress: Progress,
 ) -> Any:
     async def body(client: Client) -> int:
-        count = start["count"]
+        count: int = start["count"]
         batches = _batches(records.read_records(file, file_format, start["offset"], start["line"]))
         try:
             for batch, last in batches:
                 await client.put_many(batch, timeout=session.timeout)
                 count += len(batch)
-                checkpoint.save(offset=last.offset_after, line=last.line, count=count)
+                if checkpoint.path is not None:
+                    fingerprint = _fingerprint(file, last.offset_after)
+                    checkpoint.save(offset=last.offset_after, line=last.line, count=count, fingerprint=fingerprint)
                 progress.update(last.offset_after, f"{count:,} keys")
         except records.BadRecord as problem:
             raise click.UsageError(f"{problem} ({count:,} keys before it are imported)") from None
@@ -239,13 +256,14 @@ def _open_input(session: Session, file_name: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _fingerprint(file: BinaryIO, file_name: str) -> str:
-    """Tells whether a file is still the one that was begun: its first bytes."""
-    if _is_stream(file_name):
+def _fingerprint(file: BinaryIO, offset: int) -> str:
+    """Tells whether what was imported still stands in the file, and ends where it did: its beginning, and what comes
+    before ``offset``. The file is not moved."""
+    if not offset:
         return ""
-    start = file.read(FINGERPRINT_BYTES_MAX)
-    file.seek(0)
-    return hashlib.sha256(start).hexdigest()
+    size = min(offset, FINGERPRINT_BYTES_MAX)
+    parts = (os.pread(file.fileno(), size, start) for start in (0, offset - size))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @click.command(

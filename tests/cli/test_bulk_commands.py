@@ -233,7 +233,58 @@ def test_resuming_something_else_is_refused(world: World, tmp_path: Path) -> Non
     path.write_bytes(b"".join(reversed(lines)))
     result = world.run("import", str(path), "--resume")
     assert result.exit_code == 2
-    assert "another fingerprint; start anew without --resume" in result.stderr
+    assert "has changed before line 4, where the import is to carry on; start anew" in result.stderr
+
+
+@pytest.mark.parametrize("edited", [b"k001", b"k500", b"k999"], ids=["the first", "some", "the last"])
+def test_a_file_that_was_edited_where_it_is_imported_is_not_carried_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: bytes
+) -> None:
+    """The place noted was amid a line then: a record was lost, or a key imported that nobody wrote. Only the first
+    4 KiB were compared."""
+    monkeypatch.setattr(bulk, "BATCH_KEYS_MAX", 1_000)
+    path = tmp_path / "in.csv"
+    content = b"key,value\n" + b"".join(b"k%03d,v\n" % number for number in range(1_000)) + b"bad\n"
+    path.write_bytes(content)
+    assert world.run("import", str(path)).exit_code == 2
+    path.write_bytes(content.replace(edited + b",v\n", edited + b",longer\n").replace(b"bad", b"z,1"))
+    result = world.run("import", str(path), "--resume")
+    assert result.exit_code == 2
+    assert "in.csv has changed before line 1002" in result.stderr
+    assert len(world.client.data) == 1_000
+
+
+@pytest.mark.parametrize("records_before", [3, 3_000])
+def test_what_stands_behind_the_place_noted_may_be_corrected_before_the_import_is_resumed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records_before: int
+) -> None:
+    """The message about a bad record invites to it. In a short file that was refused as another file."""
+    monkeypatch.setattr(bulk, "BATCH_KEYS_MAX", 1_000)
+    path = tmp_path / "in.csv"
+    content = b"key,value\n" + b"".join(b"k%04d,v\n" % number for number in range(records_before))
+    path.write_bytes(content + b"bad\nz,1\n")
+    refused = world.run("import", str(path))
+    assert (refused.exit_code, len(world.client.data)) == (2, records_before)
+    path.write_bytes(content + b"good,1\nz,1\nappended,1\n")
+    world.client.batches.clear()
+    assert world.run("import", str(path), "--resume").exit_code == 0
+    assert world.client.batches == [[(b"good", b"1"), (b"z", b"1"), (b"appended", b"1")]]
+
+
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+def test_an_unfinished_export_is_not_imported(world: World, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """A part of it was imported with success, and how far the export came was forgotten."""
+    for number in range(10):
+        world.client.set(b"k%d" % number, b"v")
+    path = tmp_path / "all.jsonl"
+    world.client.fail, world.client.fail_after = errors.Unavailable("no leader"), 7
+    assert world.run("export", str(path)).exit_code == 3
+    world.client.fail = None
+    refused = world.run("import", str(path), *options)
+    assert refused.exit_code == 2
+    assert "all.jsonl is an unfinished export; finish it with export --resume" in refused.stderr
+    assert world.run("export", str(path), "--resume").exit_code == 0
+    assert world.run("import", str(path)).exit_code == 0
 
 
 def test_an_import_does_not_carry_on_in_a_file_that_has_become_shorter(world: World, tmp_path: Path) -> None:
@@ -262,7 +313,7 @@ def test_a_damaged_note_of_the_progress_is_wrong_usage(world: World, tmp_path: P
     assert world.run(command, str(path)).exit_code == 3
     world.client.fail = None
     saved = json.loads(progress.read_bytes())
-    state = {"offset", "count", "line" if command == "import" else "last_key_hex"}
+    state = {"offset", "count", *(("line", "fingerprint") if command == "import" else ("last_key_hex",))}
     damaged: list[object] = [[], None, 7, *({**saved, name: -1} for name in state)]
     damaged += [{other: saved[other] for other in saved if other != name} for name in state]
     damaged += [{**saved, "last_key_hex": "6g"}] if command == "export" else []
