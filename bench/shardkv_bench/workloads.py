@@ -12,6 +12,8 @@ from typing import Final, NamedTuple
 
 from shardkv_bench.distributions import Chooser, Latest, scrambled_zipfian, uniform
 
+KEY_PREFIX: Final = b"bench/"
+"""Begins every key, so that whoever measured on a cluster of theirs can remove what it left."""
 SCAN_RECORDS_MAX: Final = 100
 PREPARED_MAX: Final = 1 << 16
 """Operations drawn before a run starts, so that drawing them is not measured; then they repeat."""
@@ -65,7 +67,7 @@ WORKLOADS: Final[dict[str, Workload]] = {
 
 def key_of(record: int) -> bytes:
     """The 16-byte key of a record."""
-    return b"user%012d" % record
+    return KEY_PREFIX + b"%010d" % record
 
 
 def value_of(record: int, size: int) -> bytes:

@@ -56,6 +56,9 @@ def run(
 ) -> None:
     """Run a workload: YCSB's a to f, or plain write, read and bulk (put_many).
 
+    It writes keys that begin with bench/ into the cluster, and leaves them there for a later run with --no-load.
+    `shardkv delete-range --prefix bench/` removes them, and any of yours that begin so.
+
     Prints throughput and latencies. With --json: workload, inflight, seconds, ops, errors, throughput, p50_ms,
     p95_ms, p99_ms, p999_ms, max_ms, client_cpu_s.
     """

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from itertools import islice, pairwise
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from shardkv_bench.distributions import SCRAMBLED_ITEMS, Latest, Zipfian, scramble, scrambled_zipfian, uniform, zeta
 from shardkv_bench.workloads import (
+    KEY_PREFIX,
     PREPARED_MAX,
     SCAN_RECORDS_MAX,
     WORKLOADS,
@@ -166,9 +168,17 @@ def test_scans_ask_for_one_to_a_hundred_records() -> None:
 
 def test_keys_have_sixteen_bytes_and_values_the_size_asked() -> None:
     """Work order: 16-byte keys, 100-byte values."""
-    assert {len(key_of(record)) for record in (0, 99_999, 999_999_999_999)} == {16}
+    assert {len(key_of(record)) for record in (0, 99_999, 9_999_999_999)} == {16}
     assert len(value_of(1, 100)) == 100
     assert value_of(1, 100) == value_of(1, 100) != value_of(2, 100)
+
+
+def test_the_keys_have_a_prefix_of_their_own_and_the_help_says_how_to_remove_them() -> None:
+    """They were called user..., stayed in the cluster, and nothing said so."""
+    assert key_of(7).startswith(KEY_PREFIX)
+    for name in ("docs/reference/commands.md", "docs/quickstart.md"):
+        page = (Path(__file__).parents[2] / name).read_text()
+        assert f"shardkv delete-range --prefix {KEY_PREFIX.decode()}" in " ".join(page.split()), name
 
 
 def test_a_mix_that_does_not_add_up_is_our_own_bug() -> None:
