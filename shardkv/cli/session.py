@@ -16,9 +16,10 @@ from click.core import ParameterSource
 
 from shardkv.address import parse_addresses
 from shardkv.cli import text
-from shardkv.errors import ConfigError
+from shardkv.errors import ConfigError, KeyTooLarge
 from shardkv.json_rules import to_json
 from shardkv.program import Finite, leaf
+from shardkv.types import KEY_BYTES_MAX
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -169,8 +170,10 @@ def read_bytes(typed: str, base64_text: bool, what: str) -> bytes:
 
 
 def read_key(typed: str, base64_text: bool, what: str = "KEY") -> bytes:
-    """A typed key that must not be empty."""
+    """A typed key that must not be empty. Raises KeyTooLarge: not every request is checked by the client."""
     key = read_bytes(typed, base64_text, what)
     if not key:
         raise click.BadParameter("a key has at least one byte", param_hint=what)
+    if len(key) > KEY_BYTES_MAX:
+        raise KeyTooLarge(f"a key may have {KEY_BYTES_MAX} bytes; this one has {len(key)}")
     return key

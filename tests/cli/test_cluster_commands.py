@@ -12,6 +12,7 @@ from shardkv import errors
 from shardkv.cli.reference import commands, help_of
 from shardkv.cli.root import Example, ExampleGroup
 from shardkv.cli.table import WIDTH_ROWS_MAX, TableWriter, render, width
+from shardkv.types import KEY_BYTES_MAX
 from shardkv.wire.requests import Method
 from tests.cli.fakes import World, world
 
@@ -96,6 +97,16 @@ def test_a_range_that_no_request_can_name_is_wrong_usage(world: World, command: 
     assert world.run("admin", *command.format((1 << 63) - 1).split()).exit_code == 0
     world.client.addresses.clear()
     assert world.run("admin", *command.format(1 << 63).split()).exit_code == 2
+    assert world.client.addresses == []
+
+
+@pytest.mark.parametrize("command", ["get", "put", "leader", "admin split", "scan a", "delete-range a"])
+def test_a_key_that_is_too_long_is_refused_before_anything_is_sent(world: World, command: str) -> None:
+    """Requests about a key that are no data requests went out, and the answer was of no such key."""
+    value = ["v"] if command == "put" else []
+    result = world.run(*command.split(), "k" * (KEY_BYTES_MAX + 1), *value)
+    assert result.exit_code == 2
+    assert result.stderr == "Error: a key may have 4096 bytes; this one has 4097 (KeyTooLarge)\n"
     assert world.client.addresses == []
 
 
