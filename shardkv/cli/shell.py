@@ -310,4 +310,4 @@ def shell(ctx: click.Context, addresses: str | None, commands: str | None) -> No
     Without a terminal it reads commands from stdin and stops at the first that fails, with its exit code.
     """
     wanted = session.required(ctx, addresses)
-    ctx.exit(run_shell(wanted, commands, banner=f"connected to {wanted}; help lists the commands, Ctrl-D leaves"))
+    ctx.exit(run_shell(wanted, commands, banner=f"using {wanted}; help lists the commands, Ctrl-D leaves"))

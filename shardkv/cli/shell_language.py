@@ -1,7 +1,8 @@
 r"""What a line typed in the shell means: words, quotes, comments and ``;``. Pure.
 
-Words are separated by blanks; single or double quotes keep blanks and semicolons inside a word. Backslashes are left
-alone, for they are the escapes of keys and values; a quote inside a quoted word is written ``\x22`` or ``\x27``.
+Words are separated by blanks; single or double quotes keep blanks and semicolons inside a word. Outside of them the end
+of a line is the end of a command, and of a comment. Backslashes are left alone, for they are the escapes of keys and
+values; a quote inside a quoted word is written ``\x22`` or ``\x27``.
 """
 
 from typing import Final
@@ -31,12 +32,16 @@ class SyntaxProblem(ValueError):
     """The line cannot be split into words."""
 
 
-def parse(line: str) -> list[list[str]]:
-    """The commands of a line, each as its words. Raises SyntaxProblem for a quote without its end."""
+def parse(lines: str) -> list[list[str]]:
+    """The commands of a line, or of several, each as its words. Raises SyntaxProblem for a quote without its end."""
     commands: list[list[str]] = [[]]
     word: list[str] | None = None
     quote = ""
-    for character in line:
+    comment = False
+    for character in lines:
+        if comment and character != "\n":
+            continue
+        comment = False
         if quote:
             assert word is not None
             if character == quote:
@@ -50,10 +55,10 @@ def parse(line: str) -> list[list[str]]:
             if word is not None:
                 commands[-1].append("".join(word))
                 word = None
-            if character == ";":
+            if character in ";\n":
                 commands.append([])
         elif character == "#" and word is None:
-            break
+            comment = True
         else:
             word = [] if word is None else word
             word.append(character)

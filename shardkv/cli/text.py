@@ -61,8 +61,8 @@ def unescape(text: str) -> bytes:
             return b"\\"
         if len(escaped) == 3:
             return bytes((int(escaped[1:], 16),))
-        shown = match[0].decode("utf-8", "replace")
-        raise ValueError(rf"{shown!r} is no escape; write \xNN for a byte and \\ for a backslash")
+        shown = data[match.start() :].decode("utf-8", "replace")[:2]
+        raise ValueError(rf"{shown} is no escape; write \xNN for a byte and \\ for a backslash")
 
     return _ESCAPE.sub(replace, data)
 

@@ -31,6 +31,12 @@ def test_commands_run_over_one_connection(world: World) -> None:
     assert world.client.addresses == ["127.0.0.1:7001"]
 
 
+def test_a_comment_in_the_commands_given_ends_with_its_line(world: World) -> None:
+    """What stood behind it was dropped, with exit code 0."""
+    assert world.run("shell", "-c", "# set up\nput a 1 # the first\nput b 2\n").exit_code == 0
+    assert list(world.client.data) == [b"a", b"b"]
+
+
 def test_the_first_failure_stops_the_commands_with_its_exit_code(world: World) -> None:
     """DESIGN 2.2: -c stops at the first failure with its exit code."""
     result = world.run("shell", "-c", "put a 1; get b; put c 3")
@@ -276,7 +282,7 @@ def test_a_terminal_gets_a_prompt_results_and_a_history(tmp_path: Path) -> None:
                 seen += os.read(ours, 4096)
             seen = seen[seen.index(words) + len(words) :]
 
-        until(b"help lists the commands")
+        until(b"using h:1; help lists the commands")  # nothing was connected to yet
         for typed, answer in [
             (b"put a hello\r", b"467213411123200001"),
             (b"put b -\r", b"or use the command outside the shell"),

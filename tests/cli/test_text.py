@@ -41,8 +41,12 @@ def test_escapes_stand_for_bytes(typed: str, data: bytes) -> None:
 
 @pytest.mark.parametrize("typed", ["\\", "a\\n", r"\x4", r"\xgg", r"\X41", "\\é"])
 def test_another_escape_is_refused_rather_than_guessed(typed: str) -> None:
-    with pytest.raises(ValueError, match="no escape"):
+    """The message shows it as it was typed: it doubled the backslash, which is what it asks for."""
+    with pytest.raises(ValueError) as refused:
         text.unescape(typed)
+    shown, _, rest = str(refused.value).partition(" ")
+    assert shown in typed
+    assert rest == r"is no escape; write \xNN for a byte and \\ for a backslash"
 
 
 @pytest.mark.parametrize("typed", ["a", "é", "YQ=", "YQ==\n", "Y Q=="])
@@ -89,6 +93,8 @@ def test_a_json_field_of_another_shape_is_refused(fields: dict[str, object]) -> 
         ("get a # the rest", [["get", "a"]]),
         ("get a#b", [["get", "a#b"]]),
         ("get a'b c'd", [["get", "ab cd"]]),
+        ("# first\nput a 1 # one; two\r\n\nget a\n", [["put", "a", "1"], ["get", "a"]]),
+        ("put a 'b\nc # d'", [["put", "a", "b\nc # d"]]),
     ],
 )
 def test_a_line_of_the_shell_is_words_and_commands(line: str, commands: list[list[str]]) -> None:
