@@ -103,12 +103,22 @@ def _load(flags: dict[str, object], config_file: str | None) -> NodeConfig:
     text = None
     if config_file:
         try:
-            text = Path(config_file).read_text(encoding="utf-8")
+            text = Path(config_file).read_text(encoding="utf-8-sig")  # without the mark that editors on Windows leave
         except (OSError, UnicodeDecodeError) as problem:
             raise ConfigError(f"the configuration file {config_file} cannot be read: {problem}") from None
     loaded = load_node_config(flags, os.environ, text, config_file or "")
-    # Relative to where the command was typed; the node itself knows only absolute paths.
-    return replace(loaded, data=str(Path(loaded.data).absolute()))
+    return replace(loaded, data=_absolute(loaded.data))
+
+
+def _absolute(data: str) -> str:
+    """Relative to where the command was typed, or to a home directory; the node itself knows only absolute paths.
+
+    Not by pathlib, to which ``./~`` is the same as ``~``.
+    """
+    expanded = os.path.expanduser(data)
+    if expanded.startswith("~"):
+        raise ConfigError(f"data is {data!r}, but no such home directory is known; give the whole path")
+    return str(Path(expanded).absolute())
 
 
 async def _run(config: NodeConfig) -> None:

@@ -192,15 +192,18 @@ def _options_of(name: str) -> list[str]:
 def read_lines(shell: Shell) -> int:
     """Lines from stdin without a terminal: the first failure ends it.
 
-    Read as bytes, so that a command that reads stdin itself (``put KEY -``) gets what stands behind its line.
+    Read as bytes, so that a command that reads stdin itself (``put KEY -``) gets what stands behind its line. The first
+    line may begin with a byte order mark.
     """
+    encoding = "utf-8-sig"
     while line := sys.stdin.buffer.readline():
         try:
-            code = shell.run_line(line.decode("utf-8", "surrogateescape"))
+            code = shell.run_line(line.decode(encoding, "surrogateescape"))
         except _Exit:
             return exits.DONE
         if code:
             return code
+        encoding = "utf-8"
     return exits.DONE
 
 

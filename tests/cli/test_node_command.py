@@ -469,3 +469,28 @@ def test_a_relative_data_directory_lies_where_the_command_was_typed(
     monkeypatch.chdir(tmp_path)
     flags = {"name": "n1", "data": "./n1", "listen": "127.0.0.1:7001", "bootstrap": True}
     assert _load(flags, None).data == str(tmp_path / "n1")
+
+
+@pytest.mark.parametrize("data, found", [("~/cdata", "cdata"), ("~", ""), ("./~/cdata", "here/~/cdata")])
+def test_a_data_directory_that_begins_with_a_tilde_lies_in_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, found: str
+) -> None:
+    """No shell replaces it in a TOML file, nor behind --data=; it became a directory called ~."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "node.toml").write_text(f'name = "n1"\ndata = "{data}"\nlisten = "h:1"\nbootstrap = true\n')
+    assert Path(_load({}, str(tmp_path / "node.toml")).data) == tmp_path / found
+
+
+def test_a_home_directory_that_nobody_has_is_wrong_usage() -> None:
+    code, output = run("--name", "n1", "--data", "~nobody-at-all/d", "--listen", "h:1", "--bootstrap")
+    assert code == 2
+    assert "data is '~nobody-at-all/d', but no such home directory is known; give the whole path" in output
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """As editors on Windows write it; it was no TOML file then."""
+    path = tmp_path / "node.toml"
+    path.write_text('\ufeffname = "n1"\ndata = "/d"\nlisten = "h:1"\nbootstrap = true\n', encoding="utf-8")
+    assert _load({}, str(path)).name == "n1"

@@ -88,6 +88,12 @@ def test_a_line_of_stdin_that_is_not_utf8_means_its_bytes(world: World) -> None:
     assert world.client.data[b"\xff"].value == b"\xfe"
 
 
+def test_the_lines_of_stdin_may_begin_with_a_byte_order_mark(world: World) -> None:
+    """As programs on Windows write it; it was taken for a part of the first command."""
+    assert world.run("shell", input="\ufeffput a 1\nput \ufeffb 2\n").exit_code == 0
+    assert list(world.client.data) == [b"a", "\ufeffb".encode()]
+
+
 def test_the_shell_takes_operations_without_admin(world: World) -> None:
     assert (
         world.run("shell", "-c", "split m; transfer 3 n2; snapshot 3; nodes; ranges; status; leader a").exit_code == 0
