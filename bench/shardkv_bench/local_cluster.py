@@ -30,7 +30,14 @@ node is down, least of all a peer's that dials that very port and so connects to
 
 
 class NodeFailed(Exception):
-    """A node process ended, or did not serve in time. The message ends with the last lines of its stderr."""
+    """A node process ended, or did not serve in time. The message ends with the last lines of its stderr.
+
+    ``exit_code`` is what a node of shardkv ended with; None when it still ran.
+    """
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def free_ports(count: int) -> list[int]:
@@ -258,7 +265,7 @@ class LocalCluster:
                 # Its output ends a moment before it does.
                 code = process.wait(1.0)
                 what = f"does not serve after {seconds:g} s" if code is None else f"ended with {code}"
-                raise NodeFailed(f"node {name} {what}\n{process.stderr_tail()}")
+                raise NodeFailed(f"node {name} {what}\n{process.stderr_tail()}", code)
 
     def kill(self, name: str) -> None:
         """End a node with SIGKILL, as a crash would."""

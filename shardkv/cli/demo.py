@@ -55,7 +55,8 @@ def demo(
 
 
 def run_demo(nodes: int, data: str | None, base_port: int | None, *, with_shell: bool, with_tour: bool) -> int:
-    """The exit code: 1 when the tour found an acknowledged write missing, or a node failed to start."""
+    """The exit code: 1 when the tour found an acknowledged write missing, or a node failed to start; 2 when that was
+    for what it was told, such as a port in use."""
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which is what nohup asks for
         signal.signal(signal.SIGHUP, _terminate)
@@ -72,7 +73,7 @@ def _run_demo(nodes: int, data: str | None, base_port: int | None, *, with_shell
             cluster.start()
         except NodeFailed as failure:
             click.echo(f"Error: {failure}".rstrip(), err=True)
-            return exits.FAILED
+            return exits.USAGE if failure.exit_code == exits.USAGE else exits.FAILED
         click.secho(f"{nodes} nodes serve after {time.monotonic() - started:.1f} s", bold=True)
         rows = [
             [name, cluster.addresses[name], str(cluster.processes[name].pid), str(cluster.processes[name].log)]
@@ -160,8 +161,12 @@ def _ignore(*numbers: signal.Signals) -> None:
 @contextlib.contextmanager
 def _cluster(data: str | None, nodes: int, base_port: int | None, with_tour: bool) -> Iterator[LocalCluster]:
     """A cluster on the given directory, which stays, or on a temporary one, which does not."""
+    from shardkv.storage.directory import IDENTITY_NAME
+
     if data is not None:
         path = Path(data)
+        if (path / IDENTITY_NAME).exists():
+            raise click.UsageError(f"{path} is the data directory of a node; give another --data")
         path.mkdir(parents=True, exist_ok=True)
         with _cluster_on(path, nodes, base_port, with_tour) as cluster:
             yield cluster

@@ -20,6 +20,7 @@ import trio
 import trio.testing
 
 from shardkv.cli import demo, tour
+from shardkv.storage.directory import IDENTITY_NAME
 from tests.cli.fakes import FakeClient
 from tests.cli.test_node_command import SECONDS, STANDIN
 
@@ -215,6 +216,27 @@ def test_a_demo_names_a_file_of_its_own_that_is_damaged(tmp_path: Path, content:
         _, said = child.communicate(timeout=SECONDS)
     assert child.returncode == 2
     assert f"{tmp_path}/demo.json is damaged" in said
+
+
+def test_a_demo_leaves_the_data_directory_of_a_node_alone(tmp_path: Path) -> None:
+    """It put files and directories of its own there."""
+    (tmp_path / IDENTITY_NAME).touch()
+    with start("--no-shell", "--data", str(tmp_path)) as child:
+        _, said = child.communicate(timeout=SECONDS)
+    assert child.returncode == 2
+    assert f"{tmp_path} is the data directory of a node; give another --data" in said
+    assert [path.name for path in tmp_path.iterdir()] == [IDENTITY_NAME]
+
+
+@pytest.mark.parametrize("node_code, code", [(2, 2), (1, 1), (-9, 1)])
+def test_a_demo_that_was_told_something_wrong_ends_as_its_nodes_do(tmp_path: Path, node_code: int, code: int) -> None:
+    """Such as a port in use: 2 wrong usage, from `demo` as from `node`."""
+    ending = f"import os, sys; os.kill(os.getpid(), {-node_code}) if {node_code} < 0 else sys.exit({node_code})"
+    script = SCRIPT.replace(repr(STANDIN), repr([sys.executable, "-c", ending]))
+    with start("--no-shell", "--nodes", "2", "--data", str(tmp_path), script=script) as child:
+        _, said = child.communicate(timeout=SECONDS)
+    assert child.returncode == code, said
+    assert f"Error: node n1 ended with {node_code}" in said
     assert "Traceback" not in said
 
 
