@@ -6,7 +6,6 @@ be reached in time, 4 outcome unknown, 130 interrupted. Commands raise; only thi
 
 import importlib
 import io
-import os
 import re
 import sys
 from typing import Any, Final
@@ -14,6 +13,7 @@ from typing import Any, Final
 import click
 
 from shardkv.cli import exits, text
+from shardkv.cli.standard_files import open_standard_files
 from shardkv.program import let_go_of, tell
 
 COMMANDS: Final[dict[str, str]] = {
@@ -150,7 +150,7 @@ def shardkv() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Ends the process."""
-    _open_standard_files()
+    open_standard_files()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors=text.ESCAPES)
     try:
@@ -164,17 +164,3 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         let_go_of(sys.stdout)
         let_go_of(sys.stderr)
-
-
-def _open_standard_files() -> None:
-    """Where this process was given no stdin, stdout or stderr, give it one: what is written goes nowhere, and to read
-    is an error, since an empty value is not what was meant.
-
-    Else a node's own files would take their numbers, and what a library tells on stderr would be in the log.
-    """
-    while (opened := os.open(os.devnull, os.O_WRONLY)) <= 2:
-        pass
-    os.close(opened)
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, mode, closefd=False))

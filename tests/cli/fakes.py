@@ -16,6 +16,10 @@ from shardkv.wire.requests import Method
 
 FIRST_VERSION = 467_213_411_123_200_000
 """Above 2**53, as real versions are."""
+STDOUT_FULL = (
+    b"Error: standard output cannot be written: No space left on device; give it another file or a pipe (OSError)\n"
+)
+"""What a command tells whose stdout is /dev/full."""
 
 
 class FakeScan:

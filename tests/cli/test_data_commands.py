@@ -12,7 +12,7 @@ import pytest
 from shardkv import errors
 from shardkv.cli import text
 from shardkv.types import TIMESTAMP_MAX, VALUE_BYTES_MAX
-from tests.cli.fakes import FIRST_VERSION, World, world
+from tests.cli.fakes import FIRST_VERSION, STDOUT_FULL, World, world
 from tests.cli.test_node_command import SECONDS
 
 __all__ = ["world"]
@@ -316,7 +316,8 @@ def test_what_the_encoding_of_stdout_lacks_is_escaped(command: list[str], encodi
         assert ("∞" in shown) == (encoding == "utf-8")
 
 
-STDIN_CLOSED = "Error: [Errno 9] Bad file descriptor (OSError)\n"
+STDIN_CLOSED = "Error: standard input cannot be read: it is closed; give it a file or a pipe (OSError)\n"
+STDOUT_CLOSED = "Error: standard output cannot be written: it is closed; give it a file or a pipe (OSError)\n"
 
 
 @pytest.mark.parametrize(
@@ -325,17 +326,23 @@ STDIN_CLOSED = "Error: [Errno 9] Bad file descriptor (OSError)\n"
         ("put k -", "<&-", STDIN_CLOSED, 1),
         ("import -", "<&-", STDIN_CLOSED, 1),
         ("shell", "<&-", STDIN_CLOSED, 1),
-        ("get --raw käse", ">&-", "", 0),
-        ("get käse", ">&-", "", 0),
-        ("scan", ">&-", "", 0),
-        ("nodes", ">&-", "", 0),
-        ("leader", ">&-", "", 0),
-        ("export -", ">&-", "exported 1 keys\n", 0),
+        ("put k v", "<&-", "", 0),
+        ("get --raw käse", ">&-", STDOUT_CLOSED, 1),
+        ("get käse", ">&-", STDOUT_CLOSED, 1),
+        ("scan", ">&-", STDOUT_CLOSED, 1),
+        ("nodes", ">&-", STDOUT_CLOSED, 1),
+        ("leader", ">&-", STDOUT_CLOSED, 1),
+        ("export -", ">&-", STDOUT_CLOSED, 1),
+        ("export -", ">/dev/full", STDOUT_FULL.decode(), 1),
+        ("get --raw käse", ">/dev/full", STDOUT_FULL.decode(), 1),
         ("export -", "2>&-", "", 0),
+        ("get käse", "<&- >&- 2>&-", "", 1),
     ],
 )
-def test_a_command_without_a_standard_file_has_no_traceback(command: str, closed: str, told: str, code: int) -> None:
-    """What was not given cannot be read, not even as an empty value; what is written goes nowhere."""
+def test_a_standard_file_that_is_missing_or_full_is_named_in_one_line(
+    command: str, closed: str, told: str, code: int
+) -> None:
+    """What was not given cannot be read, not even as an empty value, nor written: an export said that it was done."""
     line = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", ENCODED, *command.split()]
     variables = {**os.environ, "PYTHONUTF8": "1", "SHARDKV_CONNECT": "n1:7001"}
     done = subprocess.run(line, env=variables, input=b"", capture_output=True, timeout=SECONDS)

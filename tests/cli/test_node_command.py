@@ -81,8 +81,8 @@ def test_a_node_with_few_open_files_says_at_its_start_how_many_clients_fit(
 SPEAKING = """
 import structlog, sys
 from shardkv.cli.node import _log_to_stderr, _print_ready
-from shardkv.cli.root import _open_standard_files
-_open_standard_files()
+from shardkv.cli.standard_files import open_standard_files
+open_standard_files()
 heard = sys.stderr if sys.argv[1] == "stdout" else sys.stdout
 with _log_to_stderr("info"):
     log = structlog.get_logger().bind(node="n1")

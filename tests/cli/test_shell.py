@@ -18,7 +18,7 @@ from shardkv import errors
 from shardkv.cli import shell as shell_module
 from shardkv.cli.shell import Shell, complete
 from shardkv.cli.shell_language import ALIASES, COMMANDS
-from tests.cli.fakes import FakeClient, World, world
+from tests.cli.fakes import STDOUT_FULL, FakeClient, World, world
 from tests.cli.test_node_command import SECONDS
 
 __all__ = ["world"]
@@ -237,7 +237,7 @@ def test_what_cannot_be_written_is_told_once_and_is_exit_code_1(command: str) ->
     with open("/dev/full", "wb") as full, start(["-c", command], stdout=full, stderr=subprocess.PIPE) as child:
         _, told = child.communicate(timeout=SECONDS)
     assert child.returncode == 1
-    assert told == b"Error: [Errno 28] No space left on device (OSError)\n"
+    assert told == STDOUT_FULL
 
 
 def test_a_reader_that_has_gone_ends_the_command_silently() -> None:
