@@ -24,6 +24,7 @@ from shardkv.cli.data import after_prefix, span_options
 from shardkv.cli.progress import Progress
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, base64_option, connected
+from shardkv.errors import BatchError
 from shardkv.json_rules import to_json
 from shardkv.program import tell
 from shardkv.types import KEY_BYTES_MAX
@@ -212,6 +213,12 @@ def _importer(
                 progress.update(last.offset_after, f"{count:,} keys")
         except records.BadRecord as problem:
             raise click.UsageError(f"{problem} ({count:,} keys before it are imported)") from None
+        except BatchError as stopped:  # which advises a program that holds the pairs
+            again = "run it again with --resume" if checkpoint.path is not None and count else "run it again"
+            why = stopped.__cause__ or "a batch was not written"
+            raise BatchError(
+                f"the import stopped: {why}; {again}", consumed=stopped.consumed, failed=stopped.failed
+            ) from stopped.__cause__
         return count
 
     return body

@@ -16,7 +16,8 @@ from shardkv.json_rules import BASE64_SUFFIX, json_field
 from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX
 
 FORMATS: Final = ("jsonl", "csv")
-CSV_COLUMNS: Final = ("key", "key_base64", "value", "value_base64", "version")
+COLUMNS: Final = ("key", "key_base64", "value", "value_base64", "version")
+"""Of CSV, and the fields of JSON lines."""
 
 LINE_BYTES_MAX: Final = 64 * 1024 * 1024
 """Far above the largest record however it is escaped. A file that is none may have no second line."""
@@ -41,14 +42,14 @@ def format_of(path: str, given: str | None) -> str:
 
 
 def write_header(file_format: str) -> bytes:
-    return _csv_line(CSV_COLUMNS) if file_format == "csv" else b""
+    return _csv_line(COLUMNS) if file_format == "csv" else b""
 
 
 def write_record(file_format: str, key: bytes, value: bytes, version: int) -> bytes:
     """One record with its line end."""
     fields = dict([json_field("key", key), json_field("value", value), ("version", str(version))])
     if file_format == "csv":
-        return _csv_line([str(fields.get(column, "")) for column in CSV_COLUMNS])
+        return _csv_line([str(fields.get(column, "")) for column in COLUMNS])
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
@@ -96,10 +97,21 @@ def _read_json_lines(lines: _Lines) -> Iterator[Record]:
         if not content.strip():
             continue
         try:
-            fields = json.loads(content)
+            fields = json.loads(content, object_pairs_hook=tuple)  # a dict would hold the last of several alike
         except (ValueError, RecursionError) as problem:
             raise BadRecord(f"line {lines.line}: not JSON: {problem}") from None
+        if isinstance(fields, tuple):
+            _refuse_repeated([name for name, _ in fields], f"line {lines.line}: the record")
+            fields = dict(fields)
         yield _record(fields, lines)
+
+
+def _refuse_repeated(names: list[str], where: str) -> None:
+    """Which of the two was meant nobody knows. What no record has may be there more than once."""
+    if len(set(names)) < len(names):
+        for name in COLUMNS:
+            if names.count(name) > 1:
+                raise BadRecord(f"{where} names {name} more than once")
 
 
 def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
@@ -111,12 +123,14 @@ def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
     try:
         header = next(csv.reader(top), [])
     except csv.Error as problem:
-        raise BadRecord(f"line {top.line}: not CSV: {problem}") from None
-    if "key" not in header and "key_base64" not in header:
-        raise BadRecord(f"line 1: a CSV file starts with a header such as key,value; this is {header!r:.200}")
-    for name in CSV_COLUMNS:
-        if header.count(name) > 1:
-            raise BadRecord(f"line {top.line}: the header names {name} more than once")
+        raise _not_csv(top, problem) from None
+    lacking = [name for name in ("key", "value") if not {name, name + BASE64_SUFFIX} & set(header)]
+    if lacking:
+        raise BadRecord(
+            f"line {top.line or 1}: the header lacks {' and '.join(lacking)};"
+            f" a CSV file starts with one such as key,value, without blanks, and this is {header!r:.200}"
+        )
+    _refuse_repeated(header, f"line {top.line}: the header")
     if resumed_at:
         file.seek(resumed_at)
     else:
@@ -126,7 +140,7 @@ def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
         try:
             row = next(rows, None)
         except csv.Error as problem:
-            raise BadRecord(f"line {lines.line}: not CSV: {problem}") from None
+            raise _not_csv(lines, problem) from None
         if row is None:
             return
         if not row:
@@ -140,6 +154,13 @@ def _read_csv(file: BinaryIO, lines: _Lines) -> Iterator[Record]:
             if fields.get(other) == "":
                 del fields[other]
         yield _record(fields, lines)
+
+
+def _not_csv(lines: _Lines, problem: csv.Error) -> BadRecord:
+    why = str(problem)
+    if why.startswith("new-line character"):  # and goes on about Python
+        why = "a CR without LF ends no line; end lines in LF or CRLF, and put fields that hold a CR in quotes"
+    return BadRecord(f"line {lines.line}: not CSV: {why}")
 
 
 def _record(fields: object, lines: _Lines) -> Record:

@@ -222,6 +222,20 @@ def test_a_batch_error_has_the_exit_code_of_its_cause(world: World, tmp_path: Pa
         assert world.run("import", str(path)).exit_code == code
 
 
+def test_what_an_import_advises_is_for_whoever_typed_it(world: World, tmp_path: Path) -> None:
+    """It was what the API advises: to put the failed keys again, and to go on after the pairs consumed."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"".join(records.write_record("jsonl", b"k%d" % number, b"v", 1) for number in range(10)))
+    world.client.fail = errors.BatchError("put those again, then go on", consumed=3, failed=(b"k3",))
+    world.client.fail.__cause__ = errors.Unavailable("no leader")
+    told = "Error: the import stopped: no leader; run it again{} (BatchError)\n"
+    assert told.format("") in world.run("import", str(path)).stderr
+    world.client.fail_after = 2
+    assert told.format(" with --resume") in world.run("import", str(path)).stderr
+    world.client.batches.clear()
+    assert told.format("") in world.run("import", "-", input=path.read_bytes()).stderr
+
+
 def test_resuming_something_else_is_refused(world: World, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     lines = [records.write_record("jsonl", b"k%d" % number, b"v", 1) for number in range(10)]
@@ -403,8 +417,13 @@ def test_an_import_reads_a_pipe(world: World, file_format: str) -> None:
         ),
         ("a.csv", b"key,key_base64,value\na,,1\nb,Yw==,1\n", "line 3: give key or key_base64, not both"),
         ("a.csv", b"key,value,value_base64\na,1,\nb,2,Yw==\n", "line 3: give value or value_base64, not both"),
+        (
+            "a.csv",
+            b"key,value\na,1\nb,2\rc,3\n",
+            "line 3: not CSV: a CR without LF ends no line; end lines in LF or CRLF",
+        ),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_a_bad_record_is_named_by_its_line_after_those_before_it_are_imported(
     world: World, tmp_path: Path, name: str, content: bytes, words: str
@@ -427,7 +446,7 @@ def test_a_csv_file_without_a_header_is_refused(world: World, tmp_path: Path) ->
     assert world.run("import", str(tmp_path / "absent")).exit_code == 2
 
 
-@pytest.mark.parametrize("twice", records.CSV_COLUMNS)
+@pytest.mark.parametrize("twice", records.COLUMNS)
 def test_a_csv_header_that_names_a_column_twice_is_refused(world: World, tmp_path: Path, twice: str) -> None:
     """One of the two was taken, and the other forgotten. Columns that no record has may be there more than once."""
     path = tmp_path / "a.csv"
@@ -438,6 +457,43 @@ def test_a_csv_header_that_names_a_column_twice_is_refused(world: World, tmp_pat
     assert not world.client.data
     path.write_text("key,value,,\na,1,,\n")
     assert world.run("import", str(path)).exit_code == 0
+
+
+@pytest.mark.parametrize("twice", records.COLUMNS)
+def test_a_json_record_that_names_a_field_twice_is_refused(world: World, tmp_path: Path, twice: str) -> None:
+    """The last was taken, and the other forgotten. What no record has may be there more than once, as may what is
+    deeper than the record's own fields."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"key":"a","value":"1","' + twice + '":"YQ==","' + twice + '":"YQ=="}\n')
+    result = world.run("import", str(path))
+    assert result.exit_code == 2
+    assert f"line 1: the record names {twice} more than once" in result.stderr
+    assert not world.client.data
+    path.write_text('{"key":"a","value":"1","note":{"key":1,"key":2},"note":0}\n')
+    assert world.run("import", str(path)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "header, lacking",
+    [("key, value", "value"), ("a,value_base64", "key"), ("a;b", "key and value"), ("", "key and value")],
+)
+def test_a_csv_header_that_lacks_a_column_is_told_at_its_line(
+    world: World, tmp_path: Path, header: str, lacking: str
+) -> None:
+    """`key, value` was told at line 2, where a value was said to be missing that stood there."""
+    path = tmp_path / "a.csv"
+    path.write_text(f"{header}\na,1\n")
+    result = world.run("import", str(path))
+    assert result.exit_code == 2
+    assert f"line 1: the header lacks {lacking}; a CSV file starts with one such as key,value" in result.stderr
+
+
+def test_a_csv_file_with_lines_that_end_in_cr_is_refused_in_words_of_its_own(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("key,value\ra,1\r")
+    result = world.run("import", str(path))
+    assert result.exit_code == 2
+    assert "line 1: not CSV: a CR without LF ends no line; end lines in LF or CRLF" in result.stderr
 
 
 @pytest.mark.parametrize("ending, packer", [("gz", "gzip"), ("ZST", "zstd"), ("bz2", "bzip2"), ("xz", "xz")])
