@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from shardkv import errors
+from shardkv.errors import ShardKVError
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("shardkv", "client", "placement", "bench", "tests")
 PAGES = sorted((ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")))
@@ -44,6 +47,17 @@ def test_every_trap_that_is_named_by_number_is_explained() -> None:
         for several, one in TRAPS.findall(text):
             for number in re.findall(r"[0-9]+", several or one):
                 assert str(int(number)) in known, f"{path} names trap {number}, which docs/traps.md does not know"
+
+
+def test_every_error_stands_on_its_page_with_its_code() -> None:
+    rows = re.findall(r"^\| (`[^|]+`) \| ([0-9, –]+) \|", (ROOT / "docs/reference/errors.md").read_text(), re.MULTILINE)
+    found: dict[str, int] = {}
+    for names, codes in rows:
+        first, dash, last = codes.partition("–")
+        numbers = list(range(int(first), int(last) + 1)) if dash else [int(code) for code in codes.split(",")]
+        found |= zip(re.findall(r"`(\w+)`", names), numbers, strict=True)
+    classes = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, ShardKVError)]
+    assert found == {each.__name__: each.code for each in classes}
 
 
 def test_every_section_of_the_design_that_is_named_exists() -> None:
