@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Final, cast
 
 import click
 
-from shardkv.cli import records
+from shardkv.cli import records, text
 from shardkv.cli.data import after_prefix, span_options
 from shardkv.cli.progress import Progress
 from shardkv.cli.root import Example
@@ -188,7 +188,7 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
             count = session.run(
                 _importer(session, file, file_format, start=start, checkpoint=checkpoint, progress=progress)
             )
-    click.echo(f"imported {count:,} keys", err=True)
+    click.echo(f"imported {text.counted(count, 'key')}", err=True)
 
 
 def _importer(
@@ -210,9 +210,9 @@ def _importer(
                 if checkpoint.path is not None:
                     fingerprint = _fingerprint(file, last.offset_after)
                     checkpoint.save(offset=last.offset_after, line=last.line, count=count, fingerprint=fingerprint)
-                progress.update(last.offset_after, f"{count:,} keys")
+                progress.update(last.offset_after, text.counted(count, "key"))
         except records.BadRecord as problem:
-            raise click.UsageError(f"{problem} ({count:,} keys before it are imported)") from None
+            raise click.UsageError(f"{problem} ({text.counted(count, 'key')} imported before it)") from None
         except BatchError as stopped:  # which advises a program that holds the pairs
             again = "run it again with --resume" if checkpoint.path is not None and count else "run it again"
             why = stopped.__cause__ or "a batch was not written"
@@ -319,7 +319,7 @@ def export(
             count = session.run(
                 _exporter(session, file, file_format, span=span, saved=saved, checkpoint=checkpoint, progress=progress)
             )
-    click.echo(f"exported {count:,} keys", err=True)
+    click.echo(f"exported {text.counted(count, 'key')}", err=True)
 
 
 def _exporter(

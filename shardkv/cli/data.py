@@ -18,7 +18,7 @@ from shardkv.cli.session import (
     shown_json,
 )
 from shardkv.cli.table import TableWriter
-from shardkv.errors import ValueTooLarge
+from shardkv.errors import InvalidRange, ValueTooLarge
 from shardkv.program import Finite
 from shardkv.types import TIMESTAMP_MAX, VALUE_BYTES_MAX
 
@@ -270,15 +270,19 @@ def scan(
 
 
 def span_options(start: str, end: str | None, prefix: str | None, base64_text: bool) -> dict[str, Any]:
-    """The keys a command is about, as ``scan`` takes them. Raises a usage error for a prefix with bounds."""
+    """The keys a command is about, as ``scan`` takes them. Raises a usage error for a prefix with bounds, InvalidRange
+    for bounds in the wrong order."""
     if prefix is not None:
         if start or end is not None:
             raise click.UsageError("--prefix excludes START and END")
         return {"prefix": read_bytes(prefix, base64_text, "--prefix")}
-    return {
-        "start": read_bytes(start, base64_text, "START"),
-        "end": None if end is None else read_key(end, base64_text, "END"),
-    }
+    first = read_bytes(start, base64_text, "START")
+    last = None if end is None else read_key(end, base64_text, "END")
+    if last is not None and last < first:
+        raise InvalidRange(
+            f"END, {text.show(last, base64_text)}, comes before START, {text.show(first, base64_text)}; swap them"
+        )
+    return {"start": first, "end": last}
 
 
 @click.command("delete-range", cls=Example, example="shardkv delete-range --connect 127.0.0.1:7001 a m")

@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
-from shardkv.cli import exits
+from shardkv.cli import exits, text
 from shardkv.cli.local_cluster import LocalCluster, NodeFailed
 from shardkv.cli.root import Example
 from shardkv.cli.table import render
@@ -74,7 +74,8 @@ def _run_demo(nodes: int, data: str | None, base_port: int | None, *, with_shell
         except NodeFailed as failure:
             click.echo(f"Error: {failure}".rstrip(), err=True)
             return exits.USAGE if failure.exit_code == exits.USAGE else exits.FAILED
-        click.secho(f"{nodes} nodes serve after {time.monotonic() - started:.1f} s", bold=True)
+        serving = f"{text.counted(nodes, 'node')} {'serves' if nodes == 1 else 'serve'}"
+        click.secho(f"{serving} after {time.monotonic() - started:.1f} s", bold=True)
         rows = [
             [name, cluster.addresses[name], str(cluster.processes[name].pid), str(cluster.processes[name].log)]
             for name in cluster.names

@@ -82,7 +82,13 @@ class Example(click.Command):
                 next(rest, None)  # its value
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        write_example(self.example, formatter)
+        write_example(self.example if ctx.obj is None else _in_shell(self.example), formatter)
+
+
+def _in_shell(example: str) -> str:
+    """As it is typed in the shell, which is the program, is connected, and redirects nothing."""
+    lines = [line for line in example.splitlines() if " < " not in line]
+    return re.sub(r"shardkv (admin )?| --connect \S+", "", "\n".join(lines))
 
 
 def write_example(example: str, formatter: click.HelpFormatter) -> None:

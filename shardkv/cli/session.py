@@ -73,9 +73,17 @@ class OneShot:
         return sys.stdin.buffer
 
 
+class _ConnectOption(click.Option):
+    """Not offered in the shell, which refuses it."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        return None if ctx.find_object(ShellSession) else super().get_help_record(ctx)
+
+
 connect_option: Final = click.option(
     "--connect",
     "addresses",
+    cls=_ConnectOption,
     envvar="SHARDKV_CONNECT",
     show_envvar=True,
     metavar="HOST:PORT,...",
@@ -110,6 +118,10 @@ def required(ctx: click.Context, addresses: str | None) -> str:
     """The addresses to connect to. Raises a usage error when there are none, or one is no address."""
     if not addresses:
         raise click.UsageError("give --connect HOST:PORT or set SHARDKV_CONNECT", ctx)
+    if "://" in addresses:
+        raise click.BadParameter(
+            f"{addresses!r} is a URL; give HOST:PORT alone, for example 127.0.0.1:7001", ctx, param_hint="--connect"
+        )
     try:
         parse_addresses(addresses)
     except ConfigError as problem:

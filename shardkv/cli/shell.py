@@ -86,7 +86,7 @@ class Shell:
         if name in ("exit", "quit"):
             raise _Exit
         if name == "help":
-            return _help(arguments)
+            return _help(arguments, self.session)
         if name not in COMMANDS:
             return _no_command(name)
         full = [*ALIASES.get(name, (name,)), *arguments]
@@ -127,11 +127,11 @@ def _no_command(name: str) -> int:
     return exits.USAGE
 
 
-def _help(arguments: list[str]) -> int:
+def _help(arguments: list[str], shell_session: ShellSession) -> int:
     if arguments and arguments[0] in COMMANDS:
         full = [*ALIASES.get(arguments[0], (arguments[0],)), "--help"]
         with contextlib.suppress(click.exceptions.Exit):
-            root.main(full, prog_name="", standalone_mode=False)
+            root.main(full, prog_name="", standalone_mode=False, obj=shell_session)
         return exits.DONE
     if arguments and arguments[0] not in (*BUILT_IN, "quit"):
         return _no_command(arguments[0])

@@ -84,6 +84,11 @@ def show(data: bytes, base64_text: bool = False) -> str:
     return base64.b64encode(data).decode("ascii") if base64_text else escape(data)
 
 
+def counted(count: int, noun: str) -> str:
+    """Such as ``1 key`` and ``2,000 keys``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def bytes_from_json(fields: Mapping[str, object], name: str) -> bytes | None:
     """The inverse of :func:`shardkv.json_rules.json_field` for bytes; None when they are absent.
 

@@ -433,7 +433,7 @@ def test_a_bad_record_is_named_by_its_line_after_those_before_it_are_imported(
     result = world.run("import", str(path))
     assert result.exit_code == 2
     assert words in result.stderr
-    assert "1 keys before it are imported" in result.stderr
+    assert "(1 key imported before it)" in result.stderr
     assert list(world.client.data) == [b"a"]
 
 

@@ -151,6 +151,25 @@ def test_scan_takes_bounds_prefix_limit_and_order(world: World) -> None:
     assert world.run("scan", "a", "--prefix", "b").exit_code == 2
 
 
+@pytest.mark.parametrize("command", ["scan", "delete-range", "export -"])
+def test_bounds_in_the_wrong_order_are_shown_as_they_were_typed(world: World, command: str) -> None:
+    """What was told of them was in Python's words: b'a' ends before b'b'."""
+    result = world.run(*command.split(), "é", r"a\xff")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: END, a\\xff, comes before START, é; swap them (InvalidRange)\n"
+    result = world.run(*command.split(), "Yg==", "YQ==", "--base64")
+    assert "END, YQ==, comes before START, Yg==" in result.stderr
+    assert world.client.addresses == []
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:7001", "h:1,https://h", "tcp://[::1]:7001"])
+def test_a_url_is_no_address(world: World, address: str) -> None:
+    """It was told to be an IPv6 address without brackets."""
+    result = world.run("get", "--connect", address, "a")
+    assert result.exit_code == 2
+    assert f"'{address}' is a URL; give HOST:PORT alone, for example 127.0.0.1:7001" in result.stderr
+
+
 def test_delete_range_needs_an_end_or_says_that_there_is_none(world: World) -> None:
     """Forgetting the end must not delete everything."""
     for arguments in ([], ["a"], ["a", "b", "--to-end"], ["--prefix", "a", "--to-end"], ["--prefix", ""]):

@@ -90,7 +90,7 @@ def endpoints(child: "subprocess.Popen[str]") -> dict[str, tuple[str, int]]:
     """Node name to address and process id, from the table; returns once the demo says that it runs."""
     assert child.stdout is not None
     assert child.stderr is not None
-    assert "nodes serve after" in child.stdout.readline()
+    assert re.match(r"1 node serves after|[0-9]+ nodes serve after", child.stdout.readline())
     assert child.stdout.readline().split() == ["NODE", "ADDRESS", "PID", "LOG"]
     found = {}
     while cells := child.stdout.readline().split():

@@ -130,6 +130,17 @@ def test_a_command_in_the_shell_cannot_go_to_another_cluster(world: World) -> No
     assert not world.client.data
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_shells_help_shows_what_can_be_typed_in_it(world: World, name: str) -> None:
+    """It offered --connect, which the shell refuses, and examples of another shell."""
+    shown = world.run("shell", "-c", f"help {name}").stdout
+    assert "--connect" not in shown
+    assert "--timeout" in shown
+    examples = [line.strip() for line in shown.partition("Example")[2].splitlines()[1:]]
+    assert examples
+    assert all(line.startswith(f"{name} ") or line == name for line in examples), examples
+
+
 def test_every_command_of_the_shell_is_a_command() -> None:
     context = click.Context(shell_module.root)
     for name in COMMANDS:

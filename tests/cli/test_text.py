@@ -49,6 +49,11 @@ def test_another_escape_is_refused_rather_than_guessed(typed: str) -> None:
     assert rest == r"is no escape; write \xNN for a byte and \\ for a backslash"
 
 
+def test_one_is_no_plural() -> None:
+    """`imported 1 keys`."""
+    assert [text.counted(count, "key") for count in (0, 1, 2_000)] == ["0 keys", "1 key", "2,000 keys"]
+
+
 @pytest.mark.parametrize("typed", ["a", "é", "YQ=", "YQ==\n", "Y Q=="])
 def test_what_is_not_base64_is_refused(typed: str) -> None:
     with pytest.raises(ValueError, match="base64"):
