@@ -75,6 +75,20 @@ def _settled(range_view: RangeView, target: int, serving: set[NodeId], receivers
     return voters == len(replicas)
 
 
+def lacking_voters(view: ClusterView) -> list[RangeView]:
+    """The ranges that have fewer voters than they should now, whether or not anything can be done about it."""
+    serving = {node.node_id for node in view.nodes.values() if node.state is not NodeState.DECOMMISSIONED}
+    placement, others = target_voters(view, PLACEMENT_RANGE), target_voters(view, FIRST_RANGE)
+    lacking = []
+    for range_id, range_view in view.ranges.items():
+        voters = 0
+        for node_id, _, role in range_view.descriptor.replicas:
+            voters += role is ReplicaRole.VOTER and node_id in serving
+        if voters < (placement if range_id == PLACEMENT_RANGE else others):
+            lacking.append(range_view)
+    return lacking
+
+
 def why_not(view: ClusterView, range_view: RangeView) -> str:
     """What keeps a range's replicas where they are, or what would be done about them."""
     planned = plan(view, range_view, target_voters(view, range_view.range_id), _Loads.of(view))

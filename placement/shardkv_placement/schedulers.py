@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
-from shardkv.types import RangeId
+from shardkv.types import PLACEMENT_RANGE, RangeId
 from shardkv_placement import leader_schedulers, replica_schedulers
 from shardkv_placement.operators import Operator
 from shardkv_placement.view import ClusterView
@@ -66,3 +66,22 @@ def explain(view: ClusterView, range_id: RangeId) -> str:
     if not view.settings.leader_balance:
         return f"range {range_id}: replicas: {replicas}; leader: the setting `leader_balance` is off"
     return f"range {range_id}: replicas: {replicas}; leader: {leader_schedulers.why_not(view, range_view)}"
+
+
+def why_unsettled(view: ClusterView) -> str | None:
+    """What is still missing or under way, for a person; None where every range has the voters that it should have and
+    nothing is about to move."""
+    if not view.complete:
+        return "the placement leader has not heard every node yet"
+    lacking = replica_schedulers.lacking_voters(view)
+    if lacking:
+        first = lacking[-1]  # a range of keys, if one of those is among them
+        name = "the placement group" if first.range_id == PLACEMENT_RANGE else f"range {first.range_id}"
+        others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        idle = "" if view.settings.scheduling else " (nothing new is begun, the setting `scheduling` is off)"
+        return f"{name}{others}: {replica_schedulers.why_not(view, first)}{idle}"
+    if view.operators:
+        return (
+            f"{len(view.operators)} operators are under way" if len(view.operators) > 1 else "an operator is under way"
+        )
+    return None

@@ -15,6 +15,10 @@ from shardkv.wire.requests import Method
 
 NODE_COLUMNS: Final = ("id", "name", "address", "state", "replicas", "leaders")
 RANGE_COLUMNS: Final = ("id", "start", "end", "leader", "replicas", "epoch", "bytes")
+RANGE_FIELDS: Final = ("id", "start", "end", "leader", "replicas", "learners", "epoch", "bytes")
+"""In JSON; in the table learners are marked among the replicas."""
+LEARNER_MARK: Final = "*"
+OPERATORS_SHOWN_MAX: Final = 20
 LEADER_ASKS_MAX: Final = 10
 LEADER_ASK_SECONDS: Final = 0.1
 """While leadership passes from one node to another nobody is known to lead; an election takes about a second."""
@@ -79,7 +83,11 @@ def human_bytes(count: int) -> str:
 @json_option
 @connected
 def status(session: Session, as_json: bool) -> None:
-    """Show the cluster in short: its id and version, how many nodes and ranges, who leads the placement."""
+    """Show the cluster in short: its id and version, how many nodes and ranges, who leads the placement.
+
+    It is settled once every range has as many voters as it should and there are live nodes for, and nothing is about
+    to move; if not, it says why. What is being done about ranges follows, with the reason.
+    """
 
     async def body(client: Client) -> dict[str, Any]:
         return await fetch_status(client, session.timeout)
@@ -91,9 +99,17 @@ def status(session: Session, as_json: bool) -> None:
         click.echo(shown_json(answer))
         return
     plain = {name: value for name, value in answer.items() if not isinstance(value, list | dict)}
+    why = plain.pop("unsettled", None)
+    if why is not None:
+        plain["settled"] = f"{plain['settled']}, {why}"
     widest = max(map(len, plain), default=0)
     for name, value in plain.items():
         click.echo(f"{name.replace('_', ' '):<{widest}}  {cell(name, value)}")
+    operators = answer.get("operators", ())
+    for each in operators[:OPERATORS_SHOWN_MAX]:
+        click.echo(f"operator {each['id']}: {each['kind']} range {each['range']}, {each['reason']}")
+    if len(operators) > OPERATORS_SHOWN_MAX:
+        click.echo(f"and {len(operators) - OPERATORS_SHOWN_MAX} more operators, with --json all of them")
 
 
 @click.command(cls=Example, example="shardkv nodes --connect 127.0.0.1:7001 --json")
@@ -116,12 +132,27 @@ def nodes(session: Session, as_json: bool) -> None:
 @json_option
 @connected
 def ranges(session: Session, as_json: bool) -> None:
-    """List the ranges: their keys, leader and replicas (node ids), epoch and size."""
+    """List the ranges: their keys, leader and replicas (node ids), epoch and size.
+
+    A replica with a * is a learner: it has no vote yet, and does not count for what the range survives.
+    """
 
     async def body(client: Client) -> list[dict[str, Any]]:
         return await fetch_ranges(client, session.timeout)
 
-    print_rows(RANGE_COLUMNS, session.run(body), as_json, numeric=("id", "leader", "bytes"))
+    rows = session.run(body)
+    if as_json:
+        print_rows(RANGE_FIELDS, rows, as_json, numeric=())
+        return
+    print_rows(RANGE_COLUMNS, [{**row, "replicas": marked(row)} for row in rows], as_json, ("id", "leader", "bytes"))
+    if any(row.get("learners") for row in rows):
+        click.echo(f"{LEARNER_MARK} a learner: it has no vote (yet)")
+
+
+def marked(row: Mapping[str, Any]) -> list[str]:
+    """A range's replicas, the learners with a mark."""
+    learners = row.get("learners", ())
+    return [f"{node_id}{LEARNER_MARK if node_id in learners else ''}" for node_id in row["replicas"]]
 
 
 @click.command(cls=Example, example="shardkv leader --connect 127.0.0.1:7001 greeting")

@@ -2,8 +2,8 @@
 
 Lives here: the loop of heartbeats, the reports of new descriptors, the leader's loop that carries operators on, and the
 requests about the cluster as a whole. Does not live here: what is decided (``shardkv_placement``, pure), how the group
-replicates it (it is a range like any other). With the placement group down, keys are read and written as before; only
-splits and moves wait.
+replicates it (it is a range like any other), what the cluster looks like to people (``overview``). With the placement
+group down, keys are read and written as before; only splits and moves wait.
 """
 
 from collections.abc import Awaitable, Callable, Iterable
@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import trio
 
-import shardkv
 from shardkv.environment import Environment
 from shardkv.errors import (
     Busy,
@@ -27,19 +26,20 @@ from shardkv.errors import (
 from shardkv.machine import keys
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
+from shardkv.server import overview
 from shardkv.server.address_book import AddressBook
 from shardkv.server.reply import Reply
 from shardkv.storage.engine import WriteBatch
 from shardkv.types import PLACEMENT_RANGE, RangeDescriptor, RangeId, ReplicaId
 from shardkv.wire.requests import Method, Request
 from shardkv_placement import commands, heartbeat, router
-from shardkv_placement.commands import Command, ReportRanges
+from shardkv_placement.commands import Command, FinishOperator, ReportRanges
 from shardkv_placement.controller import Controller, Propose
 from shardkv_placement.heartbeat import Capacity, HeartbeatReply, Progress, RangeReport, Reporter
-from shardkv_placement.operators import ChangeReplicas
+from shardkv_placement.operators import ChangeReplicas, Operator, Outcome
 from shardkv_placement.state import PlacementState
 from shardkv_placement.statistics import Statistics
-from shardkv_placement.view import ClusterView, NodeView, ViewBuilder
+from shardkv_placement.view import ClusterView, ViewBuilder
 
 LEADER_TICK_SECONDS: Final = 0.1
 OUTCOME_SECONDS: Final = 5.0
@@ -52,6 +52,10 @@ REPORTS_AT_ONCE_MAX: Final = 512
 """Descriptors in one report: 4 MiB with the largest keys, where a call may have 8, and no more items than it may."""
 REQUESTS_AT_ONCE_MAX: Final = 64
 """Operators' requests to other nodes under way."""
+FAILURE_SECONDS: Final = 600.0
+"""Until it is told again that the same could not be done about a range: it is tried again and again."""
+FAILURES_MAX: Final = 32
+"""Failures of operators that are told in that time; of many ranges that fail alike the first ones say it all."""
 
 Call = Callable[..., Awaitable[Any]]
 """``call(method, *arguments, range_id=, node_id=, timeout=)``: ask another node, or this one, over the network."""
@@ -69,6 +73,22 @@ class PlacementExtension:
 
     def apply(self, command: Any, timestamp: int, batch: WriteBatch) -> Any:
         return self.state.apply(command, timestamp, batch)
+
+
+class _Failures:
+    """Which failures of operators have been told lately."""
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[RangeId, str], float] = {}
+
+    def first(self, operator: Operator, now: float) -> bool:
+        """Whether this one's is to be told: what was to be done, and to which range, has not been lately."""
+        self._told = {key: at for key, at in self._told.items() if now - at < FAILURE_SECONDS}
+        key = (operator.range_id, operator.reason)
+        if key in self._told or len(self._told) >= FAILURES_MAX:
+            return False
+        self._told[key] = now
+        return True
 
 
 class PlacementService:
@@ -119,6 +139,7 @@ class PlacementService:
         self._report_wanted = trio.Event()
         self._beat_wanted = trio.Event()
         self._lead_wanted = trio.Event()
+        self._failures = _Failures()
         self._requests = 0
         self._nursery: trio.Nursery
 
@@ -301,7 +322,7 @@ class PlacementService:
     async def _perform(self, action: Any, controller: Controller) -> None:
         try:
             if isinstance(action, Propose):
-                await self._propose_here(commands.encode(action.command))
+                await self._propose_for(action.command)
                 controller.answered(action.command)
             elif isinstance(action, ChangeReplicas):
                 await self.call(
@@ -324,6 +345,21 @@ class PlacementService:
                 controller.refused(action, str(error)[:characters_max])
         finally:
             self._requests -= 1
+
+    async def _propose_for(self, command: Command) -> None:
+        """Propose what the controller wants."""
+        failed = command if isinstance(command, FinishOperator) and command.outcome is Outcome.FAILED else None
+        running = self._state.operators.values() if failed is not None else ()
+        operator = next((each for each in running if failed and each.operator_id == failed.operator_id), None)
+        ended = await self._propose_here(commands.encode(command))
+        if failed and operator and ended and self._failures.first(operator, self._clock.monotonic_ns() / 1e9):
+            self._log.warning(
+                "what was to be done about a range has failed",
+                range=operator.range_id,
+                operator=operator.kind.value,
+                why=operator.reason,
+                reason=failed.message,
+            )
 
     # Proposals
 
@@ -452,31 +488,8 @@ class PlacementService:
         self._require_made()
         if not self.leads:
             return await self._from_leader(request)
-        view = self._view()
         replica = self._require_leader()
-        return {
-            "cluster_id": view.cluster_id.hex(),
-            "version": shardkv.__version__,
-            "nodes": sum(not node.gone for node in view.nodes.values()),
-            "ranges": len(view.ranges) - 1,
-            "placement_leader": replica.node_of(replica.replica_id),
-            "settled": view.complete and not view.operators,
-            "operators": [
-                {"id": each.operator_id, "kind": each.kind.value, "range": range_id, "reason": each.reason}
-                for range_id, each in view.operators.items()
-            ],
-            "node_table": [
-                {
-                    "name": node.name,
-                    "id": node.node_id,
-                    "address": node.address,
-                    "state": _state_of(node),
-                    "replicas": node.replicas,
-                    "leaders": node.leaders,
-                }
-                for node in view.nodes.values()
-            ],
-        }
+        return overview.status(self._view(), replica.node_of(replica.replica_id))
 
     async def _from_leader(self, request: Request) -> Any:
         """Answer from the group's leader; the argument marks a request that was passed on already."""
@@ -489,29 +502,4 @@ class PlacementService:
         self._require_made()
         if not self.leads:
             return await self._from_leader(request)
-        view = self._view()
-        rows = []
-        for item in sorted(view.ranges.values(), key=lambda each: each.descriptor.span.start):
-            if item.range_id != PLACEMENT_RANGE:
-                descriptor = item.descriptor
-                rows.append(
-                    {
-                        "id": item.range_id,
-                        "start": descriptor.span.start,
-                        "end": descriptor.span.end,
-                        "leader": item.leader,
-                        "replicas": [replica.node_id for replica in descriptor.replicas],
-                        "epoch": list(descriptor.epoch),
-                        "bytes": item.bytes,
-                    }
-                )
-        return rows
-
-
-def _state_of(node: NodeView) -> str:
-    """In one word or two, what is most important to know of a node."""
-    if node.draining:
-        return "draining"
-    if node.live and (node.slow_disk or node.short_of_room):
-        return "slow disk" if node.slow_disk else "nearly full"
-    return node.state.value
+        return overview.ranges(self._view())

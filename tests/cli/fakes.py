@@ -55,6 +55,9 @@ class FakeClient:
         self.calls: list[tuple[Any, ...]] = []
         self.asks_until_elected: int | None = None
         """So often the ranges are asked for before the right one has a leader; None: it never has."""
+        self.status: dict[str, Any] = {}
+        """Further fields of the answer to STATUS."""
+        self.learners: list[int] = []
         self.fail: BaseException | None = None
         self.fail_after: int | None = None
         self.batches: list[list[tuple[bytes, bytes]]] = []
@@ -157,13 +160,14 @@ class FakeClient:
                     "nodes": 2,
                     "ranges": 2,
                     "placement_leader": 1,
+                    **self.status,
                     "node_table": [
                         {"id": 2, "name": "n2", "address": "h:2", "state": "up", "replicas": 2, "leaders": 0},
                         {"id": 1, "name": "n1", "address": "h:1", "state": "up", "replicas": 2, "leaders": 1},
                     ],
                 }
             case Method.RANGES:
-                row = {"replicas": [1, 2], "epoch": [1, 2], "bytes": 3 * 1024 * 1024}
+                row = {"replicas": [1, 2], "learners": self.learners, "epoch": [1, 2], "bytes": 3 * 1024 * 1024}
                 asks = sum(call[0] is Method.RANGES for call in self.calls)
                 elected = self.asks_until_elected is not None and asks > self.asks_until_elected
                 return [

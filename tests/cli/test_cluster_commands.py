@@ -9,6 +9,7 @@ import click
 import pytest
 
 from shardkv import errors
+from shardkv.cli.cluster import OPERATORS_SHOWN_MAX
 from shardkv.cli.reference import commands, help_of
 from shardkv.cli.root import Example, ExampleGroup
 from shardkv.cli.table import WIDTH_ROWS_MAX, TableWriter, render, width
@@ -26,6 +27,31 @@ def test_status_tells_the_cluster_in_short(world: World) -> None:
     document = json.loads(world.run("status", "--json").stdout)
     assert document["cluster_id"] == "01ff"
     assert len(document["node_table"]) == document["nodes"] == 2
+
+
+def test_status_says_why_a_cluster_is_not_settled_and_what_is_being_done(world: World) -> None:
+    growth = {"kind": "grow", "reason": "it has 1 of 3 voters; nodes 2 and 3 join"}
+    world.client.status = {
+        "settled": False,
+        "unsettled": "range 1: it has 1 of 3 voters",
+        "operators": [{"id": number, "range": 10 + number, **growth} for number in range(OPERATORS_SHOWN_MAX + 2)],
+    }
+    lines = world.run("status").stdout.splitlines()
+    assert "settled           False, range 1: it has 1 of 3 voters" in lines
+    assert "operator 7: grow range 17, it has 1 of 3 voters; nodes 2 and 3 join" in lines
+    assert lines[-1] == "and 2 more operators, with --json all of them"
+    world.client.status = {"settled": True, "unsettled": None, "operators": []}
+    assert world.run("status").stdout.splitlines()[-1] == "settled           True"
+
+
+def test_ranges_tells_learners_from_voters(world: World) -> None:
+    """A learner has no vote; without a mark a range with one voter looked replicated."""
+    assert "learner" not in world.run("ranges").stdout
+    world.client.learners = [2]
+    lines = world.run("ranges").stdout.splitlines()
+    assert lines[1].split()[4] == "1,2*"
+    assert lines[-1] == "* a learner: it has no vote (yet)"
+    assert json.loads(world.run("ranges", "--json").stdout)[0]["learners"] == [2]
 
 
 def test_nodes_is_a_table_by_id(world: World) -> None:
@@ -51,6 +77,7 @@ def test_ranges_is_a_table_by_start_and_an_unbounded_end_is_null_in_json(world: 
         "end_base64": "bf8=",
         "leader": 1,
         "replicas": [1, 2],
+        "learners": [],
         "epoch": [1, 2],
         "bytes": 3 * 1024 * 1024,
     }

@@ -26,7 +26,7 @@ from shardkv_placement.operators import (
     TransferLeader,
 )
 from shardkv_placement.replica_schedulers import place_replicas, target_voters
-from shardkv_placement.schedulers import SCHEDULERS, Scheduler, explain, schedule, with_running
+from shardkv_placement.schedulers import SCHEDULERS, Scheduler, explain, schedule, why_unsettled, with_running
 from shardkv_placement.view import ClusterView
 from tests.placement.worlds import WALL_MS, a_view, filled
 
@@ -483,6 +483,35 @@ def test_explain_says_why_a_range_is_where_it_is() -> None:
         a_view(nodes=3, ranges=ranges, running=[running]), RangeId(1)
     )
     assert "no live leader" in explain(a_view(nodes=3, ranges={1: "1 2 3"}), RangeId(1))
+
+
+@pytest.mark.parametrize(
+    "nodes, ranges, changes, why",
+    [
+        (2, {0: "1*", 1: "1*"}, {}, None),
+        (3, {0: "1* 2 3", 1: "1* 2 3"}, {}, None),
+        (3, {0: "1* 2 3", 1: "1 2* 3"}, {"down": [1, 3]}, None),
+        (4, {0: "1* 2 3", 1: "1* 2 3 4+"}, {}, None),
+        (3, {0: "1* 2 3", 1: "1* 2+? 3+?"}, {}, "range 1: it has 1 of 3 voters"),
+        (3, {0: "1* 2 3", 1: "1* 2 3", 2: "1*"}, {"draining": [3]}, "range 2: it has 1 of 3 voters, but not enough"),
+        (3, {0: "1*", 1: "1*"}, {}, "range 1 and 1 more: it has 1 of 3 voters"),
+        (3, {0: "1*", 1: "1* 2 3"}, {}, "the placement group: it has 1 of 3 voters"),
+        (4, {0: "1* 2 4", 1: "1* 2 3"}, {"decommissioned": [3]}, "range 1: it has 2 of 3 voters"),
+        (3, {0: "1* 2 3", 1: "1*"}, {"scheduling": False}, "the setting `scheduling` is off"),
+        (3, {0: "1* 2 3", 1: "1* 2 3"}, {"complete": False}, "has not heard every node yet"),
+    ],
+)
+def test_a_cluster_is_settled_only_if_its_ranges_have_the_voters_there_are_live_nodes_for(
+    nodes: int, ranges: dict[int, str], changes: dict[str, Any], why: str | None
+) -> None:
+    """Learners of a growth that fails again and again looked like replicas, and the cluster settled between two."""
+    found = why_unsettled(a_view(nodes, ranges, **changes))
+    assert found is None if why is None else (found is not None and why in found), found
+
+
+def test_a_cluster_is_not_settled_while_an_operator_runs() -> None:
+    running = Operator(OperatorKind.BALANCE, RangeId(1), (TransferLeader(NodeId(2)),), "because")
+    assert why_unsettled(a_view(3, {0: "1* 2 3", 1: "1* 2 3"}, running=[running])) == "an operator is under way"
 
 
 def test_what_a_person_asks_for_is_checked_first() -> None:

@@ -66,6 +66,7 @@ class FakePlacement:
             "ranges": len(self.rows),
             "placement_leader": 1,
             "settled": False,
+            "unsettled": "<u>range 1</u> lacks voters",
             "operators": [{"id": 9, "kind": "repair", "range": 1, "reason": "<i>because</i>"}],
             "node_table": table,
         }
@@ -214,7 +215,14 @@ async def test_more_requests_than_the_bound_are_told_so_at_once(world: World, au
 
 
 async def test_what_users_wrote_is_text_on_the_page_and_nothing_else(world: World, autojump_clock: Any) -> None:
-    row = {"id": 1, "start": b"", "end": b"<script>alert(1)</script>", "leader": None, "replicas": [1, 7]}
+    row = {
+        "id": 1,
+        "start": b"",
+        "end": b"<script>alert(1)</script>",
+        "leader": None,
+        "replicas": [1, 7],
+        "learners": [7],
+    }
     row |= {"epoch": [1, 2], "bytes": 1536}
     other = {**row, "id": 2, "start": row["end"], "end": None, "leader": 1}
     world.placement.rows = [row, other]
@@ -229,7 +237,7 @@ async def test_what_users_wrote_is_text_on_the_page_and_nothing_else(world: Worl
 async def test_a_page_shows_only_so_many_ranges_and_says_how_many_more_there_are(
     world: World, autojump_clock: Any
 ) -> None:
-    row = {"start": b"a", "end": b"b", "leader": 1, "replicas": [1], "epoch": [1, 1], "bytes": 0}
+    row = {"start": b"a", "end": b"b", "leader": 1, "replicas": [1], "learners": [], "epoch": [1, 1], "bytes": 0}
     world.placement.rows = [{"id": number, **row} for number in range(page.RANGES_MAX + 2)]
     text = (await world.get("/")).body.decode()
     assert text.count("<td>a</td>") == page.RANGES_MAX

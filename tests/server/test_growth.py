@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from shardkv.config import SnapshotsConfig
@@ -23,8 +24,8 @@ GROWING_SECONDS = 120.0
 
 
 @asynccontextmanager
-async def one_node() -> AsyncIterator[Cluster]:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+async def one_node(level: int = 50) -> AsyncIterator[Cluster]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level))
     try:
         async with trio.open_nursery() as nursery:
             cluster = Cluster(nursery, SimulatedNetwork(1), 1)
@@ -87,6 +88,25 @@ async def test_a_node_that_nobody_can_reach_is_made_up_for_by_another(autojump_c
         await cluster.sleep(GROWING_SECONDS)
         for range_id in (FIRST_RANGE, PLACEMENT_RANGE):
             assert members(first, ReplicaRole.VOTER, range_id) == [1, 2, 4]
+
+
+async def test_a_cluster_whose_ranges_cannot_grow_says_so(autojump_clock: MockClock) -> None:
+    """Each range has one voter, and the loss of node 1 all data: it must not look replicated and settled."""
+    with capture_logs() as lines:
+        async with one_node(level=30) as cluster, cluster.client("n1") as kv:
+            await cluster.add("n2").start()
+            cluster.add("n3", advertise="nowhere:7000").start_soon()
+            await cluster.sleep(GROWING_SECONDS)
+            for _ in range(60):
+                status, (row,) = await kv.status(), await kv.call(Method.RANGES)
+                assert not status["settled"]
+                assert "1 of 3 voters" in status["unsettled"]
+                assert (row["replicas"], row["learners"]) == ([1, 2, 3], [2, 3])
+                await cluster.sleep(1.0)
+    failed = [line for line in lines if line["event"] == "what was to be done about a range has failed"]
+    assert all(line["log_level"] == "warning" and line["node"] == "n1" for line in failed)
+    assert sorted(line["range"] for line in failed) == [0, 1], "once each, although it is tried again"
+    assert all("node 3 acknowledges nothing" in line["reason"] for line in failed)
 
 
 async def test_a_node_whose_disk_fills_up_while_a_range_grows_to_it_is_made_up_for_by_another(

@@ -66,7 +66,7 @@ def render(name: str, status: Any, ranges: Any, problem: str) -> bytes:
 
 def _facts(status: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str:
     leader = next((row["name"] for row in nodes if row["id"] == status["placement_leader"]), "nobody")
-    settled = "settled" if status["settled"] else "moving"
+    settled = "settled" if status["settled"] else f"not settled: {status['unsettled']}"
     return (
         f"cluster {status['cluster_id'][:8]} · version {status['version']} · {settled} · {status['nodes']} nodes · "
         f"{status['ranges']} ranges · placement led by {leader}"
@@ -87,13 +87,13 @@ def _node_row(row: Mapping[str, Any]) -> str:
 
 
 def _range_row(row: Mapping[str, Any], names: Mapping[int, str]) -> str:
-    leader = row["leader"]
+    leader, learners = row["leader"], row["learners"]
     cells = [
         str(row["id"]),
         show_key(row["start"]) or "−∞",
         "+∞" if row["end"] is None else show_key(row["end"]),
         "none" if leader is None else names.get(leader, str(leader)),
-        ", ".join(names.get(node, str(node)) for node in row["replicas"]),
+        ", ".join(names.get(node, str(node)) + (" (learner)" if node in learners else "") for node in row["replicas"]),
         ".".join(map(str, row["epoch"])),
         show_bytes(row["bytes"]),
     ]

@@ -1,0 +1,73 @@
+"""The cluster as one page: what STATUS and RANGES answer, made of the placement leader's view.
+
+Lives here: the shape of the two answers, plain CBOR values. Does not live here: who answers, and what is asked of
+another node (``placement_service``). The rule: fields are added, never changed, for tools read them.
+"""
+
+from typing import Any
+
+import shardkv
+from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, ReplicaRole
+from shardkv_placement.schedulers import why_unsettled
+from shardkv_placement.view import ClusterView, NodeView
+
+
+def status(view: ClusterView, placement_leader: NodeId | None) -> dict[str, Any]:
+    """The answer to STATUS."""
+    unsettled = why_unsettled(view)
+    return {
+        "cluster_id": view.cluster_id.hex(),
+        "version": shardkv.__version__,
+        "nodes": sum(not node.gone for node in view.nodes.values()),
+        "ranges": len(view.ranges) - 1,
+        "placement_leader": placement_leader,
+        "settled": unsettled is None,
+        "unsettled": unsettled,
+        "operators": [
+            {"id": each.operator_id, "kind": each.kind.value, "range": range_id, "reason": each.reason}
+            for range_id, each in view.operators.items()
+        ],
+        "node_table": [
+            {
+                "name": node.name,
+                "id": node.node_id,
+                "address": node.address,
+                "state": _state_of(node),
+                "replicas": node.replicas,
+                "leaders": node.leaders,
+            }
+            for node in view.nodes.values()
+        ],
+    }
+
+
+def ranges(view: ClusterView) -> list[dict[str, Any]]:
+    """The answer to RANGES: every range of keys, in their order. ``learners`` names those of ``replicas`` that are."""
+    return [
+        {
+            "id": item.range_id,
+            "start": item.descriptor.span.start,
+            "end": item.descriptor.span.end,
+            "leader": item.leader,
+            "replicas": [replica.node_id for replica in item.descriptor.replicas],
+            "learners": _learners(item.descriptor),
+            "epoch": list(item.descriptor.epoch),
+            "bytes": item.bytes,
+        }
+        for item in sorted(view.ranges.values(), key=lambda each: each.descriptor.span.start)
+        if item.range_id != PLACEMENT_RANGE
+    ]
+
+
+def _learners(descriptor: RangeDescriptor) -> list[int]:
+    """The nodes whose replicas have no vote."""
+    return [replica.node_id for replica in descriptor.replicas if replica.role is ReplicaRole.LEARNER]
+
+
+def _state_of(node: NodeView) -> str:
+    """In one word or two, what is most important to know of a node."""
+    if node.draining:
+        return "draining"
+    if node.live and (node.slow_disk or node.short_of_room):
+        return "slow disk" if node.slow_disk else "nearly full"
+    return node.state.value
