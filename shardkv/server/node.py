@@ -352,6 +352,8 @@ class _Node:
             on_connected=self._clock_health.ask,
             on_disconnected=self._on_disconnected,
             on_stranger=self._on_stranger,
+            on_unreachable=self._on_unreachable,
+            on_reachable=self._on_reachable,
             on_old_copy=self._on_old_copy,
             on_pong=self._clock_health.answered,
         )
@@ -630,6 +632,13 @@ class _Node:
 
     def _on_stranger(self, node_id: NodeId, address: str, reason: str) -> None:
         self._log.error("somebody else is at a node's address", peer=node_id, address=address, reason=reason)
+
+    def _on_unreachable(self, node_id: NodeId, address: str, reason: str) -> None:
+        if not self._stop.is_set():
+            self._log.warning("cannot reach a node", peer=node_id, address=address, reason=reason)
+
+    def _on_reachable(self, node_id: NodeId) -> None:
+        self._log.info("a node can be reached again", peer=node_id)
 
     def _on_old_copy(self, error: WrongCluster) -> None:
         """A node that has seen a newer start of this one refuses it. The placement group, which else says so, may not

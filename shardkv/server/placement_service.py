@@ -28,6 +28,7 @@ from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
 from shardkv.server import overview
 from shardkv.server.address_book import AddressBook
+from shardkv.server.missing_leaders import MissingLeaders
 from shardkv.server.reply import Reply
 from shardkv.storage.engine import WriteBatch
 from shardkv.types import PLACEMENT_RANGE, RangeDescriptor, RangeId, ReplicaId
@@ -139,6 +140,7 @@ class PlacementService:
         self._report_wanted = trio.Event()
         self._beat_wanted = trio.Event()
         self._lead_wanted = trio.Event()
+        self._missing_leaders = MissingLeaders(log)
         self._failures = _Failures()
         self._requests = 0
         self._nursery: trio.Nursery
@@ -248,6 +250,7 @@ class PlacementService:
                 self.descriptor_changed(replica)
 
     def _observe_replicas(self) -> None:
+        self._missing_leaders.look(self._driver.catalog.replicas.values(), self._clock.monotonic_ns() / 1e9)
         for replica in self._driver.catalog.replicas.values():
             if replica.machine is not None:
                 self._reporter.report(self._report_of(replica))

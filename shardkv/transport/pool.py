@@ -8,17 +8,21 @@ dropped and counted, for Raft sends again what matters.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final
 
 import trio
 
 from shardkv.environment import Environment, Stream
 from shardkv.errors import ProtocolError, ShardKVError, WrongCluster
+from shardkv.outage import Outage
 from shardkv.transport.connection import BUFFER_BYTES_MAX, Connection
 from shardkv.transport.handshake import GREETING_SECONDS_MAX, KnownBoots, NodeIdentity, greet
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import GREETING_BYTES_MAX, Hello, Role, decode_refused
 
+UNREACHABLE_SECONDS: Final = 2.0
+"""After which a peer that cannot be reached is told of; one that is only started anew may be back by then."""
 _GOODBYE = encode_frame(FrameKind.GOODBYE)
 _PONG = encode_frame(FrameKind.PONG)
 
@@ -85,7 +89,7 @@ class _Link:
 
 
 class _Peer:
-    __slots__ = ("address", "connected", "links", "node_id")
+    __slots__ = ("address", "connected", "links", "node_id", "outage")
 
     def __init__(self, node_id: NodeId, address: str) -> None:
         self.node_id = node_id
@@ -93,6 +97,8 @@ class _Peer:
         self.links = tuple(_Link(purpose) for purpose in Purpose)
         self.connected = False
         """All links are up, and ``on_connected`` has been told."""
+        self.outage = Outage(UNREACHABLE_SECONDS)
+        """Of the urgent link, without which there are no elections."""
 
 
 class PeerPool:
@@ -108,6 +114,9 @@ class PeerPool:
             ProtocolError, which ends the connection.
         on_stranger: called with a node id, its address and a reason when somebody else is there: a node of another
             cluster, or another one of this.
+        on_unreachable: called with a node id, its address and the last reason, once attempts to reach it have failed
+            for :data:`UNREACHABLE_SECONDS`; not again before ``on_reachable``.
+        on_reachable: called with the node id once it is reached again after that.
         on_old_copy: called with the error when a peer has seen a newer start of this node than this one.
 
     No callback may block, or raise anything else. :meth:`run` is the service; addresses may be set before it starts.
@@ -124,6 +133,8 @@ class PeerPool:
         on_disconnected: Callable[[NodeId], None] = lambda node_id: None,
         on_pong: Callable[[NodeId, bytes], None] = lambda node_id, payload: None,
         on_stranger: Callable[[NodeId, str, str], None] = lambda node_id, address, reason: None,
+        on_unreachable: Callable[[NodeId, str, str], None] = lambda node_id, address, reason: None,
+        on_reachable: Callable[[NodeId], None] = lambda node_id: None,
         on_old_copy: Callable[[WrongCluster], None] = lambda error: None,
     ) -> None:
         assert identity.cluster_id is not None, "a node dials no peers before it has joined a cluster"
@@ -136,6 +147,8 @@ class PeerPool:
         self._on_disconnected = on_disconnected
         self._on_pong = on_pong
         self._on_stranger = on_stranger
+        self._on_unreachable = on_unreachable
+        self._on_reachable = on_reachable
         self._on_old_copy = on_old_copy
         self._peers: dict[NodeId, _Peer] = {}
         self._dirty: list[_Link] = []
@@ -221,6 +234,8 @@ class PeerPool:
         with link.scope:
             while True:
                 link.retry = trio.Event()
+                if link.purpose is Purpose.URGENT:
+                    peer.outage.begin(self._now())
                 try:
                     await self._connect_once(peer, link)
                 except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ShardKVError) as error:
@@ -229,10 +244,15 @@ class PeerPool:
                         self._on_old_copy(error)
                     elif isinstance(error, WrongCluster) and link.purpose is Purpose.URGENT and problem != link.problem:
                         self._on_stranger(peer.node_id, peer.address, problem)
+                    elif link.purpose is Purpose.URGENT and peer.outage.lasts(self._now()):
+                        self._on_unreachable(peer.node_id, peer.address, problem)
                     link.problem = problem
                 link.failures += 1
                 with self._environment.clock.deadline(self._backoff(link.failures)):
                     await link.retry.wait()
+
+    def _now(self) -> float:
+        return self._environment.clock.monotonic_ns() / 1e9
 
     def _backoff(self, failures: int) -> float:
         settings = self._settings
@@ -310,6 +330,8 @@ class PeerPool:
         link.connects += 1
         link.failures = 0
         link.problem = ""
+        if link.purpose is Purpose.URGENT and peer.outage.end():
+            self._on_reachable(peer.node_id)
         if not peer.connected and all(other.connection is not None for other in peer.links):
             peer.connected = True
             self._on_connected(peer.node_id)

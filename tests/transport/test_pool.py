@@ -73,7 +73,15 @@ class Node:
     async def start(self, nursery: trio.Nursery) -> Listener:
         return await nursery.start(self.environment.network.listen, self.address, self.serve)  # type: ignore[no-any-return]
 
-    async def start_pool(self, nursery: trio.Nursery, *others: "Node", **settings: object) -> PeerPool:
+    async def start_pool(
+        self,
+        nursery: trio.Nursery,
+        *others: "Node",
+        told: list[tuple[object, ...]] | None = None,
+        **settings: object,
+    ) -> PeerPool:
+        """``told`` gets what it says of peers that cannot be reached, and are."""
+        tell = [] if told is None else told
         self.pool = PeerPool(
             self.environment,
             self.identity,
@@ -81,6 +89,8 @@ class Node:
             settings=PoolSettings(**settings),  # type: ignore[arg-type]
             on_connected=lambda node_id: self.events.append(f"+{node_id}"),
             on_disconnected=lambda node_id: self.events.append(f"-{node_id}"),
+            on_unreachable=lambda *outage: tell.append(outage),
+            on_reachable=lambda *node: tell.append(node),
         )
         for other in others:
             assert other.identity.node_id is not None
@@ -366,6 +376,30 @@ async def test_a_dead_peer_is_doubted_at_once_and_found_again(nursery: trio.Nurs
     await trio.sleep(1.6)
     assert one.events == ["+2", "-2", "+2"]
     pool.check()
+
+
+@simulated
+async def test_a_peer_that_cannot_be_reached_is_told_of_once_and_when_it_is_back(nursery: trio.Nursery) -> None:
+    """Every dial error was dropped: the loss of a node left no trace."""
+    one, two, network = two_nodes()
+    told: list[tuple[object, ...]] = []
+    async with trio.open_nursery() as process:
+        await two.start(process)
+        await one.start_pool(nursery, two, told=told)
+        await trio.sleep(1)
+        network.kill(two.environment.network)
+        await trio.sleep(1.5)
+        assert told == []
+        await trio.sleep(3)
+        ((node_id, address, reason),) = told
+        assert (node_id, address) == (TWO, two.address)
+        assert "nobody listens" in str(reason)
+        process.cancel_scope.cancel()
+    await trio.sleep(300)
+    assert len(told) == 1
+    await Node(network, 2, boot=6).start(nursery)
+    await trio.sleep(2)
+    assert told[1:] == [(TWO,)]
 
 
 @simulated

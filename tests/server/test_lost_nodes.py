@@ -1,0 +1,88 @@
+"""The loss of a node, or of a majority, is in the logs of those that are left: once, and once that it is over."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import structlog
+from structlog.testing import capture_logs
+from trio.testing import MockClock
+
+from tests.server.world import Cluster, world
+
+UNREACHABLE, REACHABLE = "cannot reach a node", "a node can be reached again"
+LEADERLESS = "ranges have had no leader for 10 s"
+LED = "every range of this node has a leader again"
+
+
+@contextmanager
+def heard() -> Iterator[list[Any]]:
+    """What nodes that are started in this context log."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(20))
+    try:
+        with capture_logs() as lines:
+            yield lines
+    finally:
+        structlog.reset_defaults()
+
+
+@asynccontextmanager
+async def three_nodes() -> AsyncIterator[tuple[Cluster, list[Any]]]:
+    """A formed cluster, and what its nodes log from then on."""
+    with heard() as lines:
+        async with world(seed=1) as cluster:
+            lines.clear()
+            yield cluster, lines
+
+
+def those(lines: list[Any], event: str) -> list[tuple[str, str]]:
+    """Who said so, and how loudly."""
+    return sorted((line["node"], line["log_level"]) for line in lines if line["event"].startswith(event))
+
+
+async def test_a_node_that_dies_is_told_of_once_by_each_of_the_others(autojump_clock: MockClock) -> None:
+    async with three_nodes() as (cluster, lines):
+        third = cluster.nodes["n3"]
+        await third.kill()
+        await cluster.sleep(60.0)
+        assert those(lines, UNREACHABLE) == [("n1", "warning"), ("n2", "warning")]
+        for line in lines:
+            if line["event"] == UNREACHABLE:
+                assert (line["peer"], line["address"]) == (3, third.address)
+                assert "nobody listens" in line["reason"]
+        assert those(lines, REACHABLE) == []
+        await third.start()
+        await cluster.sleep(5.0)
+        assert those(lines, REACHABLE) == [("n1", "info"), ("n2", "info")]
+        assert len(those(lines, UNREACHABLE)) == 2
+        assert those(lines, LEADERLESS) == []
+
+
+async def test_a_node_that_is_soon_back_is_not_told_of(autojump_clock: MockClock) -> None:
+    """Nor does one that stops tell of those that stop at the same time."""
+    async with three_nodes() as (cluster, lines):
+        third = cluster.nodes["n3"]
+        await third.shut_down()
+        await cluster.sleep(1.0)
+        await third.start()
+        await cluster.sleep(10.0)
+        for node in cluster.nodes.values():
+            node.stop.set()
+        await cluster.sleep(20.0)
+        assert those(lines, UNREACHABLE) == those(lines, REACHABLE) == []
+
+
+async def test_ranges_without_a_majority_are_told_of_in_one_line(autojump_clock: MockClock) -> None:
+    async with three_nodes() as (cluster, lines):
+        for name in ("n2", "n3"):
+            await cluster.nodes[name].kill()
+        await cluster.sleep(8.0)
+        assert those(lines, LEADERLESS) == []
+        await cluster.sleep(60.0)
+        (line,) = [line for line in lines if line["event"].startswith(LEADERLESS)]
+        assert (line["node"], line["log_level"]) == ("n1", "warning")
+        assert (sorted(line["ranges"]), line["count"]) == ([0, 1], 2)
+        assert those(lines, LED) == []
+        await cluster.restart_all()
+        await cluster.sleep(10.0)
+        assert those(lines, LED) == [("n1", "info")]
