@@ -11,6 +11,7 @@ from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.handshake import encode_refused
 from shardkv.wire.requests import Method, Request
 from shardkv_client.core import Settings
+from shardkv_client.core.links import PROBLEMS_MAX, REFUSAL_SECONDS
 from shardkv_client.limits import before
 from tests.client.world import World
 
@@ -438,6 +439,41 @@ def test_nodes_of_another_cluster_are_not_spoken_to():
     call = world.get(b"k", timeout=1.0)
     with pytest.raises(errors.Unavailable, match=r"another cluster|refused"):
         world.run(call)
+
+
+def test_what_keeps_each_node_from_answering_is_named():
+    """With two of three nodes down the last problem alone was that of the one that runs, or of either of the others."""
+    world = World(nodes=3, seeds=[1, 2, 3])
+    world.run(world.put(b"k", b"v"))
+    world.crash(1)
+    world.crash(2)
+    world.cluster.range_of(b"k").leader = None
+    with pytest.raises(errors.Unavailable) as caught:
+        world.run(world.put(b"k", b"w", timeout=2.0))
+    problems = str(caught.value).partition("(")[2].partition(")")[0].split("; ")
+    for number, why in ((1, "connection refused"), (2, "connection refused"), (3, "does not lead")):
+        address = world.cluster.nodes[number].address
+        assert [problem for problem in problems if problem.startswith(f"{address}: ")], (why, problems)
+        assert any(why in problem for problem in problems if problem.startswith(address)), problems
+
+
+def test_the_problems_of_very_many_nodes_are_not_all_named():
+    world = World(nodes=12, seeds=list(range(1, 13)))
+    world.down.update(range(1, 13))
+    with pytest.raises(errors.Unavailable) as caught:
+        world.run(world.get(b"k", timeout=5.0))
+    assert str(caught.value).count("connection refused") == PROBLEMS_MAX
+    assert f"and {12 - PROBLEMS_MAX} more nodes" in str(caught.value)
+
+
+def test_what_a_node_refused_long_ago_does_not_keep_it_from_answering_now():
+    world = World(nodes=2, seeds=[1, 2])
+    world.run(world.put(b"k", b"v"))
+    links = world.core.links
+    connected = next(peer for peer in links.peers.values() if peer.link is not None and peer.link.greeted)
+    links.note(connected, "it was full", world.now)
+    assert links.problems(world.now + 1.0) == f"{connected.address}: it was full"
+    assert links.problems(world.now + REFUSAL_SECONDS + 1.0) == f"last problem: {connected.address}: it was full"
 
 
 def test_a_refusal_is_named_when_the_call_fails():

@@ -150,12 +150,12 @@ class Core:
             reason = f"{call.lane.calls_active} calls of this client were in flight until the timeout"
             error = answers.failure(call, reason, "make fewer at once, or give them more time")
         else:
-            problem = self.links.problem
+            problems = self.links.problems(self._now)
             reason = "no answer before the timeout" if call.attempts else "no node took the request before the timeout"
             reached = self.links.any_ready() is not None
             error = answers.failure(
                 call,
-                f"{reason} (last problem: {problem})" if problem else reason,
+                f"{reason} ({problems})" if problems else reason,
                 "try again with backoff"
                 if reached
                 else "check that the addresses are right, and try again with backoff",
@@ -485,7 +485,7 @@ class Core:
             if isinstance(error, TooOld):
                 self.session.too_old(now)
             self.ledger.renew(call)
-            self.links.problem = f"{link.address}: {error}"
+            self.links.note(link.peer, error, now)
             self._issue_later([call], now)
             return
         if isinstance(call, WriteCall | AdminCall) and not recorded and answers.came_to_nothing(call, error):
@@ -493,7 +493,7 @@ class Core:
         if sent.route is None:
             self._failed_anywhere(link, call, error, now)
             return
-        self.links.problem = f"{link.address}: {error}"
+        self.links.note(link.peer, error, now)
         if verdict is Verdict.ELSEWHERE:
             self._reroute(link, sent, call, error, now)
         else:
@@ -511,7 +511,7 @@ class Core:
 
     def _failed_anywhere(self, link: Link, call: AdminCall, error: ShardKVError, now: float) -> None:
         """A node refused a call that was for it, or for any node, for the moment."""
-        self.links.problem = f"{link.address}: {error}"
+        self.links.note(link.peer, error, now)
         self.links.another_next()
         if call.node_id is None:
             self.links.dial_any(now)  # none of those that are connected may be able to answer

@@ -23,6 +23,11 @@ SLOWEST_BYTES_PER_SECOND: Final = 250_000
 """What is sent may take so long to get to the node before its silence counts."""
 CARRYING_SECONDS_MAX: Final = 4.0
 """But no longer, however much it is: calls are to find another node before their timeout."""
+PROBLEMS_MAX: Final = 5
+"""Nodes whose problems are named together."""
+PROBLEM_CHARACTERS_MAX: Final = 200
+REFUSAL_SECONDS: Final = 10.0
+"""For so long a node's refusal says what keeps it from answering; one that is not connected says so until it is."""
 _PING: Final = encode_frame(FrameKind.PING, b"")
 
 
@@ -42,7 +47,7 @@ class LinkState(Enum):
 
 
 class Peer:
-    __slots__ = ("address", "dial_after", "failures", "link", "node_id", "problem", "waiting")
+    __slots__ = ("address", "dial_after", "failures", "link", "node_id", "problem", "problem_at", "waiting")
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -51,7 +56,8 @@ class Peer:
         self.dial_after = 0.0
         self.failures = 0
         self.problem: str | None = None
-        """Why the last link ended, in words for a person."""
+        """Why the last link ended, or what the node refused since, in words for a person."""
+        self.problem_at = -inf
         self.waiting: list[Call] = []
         """Calls for this node that wait for the link to become ready, or to have room."""
 
@@ -180,6 +186,23 @@ class Links:
             peer = self.peers[address]
             if peer.link is None and not peer.waiting and peer not in self._by_node.values():
                 del self.peers[address]  # so that a client outlives any number of nodes
+
+    def note(self, peer: Peer, problem: object, now: float) -> None:
+        """A node has gone away, or has refused a request for the moment."""
+        self.problem = peer.problem = f"{peer.address}: {problem!s:.{PROBLEM_CHARACTERS_MAX}}"
+        peer.problem_at = now
+
+    def problems(self, now: float) -> str | None:
+        """What keeps each node from answering, in words for a person; or the last thing that went wrong."""
+        found = []
+        for peer in self.peers.values():
+            away = peer.link is None or not peer.link.greeted
+            if peer.problem is not None and (away or now - peer.problem_at <= REFUSAL_SECONDS):
+                found.append(peer.problem)
+        if not found:
+            return self.problem and f"last problem: {self.problem}"
+        more = f"; and {len(found) - PROBLEMS_MAX} more nodes" if len(found) > PROBLEMS_MAX else ""
+        return "; ".join(found[:PROBLEMS_MAX]) + more
 
     # --- choosing -----------------------------------------------------------------------------------------------
 
@@ -361,7 +384,7 @@ class Links:
             return
         link.state = LinkState.CLOSED
         peer = link.peer
-        self.problem = peer.problem = f"{peer.address}: {problem}"
+        self.note(peer, problem, now)
         if link.draining:
             self._draining.remove(link)
         waiting: list[Call] = []
