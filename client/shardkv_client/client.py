@@ -453,11 +453,11 @@ class Client:
     async def status(self, *, timeout: float = TIMEOUT_SECONDS) -> Any:
         """The cluster as the leader of the placement group sees it.
 
-        A dict: ``cluster_id`` (hexadecimal), ``version``, ``nodes`` and ``ranges`` (counts), ``placement_leader`` (a
-        node id), ``settled`` (whether every range has the voters that it should have and there are live nodes for, and
-        nothing is about to move), ``unsettled`` (why not, in words, or None), ``operators`` (``id, kind, range,
-        reason`` of what is under way) and ``node_table`` (``name, id, address, state, replicas, leaders`` of each
-        node).
+        A dict: ``cluster_id`` (hexadecimal), ``version``, ``nodes``, ``live`` and ``ranges`` (counts: of the nodes in
+        service, of those among them that are heard of, of the ranges), ``placement_leader`` (a node id), ``settled``
+        (whether every range has the voters that it should have and there are live nodes for, and nothing is about to
+        move), ``unsettled`` (why not, in words, or None), ``operators`` (``id, kind, range, reason`` of what is under
+        way) and ``node_table`` (``name, id, address, state, replicas, leaders`` of each node).
         """
         return await self.call(Method.STATUS, timeout=timeout)
 

@@ -9,7 +9,7 @@ from typing import Any
 import shardkv
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, ReplicaRole
 from shardkv_placement.schedulers import why_unsettled
-from shardkv_placement.view import ClusterView, NodeView
+from shardkv_placement.view import ClusterView, NodeState, NodeView
 
 
 def status(view: ClusterView, placement_leader: NodeId | None) -> dict[str, Any]:
@@ -18,7 +18,8 @@ def status(view: ClusterView, placement_leader: NodeId | None) -> dict[str, Any]
     return {
         "cluster_id": view.cluster_id.hex(),
         "version": shardkv.__version__,
-        "nodes": sum(not node.gone for node in view.nodes.values()),
+        "nodes": sum(node.state is not NodeState.DECOMMISSIONED for node in view.nodes.values()),
+        "live": len(view.live_nodes),
         "ranges": len(view.ranges) - 1,
         "placement_leader": placement_leader,
         "settled": unsettled is None,

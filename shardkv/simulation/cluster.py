@@ -424,7 +424,7 @@ class Cluster:
         await self.until(
             client,
             lambda status, ranges: (
-                status["nodes"] == count
+                status["live"] == count
                 and status["settled"]
                 and all(len(each["replicas"]) == self._replicas for each in ranges)
             ),

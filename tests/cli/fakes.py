@@ -158,6 +158,7 @@ class FakeClient:
                     "cluster_id": b"\x01\xff",
                     "version": 7,
                     "nodes": 2,
+                    "live": 1,
                     "ranges": 2,
                     "placement_leader": 1,
                     **self.status,

@@ -24,6 +24,7 @@ def test_status_tells_the_cluster_in_short(world: World) -> None:
     output = world.run("status").stdout
     assert "placement leader  1" in output
     assert "01ff" in output
+    assert "nodes             2\nlive              1\n" in output
     document = json.loads(world.run("status", "--json").stdout)
     assert document["cluster_id"] == "01ff"
     assert len(document["node_table"]) == document["nodes"] == 2

@@ -63,6 +63,7 @@ class FakePlacement:
             "cluster_id": "0123456789",
             "version": "1",
             "nodes": 1,
+            "live": 1,
             "ranges": len(self.rows),
             "placement_leader": 1,
             "settled": False,

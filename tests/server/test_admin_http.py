@@ -157,7 +157,7 @@ async def test_the_page_is_complete_in_itself_and_filled_in_before_its_script_ru
         assert shown.headers["content-security-policy"].startswith("default-src 'none'; script-src 'sha256-")
         assert f"<td>n1</td><td class=n>1</td><td>{it.address}</td><td>" in text
         assert "<td>−∞</td><td>+∞</td>" in text
-        assert "1 nodes · 1 ranges · placement led by n1</p>" in text
+        assert "1 of 1 nodes live · 1 ranges · placement led by n1</p>" in text
         assert "<!--" not in text
         assert "://" not in text
 

@@ -45,6 +45,9 @@ async def test_a_node_that_dies_is_told_of_once_by_each_of_the_others(autojump_c
         third = cluster.nodes["n3"]
         await third.kill()
         await cluster.sleep(60.0)
+        async with cluster.client("n1") as kv:
+            status = await kv.status()
+        assert (status["nodes"], status["live"]) == (3, 2), "one that is down is a node all the same"
         assert those(lines, UNREACHABLE) == [("n1", "warning"), ("n2", "warning")]
         for line in lines:
             if line["event"] == UNREACHABLE:

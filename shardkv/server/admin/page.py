@@ -68,8 +68,8 @@ def _facts(status: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str
     leader = next((row["name"] for row in nodes if row["id"] == status["placement_leader"]), "nobody")
     settled = "settled" if status["settled"] else f"not settled: {status['unsettled']}"
     return (
-        f"cluster {status['cluster_id'][:8]} · version {status['version']} · {settled} · {status['nodes']} nodes · "
-        f"{status['ranges']} ranges · placement led by {leader}"
+        f"cluster {status['cluster_id'][:8]} · version {status['version']} · {settled} · {status['live']} of "
+        f"{status['nodes']} nodes live · {status['ranges']} ranges · placement led by {leader}"
     )
 
 
