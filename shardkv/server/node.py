@@ -155,6 +155,7 @@ class _Node:
         self._is_new = False
         """The directory has become this node's in this start."""
         self._admin: Admin | None = None
+        self._told_of_address = False
 
     async def run(self) -> None:
         workers, disk, ids = self._environment.workers, self._environment.disk, self._environment.ids
@@ -349,7 +350,7 @@ class _Node:
             environment,
             self._identity,
             self._known_boots,
-            on_connected=self._clock_health.ask,
+            on_connected=self._on_connected,
             on_disconnected=self._on_disconnected,
             on_stranger=self._on_stranger,
             on_unreachable=self._on_unreachable,
@@ -569,6 +570,17 @@ class _Node:
         if self._pool.connected(node_id):
             self._pool.send(node_id, Purpose.URGENT, encode_frame(FrameKind.PING, payload))
             self._pool.flush()
+
+    def _on_connected(self, node_id: NodeId) -> None:
+        self._clock_health.ask(node_id)
+        if self._address_book.address_of(node_id) == self._address and not self._told_of_address:
+            self._told_of_address = True
+            self._log.error(
+                "this node's address is that of another node, which answers there, so nobody can reach this one: "
+                "correct --advertise",
+                peer=node_id,
+                address=self._address,
+            )
 
     def _on_disconnected(self, node_id: NodeId) -> None:
         self._driver.doubt_node(node_id)

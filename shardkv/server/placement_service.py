@@ -30,6 +30,7 @@ from shardkv.server import overview
 from shardkv.server.address_book import AddressBook
 from shardkv.server.missing_leaders import MissingLeaders
 from shardkv.server.reply import Reply
+from shardkv.server.shared_addresses import SharedAddresses
 from shardkv.storage.engine import WriteBatch
 from shardkv.types import PLACEMENT_RANGE, RangeDescriptor, RangeId, ReplicaId
 from shardkv.wire.requests import Method, Request
@@ -142,6 +143,7 @@ class PlacementService:
         self._lead_wanted = trio.Event()
         self._missing_leaders = MissingLeaders(log)
         self._failures = _Failures()
+        self._shared_addresses = SharedAddresses(log)
         self._requests = 0
         self._nursery: trio.Nursery
 
@@ -302,6 +304,7 @@ class PlacementService:
                     await self._lead_wanted.wait()
                 continue
             view = self._view()
+            self._shared_addresses.look(view)
             assert self._controller is not None, "a view is made of a leader's statistics"
             for action in self._controller.tick(view):
                 if self._requests < REQUESTS_AT_ONCE_MAX:
