@@ -6,6 +6,8 @@ more than a line per ``apart_seconds`` and one that ends it.
 
 from typing import Final
 
+UNANSWERED_SECONDS: Final = 10.0
+"""Until it is told that the placement group does not answer a node: elections are over long before."""
 APART_SECONDS: Final = 30.0
 """Between two lines that say that the same thing is wrong: one that comes and goes fills no log."""
 

@@ -8,6 +8,7 @@ import trio
 
 from shardkv.environment import Environment
 from shardkv.errors import RoutingError, ShardKVError, Unavailable
+from shardkv.outage import UNANSWERED_SECONDS, Outage
 from shardkv.server.placement_service import Call
 from shardkv.wire.requests import Method
 from shardkv_client import Settings, connect
@@ -89,6 +90,9 @@ async def _ask_to_join(environment: Environment, seeds: Sequence[str], arguments
     clock = environment.clock
     async with connect_cluster(environment, seeds) as call:
         started = clock.monotonic_ns()
+        outage = Outage(UNANSWERED_SECONDS)
+        outage.begin(started / 1e9)
+        log.info("joining", seeds=list(seeds))
         while True:
             try:
                 cluster_id, node_id = await call(Method.JOIN, *arguments, timeout=ATTEMPT_SECONDS)
@@ -100,5 +104,6 @@ async def _ask_to_join(environment: Environment, seeds: Sequence[str], arguments
                         f"could not join the cluster at {', '.join(seeds)}: {error}; check that it runs and can be "
                         "reached from here"
                     ) from error
-                log.info("joining", seeds=list(seeds), problem=str(error))
+                if outage.lasts(clock.monotonic_ns() / 1e9):
+                    log.warning("could not join the cluster yet", seeds=list(seeds), reason=str(error))
             await clock.sleep(RETRY_SECONDS)

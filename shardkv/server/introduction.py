@@ -13,6 +13,7 @@ from shardkv.config import NodeConfig
 from shardkv.environment import Environment
 from shardkv.errors import ShardKVError, WrongCluster
 from shardkv.multiraft.catalog import Catalog
+from shardkv.outage import UNANSWERED_SECONDS, Outage
 from shardkv.server.placement_service import PlacementService
 from shardkv.storage.directory import Identity
 from shardkv.types import (
@@ -83,6 +84,8 @@ class Introduction:
         """
         identity = self._identity
         assert identity.node_id is not None, "registered before the node has an id"
+        outage = Outage(UNANSWERED_SECONDS)
+        outage.begin(self._now())
         while True:
             try:
                 while identity.node_id == FIRST_NODE and not self._state.bootstrapped:
@@ -98,6 +101,8 @@ class Introduction:
                     earlier_tokens=self._earlier_tokens,
                 )
                 await self._placement.propose(started)
+                if outage.end():
+                    self._log.info("the placement group has taken note of this node's start")
                 return
             except WrongCluster as error:
                 self._placement.fatal = error
@@ -105,7 +110,12 @@ class Introduction:
                 return
             except ShardKVError as error:
                 self._log.debug("not registered yet", reason=str(error))
+                if outage.lasts(self._now()):
+                    self._log.warning("the placement group has not taken note of this node's start", reason=str(error))
             await self._environment.clock.sleep(RETRY_SECONDS)
+
+    def _now(self) -> float:
+        return self._environment.clock.monotonic_ns() / 1e9
 
     async def _bootstrap(self) -> None:
         config, identity = self._config, self._identity

@@ -26,6 +26,7 @@ from shardkv.errors import (
 from shardkv.machine import keys
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
+from shardkv.outage import UNANSWERED_SECONDS, Outage
 from shardkv.server import overview
 from shardkv.server.address_book import AddressBook
 from shardkv.server.missing_leaders import MissingLeaders
@@ -214,7 +215,9 @@ class PlacementService:
         while self._being_made:
             # The first one would wait for the group and then say what was true before there was one.
             await self._clock.sleep(POLL_SECONDS)
+        outage = Outage(UNANSWERED_SECONDS)
         while True:
+            outage.begin(self._now())
             self._beat_wanted = trio.Event()
             interval = self.settings.get("heartbeat_ms", 500) / 1000
             self._observe_replicas()
@@ -229,11 +232,15 @@ class PlacementService:
                     Method.HEARTBEAT, heartbeat.encode(beat), range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS
                 )
                 self._acknowledged(beat, heartbeat.decode_reply(answer))
+                if outage.end():
+                    self._log.info("the placement group answers this node again")
             except WrongCluster as error:
                 self.fatal = error
                 self._stop()
             except ShardKVError as error:
                 self._log.debug("heartbeat not answered", reason=str(error))
+                if outage.lasts(self._now()):
+                    self._log.warning("the placement group does not answer this node's heartbeats", reason=str(error))
             await self._clock.sleep(min(HEARTBEAT_SECONDS_MIN, interval))
             with self._clock.deadline(interval):
                 await self._beat_wanted.wait()
@@ -252,7 +259,7 @@ class PlacementService:
                 self.descriptor_changed(replica)
 
     def _observe_replicas(self) -> None:
-        self._missing_leaders.look(self._driver.catalog.replicas.values(), self._clock.monotonic_ns() / 1e9)
+        self._missing_leaders.look(self._driver.catalog.replicas.values(), self._now())
         for replica in self._driver.catalog.replicas.values():
             if replica.machine is not None:
                 self._reporter.report(self._report_of(replica))
@@ -280,6 +287,9 @@ class PlacementService:
 
     def _capacity(self) -> Capacity:
         return Capacity(disk_free_bytes=self._driver.space.free_bytes)
+
+    def _now(self) -> float:
+        return self._clock.monotonic_ns() / 1e9
 
     # The leader's loop
 
@@ -320,7 +330,7 @@ class PlacementService:
         return self._statistics
 
     def _view(self) -> ClusterView:
-        now = self._clock.monotonic_ns() / 1e9
+        now = self._now()
         self._heard(now)
         assert self._views is not None, "views come with statistics"
         return self._views.build(now, self._driver.hybrid_clock.ms())
@@ -358,7 +368,7 @@ class PlacementService:
         running = self._state.operators.values() if failed is not None else ()
         operator = next((each for each in running if failed and each.operator_id == failed.operator_id), None)
         ended = await self._propose_here(commands.encode(command))
-        if failed and operator and ended and self._failures.first(operator, self._clock.monotonic_ns() / 1e9):
+        if failed and operator and ended and self._failures.first(operator, self._now()):
             self._log.warning(
                 "what was to be done about a range has failed",
                 range=operator.range_id,
@@ -412,7 +422,7 @@ class PlacementService:
         replica = self._require_leader()
         if not self.leads or not self._state.bootstrapped:
             raise NotLeader("the placement group has just got a new leader", hint=replica.node_of(replica.replica_id))
-        now = self._clock.monotonic_ns() / 1e9
+        now = self._now()
         return heartbeat.encode_reply(self._heard(now).receive(self._state, beat, now))
 
     async def join(self, request: Request) -> Any:

@@ -66,7 +66,9 @@ class World:
             space=Space(),
         )
         extension: Any = SimpleNamespace(state=self.group.state)
-        log: Any = SimpleNamespace(debug=lambda *_, **__: None, info=lambda *_, **__: None)
+        log: Any = SimpleNamespace(
+            debug=lambda *_, **__: None, info=lambda *_, **__: None, warning=lambda *_, **__: None
+        )
         self.service = PlacementService(
             driver,
             environment,
