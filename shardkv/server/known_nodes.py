@@ -10,7 +10,7 @@ from typing import Any, Final
 import trio
 
 from shardkv.environment import Environment
-from shardkv.errors import OutOfSpace
+from shardkv.errors import Corruption, OutOfSpace
 from shardkv.server.address_book import AddressBook
 
 FILE_NAME: Final = "peers"
@@ -34,7 +34,10 @@ class KnownNodesFile:
             stored = await self._environment.workers.run(self._environment.disk.read, self.path)
         except FileNotFoundError:
             return
-        self._address_book.decode(stored)
+        try:
+            self._address_book.decode(stored)
+        except Corruption as error:
+            raise Corruption(f"{self.path}: {error}") from error
 
     async def store(self) -> None:
         """Write the address book, durably. Raises OutOfSpace or StorageError."""

@@ -166,8 +166,8 @@ class _Node:
             directory.require(name=self._config.name)
             if not directory.identity.assigned and not self._config.bootstrap and not self._config.join:
                 raise ConfigError(
-                    f"{self._config.data} is a new data directory: give --bootstrap to start a cluster, or "
-                    "--join HOST:PORT to join one"
+                    f"if this node ran before, its data directory is not mounted: {self._config.data} is a new one. To "
+                    "begin there, give --bootstrap to start a cluster, or --join HOST:PORT to join one"
                 )
             self._wal = await workers.run(self._open_log)
             opened: list[tuple[str, Callable[[], None]]] = [("log", self._wal.close), ("log mark", self._note_log_mark)]

@@ -110,6 +110,8 @@ def _translated(error: Exception, what: str) -> StorageError:
     if "quota exceeded" in text:
         # Not OutOfSpace: RocksDB takes it for a broken disk, and does not go on by itself as after a full one.
         advice = "raise the quota of the node's user or free some of it; then restart the node"
+    elif "Permission denied" in text or "Operation not permitted" in text:
+        advice = "check the owner and the permissions; then restart the node"
     return StorageError(f"engine: {what}: {text}; {advice}")
 
 

@@ -146,6 +146,16 @@ async def test_a_node_that_has_moved_is_found_though_the_table_needs_its_vote(au
                 )
 
 
+async def test_a_node_whose_file_of_known_nodes_is_damaged_names_it(autojump_clock: MockClock) -> None:
+    async with world(1) as cluster:
+        node = cluster.nodes["n1"]
+        await node.kill()
+        path = f"{node.config.data}/{FILE_NAME}"
+        node.environment.disk.write_atomically(path, b"damaged")
+        with pytest.raises(Corruption, match=f"^{path}: .* is damaged; remove it"):
+            await node.run_to_its_end()
+
+
 async def test_a_node_whose_file_of_known_nodes_is_gone_says_what_to_do(autojump_clock: MockClock) -> None:
     """It knows nobody to answer, and only its debug log told. Those with the placement group's table look there."""
     with capture_logs() as lines:

@@ -63,6 +63,15 @@ async def test_many_nodes_that_wait_to_join_do_not_keep_each_other_from_it(autoj
     assert await seconds_to_join("n9", *(f"n{number}" for number in range(1, 9))) < 1.5
 
 
+async def test_an_empty_directory_may_be_one_that_is_not_mounted(autojump_clock: MockClock) -> None:
+    """To whoever starts a node again, the advice to found a cluster or join one is the wrong one."""
+    async with empty("n1") as cluster:
+        node = cluster.nodes["n1"]
+        node.config = replace(node.config, bootstrap=False)
+        with pytest.raises(ConfigError, match=r"^if this node ran before, its data directory is not mounted: /n1 "):
+            await node.run_to_its_end()
+
+
 async def test_a_new_cluster_waits_for_no_promise_that_nobody_can_have_made(autojump_clock: MockClock) -> None:
     """A directory that was never used before holds no forgotten promise, so its only voter elects itself at once."""
     async with empty("n1") as cluster:

@@ -234,6 +234,15 @@ def test_a_quota_that_the_engine_meets_is_not_said_to_be_a_broken_disk() -> None
     assert "replace" not in str(error)
 
 
+@pytest.mark.parametrize("refusal", ["Permission denied", "Operation not permitted"])
+def test_a_file_of_somebody_elses_is_not_said_to_be_a_broken_disk(refusal: str) -> None:
+    """As after a start by root; the log says the same of its files."""
+    error = _translated(Exception(f"IO error: While open a file for random read: /d/engine/CURRENT: {refusal}"), "open")
+    assert type(error) is StorageError
+    assert "check the owner and the permissions" in str(error)
+    assert "replace" not in str(error)
+
+
 @pytest.mark.parametrize("stopped, delayed", [(0, 0), (1, 0), (0, 1000)])
 def test_a_stall_shows_before_a_write_would_wait(path: str, stopped: int, delayed: int) -> None:
     """A stalled write blocks with the interpreter lock held (LIBRARIES), so the caller asks first."""
