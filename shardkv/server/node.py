@@ -5,14 +5,14 @@ bootstrap if the directory is new, bring log and engine to agree, run. The order
 clients elsewhere, stop the services, flush. Does not live here: what any part does.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 import trio
 
-from shardkv.address import parse_address
+from shardkv.address import Address, parse_address
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment, Stream
 from shardkv.errors import ConfigError, Corruption, OutOfSpace, ShardKVError, StorageError, WrongCluster
@@ -232,7 +232,7 @@ class _Node:
                     "connect to"
                 )
             await self._start_admin(nursery)
-            if await self._become_member():
+            if await self._become_member(listener.address):
                 self._compose()
                 # Connections may ask for such tasks until the last of them has ended, which is in this nursery.
                 self._snapshots.use(nursery)
@@ -259,7 +259,7 @@ class _Node:
 
     # Membership
 
-    async def _become_member(self) -> bool:
+    async def _become_member(self, listens_at: str) -> bool:
         """Make sure that the directory belongs to a node of a cluster; False if told to stop before one lets it in."""
         identity = self._directory.identity
         workers = self._environment.workers
@@ -274,7 +274,7 @@ class _Node:
             labels = [[key, value] for key, value in self._config.label]
             membership = await join_cluster(
                 self._environment,
-                self._config.join,
+                self._others_to_join({parse_address(self._address), parse_address(listens_at)}),
                 [self._config.name, self._address, identity.token, labels],
                 log=self._log,
                 stop=self._stop,
@@ -288,6 +288,16 @@ class _Node:
             await self._known_nodes.store()
             await workers.run(self._directory.assign, cluster_id, NodeId(node_id), self._config.name)
         return True
+
+    def _others_to_join(self, own: Collection[Address]) -> list[str]:
+        """Who may let this node in: it cannot itself, though a list for all nodes may name it, too."""
+        others = [address for address in self._config.join if parse_address(address) not in own]
+        if not others:
+            raise ConfigError(
+                f"--join {', '.join(self._config.join)} is this node's own address: name another node, one of the "
+                "cluster that it is to join, or give --bootstrap to start a cluster"
+            )
+        return others
 
     # Composition
 

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import structlog
@@ -70,6 +71,26 @@ async def test_an_empty_directory_may_be_one_that_is_not_mounted(autojump_clock:
         node.config = replace(node.config, bootstrap=False)
         with pytest.raises(ConfigError, match=r"^if this node ran before, its data directory is not mounted: /n1 "):
             await node.run_to_its_end()
+
+
+@pytest.mark.parametrize("changes", [{}, {"advertise": "elsewhere:1", "join": ("n1:7000", "elsewhere:1")}])
+async def test_a_node_that_is_told_to_join_itself_says_so(autojump_clock: MockClock, changes: dict[str, Any]) -> None:
+    """It dialled itself for a minute, and then said that nobody answered there."""
+    async with empty("n1") as cluster:
+        node = cluster.nodes["n1"]
+        node.config = replace(node.config, **{"bootstrap": False, "join": ("n1:7000",), **changes})
+        with pytest.raises(ConfigError, match=f"^--join {', '.join(node.config.join)} is this node's own address"):
+            await node.run_to_its_end()
+        assert cluster.now < 1.0
+
+
+async def test_a_node_may_be_told_to_join_itself_among_others(autojump_clock: MockClock) -> None:
+    """One list for all of them."""
+    async with empty("n1", "n2") as cluster:
+        first, second = cluster.nodes.values()
+        second.config = replace(second.config, join=(second.address, first.address))
+        await first.start()
+        await second.start()
 
 
 async def test_a_new_cluster_waits_for_no_promise_that_nobody_can_have_made(autojump_clock: MockClock) -> None:
