@@ -15,8 +15,6 @@ from shardkv.wire.requests import Method
 
 NODE_COLUMNS: Final = ("id", "name", "address", "state", "replicas", "leaders")
 RANGE_COLUMNS: Final = ("id", "start", "end", "leader", "replicas", "epoch", "bytes")
-RANGE_FIELDS: Final = ("id", "start", "end", "leader", "replicas", "learners", "epoch", "bytes")
-"""In JSON; in the table learners are marked among the replicas."""
 LEARNER_MARK: Final = "*"
 OPERATORS_SHOWN_MAX: Final = 20
 LEADER_ASKS_MAX: Final = 10
@@ -142,11 +140,18 @@ def ranges(session: Session, as_json: bool) -> None:
 
     rows = session.run(body)
     if as_json:
-        print_rows(RANGE_FIELDS, rows, as_json, numeric=())
+        # Tools know a range by its columns; in the table learners are marked among the replicas.
+        shown = [{each: row.get(each) for each in (*RANGE_COLUMNS, *_also(row))} for row in rows]
+        click.echo(shown_json(shown))
         return
     print_rows(RANGE_COLUMNS, [{**row, "replicas": marked(row)} for row in rows], as_json, ("id", "leader", "bytes"))
     if any(row.get("learners") for row in rows):
         click.echo(f"{LEARNER_MARK} a learner: it has no vote (yet)")
+
+
+def _also(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a row of ``ranges --json`` has beside its columns."""
+    return ("learners",) if row.get("learners") else ()
 
 
 def marked(row: Mapping[str, Any]) -> list[str]:

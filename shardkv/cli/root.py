@@ -157,6 +157,7 @@ def shardkv() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Ends the process."""
     open_standard_files()
+    stdout, stderr = sys.stdout, sys.stderr  # click puts others in their place that do not say that a pipe is broken
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors=text.ESCAPES)
     try:
@@ -168,5 +169,5 @@ def main(arguments: list[str] | None = None) -> None:
             tell(exits.message_of(error))
         sys.exit(exits.FAILED)
     finally:
-        let_go_of(sys.stdout)
-        let_go_of(sys.stderr)
+        let_go_of(stdout)
+        let_go_of(stderr)

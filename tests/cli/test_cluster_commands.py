@@ -78,7 +78,6 @@ def test_ranges_is_a_table_by_start_and_an_unbounded_end_is_null_in_json(world: 
         "end_base64": "bf8=",
         "leader": 1,
         "replicas": [1, 2],
-        "learners": [],
         "epoch": [1, 2],
         "bytes": 3 * 1024 * 1024,
     }
