@@ -78,7 +78,8 @@ def _settled(range_view: RangeView, target: int, serving: set[NodeId], receivers
 def lacking_voters(view: ClusterView) -> list[RangeView]:
     """The ranges that have fewer voters than they should now, whether or not anything can be done about it."""
     serving = {node.node_id for node in view.nodes.values() if node.state is not NodeState.DECOMMISSIONED}
-    placement, others = target_voters(view, PLACEMENT_RANGE), target_voters(view, FIRST_RANGE)
+    others = target_voters(view, FIRST_RANGE)
+    placement = min(target_voters(view, PLACEMENT_RANGE), others)  # it has more where it can, and is as safe without
     lacking = []
     for range_id, range_view in view.ranges.items():
         voters = 0

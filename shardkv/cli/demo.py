@@ -6,6 +6,7 @@ watches a pipe that only this process holds open.
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -165,7 +166,7 @@ def _cluster(data: str | None, nodes: int, base_port: int | None, with_tour: boo
     from shardkv.storage.directory import IDENTITY_NAME
 
     if data is not None:
-        path = Path(data)
+        path = Path(os.path.expanduser(data)).absolute()  # as a node takes it
         if (path / IDENTITY_NAME).exists():
             raise click.UsageError(f"{path} is the data directory of a node; give another --data")
         path.mkdir(parents=True, exist_ok=True)

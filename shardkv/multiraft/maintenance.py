@@ -16,6 +16,7 @@ from shardkv.errors import OutOfSpace, StorageError
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
 from shardkv.raft import ProgressState
+from shardkv.raft.progress import NEVER
 from shardkv.storage.wal import CompactLog, LogUpdate
 
 INTERVAL_SECONDS: Final = 0.25
@@ -44,7 +45,8 @@ LAG_BYTES_MAX: Final = 16 * 1024 * 1024
 KEEPING_SEGMENTS_MAX: Final = 12
 """For one that is being sent a snapshot, or catches up after it, the log keeps all that follows, until it has grown to
 so many segments: else a large range under load would need the next snapshot as soon as it has the first. For one that
-is away nothing is kept either in a log of so many: of ten thousand ranges it would be too much."""
+is away nothing is kept either in a log of so many, and in one of twice as many for nobody who is behind: one may take
+nothing for days, for want of room say, and of ten thousand ranges it would be too much."""
 AWAY_SECONDS: Final = 5.0
 """Who has not answered a heartbeat for so long is away."""
 COMPACTED_AT_ONCE_MAX: Final = 256
@@ -253,10 +255,10 @@ class Maintenance:
         if segments > LOG_SEGMENTS_MAX:
             index = max(index, _lowest_kept(replica, last, entries_kept, KEPT_BYTES_MAX))
         if replica.leads:
+            away_ns = int(AWAY_SECONDS * 1e9)
             crowded = segments > KEEPING_SEGMENTS_MAX
-            heard_since_ns = self._environment.clock.monotonic_ns() - int(AWAY_SECONDS * 1e9) if crowded else 0
-            needed = _needed(replica, heard_since_ns)
-            if needed < index:
+            needed = _needed(replica, self._environment.clock.monotonic_ns() - away_ns if crowded else NEVER)
+            if needed < index and segments <= 2 * KEEPING_SEGMENTS_MAX:
                 index = max(needed, _lowest_kept(replica, index, lag_entries_max, LAG_BYTES_MAX))
             index = min(index, self._needed_after_snapshots(replica, applied))
         if index <= replica.log.compact_index:

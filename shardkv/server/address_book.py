@@ -26,8 +26,17 @@ class KnownNode:
     """Of the start at which the node had this address; 0 if that is not known."""
     start_token: bytes = b""
     """That start's own, random; empty if that is not known."""
-    agreed: bool = False
-    """The placement group has agreed on that start. Else the node has said so."""
+    earlier_tokens: tuple[bytes, ...] = ()
+    """Of the starts right before it, newest first, as far as they are known."""
+    agreed: tuple[int, bytes] = (0, b"")
+    """Boot counter and token of the newest start that the placement group has agreed on. What the node has said since
+    may be a copy's word, and is judged by it."""
+
+    @classmethod
+    def of(cls, row: NodeEntry | NodeRecord) -> "KnownNode":
+        """As the group has it."""
+        start = (row.boot, row.start_token)
+        return cls(row.name, row.address, *start, agreed=start)
 
 
 class AddressBook:
@@ -65,7 +74,9 @@ class AddressBook:
         """
         known = self._nodes.get(record.node_id)
         if known is None or known.boot < record.boot or (known.boot == record.boot and record.start_token):
-            self._nodes[record.node_id] = KnownNode(record.name, record.address, record.boot, record.start_token, True)
+            self._nodes[record.node_id] = KnownNode.of(record)
+        elif known.agreed[0] <= record.boot:
+            self._nodes[record.node_id] = replace(known, agreed=(record.boot, record.start_token))
 
     def table(self, entries: Iterable[NodeEntry], is_newest: Callable[[NodeId, int, bytes], bool]) -> None:
         """The placement group's node table; who is not in it, or was decommissioned, is no member any more.
@@ -75,30 +86,33 @@ class AddressBook:
         before, self._nodes = self._nodes, {}
         for entry in entries:
             if not entry.decommissioned:
-                told = KnownNode(entry.name, entry.address, entry.boot, entry.start_token, True)
+                told = KnownNode.of(entry)
                 greeted = before.get(entry.node_id)
                 if (
                     greeted is not None
                     and greeted.boot > entry.boot
                     and is_newest(entry.node_id, greeted.boot, greeted.start_token)
                 ):
-                    told = replace(greeted, name=entry.name)
+                    told = replace(greeted, name=entry.name, agreed=told.agreed)
                 self._nodes[entry.node_id] = told
 
-    def greeted(self, node_id: NodeId, address: str, boot: int, start_token: bytes) -> bool:
+    def greeted(
+        self, node_id: NodeId, address: str, boot: int, start_token: bytes, earlier_tokens: tuple[bytes, ...] = ()
+    ) -> bool:
         """A member has said where it listens; whether that is news. A stranger's word waits for the table."""
         known = self._nodes.get(node_id)
         if known is None or boot < known.boot:
             return False
-        agreed = known.agreed and (boot, start_token) == (known.boot, known.start_token)
-        self._nodes[node_id] = replace(known, address=address, boot=boot, start_token=start_token, agreed=agreed)
+        self._nodes[node_id] = replace(
+            known, address=address, boot=boot, start_token=start_token, earlier_tokens=earlier_tokens
+        )
         return self._nodes[node_id] != known
 
     def encode(self) -> bytes:
         """For the file in the data directory."""
         rows = codec.dumps(
             [
-                [node_id, it.name, it.address, it.boot, it.start_token, it.agreed]
+                [node_id, it.name, it.address, it.boot, it.start_token, list(it.earlier_tokens), *it.agreed]
                 for node_id, it in sorted(self._nodes.items())
             ]
         )
@@ -114,7 +128,8 @@ class AddressBook:
             # A file without a checksum is from before there was one.
             rows = codec.loads(_checked(found)) if found and isinstance(found[0], int) else found
             self._nodes = {
-                NodeId(node_id): KnownNode(name, address, *rest[:3]) for node_id, name, address, *rest in rows
+                NodeId(node_id): KnownNode(name, address, *rest[:2], *_more(*rest[2:5]))
+                for node_id, name, address, *rest in rows
             }
         except (MalformedRequest, TypeError, ValueError) as error:
             raise Corruption(
@@ -127,3 +142,9 @@ def _checked(found: Any) -> bytes:
     if crc32(rows) != checksum:
         raise ValueError(f"the checksum is {crc32(rows)}, not {checksum}")
     return bytes(rows)
+
+
+def _more(earlier_tokens: list[bytes] | None = None, boot: int = 0, token: bytes = b"") -> Iterator[Any]:
+    """What a file has had since starts have tokens of those before them."""
+    yield tuple(earlier_tokens or ())
+    yield (boot, token)

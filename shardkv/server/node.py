@@ -612,7 +612,7 @@ class _Node:
         """A peer has dialled this node, so dialling it back will work, and it says where."""
         assert hello.node_id is not None, "a peer's greeting names its node"
         if hello.address is not None and self._address_book.greeted(
-            hello.node_id, hello.address, hello.boot, hello.start_token
+            hello.node_id, hello.address, hello.boot, hello.start_token, hello.earlier_tokens
         ):
             self._apply_addresses()
             self._known_nodes.changed()
@@ -719,8 +719,9 @@ class _Node:
         """An old copy of another node's disk is known by what is on record of that node, though this one has been
         restarted since it saw the newer one."""
         for node_id, known in self._address_book:
-            know = self._known_boots.agree if known.agreed else self._known_boots.learn
-            know(node_id, known.boot, known.start_token)
+            self._known_boots.learn(node_id, known.boot, known.start_token, known.earlier_tokens)
+            if known.agreed[0]:
+                self._known_boots.agree(node_id, *known.agreed)
 
     def _apply_addresses(self) -> None:
         for node_id, known in self._address_book:

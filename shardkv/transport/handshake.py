@@ -91,11 +91,11 @@ class KnownBoots:
         known, tokens = self._heard.get(node_id, _NO_START)
         return (boot, start_token) == (known, tokens[0])
 
-    def learn(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
+    def learn(self, node_id: NodeId, boot: int, start_token: bytes, earlier_tokens: Sequence[bytes] = ()) -> None:
         """What was noted in an earlier start of this node; it may be older than what was seen."""
         known = self._heard.get(node_id, _NO_START)[0]
         if boot > known or (boot == known and start_token):
-            self._heard[node_id] = (boot, (start_token,))
+            self._heard[node_id] = (boot, (start_token, *earlier_tokens))
 
     def agree(self, node_id: NodeId, boot: int, start_token: bytes) -> None:
         """The placement group has agreed on this start; what was seen may be newer.

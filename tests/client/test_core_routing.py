@@ -118,6 +118,20 @@ def test_a_leaders_death_sends_the_same_call_to_the_others():
     assert world.cluster.data[b"k"][0] == b"w"
 
 
+def test_a_node_that_nobody_has_needed_since_it_went_away_is_not_blamed():
+    world = World(nodes=3, seeds=[1, 2, 3])
+    world.run(world.put(b"k", b"v"))
+    links = world.core.links
+    for peer in links.peers.values():
+        if peer.link is not None and peer.node_id != 1:
+            links.drop(peer.link, "the node went away", world.now)
+    assert "went away" in str(links.problems(world.now))
+    world.now += 3600.0
+    world.run(world.put(b"k", b"w"))
+    assert ";" not in str(links.problems(world.now)), "no node is named"
+    assert str(links.problems(world.now)).startswith(("None", "last problem"))
+
+
 def test_why_a_node_will_not_go_on_is_kept():
     world = World()
     world.run(world.get(b"k"))

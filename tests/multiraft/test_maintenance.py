@@ -337,6 +337,45 @@ async def test_trap_11_a_follower_a_moment_behind_needs_no_snapshot_however_long
         assert leader.snapshots.statistics().chunks_sent == 0
 
 
+async def test_trap_11_a_new_leader_keeps_what_its_predecessor_will_need_when_it_is_back(
+    autojump_clock: MockClock,
+) -> None:
+    """It has not heard of it in this term: a rolling restart under load would send a snapshot of every range."""
+    async with world(3) as hosts:
+        for number in range(20):
+            await hosts.write(b"k%d" % number, b"v")
+        await hosts.agreed()
+        former = hosts.leader()
+        await former.crash()
+        leader = await hosts.led()
+        leader.maintenance.kept = (5, 10_000)
+        for number in range(30):
+            await hosts.write(b"k%d" % number, b"v")
+        await leader.maintenance.flush_and_compact()
+        await former.start()
+        await hosts.agreed()
+        assert leader.snapshots.statistics().chunks_sent == 0
+
+
+async def test_a_follower_that_is_there_and_takes_nothing_does_not_fill_the_disks_of_the_others(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without room answers heartbeats for days."""
+    monkeypatch.setattr("shardkv.multiraft.maintenance.KEEPING_SEGMENTS_MAX", 2)
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = hosts.leader()
+        full = next(host for host in hosts.values() if host is not leader)
+        full.driver.space.failed("a test", OutOfSpace("full"))
+        leader.maintenance.kept = (5, 10_000)
+        for number in range(100):
+            await hosts.write(b"k%d" % number, bytes(20_000))
+        await trio.sleep(60)
+        await leader.maintenance.flush_and_compact()
+        assert leader.replica().log.compact_index == leader.machine().applied_index - 5
+        full.driver.space.succeeded("a test")
+
+
 async def test_ranges_at_rest_are_told_so_now_and_then(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

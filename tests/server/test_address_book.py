@@ -57,9 +57,9 @@ def test_a_table_that_is_behind_does_not_bring_an_old_address_back() -> None:
 def test_a_greeting_from_a_copy_gives_way_to_the_table_though_it_counted_further() -> None:
     nodes = book(entry(N2, "old:1", 1))
     nodes.greeted(N2, "copy:1", 5, token(5))
-    assert not dict(nodes)[N2].agreed
+    assert dict(nodes)[N2].agreed == (1, token(1))
     nodes.table([entry(N2, "old:1", 2)], lambda node_id, boot, start_token: (boot, start_token) != (5, token(5)))
-    assert dict(nodes)[N2] == KnownNode("n2", "old:1", 2, token(2), agreed=True)
+    assert dict(nodes)[N2] == KnownNode("n2", "old:1", 2, token(2), agreed=(2, token(2)))
 
 
 def test_the_token_of_the_newest_start_stays_whoever_told_of_it() -> None:

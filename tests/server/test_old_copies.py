@@ -289,3 +289,65 @@ async def test_trap_24_who_was_refused_for_a_copy_that_was_heard_first_comes_bac
         n3.start_soon()
         await trio.sleep(5)
         assert n3.alive
+
+
+async def test_trap_24_what_the_group_had_agreed_on_is_known_after_a_restart_though_a_newer_start_was_heard_since(
+    autojump_clock: MockClock,
+) -> None:
+    """The copy names the start that n1 heard last as little as the one that was agreed on, but counts further."""
+    async with world(3) as cluster, cluster.client("n2", "n3") as kv:
+        await cluster.formed(kv)
+        await kv.put(b"k", OLD)
+        n1, n2, n3 = (cluster.nodes[name] for name in ("n1", "n2", "n3"))
+        copy = await copied_before(cluster, n3, starts=1)
+        await n3.kill()
+        n3.start_soon()
+        with trio.fail_after(20):
+            while dict(n1.inside.placement._address_book)[NodeId(3)].boot < 3:  # noqa: ASYNC110
+                await trio.sleep(0.0005)
+        cluster.partition(["n1"], ["n2", "n3"])
+        await trio.sleep(5)
+        await kv.put(b"k", NEW)
+        await n1.kill()
+        await both_die_and_one_is_put_back(cluster, copy)
+        for _ in range(2):
+            await n3.start()
+            await trio.sleep(1)
+            await n3.kill()
+        cluster.heal()
+        n1.start_soon()
+        await trio.sleep(1)
+        n3.start_soon()
+        await reads_nothing_old(cluster)
+        n2.start_soon()
+        await holds_what_was_acknowledged(cluster)
+
+
+async def test_trap_24_a_copy_that_was_heard_is_held_against_nobody_after_a_restart_of_who_heard_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with world(3) as cluster, cluster.client("n2", "n3") as kv:
+        await cluster.formed(kv)
+        n1, n3 = cluster.nodes["n1"], cluster.nodes["n3"]
+        mine = n3.inside.listener._identity
+        await n3.kill()
+        cluster.partition(["n1"], ["n2", "n3"])
+        await n3.start()
+        await trio.sleep(3)
+        environment = simulated_environment("twins", seed=1, network=cluster.network)
+        connection = Connection(await environment.network.dial(n1.address), clock=environment.clock)
+        earlier = (b"d" * 16, mine.start_token, *mine.earlier_tokens)
+        copy = Hello(Role.PEER, mine.cluster_id, NodeId(3), NodeId(1), mine.boot + 2, n3.address, b"c" * 16, earlier)
+        await greet(connection, FrameDecoder(), copy, clock=environment.clock, known_boots=KnownBoots())
+        await trio.sleep(2)
+        await connection.aclose("the copy is ended for good")
+        await n1.kill()
+        cluster.heal()
+        await n1.start()
+        await trio.sleep(30)
+        assert n3.inside.listener is not None
+        await n3.kill()
+        await n3.start()
+        await trio.sleep(10)
+        assert n3.alive
+        assert n3.inside.pool.connected(NodeId(1))

@@ -27,7 +27,8 @@ PROBLEMS_MAX: Final = 5
 """Nodes whose problems are named together."""
 PROBLEM_CHARACTERS_MAX: Final = 200
 REFUSAL_SECONDS: Final = 10.0
-"""For so long a node's refusal says what keeps it from answering; one that is not connected says so until it is."""
+"""For so long a node's refusal, or the end of its connection, says what keeps it from answering; then only what comes
+of dialling it."""
 _PING: Final = encode_frame(FrameKind.PING, b"")
 
 
@@ -196,8 +197,9 @@ class Links:
         """What keeps each node from answering, in words for a person; or the last thing that went wrong."""
         found = []
         for peer in self.peers.values():
-            away = peer.link is None or not peer.link.greeted
-            if peer.problem is not None and (away or now - peer.problem_at <= REFUSAL_SECONDS):
+            # One that nobody has needed since it went away may be well.
+            tried = peer.dial_after > now or (peer.link is not None and not peer.link.greeted)
+            if peer.problem is not None and (tried or now - peer.problem_at <= REFUSAL_SECONDS):
                 found.append(peer.problem)
         if not found:
             return self.problem and f"last problem: {self.problem}"

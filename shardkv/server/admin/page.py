@@ -66,9 +66,10 @@ def render(name: str, status: Any, ranges: Any, problem: str) -> bytes:
 
 def _facts(status: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str:
     leader = next((row["name"] for row in nodes if row["id"] == status["placement_leader"]), "nobody")
-    settled = "settled" if status["settled"] else f"not settled: {status['unsettled']}"
+    # The placement leader may run an earlier version.
+    settled = "settled" if status["settled"] else f"not settled: {status.get('unsettled', 'it is under way')}"
     return (
-        f"cluster {status['cluster_id'][:8]} · version {status['version']} · {settled} · {status['live']} of "
+        f"cluster {status['cluster_id'][:8]} · version {status['version']} · {settled} · {status.get('live', '?')} of "
         f"{status['nodes']} nodes live · {status['ranges']} ranges · placement led by {leader}"
     )
 
@@ -87,7 +88,7 @@ def _node_row(row: Mapping[str, Any]) -> str:
 
 
 def _range_row(row: Mapping[str, Any], names: Mapping[int, str]) -> str:
-    leader, learners = row["leader"], row["learners"]
+    leader, learners = row["leader"], row.get("learners", ())
     cells = [
         str(row["id"]),
         show_key(row["start"]) or "−∞",
