@@ -251,8 +251,8 @@ BUGS = (
         ("stall", "blackout", "sudden"),
         2,
     ),
-    Bug("two-votes-in-a-term", "one vote a term (Raft, 5.2)", double_vote, ("relay", "slow"), 12),
-    Bug("vote-for-a-shorter-log", "election restriction (Raft, 5.4.1)", vote_for_a_shorter_log, ("depose", "kill"), 1),
+    Bug("two-votes-in-a-term", "one vote a term (Raft, 5.2)", double_vote, ("relay", "slow"), 6),
+    Bug("vote-for-a-shorter-log", "election restriction (Raft, 5.4.1)", vote_for_a_shorter_log, ("depose", "kill"), 2),
     Bug("commit-without-quorum", "a majority commits (Raft, 5.3)", commit_by_one, ("depose", "kill"), 1),
     Bug(
         "commit-of-an-old-term",

@@ -386,7 +386,7 @@ BUGS = (
         "the dedupe table is in snapshots (trap 12)",
         sessions_left_out_of_snapshots,
         ("lag", "flush", "lost-answers"),
-        2,
+        1,
         workload="counters",
     ),
     Bug(
@@ -429,7 +429,7 @@ BUGS = (
         "the epoch is checked again when an entry is applied (trap 4)",
         epoch_checked_only_when_proposed,
         ("split-retry", "split", "slow"),
-        11,
+        15,
         rate=100,
         tuning=entries_follow_at_once,
     ),
