@@ -32,7 +32,13 @@ from shardkv.storage.wal import CreateGroup, LogUpdate
 from shardkv.transport.groups import main_error
 from shardkv.types import SESSION_AGE_MS_MAX, RangeId, ReplicaId
 from tests.multiraft.test_snapshots import led_by_another
-from tests.multiraft.world import PROMISE_NS, RANGE, world
+from tests.multiraft.world import PROMISE_NS, RANGE, Hosts, world
+
+
+async def write_many(hosts: Hosts, count: int, value: bytes = b"v") -> None:
+    """So many entries."""
+    for number in range(count):
+        await hosts.write(b"k%d" % number, value)
 
 
 async def test_room_is_measured_at_every_look_while_the_node_writes_or_lacks_room_and_less_often_at_rest(
@@ -251,8 +257,7 @@ async def test_a_log_file_that_is_taken_away_under_a_node_ends_it_before_it_is_f
 async def test_the_newest_entries_stay_in_the_log_though_every_follower_has_them(autojump_clock: MockClock) -> None:
     """The next leader may have a follower that is a little behind; and none may go that is not applied here."""
     async with world(3) as hosts:
-        for number in range(20):
-            await hosts.write(b"k%d" % number, b"v")
+        await write_many(hosts, 20)
         await hosts.agreed()
         await trio.sleep(1)
         leader = hosts.leader()
@@ -266,16 +271,14 @@ async def test_the_log_keeps_for_a_follower_that_is_away_only_what_it_can_use(
 ) -> None:
     """Once its next entry is gone it gets a snapshot, whatever is kept; and where nothing goes, nothing is counted."""
     async with world(3) as hosts:
-        for number in range(20):
-            await hosts.write(b"k%d" % number, b"v")
+        await write_many(hosts, 20)
         await hosts.agreed()
         leader = hosts.leader()
         away = next(host for host in hosts.values() if host is not leader)
         await away.crash()
         held = leader.replica().log.last_index()
         leader.maintenance.kept = (5, 40)
-        for number in range(20):
-            await hosts.write(b"k%d" % number, b"v")
+        await write_many(hosts, 20)
         log = leader.replica().log
         counted: list[int] = []
         with monkeypatch.context() as patch:
@@ -283,8 +286,7 @@ async def test_the_log_keeps_for_a_follower_that_is_away_only_what_it_can_use(
             await leader.maintenance.flush_and_compact()
         assert log.compact_index == held
         assert not counted
-        for number in range(40):
-            await hosts.write(b"k%d" % number, b"v")
+        await write_many(hosts, 40)
         await leader.maintenance.flush_and_compact()
         assert log.compact_index == leader.machine().applied_index - 45
         await leader.maintenance.flush_and_compact()
@@ -304,8 +306,7 @@ async def test_a_log_of_very_many_segments_keeps_nothing_for_those_far_behind(
         away = next(host for host in hosts.values() if host is not leader)
         await away.crash()
         leader.maintenance.kept = (5, 10_000)
-        for number in range(20):
-            await hosts.write(b"k%d" % number, bytes(20_000))
+        await write_many(hosts, 20, bytes(20_000))
         assert leader.wal.statistics().segments > 2
         await trio.sleep(AWAY_SECONDS + 1)
         await leader.maintenance.flush_and_compact()
@@ -342,15 +343,13 @@ async def test_trap_11_a_new_leader_keeps_what_its_predecessor_will_need_when_it
 ) -> None:
     """It has not heard of it in this term: a rolling restart under load would send a snapshot of every range."""
     async with world(3) as hosts:
-        for number in range(20):
-            await hosts.write(b"k%d" % number, b"v")
+        await write_many(hosts, 20)
         await hosts.agreed()
         former = hosts.leader()
         await former.crash()
         leader = await hosts.led()
         leader.maintenance.kept = (5, 10_000)
-        for number in range(30):
-            await hosts.write(b"k%d" % number, b"v")
+        await write_many(hosts, 30)
         await leader.maintenance.flush_and_compact()
         await former.start()
         await hosts.agreed()
@@ -368,8 +367,7 @@ async def test_a_follower_that_is_there_and_takes_nothing_does_not_fill_the_disk
         full = next(host for host in hosts.values() if host is not leader)
         full.driver.space.failed("a test", OutOfSpace("full"))
         leader.maintenance.kept = (5, 10_000)
-        for number in range(100):
-            await hosts.write(b"k%d" % number, bytes(20_000))
+        await write_many(hosts, 100, bytes(20_000))
         await trio.sleep(60)
         await leader.maintenance.flush_and_compact()
         assert leader.replica().log.compact_index == leader.machine().applied_index - 5
@@ -399,8 +397,7 @@ async def test_what_a_replica_had_applied_is_not_said_of_the_one_in_its_place(
     async with world(1) as hosts:
         host = hosts[1]
         await hosts.led(RANGE)
-        for number in range(20):
-            await hosts.write(b"k%d" % number, b"v")
+        await write_many(hosts, 20)
         host.maintenance.kept = (5, 100)
         former = host.replica(RANGE)
         begin = former.log.compact_index

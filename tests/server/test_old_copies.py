@@ -263,6 +263,15 @@ async def test_trap_24_an_old_copy_that_is_told_to_join_itself_does_not_take_its
         assert not n3.alive
 
 
+async def heard(node: SimulatedNode, copy: Hello) -> None:
+    """A node is greeted by a copy, which is ended for good soon after."""
+    environment = simulated_environment("twins", seed=1, network=node.cluster.network)
+    connection = Connection(await environment.network.dial(node.address), clock=environment.clock)
+    await greet(connection, FrameDecoder(), copy, clock=environment.clock, known_boots=KnownBoots())
+    await trio.sleep(2)
+    await connection.aclose()
+
+
 @pytest.mark.parametrize("apart", [1, 2])
 async def test_trap_24_who_was_refused_for_a_copy_that_was_heard_first_comes_back_once_that_has_ended(
     autojump_clock: MockClock, apart: int
@@ -276,11 +285,9 @@ async def test_trap_24_who_was_refused_for_a_copy_that_was_heard_first_comes_bac
         mine = n3.inside.listener._identity
         await n2.kill()  # without n3 nobody agrees on anything then
         await n3.kill()
-        environment = simulated_environment("twins", seed=1, network=cluster.network)
-        connection = Connection(await environment.network.dial(n1.address), clock=environment.clock)
-        copy = Hello(Role.PEER, mine.cluster_id, NodeId(3), NodeId(1), boot=mine.boot + apart, start_token=b"c" * 16)
-        await greet(connection, FrameDecoder(), copy, clock=environment.clock, known_boots=KnownBoots())
-        await connection.aclose("the copy is ended for good")
+        await heard(
+            n1, Hello(Role.PEER, mine.cluster_id, NodeId(3), NodeId(1), mine.boot + apart, start_token=b"c" * 16)
+        )
         for _ in range(apart):
             n3.start_soon()
             await trio.sleep(5)
@@ -334,18 +341,14 @@ async def test_trap_24_a_copy_that_was_heard_is_held_against_nobody_after_a_rest
         cluster.partition(["n1"], ["n2", "n3"])
         await n3.start()
         await trio.sleep(3)
-        environment = simulated_environment("twins", seed=1, network=cluster.network)
-        connection = Connection(await environment.network.dial(n1.address), clock=environment.clock)
         earlier = (b"d" * 16, mine.start_token, *mine.earlier_tokens)
-        copy = Hello(Role.PEER, mine.cluster_id, NodeId(3), NodeId(1), mine.boot + 2, n3.address, b"c" * 16, earlier)
-        await greet(connection, FrameDecoder(), copy, clock=environment.clock, known_boots=KnownBoots())
-        await trio.sleep(2)
-        await connection.aclose("the copy is ended for good")
+        await heard(
+            n1, Hello(Role.PEER, mine.cluster_id, NodeId(3), NodeId(1), mine.boot + 2, n3.address, b"c" * 16, earlier)
+        )
         await n1.kill()
         cluster.heal()
         await n1.start()
         await trio.sleep(30)
-        assert n3.inside.listener is not None
         await n3.kill()
         await n3.start()
         await trio.sleep(10)
