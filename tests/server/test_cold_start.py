@@ -91,6 +91,8 @@ async def test_a_node_may_be_told_to_join_itself_among_others(autojump_clock: Mo
         second.config = replace(second.config, join=(second.address, first.address))
         await first.start()
         await second.start()
+        async with cluster.client() as kv:
+            await cluster.until(kv, lambda status, ranges: status["live"] == len(cluster.nodes))
 
 
 async def test_a_new_cluster_waits_for_no_promise_that_nobody_can_have_made(autojump_clock: MockClock) -> None:
