@@ -308,7 +308,7 @@ class OutOfSpace(StorageError):
 
 
 class DataDirectoryError(StorageError):
-    """The data directory is foreign, of a newer format, in use, or not a directory."""
+    """The data directory is foreign, of a newer format, in use, refused as an old copy, or not a directory."""
 
     code = 63
 

@@ -226,8 +226,8 @@ class Client:
         """Read a key; None if it is absent.
 
         Args:
-            consistency: ``"linearizable"``; ``"follower"``: the same, served by any replica; ``"stale"``: by any
-                replica from what it has, which may lag behind.
+            consistency: ``"linearizable"``; ``"follower"``: the same, served by a near replica; ``"stale"``: by one
+                from what it has, which may lag behind.
             max_age: of a stale read: how many seconds old the answer may be at most. Replicas that may be older do not
                 answer; when none can, in the end, that is Unavailable. None: any age that a replica can vouch for.
             on_age: called before the answer is returned, with the seconds that it is old at most: it holds every write

@@ -114,7 +114,9 @@ def status(session: Session, as_json: bool) -> None:
 @json_option
 @connected
 def nodes(session: Session, as_json: bool) -> None:
-    """List the nodes, with how many replicas each holds and how many ranges it leads.
+    """List the nodes, with how many replicas each holds and how many of these lead.
+
+    The placement group's replicas count like those of ranges.
 
     A node is live; suspect, when it has been silent for 2 s; down, after 10 s; or its disk stalls (slow disk) or
     has little room left (nearly full): others lead its ranges then.

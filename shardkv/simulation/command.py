@@ -49,9 +49,17 @@ def _faults(context: click.Context, parameter: click.Parameter, value: str) -> t
 @click.option(
     "--rate", type=Finite(0.1, CALLS_PER_SECOND_MAX), default=20.0, show_default=True, help="Calls per second."
 )
-@click.option("--faults", default="all", callback=_faults, help="all, none, or names with commas between them.")
+@click.option(
+    "--faults", default="all", callback=_faults, show_default=True, help="all, none, or names with commas between them."
+)
 @click.option("--swarm", "count", type=click.IntRange(min=1), help="Run so many seeds, in processes of their own.")
-@click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Processes of a swarm at once.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    show_default="one for each processor",
+    help="Processes of a swarm at once.",
+)
 @click.option(
     "--resume",
     type=click.Path(dir_okay=False, path_type=Path),
