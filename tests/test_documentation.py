@@ -1,21 +1,39 @@
 """What the documentation and the code refer to exists: pages, headings, and what both name by number."""
 
+import importlib
 import re
+import tomllib
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from shardkv import errors
+from shardkv.config import SETTINGS
 from shardkv.errors import ShardKVError
+from shardkv.simulation.faults import KINDS
+from shardkv.simulation.workload import WORKLOADS
+from shardkv.storage import directory, record
+from tests.simulation.bugs import ALL
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("shardkv", "client", "placement", "bench", "tests")
-PAGES = sorted((ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")))
+GUIDES = sorted((ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+"""What is true now, unlike a line of the changelog."""
+PAGES = sorted((*GUIDES, ROOT / "CHANGELOG.md"))
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 TRAPS = re.compile(r"\btraps? ([0-9]+(?:(?:, | and )[0-9]+)*)|\btest_trap_([0-9]+)", re.IGNORECASE)
 SECTIONS = re.compile(r"\bDESIGN §?([0-9]+(?:\.[0-9]+)?)")
+PACKAGES = sorted(each.name for each in (ROOT / "shardkv").iterdir() if (each / "__init__.py").exists())
+PATH = re.compile(rf"(?<![\w./])(?:{'|'.join((*FOLDERS, 'docs', *PACKAGES))})/\w[\w./-]*\w")
+"""A file or folder; those of the package ``shardkv`` without its name, modules without ``.py``: ``raft/lease``."""
+MODULE = re.compile(r"\bpython -m ([\w.]+)")
+DOTTED = re.compile(r"(?<![\w./])shardkv(?:_client|_placement|_bench)?(?:\.[A-Za-z_]\w*)+")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*\w")
+VARIABLE = re.compile(r"\bSHARDKV_[A-Z_]+")
 
 
 def anchors(page: Path) -> set[str]:
@@ -65,3 +83,103 @@ def test_every_section_of_the_design_that_is_named_exists() -> None:
     for path, text in texts():
         for number in SECTIONS.findall(text):
             assert number in known, f"{path} names DESIGN {number}, which docs/design.md does not have"
+
+
+@cache
+def code() -> str:
+    """Every module, as one text."""
+    return "\n".join(path.read_text() for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
+
+
+def names_something(path: str) -> bool:
+    """Whether there is such a file, folder or module, or a name that is defined in a module: ``ranges/split.adopt``."""
+    module, _, name = path.rpartition(".")
+    for root in (ROOT, ROOT / "shardkv"):
+        if (root / path).exists() or (root / f"{path}.py").exists():
+            return True
+        if (root / f"{module}.py").exists():
+            return (
+                re.search(rf"^(?:def|class|async def) {name}\b", (root / f"{module}.py").read_text(), re.M) is not None
+            )
+    return False
+
+
+def is_importable(dotted: str) -> bool:
+    """Whether it is a module, or what is to be had from one."""
+    name, rest = dotted, []
+    while name:
+        try:
+            found: object = importlib.import_module(name)
+        except ModuleNotFoundError:
+            name, _, last = name.rpartition(".")
+            rest.insert(0, last)
+            continue
+        for each in rest:
+            found = getattr(found, each, None)
+        return found is not None
+    return False
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_modules_options_and_variables_that_a_page_names_exist(page: Path) -> None:
+    text, source = page.read_text(), code()
+    flags = {setting.flag for setting in SETTINGS.values()}
+    flags |= {flag for quoted in re.findall(r"\"(--[^\"]*)\"", source) for flag in OPTION.findall(quoted)}
+    missing = [path for path in PATH.findall(text) if not names_something(path)]
+    missing += [module for module in MODULE.findall(text) if find_spec(module) is None]
+    missing += [name for name in DOTTED.findall(text) if not is_importable(name)]
+    missing += [option for option in OPTION.findall(text) if option not in flags]
+    variables = {setting.variable for setting in SETTINGS.values()}
+    missing += [name for name in VARIABLE.findall(text) if name not in variables and f'"{name}"' not in source]
+    assert not missing, f"{page.relative_to(ROOT)} names {missing}, which are not there"
+
+
+def first_cells(page: str, heading: str) -> set[str]:
+    """What stands in backquotes in the first column of the table that begins with this heading."""
+    _, _, after = (ROOT / "docs" / page).read_text().partition(f"\n| {heading} |")
+    table = after.partition("\n\n")[0].splitlines()
+    return {name for row in table for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+
+
+def modules_of(folder: str) -> set[str]:
+    return {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize(
+    "page, folder",
+    [("internals/raft.md", "shardkv/raft"), ("internals/placement.md", "placement/shardkv_placement")],
+)
+def test_a_page_about_a_package_has_all_of_its_modules(page: str, folder: str) -> None:
+    assert first_cells(page, "module") == modules_of(folder)
+
+
+def test_the_architecture_has_every_package() -> None:
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    modules = {name.rpartition(".")[2] for layer in layers for name in re.findall(r"[\w.]+", layer)}
+    assert {name.rpartition("/")[2] for name in first_cells("architecture.md", "package")} - {"real"} == modules
+
+
+def test_what_the_simulator_can_do_is_in_its_guide() -> None:
+    guide = " ".join((ROOT / "docs/simulation.md").read_text().split())
+    workloads, faults = re.findall(
+        r"`--workload` \((.*?)\) and `--faults` \(`all`, `none`, or names: `(.*?)`\)", guide
+    )[0]
+    assert set(re.findall(r"`(\w+)`", workloads)) == set(WORKLOADS)
+    assert faults.split(", ") == list(KINDS)
+    helpers = {"failing_window", "violation"}
+    assert first_cells("simulation.md", "checker") == modules_of("shardkv/simulation/checkers") - helpers
+
+
+def test_every_deliberate_bug_is_in_the_table_with_the_seed_that_finds_it() -> None:
+    page = (ROOT / "docs/internals/simulation.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| (.*?) \| ([0-9]+) \|", page, re.MULTILINE)
+    assert {name: (rule, int(seed)) for name, rule, seed in rows} == {
+        name: (bug.breaks, bug.seed) for name, bug in ALL.items()
+    }
+
+
+def test_the_formats_on_disk_are_those_of_their_page() -> None:
+    page = (ROOT / "docs/internals/storage.md").read_text()
+    assert f"| 8 | 4 | format of the whole directory, {directory.FORMAT} |" in page
+    assert f"kind (1 byte: {record.RecordKind.TURN} turn, {record.RecordKind.CHECKPOINT} checkpoint)" in page
+    assert f"format (1 byte: {record.FORMAT})" in page

@@ -1,6 +1,7 @@
 """The admin endpoint of a node of the real environment on loopback, asked over HTTP."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -374,6 +375,9 @@ async def test_a_real_node_says_where_it_serves_and_collects_its_own_garbage(tmp
         (address,) = [word.removeprefix("address=") for word in line.split() if word.startswith("address=")]
         metrics = (await ask(address, "/metrics")).body.decode()
         assert 'shardkv_garbage_collections_total{kind="full"}' in metrics
+        page = (Path(__file__).parents[2] / "docs/admin.md").read_text()
+        shown = set(re.findall(r"^# TYPE (shardkv_\w+) ", metrics, re.MULTILINE))
+        assert shown == set(re.findall(r"`(shardkv_\w+)[`{]", page)), "docs/admin.md has them all"
         assert await terminate(world, "n1") == 0
 
 

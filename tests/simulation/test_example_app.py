@@ -1,6 +1,7 @@
 """The fixture as users meet it: a small application with its own tests, outside of this tree, under several plugins."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,19 @@ def test_an_application_outside_of_the_package_is_tested_with_faults(tmp_path: P
     found = run_pytest(application, "tests", "-p", "no:cacheprovider")
     assert found.returncode == 0, found.stdout + found.stderr
     assert "5 passed" in found.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/simulation.md"])
+def test_the_tests_that_a_page_shows_run(tmp_path: Path, page: str) -> None:
+    """Without pytest-trio, which neither page asks for."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    shown = [each for each in examples if "shardkv_cluster" in each]
+    assert shown, f"{page} shows none"
+    shutil.copytree(APPLICATION / "orders", tmp_path / "orders", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "test_it.py").write_text("\n\n".join(["import pytest", *shown]))
+    found = run_pytest(tmp_path, "-p", "no:cacheprovider")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert f"{len(shown)} passed" in found.stdout
 
 
 FAILING = """
