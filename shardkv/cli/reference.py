@@ -30,7 +30,7 @@ strings, for they exceed 2⁵³. A field that is not UTF-8 is renamed with `_bas
 | code | means |
 | --- | --- |
 | 0 | done |
-| 1 | the cluster answered with an error, or the key is absent |
+| 1 | the cluster answered with an error, the key is absent, or something else failed |
 | 2 | wrong usage |
 | 3 | the cluster could not be reached in time; a write was certainly not applied |
 | 4 | the outcome of a write is unknown |
