@@ -648,7 +648,9 @@ class _Node:
                 except WrongCluster as error:
                     self._log.error("a node runs there on an old copy", address=address, reason=str(error))
                     continue
-                if self._address_book.greeted(found.node_id, address, found.boot, found.start_token):
+                if self._address_book.greeted(
+                    found.node_id, address, found.boot, found.start_token, found.earlier_tokens
+                ):
                     self._apply_addresses()
                     self._known_nodes.changed()
 
