@@ -183,3 +183,30 @@ def test_the_formats_on_disk_are_those_of_their_page() -> None:
     assert f"| 8 | 4 | format of the whole directory, {directory.FORMAT} |" in page
     assert f"kind (1 byte: {record.RecordKind.TURN} turn, {record.RecordKind.CHECKPOINT} checkpoint)" in page
     assert f"format (1 byte: {record.FORMAT})" in page
+
+
+def test_the_readme_says_what_the_benchmarks_found() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    found = {}
+    for leaders, section in zip(("one", "spread"), re.split(r"^## ", page, flags=re.MULTILINE)[1:], strict=True):
+        workload = inflight = ""
+        for row in re.findall(r"^\|(.*)\|$", section, re.MULTILINE):
+            cells = [cell.strip() for cell in row.split("|")]
+            if len(cells) == 10 and cells[2] in ("shardkv", "etcd"):
+                workload, inflight = cells[0] or workload, cells[1] or inflight
+                found[leaders, workload, inflight, cells[2]] = cells[4], *cells[8:]
+
+    def figure(leaders: str, workload: str, inflight: str, place: int, system: str = "shardkv") -> str:
+        return f"{float(found[leaders, workload, inflight, system][place]):.1f}"
+
+    gets = sorted(figure("one", "get", inflight, 1) for inflight in ("16", "64", "256"))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for claim in (
+        f"with one range, {figure('one', 'put', '64', 1)} and {figure('one', 'put', '256', 1)} times etcd's puts",
+        *(f"for {figure('one', 'put', inflight, 2)} of its server CPU" for inflight in ("64", "256")),
+        f"{gets[0]} to {gets[-1]} times its linearizable gets from 16 in flight on",
+        f"takes {figure('one', 'put', '1', 0)} ms where etcd's takes {figure('one', 'put', '1', 0, 'etcd')}",
+        f"come to {figure('spread', 'put', '64', 1)} and {figure('spread', 'put', '256', 1)} times etcd's",
+        f"at 16 in flight to {figure('spread', 'put', '16', 1)}",
+    ):
+        assert claim in readme
