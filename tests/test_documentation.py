@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from shardkv import errors
+from shardkv.cli.reference import commands
 from shardkv.config import SETTINGS
 from shardkv.errors import ShardKVError
+from shardkv.simulation.command import simulation
 from shardkv.simulation.faults import KINDS
 from shardkv.simulation.workload import WORKLOADS
 from shardkv.storage import directory, record
+from shardkv_bench.command import bench
 from tests.simulation.bugs import ALL
 
 ROOT = Path(__file__).parents[1]
@@ -86,9 +89,21 @@ def test_every_section_of_the_design_that_is_named_exists() -> None:
 
 
 @cache
-def code() -> str:
-    """Every module, as one text."""
-    return "\n".join(path.read_text() for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
+def code(*folders: str) -> str:
+    """Every module, or those of some folders, as one text."""
+    return "\n".join(
+        path.read_text() for folder in folders or FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))
+    )
+
+
+@cache
+def options() -> set[str]:
+    """All that the product's commands take."""
+    found = {"--help", "--shardkv-seed", *(setting.flag for setting in SETTINGS.values())}
+    for command in (*(each for _, each in commands()), simulation, *bench.commands.values()):
+        for parameter in command.params:
+            found.update(parameter.opts, parameter.secondary_opts)
+    return found
 
 
 def names_something(path: str) -> bool:
@@ -123,8 +138,9 @@ def is_importable(dotted: str) -> bool:
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_modules_options_and_variables_that_a_page_names_exist(page: Path) -> None:
     text, source = page.read_text(), code()
-    flags = {setting.flag for setting in SETTINGS.values()}
-    flags |= {flag for quoted in re.findall(r"\"(--[^\"]*)\"", source) for flag in OPTION.findall(quoted)}
+    flags = options() | {
+        flag for quoted in re.findall(r"\"(--[^\"]*)\"", code("tests")) for flag in OPTION.findall(quoted)
+    }
     missing = [path for path in PATH.findall(text) if not names_something(path)]
     missing += [module for module in MODULE.findall(text) if find_spec(module) is None]
     missing += [name for name in DOTTED.findall(text) if not is_importable(name)]
@@ -132,6 +148,20 @@ def test_files_modules_options_and_variables_that_a_page_names_exist(page: Path)
     variables = {setting.variable for setting in SETTINGS.values()}
     missing += [name for name in VARIABLE.findall(text) if name not in variables and f'"{name}"' not in source]
     assert not missing, f"{page.relative_to(ROOT)} names {missing}, which are not there"
+
+
+@pytest.mark.parametrize("folder", ["shardkv", "client", "placement"])
+def test_options_that_a_message_or_a_docstring_names_exist(folder: str) -> None:
+    assert set(OPTION.findall(code(folder))) <= options()
+
+
+def test_what_the_quick_start_says_of_the_log_is_what_nodes_log() -> None:
+    rows = re.findall(r"^\| (`.*`) in a node's log \|", (ROOT / "docs/quickstart.md").read_text(), re.MULTILINE)
+    phrases = [phrase for row in rows for phrase in re.findall(r"`([^`]+)`", row)]
+    assert len(phrases) >= 5
+    for phrase in phrases:
+        begins = re.split(r"[0-9]", phrase)[0]
+        assert re.search(rf'"{re.escape(begins)}', code("shardkv")), f"no node logs {phrase!r}"
 
 
 def first_cells(page: str, heading: str) -> set[str]:
