@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shardkv.config import NodeConfig
-from shardkv.multiraft import maintenance, snapshot_parts, snapshots
+from shardkv.multiraft import maintenance, replica, snapshot_parts, snapshots
 from shardkv.raft import election
 from shardkv.server import answer_budget, disk_health, garbage, intake, missing_leaders, requests
 from shardkv.server.admin import serving
@@ -48,6 +48,11 @@ FIGURES = {
         f"{answer_budget.BACKLOG_BYTES_MAX // MIB} MiB, all clients together; beyond it",
         f"more than {answer_budget.DROP_BYTES_MIN // MIB} MiB are untaken",
         f"after {garbage.FORCE_SECONDS:g} s or {garbage.YOUNG_OBJECTS_MAX:,} new objects",
+    ),
+    "architecture.md": (
+        f"for {replica.PIPELINE_NS / 1e6:g} ms, or until there is much",
+        f"up to {replica.GATHER_NS / 1e6:g} ms, until most",
+        f"about {replica.ENTRY_BYTES_MAX // MIB} MiB at most",
     ),
     "client.md": (
         f"1 byte to {KEY_BYTES_MAX // KIB} KiB, a value up to {VALUE_BYTES_MAX // MIB} MiB",
