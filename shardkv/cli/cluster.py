@@ -134,7 +134,8 @@ def nodes(session: Session, as_json: bool) -> None:
 def ranges(session: Session, as_json: bool) -> None:
     """List the ranges: their keys, leader and replicas (node ids), epoch and size.
 
-    A replica with a * is a learner: it has no vote yet, and does not count for what the range survives.
+    A replica with a * is a learner: it has no vote yet, and does not count for what the range survives. With --json a
+    range that has some names their nodes as learners.
     """
 
     async def body(client: Client) -> list[dict[str, Any]]:
