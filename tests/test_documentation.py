@@ -1,5 +1,6 @@
 """What the documentation and the code refer to exists: pages, headings, and what both name by number."""
 
+import ast
 import importlib
 import re
 import tomllib
@@ -172,7 +173,7 @@ def first_cells(page: str, heading: str) -> set[str]:
 
 
 def modules_of(folder: str) -> set[str]:
-    return {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    return {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__", "__main__"}
 
 
 @pytest.mark.parametrize(
@@ -181,6 +182,25 @@ def modules_of(folder: str) -> set[str]:
 )
 def test_a_page_about_a_package_has_all_of_its_modules(page: str, folder: str) -> None:
     assert first_cells(page, "module") == modules_of(folder)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        *(
+            f"shardkv/{name}"
+            for name in ("machine", "multiraft", "ranges", "server", "simulation", "transport", "wire")
+        ),
+        "client/shardkv_client/core",
+        "bench/shardkv_bench",
+    ],
+)
+def test_a_package_introduces_all_of_its_modules(folder: str) -> None:
+    """Those that do so at all, and nothing that is not there."""
+    introduction = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or ""
+    named = set(re.findall(r"``(\w+)``", introduction))
+    packages = {path.parent.name for above in (folder, "shardkv") for path in (ROOT / above).glob("*/__init__.py")}
+    assert named - packages | named & modules_of(folder) == modules_of(folder)
 
 
 def test_the_architecture_has_every_package() -> None:

@@ -2,7 +2,7 @@
 
 Nothing here knows of Raft's rules, of disks or of the network: committed bytes go in, changes to one write batch and
 outcomes come out. ``machine`` is the object that a replica owns; ``entries`` are the bytes it applies; ``execution``
-runs commands; ``sessions`` makes retries apply once; ``keys`` and ``envelope`` fix how rows look in the engine;
+runs commands; ``sessions`` makes retries apply once; ``keys``, ``rows`` and ``envelope`` fix how rows look;
 ``split`` divides a descriptor; ``reads``, ``size`` and ``snapshot`` look at a range's rows; ``clock`` gives stamps.
 """
 

@@ -7,10 +7,10 @@
   ``operations`` is what takes several steps, each with a ``reply`` to wait for.
 * Other nodes: ``peers`` connects driver and transport, ``address_book`` knows where they are and ``known_nodes`` writes
   that down, ``internal_client`` asks them as a client would, ``draining`` leaves them the leaderships at a stop.
-  ``placement_service`` is this node's part in placement, ``introduction`` how that learns of a start, and ``splitter``
-  splits what has grown.
-* Health: ``disk_health``, ``clock_health``, ``loop_health``; ``garbage`` chooses when the process collects. ``admin``
-  shows all of it over HTTP.
+  ``placement_service`` is this node's part in placement, ``introduction`` how that learns of a start, ``overview`` what
+  people are told of it, and ``splitter`` splits what has grown.
+* Health: ``disk_health``, ``clock_health``, ``loop_health``; ``garbage`` chooses when the process collects. The log is
+  told of ``missing_leaders``, ``missing_data`` and ``shared_addresses``. ``admin`` shows the node over HTTP.
 
 The world is handed in, so that the same code runs in virtual time.
 """

@@ -1,12 +1,12 @@
 """Whole clusters in virtual time, with faults: for our tests and for yours.
 
 ``cluster`` is where to begin: real nodes and real clients in one process. ``determinism`` makes a run repeat from its
-seed; ``trace`` digests what happened in it.
+seed, with a ``scheduler`` for trio's tasks; ``trace`` digests what happened in it.
 
 * A node's world is its ``environment``: ``clock``, ``workers``, ``disk`` (on ``files``), ``network`` (of ``pipes``, in
   some of which ``frames`` are repeated or overtaken). ``calls`` numbers what it asks of that world, to crash it there.
 * A run is ``runner``'s: ``faults`` and ``sequences`` of them, a ``workload`` with ``errands``, ``observing`` what nodes
-  hold, and the ``checkers`` that judge it. ``swarm`` does it for many seeds.
+  hold, and the ``checkers`` that judge it. ``swarm`` does it for many seeds, ``command`` from the command line.
 * ``pytest_plugin`` brings it to tests of your own.
 
 Nothing is imported here before it is asked for, for pytest loads the plugin into every test suite.

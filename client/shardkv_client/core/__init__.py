@@ -2,7 +2,8 @@
 
 ``engine`` puts them together; ``calls`` are what it moves, ``ledger`` which there are, ``cache`` and ``routing`` say
 where to, ``links`` over which connection, ``session`` under which sequence, ``packing`` in which bytes, ``answers``
-what an error means, ``timers`` when. No module here imports an event loop, a socket, a clock or a source of chance.
+what an error means, ``timers`` when, within the bounds of ``settings``. No module here imports an event loop, a socket,
+a clock or a source of chance.
 """
 
 from shardkv_client.core.calls import (
