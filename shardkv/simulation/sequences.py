@@ -290,14 +290,13 @@ async def _amnesia(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> 
     """Whoever is to lead next asks for votes while its disk stalls, dies before anybody has heard that it leads, and
     comes back to those who gave it their vote: does it know that it has had them?"""
     leaders = _leaders(faults)
-    others = [node for node in faults.cluster.nodes.values() if node.serving]
-    if not leaders or len(others) < 3:
+    serving = [node for node in faults.cluster.nodes.values() if node.serving]
+    if not leaders or len(serving) < 3:
         return
     range_id = faults.chance.choice(list(leaders))
     term, old = leaders[range_id]
-    others.remove(old)
-    next_ = faults.chance.choice(others)
-    replicas = {node: node.inside.catalog.replicas.get(range_id) for node in faults.cluster.nodes.values()}
+    next_ = faults.chance.choice([node for node in serving if node is not old])
+    replicas = {node: node.inside.catalog.replicas.get(range_id) for node in serving}
     target, leading = replicas.pop(next_), replicas[old]
     if target is None or leading is None:
         return

@@ -8,9 +8,12 @@ by scans. The rule: what a client was told is what is judged; nothing is asked o
 """
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Final
+
+import trio
 
 from shardkv.errors import (
     BatchError,
@@ -40,6 +43,13 @@ ERRAND_SECONDS: Final = 40.0
 """More than the timeouts of an errand's calls come to, one after the other: past it one of them hangs."""
 LATE_SECONDS: Final = 0.6
 """What a call may take beyond its timeout, clocks that drift included."""
+HASTY_SHARE: Final = 0.04
+"""Of the calls that clients work with. Their callers give up after this long, most of them while the call is out:"""
+HASTY_SECONDS: Final = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.5)
+BURST_MAX: Final = 5
+"""Calls that a client makes together,"""
+APART_SECONDS: Final = (0.0, 0.001, 0.01, 0.1)
+"""each so long after the first."""
 GENERATION_SECONDS: Final = 20.0
 REGISTERS, COUNTERS, LEDGERS, BULK = 6, 2, 4, 24
 """Keys of each family in a generation."""
@@ -50,20 +60,28 @@ WORKLOADS: Final[Mapping[str, Mapping[str, int]]] = MappingProxyType(
     {
         "mixed": {
             "get": 4, "near-get": 2, "put": 4, "delete": 1, "cas": 2, "increment": 4, "count": 1,
-            "ledger-put": 3, "ledger-get": 2, "stale": 2, "scan": 1, "bulk": 1, "many": 1, "errand": 2,
+            "ledger-put": 3, "ledger-get": 2, "stale": 2, "scan": 1, "bulk": 1, "many": 1, "burst": 1,
+            "errand": 2,
         },
         "errands": {"errand": 8, "put": 2, "get": 2, "increment": 1},
-        "counters": {"increment": 8, "count": 2},
-        "registers": {"get": 5, "near-get": 3, "put": 4, "delete": 2, "cas": 3},
-        "ledger": {"ledger-put": 6, "ledger-get": 4, "scan": 1, "bulk": 1, "many": 1},
+        "counters": {"increment": 8, "count": 2, "burst": 1},
+        "registers": {"get": 5, "near-get": 3, "put": 4, "delete": 2, "cas": 3, "burst": 1},
+        "ledger": {"ledger-put": 6, "ledger-get": 4, "scan": 1, "bulk": 1, "many": 1, "burst": 1},
         "stale": {"stale": 8, "ledger-put": 4, "ledger-get": 1},
         "bulk": {"bulk": 4, "ledger-put": 2, "many": 2, "scan": 1, "get": 1, "put": 1},
     }
 )  # fmt: skip
 """How often each kind of call is drawn, by the workload's name."""
 READS: Final = frozenset({"get", "near-get", "count", "ledger-get", "stale", "scan", "many"})
+SINGLY: Final = frozenset({"scan", "errand", "burst"})
+"""What is no part of a burst: a scan takes long, and an errand is many calls."""
 AGES_MAX: Final = (None, 0.15, 0.3, 1.0, 5.0)
 """How old stale reads may be; followers are at least a heartbeat interval old, and within the first hardly ever."""
+
+_patience: ContextVar[float | None] = ContextVar("patience", default=None)
+"""How long a task waits for each call that it makes; None: as long as the call may take."""
+_turn: ContextVar[int | None] = ContextVar("turn", default=None)
+"""Of the calls that a task makes together with others of the same client; None: it makes them one after the other."""
 
 
 class Workload:
@@ -121,12 +139,48 @@ class Workload:
         chance = determinism.seeded_random("client", self._seed, number)
         weights = {kind: often for kind, often in self._weights.items() if number >= READERS or kind in READS}
         kinds, often = list(weights), list(weights.values())
+        together = {kind: often for kind, often in weights.items() if kind not in SINGLY}
         async with self.cluster.client() as kv:
             while not self.stopped:
                 kind = chance.choices(kinds, often)[0]
-                await getattr(self, "_" + kind.replace("-", "_"))(kv, chance)
+                calls = 1
+                if kind == "burst":
+                    calls = chance.randint(2, BURST_MAX)
+                    await self._burst(kv, chance, chance.choices([*together], [*together.values()], k=calls))
+                else:
+                    await self._one(kv, chance, kind)
                 _check(kv)
-                await determinism.sleep(chance.expovariate(1 / self._pause_seconds))
+                await determinism.sleep(calls * chance.expovariate(1 / self._pause_seconds))
+
+    async def _one(self, kv: Client, chance: determinism.SeededRandom, kind: str) -> None:
+        """A call, or what belongs together; some callers do not wait for it to end."""
+        hasty = chance.random() < HASTY_SHARE
+        token = _patience.set(chance.choice(HASTY_SECONDS) if hasty else None)
+        try:
+            await getattr(self, "_" + kind.replace("-", "_"))(kv, chance)
+        finally:
+            _patience.reset(token)
+
+    async def _burst(self, kv: Client, chance: determinism.SeededRandom, kinds: list[str]) -> None:
+        """Several calls of one client at the same time."""
+
+        async def later(kind: str) -> None:
+            await determinism.sleep(chance.choice(APART_SECONDS))
+            await self._one(kv, chance, kind)
+
+        token = _turn.set(self.calls)
+        try:
+            async with trio.open_nursery() as nursery:
+                for kind in kinds:
+                    nursery.start_soon(later, kind)
+        finally:
+            _turn.reset(token)
+
+    @property
+    def turn(self) -> int:
+        """A number that grows from call to call of a client, but is one for those that it makes together."""
+        turn = _turn.get()
+        return self.calls if turn is None else turn
 
     async def call(self, what: str, key: object, call: Awaitable[Any]) -> tuple[str, Any]:
         """What became of a call: ``("ok" | "mismatch" | "unknown" | "refused", …)``."""
@@ -134,7 +188,8 @@ class Workload:
         trace = self.cluster.trace
         began = self.cluster.now
         how, result = "late", None
-        with determinism.deadline_after(CALL_SECONDS + LATE_SECONDS):
+        patience = _patience.get()
+        with determinism.deadline_after(CALL_SECONDS + LATE_SECONDS if patience is None else patience):
             try:
                 how, result = "ok", await call
             except VersionMismatch as error:
@@ -145,6 +200,8 @@ class Workload:
                 how = "unknown"
             except BatchError as error:
                 how, result = "batch", error
+        if how == "late" and patience is not None and self.cluster.now - began <= patience + LATE_SECONDS:
+            how = "unknown"
         if how == "late":
             raise Violation("every-call-ends", f"{what} {key!r} has no answer {self.cluster.now - began:.2f} s later")
         self.answered += how in ("ok", "mismatch")
@@ -265,14 +322,14 @@ class Workload:
         await self.ledger_put(kv, chance.choice(self.keys("l", LEDGERS, self.generation)), self._value(chance))
 
     async def ledger_put(self, kv: Client, key: bytes, value: bytes) -> bool:
-        floor = self.ledger.floor(key)
+        floor, turn = self.ledger.floor(key), self.turn
         self.ledger.called(key, value)
         how, version = await self.call("ledger-put", key, kv.put(key, value, timeout=CALL_SECONDS))
         if how == "ok":
-            self.ledger.acknowledged(key, version, value, floor, kv)
+            self.ledger.acknowledged(key, version, value, floor, kv, turn)
             self.staleness.known(key, version, self.cluster.now)
         elif how == "unknown":
-            self.ledger.unknown(key, value, kv)
+            self.ledger.unknown(key, value, kv, turn)
         return how == "ok"
 
     async def _ledger_get(self, kv: Client, chance: determinism.SeededRandom) -> None:

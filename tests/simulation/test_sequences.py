@@ -59,6 +59,21 @@ def test_a_disk_that_was_full_is_put_back_with_room() -> None:
     run_deterministically(main, seed=1)
 
 
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_sequence_passes_over_a_node_that_is_only_just_started(name: str) -> None:
+    """In a cluster that grows there is always one, and of more than three nodes the others are enough to act on."""
+
+    async def main() -> None:
+        async with simulated_cluster(4, seed=1) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            cluster.add("n5").start_soon()
+            faults = Faults(cluster, 1, [name], lambda: b"k")
+            await SEQUENCES[name](faults, cluster.nodes["n3"], cluster.nodes["n2"])
+            await faults.heal_for_good()
+
+    run_deterministically(main, seed=1)
+
+
 def test_a_violation_while_a_disk_stalls_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is left who would end the stall, and a log that is being closed waits for its disk."""
 

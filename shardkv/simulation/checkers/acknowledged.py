@@ -2,8 +2,9 @@
 
 For keys that are put and never deleted. A key's version grows with every write of it (DESIGN 4.4), so a read that was
 called after a put had been answered must show that version or a higher one; a version has one value for ever, and a
-value, which is put once, one version; and no value comes from nowhere. A put of unknown outcome is settled by the next
-answered one of the same client, which has one call under way at a time: it came before that, or never will.
+value, which is put once, one version; and no value comes from nowhere. A put of unknown outcome is settled by an
+answered one of the same client that began after all that were out together with the doubtful one had ended: it came
+before that, or never will. What a client has out together is one *turn* of it; turns come one after the other.
 """
 
 from typing import Any
@@ -19,8 +20,8 @@ class NoWriteLost:
         self._values: dict[Any, dict[int, Any]] = {}
         self._versions: dict[Any, dict[Any, int | None]] = {}
         """Of each value that was ever put, the version it was seen with."""
-        self._doubtful: dict[tuple[Any, Any], list[Any]] = {}
-        """Of a key and a client: the values of its puts of unknown outcome."""
+        self._doubtful: dict[tuple[Any, Any], list[tuple[int, Any]]] = {}
+        """Of a key and a client: the turns and values of its puts of unknown outcome."""
         self._settled: dict[Any, dict[Any, int]] = {}
         """Of such values: the version of the put that settled them."""
 
@@ -39,15 +40,20 @@ class NoWriteLost:
         assert value not in versions, f"{key!r} is given {value!r} twice"
         versions[value] = None
 
-    def unknown(self, key: Any, value: Any, client: Any) -> None:
+    def unknown(self, key: Any, value: Any, client: Any, turn: int) -> None:
         """A put may have happened, or may yet."""
-        self._doubtful.setdefault((key, client), []).append(value)
+        self._doubtful.setdefault((key, client), []).append((turn, value))
 
-    def acknowledged(self, key: Any, version: int, value: Any, floor: int, client: Any = None) -> None:
+    def acknowledged(self, key: Any, version: int, value: Any, floor: int, client: Any = None, turn: int = 0) -> None:
         """A put was answered; ``floor`` is what :meth:`floor` said before it was called."""
-        for doubtful in self._doubtful.pop((key, client), ()):
-            self._settled.setdefault(key, {})[doubtful] = version
-            self._check_settled(key, doubtful, self._versions[key][doubtful] or 0)
+        doubtful = self._doubtful.pop((key, client), [])
+        together = [each for each in doubtful if each[0] >= turn]
+        if together:
+            self._doubtful[key, client] = together
+        for began, earlier in doubtful:
+            if began < turn:
+                self._settled.setdefault(key, {})[earlier] = version
+                self._check_settled(key, earlier, self._versions[key][earlier] or 0)
         if version <= floor:
             raise Violation(self.name, f"{key!r}: a put got version {version}, after {floor} had been acknowledged")
         self._one_value(key, version, value)

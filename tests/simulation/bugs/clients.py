@@ -26,6 +26,21 @@ def retry_under_a_new_sequence() -> Patches:
     return [patch.object(Ledger, "requeue", requeue)]
 
 
+def sequence_of_a_cancelled_write() -> Patches:
+    """Whoever gives up a write that was sent gives back its number, too."""
+    original = Ledger.cancel
+
+    def cancel(ledger: Ledger, call: Any) -> None:
+        sent = isinstance(call, WriteCall) and call.sealed is not None and not call.done
+        original(ledger, call)
+        session = ledger._session
+        if sent and call.sequence == session.next_sequence - 1:
+            session.next_sequence = call.sequence
+            session.lowest = min(session.lowest, call.sequence)
+
+    return [patch.object(Ledger, "cancel", cancel)]
+
+
 def certainly_not_applied() -> Patches:
     return [patch.object(answers, "failure", lambda call, reason, advice="": Unavailable(reason))]
 
@@ -110,6 +125,15 @@ BUGS = (
         "a retry is the same command (DESIGN 4.6)",
         retry_under_a_new_sequence,
         ("lost-answers", "blink"),
+        1,
+        workload="counters",
+        rate=100,
+    ),
+    Bug(
+        "sequence-of-a-cancelled-write",
+        "a sequence is used for one command only (DESIGN 4.6)",
+        sequence_of_a_cancelled_write,
+        (),
         1,
         workload="counters",
         rate=100,

@@ -38,7 +38,7 @@ BUGS = (
         "what every replica has applied leaves the log (DESIGN 4.3)",
         never_compacted,
         ("kill",),
-        1,
+        2,
         minutes=0.7,
         rate=200,
         tuning=lambda: limits(log_entries_of_a_range=600),
