@@ -23,7 +23,7 @@ from shardkv.ranges.admission import Admission, admit_message
 from shardkv.ranges.spans import SpanMap
 from shardkv.ranges.split import RightHalf, adopt
 from shardkv.storage.directory import Note
-from shardkv.storage.engine import Engine, WriteBatch
+from shardkv.storage.engine import REPLACE_ADVICE, Engine, WriteBatch
 from shardkv.storage.wal import CreateGroup, GroupLog, LogUpdate, ResetLog, Wal
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, RangeId, ReplicaId
 
@@ -214,9 +214,7 @@ class Catalog:
         if applied < log.compact_index:
             raise Corruption(
                 f"range {machine.range_id} has applied {applied}, but its log begins after {log.compact_index}: the "
-                "engine has lost data, or is an old copy. If other nodes have replicas of this node's ranges, move the "
-                "folder engine out of its data directory, and nothing else, and start it again: the data are copied "
-                "from them; else restore all of the data directory from a backup"
+                f"engine has lost data, or is an old copy; {REPLACE_ADVICE}"
             )
         term, vote, commit = log.hard_state  # no entry of the log has a higher term
         if applied > log.last_index() or log.term(applied) != machine.applied_term:

@@ -14,6 +14,12 @@ BATCH_KEYS_MAX: Final = 2_000
 """Callers cut their batches here unless one atomic entry needs more: ``write`` holds the interpreter lock at about
 1 µs a key, and the loop must not stand still for longer than a couple of milliseconds."""
 
+REPLACE_ADVICE: Final = (
+    "if other nodes have replicas of this node's ranges, move the folder engine out of its data directory, and nothing "
+    "else, and start it again: the data are copied from them; else restore all of the data directory from a backup"
+)
+"""What is to be done about an engine that is damaged, or an old copy."""
+
 
 class Missing(Enum):
     """The type of :data:`MISSING`; an enum so that type checkers can tell it from None."""

@@ -18,8 +18,11 @@ What rocksdict 0.3.29 and its RocksDB do otherwise than they say; a test stands 
 * A background flush that finds no room makes every later ``write`` and ``flush`` raise, until RocksDB, which looks
   about every five seconds, has found room and flushed. Reads go on, and what was written stays readable. Only a write
   tells whether it is over; the property ``background-errors`` only counts.
+* Where the file CURRENT is missing, the first opening fails, but leaves a new one, by which the next finds an empty
+  store and removes what the old one held. So none is opened where there are tables without it.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,7 +32,7 @@ import rocksdict
 
 from shardkv.errors import Corruption, OutOfSpace, StorageError
 from shardkv.storage import overlay
-from shardkv.storage.engine import Snapshot, WriteBatch
+from shardkv.storage.engine import REPLACE_ADVICE, Snapshot, WriteBatch
 
 SCAN_CHUNK_KEYS: Final = 256
 """A snapshot's scan takes this many pairs at a time from the iterator that all its scans share."""
@@ -102,8 +105,10 @@ def _options(settings: RocksSettings) -> rocksdict.Options:
 def _translated(error: Exception, what: str) -> StorageError:
     """RocksDB's errors arrive as plain ``Exception`` with a text; this is the one place that reads it."""
     text = str(error)
-    if "Corruption" in text:
-        return Corruption(f"engine: {what}: {text}; stop the node and rebuild its replicas from the others")
+    # What an opening does not find is as good as damaged, and the disk may be sound.
+    gone = what.startswith("opening ") and "No such file or directory" in text
+    if gone or "Corruption" in text:
+        return Corruption(f"engine: {what}: {text}; {REPLACE_ADVICE}")
     if "No space left" in text or "NoSpace" in text:
         return OutOfSpace(f"engine: {what}: {text}; free some space on the node's disk")
     advice = "check the system's log and replace the disk if it reports errors; then restart the node"
@@ -115,11 +120,25 @@ def _translated(error: Exception, what: str) -> StorageError:
     return StorageError(f"engine: {what}: {text}; {advice}")
 
 
+def _require_current(path: str) -> None:
+    """Raise Corruption if what says which of the files are the store is gone and tables of it are not."""
+    try:
+        tables = [name for name in os.listdir(path) if name.endswith(".sst")]
+    except OSError:
+        return  # RocksDB makes it, or says why it cannot be read
+    if tables and not os.path.exists(f"{path}/CURRENT"):
+        raise Corruption(
+            f"engine: {path} holds {tables[0]} and no file CURRENT, which was lost; put that one file back, or "
+            f"{REPLACE_ADVICE}"
+        )
+
+
 class RocksEngine:
     """See :class:`shardkv.storage.engine.Engine`."""
 
     def __init__(self, path: str, settings: RocksSettings = RocksSettings()) -> None:
         """Open the store in the directory ``path``, or make it. Blocks. Raises StorageError or Corruption."""
+        _require_current(path)
         self._options = _options(settings)
         try:
             # Without the explicit column family, the options found on disk would win without a word.

@@ -68,7 +68,7 @@ def read_entry(segments: dict[int, Segment], place: int, count: int, crc32: Call
         offset = (place >> PLACE_OFFSET_SHIFT) & PLACE_MASK
         raise Corruption(
             f"{segment.path}: the {count} bytes of an entry at offset {offset} are not what was written; "
-            "stop the node, check its disk, and replace its replicas from the other nodes"
+            "stop the node, check its disk, and start a node under another name with an empty data directory"
         )
     return data
 

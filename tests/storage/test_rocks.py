@@ -213,8 +213,38 @@ def test_a_damaged_table_is_corruption_when_read(path: str) -> None:
         lambda: [engine.snapshot().get(b"key %d" % number) for number in range(1000)],
     ]
     for read in reads:
-        with pytest.raises(Corruption, match="rebuild its replicas"):
+        with pytest.raises(Corruption, match="move the folder engine out of its data directory, and nothing else"):
             read()
+
+
+@pytest.mark.parametrize("pattern", ["*.sst", "CURRENT", "MANIFEST-*"])
+def test_a_store_of_which_a_file_is_gone_is_no_new_one_and_no_broken_disk(path: str, pattern: str) -> None:
+    """Without CURRENT, RocksDB made an empty store at the second start, and removed the tables."""
+    engine = RocksEngine(path)
+    batch = WriteBatch()
+    batch.put(b"k", b"v")
+    engine.write(batch)
+    engine.close()
+    (file,) = Path(path).glob(pattern)
+    content = file.read_bytes()
+    file.unlink()
+    for _ in range(2):
+        with pytest.raises(Corruption, match="move the folder engine out") as caught:
+            RocksEngine(path)
+        assert "replace the disk" not in str(caught.value)
+    file.write_bytes(content)
+    engine = RocksEngine(path)
+    assert engine.get(b"k") == b"v"
+    engine.close()
+
+
+def test_a_store_whose_making_was_cut_short_is_made_again(path: str) -> None:
+    RocksEngine(path).close()
+    Path(path, "CURRENT").unlink()
+    for file in (*Path(path).glob("*.log"), *Path(path).glob("*.sst")):
+        file.unlink()
+    assert list(Path(path).glob("MANIFEST-*"))
+    RocksEngine(path).close()
 
 
 def test_a_full_disk_and_other_errors_keep_their_kind() -> None:
@@ -241,6 +271,13 @@ def test_a_file_of_somebody_elses_is_not_said_to_be_a_broken_disk(refusal: str) 
     assert type(error) is StorageError
     assert "check the owner and the permissions" in str(error)
     assert "replace" not in str(error)
+
+
+def test_a_directory_that_cannot_be_listed_is_a_storage_error(path: str) -> None:
+    """Here it is a file; root, who may run tests, may list any directory."""
+    Path(path).write_bytes(b"")
+    with pytest.raises(StorageError, match=f"opening {path}"):
+        RocksEngine(path)
 
 
 @pytest.mark.parametrize("stopped, delayed", [(0, 0), (1, 0), (0, 1000)])
