@@ -250,7 +250,12 @@ def open_directory(disk: Disk, ids: Ids, path: str) -> DataDirectory:
                 raise
             directory._store(started)
         for child in (directory.wal_path, directory.engine_path, directory.ingest_path):
-            disk.make_directory(child)
+            try:
+                disk.make_directory(child)
+            except FileExistsError as error:
+                raise DataDirectoryError(
+                    f"{child} is not a directory: put back what was there, or mount what it leads to if it is a link"
+                ) from error
     except BaseException:
         lock.release()
         raise

@@ -87,6 +87,79 @@ def test_a_failed_replacement_keeps_the_old_file(
     assert disk.list(str(tmp_path)) == ["f"]
 
 
+def test_a_rename_that_a_crash_left_half_done_does_not_cost_the_file_that_was_renamed(
+    disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both names lead to it then (rename(2)): written to under the one, it would be cut under the other, too."""
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    os.link(path, tmp_path / "f.temporary")
+
+    class Died(BaseException):
+        pass
+
+    def die(*_: object) -> int:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", die)
+        with pytest.raises(Died):
+            disk.write_atomically(str(path), b"new")
+    assert path.read_bytes() == b"old"
+    disk.write_atomically(str(path), b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_link_that_leads_nowhere_is_not_taken_for_nothing(disk: RealDisk, tmp_path: Path) -> None:
+    """What it leads to may be on a file system that is not mounted."""
+    path = str(tmp_path / "f")
+    os.symlink(tmp_path / "elsewhere" / "f", path)
+    for call in (disk.read, disk.open, disk.list, disk.sync_directory):
+        with pytest.raises(StorageError, match=f"{path}: it is a link that leads nowhere; mount what it leads to"):
+            call(path)
+    with pytest.raises(StorageError, match="leads nowhere"):
+        disk.open(path, create=True)
+    disk.unlink(path)
+    with pytest.raises(FileNotFoundError):
+        disk.read(path)
+
+
+def test_a_data_directory_whose_identity_is_a_link_that_leads_nowhere_is_left_as_it_is(
+    disk: RealDisk, tmp_path: Path
+) -> None:
+    """A start took it for a new directory, and wrote another identity in its place."""
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    open_directory(disk, RealIds(), str(data)).close()
+    elsewhere.mkdir()
+    (data / "identity").rename(elsewhere / "identity")
+    (data / "identity").symlink_to(elsewhere / "identity")
+    elsewhere.rename(tmp_path / "unmounted")
+    with pytest.raises(StorageError, match=f"{data}/identity: it is a link that leads nowhere"):
+        open_directory(disk, RealIds(), str(data))
+    assert (data / "identity").is_symlink()
+    (tmp_path / "unmounted").rename(elsewhere)
+    directory = open_directory(disk, RealIds(), str(data))
+    assert directory.identity.boot == 2
+    directory.close()
+
+
+@pytest.mark.parametrize("name", ["wal", "engine", "ingest"])
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_no_directory_and_should_be_one_is_named_with_what_to_do(
+    disk: RealDisk, tmp_path: Path, name: str, link: bool
+) -> None:
+    """It was an error of the system's, without advice."""
+    open_directory(disk, RealIds(), str(tmp_path)).close()
+    path = tmp_path / name
+    path.rmdir()
+    if link:
+        path.symlink_to("/nowhere/at/all")
+    else:
+        path.write_bytes(b"")
+    with pytest.raises(DataDirectoryError, match=f"{path} is not a directory: put back what was there, or mount"):
+        open_directory(disk, RealIds(), str(tmp_path))
+
+
 def test_names_are_listed_renamed_and_removed(disk: RealDisk, tmp_path: Path) -> None:
     root = str(tmp_path / "a" / "b")
     disk.make_directory(root)

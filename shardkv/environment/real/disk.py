@@ -43,7 +43,14 @@ def storage_error(error: OSError, action: str, path: str) -> StorageError:
 def _translated(action: str, path: str) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, FileExistsError):
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            # Something was there, and whoever takes it for absent forgets what it said.
+            raise StorageError(
+                f"cannot {action} {path}: it is a link that leads nowhere; mount what it leads to, or put that back"
+            ) from error
+        raise
+    except FileExistsError:
         raise
     except OSError as error:
         raise storage_error(error, action, path) from error
@@ -174,6 +181,9 @@ class RealDisk:
 
     def write_atomically(self, path: str, data: bytes) -> None:
         temporary = path + ".temporary"
+        # A crash amid the rename may have left both names to one file, where the file system keeps no journal.
+        with suppress(FileNotFoundError):
+            self.unlink(temporary)
         try:
             file = self.open(temporary, create=True)
             try:
