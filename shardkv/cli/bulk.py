@@ -21,6 +21,7 @@ import click
 
 from shardkv.cli import records, text
 from shardkv.cli.data import after_prefix, span_options
+from shardkv.cli.durable import replace_durably
 from shardkv.cli.progress import Progress
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, base64_option, connected
@@ -83,12 +84,14 @@ class Checkpoint:
         return saved
 
     def save(self, *, count: int, **state: object) -> None:
-        """Note the keys done, and where to go on behind them."""
+        """Note the keys done, and where to go on behind them.
+
+        Durably: by an older note, an export that was begun anew would go on in the middle of a line, and without any,
+        half of one would pass for the whole.
+        """
         self._count = count
         if self.path is not None:
-            temporary = self.path.with_name(self.path.name + ".new")
-            temporary.write_text(json.dumps({**self._identity, "count": count, **state}))
-            temporary.replace(self.path)
+            replace_durably(self.path, json.dumps({**self._identity, "count": count, **state}))
 
     def remove(self) -> None:
         if self.path is not None:

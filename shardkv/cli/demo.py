@@ -19,6 +19,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 
 from shardkv.cli import exits, text
+from shardkv.cli.durable import replace_durably
 from shardkv.cli.local_cluster import LocalCluster, NodeFailed
 from shardkv.cli.root import Example
 from shardkv.cli.table import render
@@ -185,13 +186,18 @@ def _cluster(data: str | None, nodes: int, base_port: int | None, with_tour: boo
 
 
 def _saved(path: Path) -> dict[str, Any]:
-    """Raises a usage error for a file that is not what a demo leaves, as after a power cut."""
-    with contextlib.suppress(ValueError):
+    """Raises a usage error for a file that is not what a demo leaves."""
+    with contextlib.suppress(ValueError, OSError):
         saved = json.loads(path.read_bytes())
         match saved:
-            case {"nodes": int(), "addresses": {"n1": str()}}:
-                return dict(saved)
-    raise click.UsageError(f"{path} is damaged, which knows the nodes' addresses; give another --data")
+            case {"nodes": int(nodes), "addresses": {**addresses}}:
+                names = [f"n{number}" for number in range(1, nodes + 1)]
+                if nodes and list(addresses) == names and all(isinstance(it, str) for it in addresses.values()):
+                    return dict(saved)
+    raise click.UsageError(
+        f"{path} is damaged, which knows the nodes' addresses; remove it and give the same --nodes: they keep their"
+        " data and get other addresses"
+    )
 
 
 def _cluster_on(directory: Path, nodes: int, base_port: int | None, with_tour: bool) -> LocalCluster:
@@ -211,7 +217,7 @@ def _cluster_on(directory: Path, nodes: int, base_port: int | None, with_tour: b
         cluster.addresses = saved["addresses"]
         return cluster
     cluster = LocalCluster(directory, nodes=nodes, base_port=base_port, options=options)
-    saved_path.write_text(json.dumps({"nodes": nodes, "addresses": cluster.addresses}))
+    replace_durably(saved_path, json.dumps({"nodes": nodes, "addresses": cluster.addresses}))
     return cluster
 
 

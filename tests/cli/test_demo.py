@@ -209,13 +209,24 @@ def test_a_demo_that_is_told_to_end_while_its_nodes_start_ends_cleanly(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"nodes": 3}', '{"nodes": 3, "addresses": {}}', "\0\0"])
-def test_a_demo_names_a_file_of_its_own_that_is_damaged(tmp_path: Path, content: str) -> None:
-    (tmp_path / "demo.json").write_text(content)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", '{"nodes": 3}', '{"nodes": 3, "addresses": {}}', "\0\0", None),
+        *('{"nodes": 0, "addresses": {}}', '{"nodes": 2, "addresses": {"n1": "127.0.0.1:1", "n0": "127.0.0.1:2"}}'),
+    ],
+)
+def test_a_demo_names_a_file_of_its_own_that_is_damaged(tmp_path: Path, content: str | None) -> None:
+    if content is None:
+        (tmp_path / "demo.json").mkdir()
+    else:
+        (tmp_path / "demo.json").write_text(content)
     with start("--no-shell", "--data", str(tmp_path)) as child:
         _, said = child.communicate(timeout=SECONDS)
     assert child.returncode == 2
     assert f"{tmp_path}/demo.json is damaged" in said
+    assert "Traceback" not in said
+    assert "remove it" in said
 
 
 def test_a_demo_leaves_the_data_directory_of_a_node_alone(tmp_path: Path) -> None:

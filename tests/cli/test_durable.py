@@ -1,0 +1,76 @@
+"""What a command leaves for a later one is there after a power cut, as it was or as it is."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from shardkv.cli import bulk, demo
+from shardkv.cli.durable import replace_durably
+
+
+class Disk:
+    """Notes the order in which files are synced and renamed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        fsync, replace = os.fsync, Path.replace
+
+        def noted_fsync(descriptor: int) -> None:
+            fsync(descriptor)
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            self.done.append(f"sync {path.name}: {path.read_text()}" if path.is_file() else f"sync {path.name}")
+
+        def noted_replace(source: Path, target: Path) -> Path:
+            self.done.append(f"rename {source.name} {target.name}")
+            return replace(source, target)
+
+        monkeypatch.setattr(os, "fsync", noted_fsync)
+        monkeypatch.setattr(Path, "replace", noted_replace)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "d"
+    path.mkdir()
+    return path
+
+
+def test_a_file_is_synced_before_it_gets_its_name_and_its_directory_after_it(disk: Disk, directory: Path) -> None:
+    """A rename may be on disk before the content is: then the file would be empty."""
+    path = directory / "f"
+    for content in ("one, and long", "two"):
+        replace_durably(path, content)
+        assert path.read_text() == content
+        assert disk.done == [f"sync f.new: {content}", "rename f.new f", "sync d"]
+        disk.done.clear()
+    assert os.listdir(directory) == ["f"]
+
+
+def test_a_directory_that_cannot_be_synced_is_no_hindrance(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, flags: int) -> int:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "open", refuse)
+    replace_durably(directory / "f", "content")
+    assert (directory / "f").read_text() == "content"
+
+
+def test_how_far_an_export_came_is_on_disk_before_more_of_it_is(disk: Disk, directory: Path) -> None:
+    """Without it half of an export would pass for the whole, and by an older one it went on in the middle of a line."""
+    checkpoint = bulk.Checkpoint(str(directory / "all.jsonl"), {"command": "export"})
+    checkpoint.save(count=3, offset=10)
+    assert disk.done[0].startswith("sync all.jsonl.progress.new: {")
+    assert disk.done[1:] == ["rename all.jsonl.progress.new all.jsonl.progress", "sync d"]
+
+
+def test_where_the_nodes_of_a_demo_are_is_on_disk_before_they_start(disk: Disk, directory: Path) -> None:
+    """The file was empty after a power cut, and the demo would not start on its data again."""
+    demo._cluster_on(directory, 1, 7001, False)
+    assert disk.done[0] == 'sync demo.json.new: {"nodes": 1, "addresses": {"n1": "127.0.0.1:7001"}}'
+    assert disk.done[1:] == ["rename demo.json.new demo.json", "sync d"]
