@@ -1,14 +1,14 @@
 """A disk in memory that loses what was not synced: the files of one simulated node, and what a crash leaves of them.
 
 The model is as hostile as POSIX allows. Each unsynced write survives a crash whole, torn or not at all, independently
-of the others; a new, renamed or removed name survives only if its directory was synced, or by chance as part of a
-prefix of that directory's changes; syncing a file says nothing about its name. A process that is killed loses nothing,
-but what it left unsynced is as unsynced to its successor. The rule: nothing survives that the chooser did not choose or
-a sync did not promise.
+of the others, and the size that it gave its file may survive without its bytes; a name is new, renamed or removed for
+good only if its directory was synced, else by chance, each change independently of the others; syncing a file says
+nothing about its name. A process that is killed loses nothing, but what it left unsynced is as unsynced to its
+successor. The rule: nothing survives that the chooser did not choose or a sync did not promise.
 """
 
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -49,11 +49,12 @@ class CrashChooser(Protocol):
     """Decides what a crash leaves of what was not synced."""
 
     def spans(self, change: Unsynced) -> list[tuple[int, int]]:
-        """Which parts ``start, end`` of a write's bytes survive. A truncation survives if there is any span at all."""
+        """Which parts ``start, end`` of a write's bytes survive. Of an empty one there are no bytes, but the file has
+        grown up to it. A truncation survives if there is any span at all."""
         ...
 
-    def entries(self, directory: str, count: int) -> int:
-        """How many of the first of ``count`` unsynced changes of a directory survive."""
+    def entries(self, directory: str, count: int) -> Collection[int]:
+        """Which of ``count`` unsynced changes of a directory survive, by position from 0: any of them."""
         ...
 
 
@@ -63,8 +64,8 @@ class LoseAll:
     def spans(self, change: Unsynced) -> list[tuple[int, int]]:
         return []
 
-    def entries(self, directory: str, count: int) -> int:
-        return 0
+    def entries(self, directory: str, count: int) -> Collection[int]:
+        return ()
 
 
 class KeepAll:
@@ -73,8 +74,8 @@ class KeepAll:
     def spans(self, change: Unsynced) -> list[tuple[int, int]]:
         return [(0, len(change.data) if change.data is not None else 1)]
 
-    def entries(self, directory: str, count: int) -> int:
-        return count
+    def entries(self, directory: str, count: int) -> Collection[int]:
+        return range(count)
 
 
 class TearLast:
@@ -87,12 +88,12 @@ class TearLast:
         size = len(change.data) if change.data is not None else 1
         return [(0, min(size, self.keep_bytes) if change.last else size)]
 
-    def entries(self, directory: str, count: int) -> int:
-        return count
+    def entries(self, directory: str, count: int) -> Collection[int]:
+        return range(count)
 
 
 class ChooseAtRandom:
-    """Each write survives whole, in part (any of its sectors) or not at all; of each directory some prefix."""
+    """Each write survives whole, in part (any of its sectors) or not at all; of each directory any of its changes."""
 
     def __init__(self, random: SeededRandom) -> None:
         self._random = random
@@ -113,10 +114,11 @@ class ChooseAtRandom:
             if self._random.random() < 0.5:
                 spans.append((start, end))
             start = end
-        return spans
+        return [*spans, (size, size)]
 
-    def entries(self, directory: str, count: int) -> int:
-        return self._random.randrange(count + 1)
+    def entries(self, directory: str, count: int) -> Collection[int]:
+        chosen = self._random.randrange(1 << count)
+        return [position for position in range(count) if chosen >> position & 1]
 
 
 @dataclass(slots=True)
@@ -175,7 +177,11 @@ class SimulatedFile:
         if self._disk._changes_nothing:
             return
         self._disk._check_space(self._path, max(0, size - present))
-        self._disk._count("allocate", self._path, present, max(0, size - present))
+        cut = self._disk._count_or_cut("allocate", self._path, present, max(0, size - present))
+        if cut:
+            if size > present:
+                self._inode.change(Unsynced(self._path, (present + size) // 2, None))
+            raise PowerCut(f"in the middle of allocating {size} bytes of {self._path}")
         if self._disk.fenced:
             return
         if size > present:
@@ -294,6 +300,8 @@ class SimulatedDisk:
 
     def write_atomically(self, path: str, data: bytes) -> None:
         temporary = path + ".temporary"
+        if self.exists(temporary):
+            self.unlink(temporary)
         file = self.open(temporary, create=True)
         file.truncate(0)
         file.pwrite(data, 0)
@@ -347,7 +355,7 @@ class SimulatedDisk:
             raise FileNotFoundError(f"{path} does not exist")
         self._count("sync_directory", path)
         if not self._changes_nothing:
-            directory.settle(len(directory.unsynced))
+            directory.settle()
 
     def lock(self, path: str) -> SimulatedLock:
         self._place(path)
@@ -419,7 +427,7 @@ class SimulatedDisk:
         for inode in self._inodes():
             inode.crash(lambda change: chooser.spans(change._replace(last=change is self._last)))
         for path, directory in self._directories.items():
-            directory.crash(chooser.entries(path, len(directory.unsynced)) if directory.unsynced else 0)
+            directory.crash(chooser.entries(path, len(directory.unsynced)) if directory.unsynced else ())
 
     def kill(self) -> None:
         """Fence the disk, and lose nothing: the process has died, and what it wrote is in the system's cache.

@@ -5,7 +5,7 @@ of a node, their faults, and what a crash chooses to leave (``disk``). The rule:
 what was done since, in order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 
@@ -101,13 +101,18 @@ class Inode:
             self.present.apply(change)
 
     def crash(self, spans: Callable[[Unsynced], Iterable[tuple[int, int]]]) -> None:
-        """Of what is not synced, keep the ``spans`` of each change: of a write's bytes, any of a change of size."""
+        """Of what is not synced, keep the ``spans`` of each change: of a write's bytes, any of a change of size.
+
+        An empty span of a write is the size alone.
+        """
         for change in self.unsynced:
             for start, end in spans(change):
                 if change.data is None:
                     self.durable.apply(change)
                 elif start < end:
                     self.durable.write(change.offset + start, change.data[start:end])
+                else:
+                    self.durable.size = max(self.durable.size, change.offset + end)
         self.unsynced.clear()
 
     def check(self) -> None:
@@ -151,15 +156,15 @@ class Directory:
         _apply_entry(self.present, entry)
         self.unsynced.append(entry)
 
-    def settle(self, count: int) -> None:
-        """Make the first ``count`` unsynced changes durable."""
-        for entry in self.unsynced[:count]:
-            _apply_entry(self.durable, entry)
-        del self.unsynced[:count]
+    def settle(self) -> None:
+        """A sync: what is present is durable."""
+        self.crash(range(len(self.unsynced)))
 
-    def crash(self, count: int) -> None:
-        """Keep only the first ``count`` unsynced changes."""
-        self.settle(count)
+    def crash(self, kept: Collection[int]) -> None:
+        """Keep of the unsynced changes only those at the positions ``kept``: the system writes them in any order."""
+        for position, entry in enumerate(self.unsynced):
+            if position in kept:
+                _apply_entry(self.durable, entry)
         self.unsynced.clear()
 
     def check(self, path: str) -> None:

@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
 from shardkv.simulation import ChooseAtRandom, KeepAll, LoseAll, PowerCut, SimulatedDisk, TearLast, seeded_random
+from shardkv.simulation.files import Unsynced
 
 
 def disk_with(path: str, content: bytes) -> SimulatedDisk:
@@ -134,8 +135,8 @@ def test_a_rename_is_atomic(survive: int) -> None:
     """After a crash there is the old file or the new one, never neither and never a mixture."""
 
     class Chooser(LoseAll):
-        def entries(self, directory: str, count: int) -> int:
-            return survive
+        def entries(self, directory: str, count: int) -> range:
+            return range(survive)
 
     disk = disk_with("/data/f", b"old")
     disk.open("/data/g", create=True).pwrite(b"new", 0)
@@ -145,6 +146,61 @@ def test_a_rename_is_atomic(survive: int) -> None:
     assert disk.files() == {"/data/f": b"new"}
     expected = {"/data/f": b"new"} if survive else {"/data/f": b"old", "/data/g": b"new"}
     assert after_crash(disk, Chooser()) == expected
+
+
+def test_of_the_changes_of_a_directory_any_may_survive_a_crash() -> None:
+    """A rename may be lost where a later removal is not, and a removal where a later name stays: POSIX orders none."""
+
+    class Chooser(LoseAll):
+        def __init__(self, *kept: int) -> None:
+            self.kept = kept
+
+        def entries(self, directory: str, count: int) -> tuple[int, ...]:
+            assert count == 3
+            return self.kept
+
+    outcomes = set()
+    for kept in [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]:
+        disk = disk_with("/data/f", b"f")
+        disk.write_atomically("/data/g", b"g")
+        disk.rename("/data/f", "/data/h")
+        disk.unlink("/data/g")
+        disk.open("/data/i", create=True)
+        left = after_crash(disk, Chooser(*kept))
+        assert ("/data/h" in left) == ("/data/f" not in left) == (0 in kept)
+        assert ("/data/g" in left) == (1 not in kept)
+        assert ("/data/i" in left) == (2 in kept)
+        outcomes.add(tuple(left))
+    assert len(outcomes) == 8
+    chosen = {tuple(ChooseAtRandom(seeded_random(seed)).entries("/data", 3)) for seed in range(100)}
+    assert len(chosen) == 8
+
+
+def test_a_file_may_have_grown_without_the_bytes_that_it_grew_by() -> None:
+    class SizeAlone(LoseAll):
+        def spans(self, change: Unsynced) -> list[tuple[int, int]]:
+            assert change.data is not None
+            return [(len(change.data), len(change.data))]
+
+    disk = disk_with("/data/f", b"old")
+    disk.open("/data/f").pwrite(b"new", 2)
+    assert after_crash(disk, SizeAlone()) == {"/data/f": b"old\0\0"}
+    found = set()
+    for seed in range(40):
+        disk = disk_with("/data/f", b"old")
+        disk.open("/data/f").pwrite(b"new", 2)
+        found.add(after_crash(disk, ChooseAtRandom(seeded_random(seed)))["/data/f"])
+    assert {b"old", b"old\0\0", b"olnew"} <= found
+
+
+@pytest.mark.parametrize("chooser, left", [(LoseAll(), b"ab"), (KeepAll(), b"ab\0\0")])
+def test_a_crash_in_the_middle_of_an_allocation_leaves_part_of_it_at_most(chooser: object, left: bytes) -> None:
+    disk = disk_with("/data/f", b"ab")
+    file = disk.open("/data/f")
+    disk.cut_power_at(disk.calls + 1)
+    with pytest.raises(PowerCut):
+        file.allocate(6)
+    assert after_crash(disk, chooser) == {"/data/f": left}
 
 
 def test_a_removed_file_may_come_back() -> None:
