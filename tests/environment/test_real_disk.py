@@ -298,6 +298,10 @@ def test_the_lock_of_a_killed_process_is_free(disk: RealDisk, tmp_path: Path) ->
         (errno.EROFS, StorageError, "read-only"),
         (errno.EACCES, StorageError, "permissions"),
         (errno.EMFILE, StorageError, "ulimit -n"),
+        (errno.EFBIG, StorageError, "ulimit -f"),
+        (errno.ESTALE, StorageError, "restart the node"),
+        (errno.EINVAL, StorageError, "put its data on another"),
+        (errno.EOPNOTSUPP, StorageError, "put its data on another"),
     ],
 )
 def test_an_error_says_what_failed_and_what_to_do(

@@ -28,6 +28,12 @@ _ADVICE: Final = {
     errno.ENFILE: "the machine is out of file handles; raise fs.file-max",
     errno.ENOTDIR: "a part of the path is a file, not a directory",
     errno.EISDIR: "the path is a directory, not a file",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.ESTALE: "its file system was mounted anew, or it was replaced there; restart the node",
+    **dict.fromkeys(
+        (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP),
+        "the file system lacks this, which a node needs; put its data on another",
+    ),
 }
 
 
