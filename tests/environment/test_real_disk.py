@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shardkv.environment.real import disk as real_disk
 from shardkv.environment.real.disk import ALLOCATE_PIECE_BYTES, RealDisk, RealFile
 from shardkv.environment.real.time import RealIds
 from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
@@ -68,6 +69,30 @@ def test_a_small_file_is_replaced_as_a_whole(disk: RealDisk, tmp_path: Path) -> 
     disk.write_atomically(path, b"two")
     assert disk.read(path) == b"two"
     assert disk.list(str(tmp_path)) == ["f"]
+
+
+def test_a_small_file_is_on_disk_before_it_has_its_name_and_its_name_before_the_call_returns(
+    disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The simulated disk has a recipe of its own, so nothing else would miss a sync here."""
+    done: list[tuple[str, object]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append(("sync", path.read_bytes() if path.is_file() else path))
+
+    def renamed(source: str, target: str) -> None:
+        replace(source, target)
+        done.append(("rename", Path(target)))
+
+    monkeypatch.setattr(real_disk, "_sync_data", synced)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    path = tmp_path / "f"
+    disk.write_atomically(str(path), b"new")
+    assert done == [("sync", b"new"), ("rename", path), ("sync", tmp_path)]
 
 
 def test_a_failed_replacement_keeps_the_old_file(
