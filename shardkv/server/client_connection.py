@@ -87,7 +87,6 @@ class ClientConnection:
         "_refused_at",
         "_room",
         "_slice_end_ns",
-        "later",
     )
 
     def __init__(
@@ -116,8 +115,6 @@ class ClientConnection:
         """An answer of up to this size has waited for its room."""
         self._refused_at = -1
         """When an answer last found no room, by the budget's count of releases."""
-        self.later = _Later(self)
-        """For reads whose answers come later."""
         connection.on_progress = self._count
         self._clock = clock
         self._slice_end_ns = 0
@@ -128,6 +125,11 @@ class ClientConnection:
         self._answers_bytes = 0
 
     # The requester's side
+
+    @property
+    def later(self) -> _Later:
+        """For reads whose answers come later. Not kept: the two would keep each other once all is over."""
+        return _Later(self)
 
     def answer(self, request_id: int, result: Any) -> None:
         self._put(codec.dumps([request_id, 0, self._hybrid_clock.last, result]))
@@ -360,6 +362,11 @@ class ClientConnection:
         """Tell the client to go elsewhere: this node is stopping."""
         self._connection.write(_GOODBYE)
         self.flush()
+
+    def forget(self) -> None:
+        """The connection is over: nothing is counted any more, and it no longer keeps this, nor what this holds."""
+        self._connection.on_progress = None
+        self._budget.forget(self)
 
     def check(self) -> None:
         assert self._inflight >= 0, f"{self._inflight} requests are in flight"

@@ -1,18 +1,22 @@
-"""How many connections a node takes, and from whom: its clients must not keep the other nodes out."""
+"""How many connections a node takes, and from whom: its clients must not keep the other nodes out. And what stays of
+those that are over."""
 
+import gc
 import struct
 
+import pytest
 import trio
 from trio.testing import MockClock
 
 from shardkv.config import LimitsConfig
 from shardkv.errors import Busy
+from shardkv.server.client_connection import ClientConnection
 from shardkv.simulation.cluster import SimulatedNode
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
 from shardkv.transport.connection import Connection
 from shardkv.transport.handshake import KnownBoots, greet
 from shardkv.types import NodeId
-from shardkv.wire.frames import FRAME_BYTES_MAX, FrameDecoder, FrameKind
+from shardkv.wire.frames import FRAME_BYTES_MAX, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, encode_hello
 from tests.server.world import world
 
@@ -63,3 +67,41 @@ async def test_a_frame_that_begins_behind_the_greeting_has_the_bound_of_clients(
             while data := await stream.receive(65536):
                 received += data
         assert [frame.kind for frame in FrameDecoder().feed(received)] == [FrameKind.REFUSED]
+
+
+GREETING = encode_hello(Hello(Role.CLIENT))
+REQUEST = encode_frame(FrameKind.REQUEST, b"x" * 100_000)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["closed", "lost"])
+@pytest.mark.parametrize(
+    "said",
+    [b"", GREETING[:9], b"GET / HTTP/1.0\r\n\r\n", GREETING, GREETING + REQUEST[:90_000]],
+    ids=["nothing", "half a greeting", "no greeting", "a greeting", "a greeting and most of a frame"],
+)
+async def test_nothing_stays_of_a_connection_that_is_over(said: bytes, lost: bool, autojump_clock: MockClock) -> None:
+    """No reference goes in a circle, so nobody has to look for garbage: clients that break off large frames, one after
+    another, would fill the memory before anybody does."""
+    async with world(1) as cluster:
+        (node,) = cluster.nodes.values()
+        environment = simulated_environment("stranger", seed=1, network=cluster.network)
+        await cluster.sleep(5.0)
+        gc.collect()
+        gc.disable()
+        try:
+            before = _in_memory(), node.inside.listener.statistics()
+            stream = await environment.network.dial(node.address)
+            stream.send_nowait(said)
+            await cluster.sleep(1.0)
+            if lost:
+                cluster.network.reset(stream)
+            stream.close_now()
+            await cluster.sleep(1.0)
+            assert (_in_memory(), node.inside.listener.statistics()) == before
+        finally:
+            gc.enable()
+
+
+def _in_memory() -> int:
+    """How many objects of connections there are; what has come of a frame that is not finished is in its decoder."""
+    return sum(isinstance(each, FrameDecoder | Connection | ClientConnection) for each in gc.get_objects())
