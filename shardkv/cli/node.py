@@ -31,6 +31,8 @@ MAIN_SETTINGS: Final = ("name", "data", "listen", "advertise", "admin", "bootstr
 
 STOP_SECONDS_MAX: Final = 9.0
 """From the signal to the end of the process."""
+CONNECTIONS_MIN: Final = 16
+"""With room for fewer a node does not start: it would be deaf to the other nodes, or to its clients."""
 LAST_WORDS_SECONDS: Final = 1.0
 """A process that is cut short waits no longer for whoever reads its stderr."""
 
@@ -233,6 +235,11 @@ def _allow_open_files(config: NodeConfig) -> None:
     with contextlib.suppress(OSError, ValueError):  # some systems name a limit that they do not grant
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     room, wanted = connection_files_max(), config.limits.connections_max
+    if room < CONNECTIONS_MIN:
+        raise ConfigError(
+            f"the system lets this process open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} files, too few for a "
+            "node's own and its connections: raise the hard limit (ulimit -Hn, LimitNOFILE= of systemd), best to 10,000"
+        )
     if room < wanted:
         structlog.get_logger().warning(
             "few open files",

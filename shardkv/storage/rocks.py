@@ -23,6 +23,8 @@ What rocksdict 0.3.29 and its RocksDB do otherwise than they say; a test stands 
 """
 
 import os
+import resource
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -61,6 +63,7 @@ class RocksSettings:
     """Writes stall when so many are full and waiting to be flushed."""
     block_cache_bytes: int = 32 * 1024 * 1024
     open_files_max: int = 256
+    """No more than a quarter of those that the process may open, either."""
     background_jobs_max: int = 2
     level0_compaction_files: int = 8
     level0_slowdown_files: int = 24
@@ -88,7 +91,7 @@ def _options(settings: RocksSettings) -> rocksdict.Options:
     options.set_level_zero_stop_writes_trigger(settings.level0_stop_files)
     options.set_level_compaction_dynamic_level_bytes(True)
     options.set_max_background_jobs(settings.background_jobs_max)
-    options.set_max_open_files(settings.open_files_max)
+    options.set_max_open_files(min(settings.open_files_max, _open_files_quarter()))
     options.set_bytes_per_sync(1024 * 1024)
     options.set_compression_type(rocksdict.DBCompressionType.lz4())
     options.set_paranoid_checks(True)
@@ -100,6 +103,12 @@ def _options(settings: RocksSettings) -> rocksdict.Options:
     # are steps over each of them, in the loop. Their share of the whole file decides nothing (0).
     options.add_compact_on_deletion_collector_factory(DELETIONS_WINDOW, DELETIONS_IN_A_ROW, 0.0)
     return options
+
+
+def _open_files_quarter() -> int:
+    """Of what the process may open: another quarter is kept for the log and for what the node dials."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if most == resource.RLIM_INFINITY else most // 4
 
 
 def _translated(error: Exception, what: str) -> StorageError:

@@ -78,6 +78,20 @@ def test_a_node_with_few_open_files_says_at_its_start_how_many_clients_fit(
     assert ("enough for 500 connections of the 501" in said) is told
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux's")
+def test_a_node_that_may_open_too_few_files_to_take_part_does_not_start(
+    tmp_path: Path, processes: list[Process]
+) -> None:
+    """It started and refused the other nodes' connections, or its own, without a word."""
+    low = ["sh", "-c", 'ulimit -n 64 && exec "$@"', "sh"]
+    arguments = ["--name", "n1", "--data", str(tmp_path), "--listen", "127.0.0.1:7001", "--bootstrap"]
+    process = Process([*low, *STANDIN, *arguments], tmp_path / "n1.log", os.environ)
+    processes.append(process)
+    assert process.wait(SECONDS) == 2
+    assert "lets this process open 64 files, too few" in process.stderr_tail()
+    assert len(process.stderr_tail().splitlines()) == 1
+
+
 SPEAKING = """
 import structlog, sys
 from shardkv.cli.node import _log_to_stderr, _print_ready

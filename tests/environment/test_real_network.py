@@ -4,7 +4,6 @@ import errno
 import os
 import resource
 import socket
-from contextlib import suppress
 
 import pytest
 import trio
@@ -12,7 +11,7 @@ from trio.testing import MockClock
 
 from shardkv.environment import Listener, Stream
 from shardkv.environment.real import real_environment
-from shardkv.environment.real.network import RealNetwork
+from shardkv.environment.real.network import FILES_KEPT, FILES_KEPT_MIN, RealNetwork, connection_files_max
 from shardkv.errors import ConfigError, ProtocolError
 from shardkv.transport.pool import PoolSettings
 
@@ -325,33 +324,45 @@ async def test_accepting_goes_on_after_an_error(
     nursery.cancel_scope.cancel()
 
 
-async def test_connections_leave_files_for_what_is_none(
+@pytest.mark.parametrize(
+    ("most", "connections"), [(FILES_KEPT_MIN + 8, 8), (256, 128), (1_000, 500), (4_096, 4_096 - FILES_KEPT)]
+)
+def test_connections_leave_files_for_what_is_none(most: int, connections: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (most, most))
+    assert connection_files_max() == connections
+
+
+async def test_so_many_connections_are_taken_as_there_is_said_to_be_room_for(
     network: RealNetwork, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clients took the last file that the node could open, and its log the next."""
-    lowest = os.dup(0)
-    os.close(lowest)
-    most = 2 * (lowest + 8)
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (most, most))
-    served = 0
+    """However many files the node itself has open, for they have room of their own. Clients took the last file that the
+    node could open, and its log the next; then its own files took the room of connections, and with many of them it was
+    deaf."""
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (FILES_KEPT_MIN + 3, FILES_KEPT_MIN + 3))
+    own = [os.dup(0) for _ in range(FILES_KEPT_MIN)]
+    ended = trio.Event()
 
     async def handler(stream: Stream) -> None:
-        nonlocal served
-        served += 1
         await stream.send_all(b"served")
-        await trio.sleep_forever()
+        await stream.receive(1)
+        ended.set()
+
+    async def answer() -> tuple[Stream, bytes]:
+        stream = await network.dial(listener.address)
+        try:
+            return stream, await stream.receive(100)
+        except trio.BrokenResourceError:
+            return stream, b""
 
     listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", handler)
-    streams = [await network.dial(listener.address) for _ in range(20)]
-    answers = []
-    for stream in streams:
-        with suppress(trio.BrokenResourceError):
-            answers.append(await stream.receive(100))
-            continue
-        answers.append(b"")
-    assert answers.count(b"served") == served
-    assert 0 < served < 8
-    assert set(answers) == {b"served", b""}
-    for stream in streams:
-        stream.close_now()
+    streams, answers = zip(*[await answer() for _ in range(5)])
+    assert answers == (b"served",) * 3 + (b"",) * 2
+    await streams[0].aclose()
+    await ended.wait()
+    stream, late = await answer()
+    assert late == b"served"
+    for each in (*streams, stream):
+        each.close_now()
+    for descriptor in own:
+        os.close(descriptor)
     nursery.cancel_scope.cancel()

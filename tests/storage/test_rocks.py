@@ -1,6 +1,7 @@
 """The durable engine alone: what a killed process leaves, its memory, its errors, and rocksdict's two surprises."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -145,6 +146,17 @@ def test_settings_given_at_reopening_win_over_those_on_disk(path: str) -> None:
     RocksEngine(path, RocksSettings(write_buffer_bytes=4 * 1024 * 1024)).close()
     newest = max(Path(path).glob("OPTIONS-*"))
     assert "write_buffer_size=4194304" in newest.read_text()
+
+
+@pytest.mark.parametrize(("most", "files"), [(200, 50), (100_000, 256), (resource.RLIM_INFINITY, 256)])
+def test_the_engine_keeps_no_more_files_open_than_the_process_can_spare(
+    path: str, most: int, files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With much data it opened all that the process might, and the log could not open its next file."""
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (most, most))
+    RocksEngine(path).close()
+    (options,) = Path(path).glob("OPTIONS-*")
+    assert f"max_open_files={files}\n" in options.read_text()
 
 
 def test_rocksdicts_own_snapshot_iterators_are_not_used(path: str) -> None:

@@ -27,7 +27,9 @@ ACCEPT_RETRY_SECONDS: Final = 0.1
 """The pause after an accept failed for want of a resource, as trio.serve_listeners has it."""
 FILES_KEPT: Final = 512
 """Of the files that the process may open, so many stay for what is no connection that others have opened: the log, the
-engine, snapshots. Where it may open few, half of them do."""
+engine, snapshots. Where it may open few, half of them do, but no fewer than the next."""
+FILES_KEPT_MIN: Final = 64
+"""A node of three has 30 open with little data."""
 ACCEPTS_BEFORE_CHECKPOINT: Final = 32
 _OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 _LISTENER_GONE: Final = frozenset((errno.EBADF, errno.ENOTSOCK, errno.EINVAL))
@@ -159,10 +161,12 @@ class RealListener:
 class RealNetwork:
     """Implements :class:`shardkv.environment.Network`."""
 
-    __slots__ = ("_clock",)
+    __slots__ = ("_clock", "_connections")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._connections = 0
+        """Accepted and not ended."""
 
     async def listen(
         self,
@@ -175,10 +179,10 @@ class RealNetwork:
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started(RealListener(_name_of(listening.getsockname)))
-                files_max = connection_files_max()
+                connections_max = connection_files_max()
                 while True:
                     await trio.lowlevel.wait_readable(listening)
-                    if not self._accept(listening, files_max, nursery, handler):
+                    if not self._accept(listening, connections_max, nursery, handler):
                         await self._clock.sleep(ACCEPT_RETRY_SECONDS)
         finally:
             trio.lowlevel.notify_closing(listening)
@@ -187,7 +191,7 @@ class RealNetwork:
     def _accept(
         self,
         listening: socket.socket,
-        files_max: int,
+        connections_max: int,
         nursery: trio.Nursery,
         handler: Callable[[Stream], Awaitable[None]],
     ) -> bool:
@@ -204,7 +208,7 @@ class RealNetwork:
                 if error.errno in _OUT_OF_RESOURCES:
                     return False
                 continue
-            if connected.fileno() >= files_max:  # the system gives out the lowest number that is free
+            if self._connections >= connections_max:
                 connected.close()
                 continue
             try:
@@ -212,8 +216,19 @@ class RealNetwork:
             except OSError:
                 connected.close()  # It was gone before its options could be set.
                 continue
-            nursery.start_soon(_serve, stream, handler)
+            self._connections += 1
+            nursery.start_soon(self._serve, stream, handler)
         return True
+
+    async def _serve(self, stream: RealStream, handler: Callable[[Stream], Awaitable[None]]) -> None:
+        """One connection's task. What the other side did wrong ends it; anything else is our bug and rises."""
+        try:
+            await handler(stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError, ShardKVError):
+            pass
+        finally:
+            self._connections -= 1
+            stream.close_now()
 
     async def dial(self, address: str) -> RealStream:
         host, port = parse_address(address)
@@ -240,19 +255,12 @@ class RealNetwork:
 
 
 def connection_files_max() -> int:
-    """The number that no accepted connection's file may have, or the node's own files could not be opened any more."""
+    """So many connections may others have open here, or the node's own files could not be opened any more. 0 or less
+    where the process may not even open those."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return most - min(FILES_KEPT, most // 2) if most != resource.RLIM_INFINITY else sys.maxsize
-
-
-async def _serve(stream: RealStream, handler: Callable[[Stream], Awaitable[None]]) -> None:
-    """One connection's task. What the other side did wrong ends the connection; anything else is our bug and rises."""
-    try:
-        await handler(stream)
-    except (trio.BrokenResourceError, trio.ClosedResourceError, OSError, ShardKVError):
-        pass
-    finally:
-        stream.close_now()
+    if most == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return most - min(FILES_KEPT, max(most // 2, FILES_KEPT_MIN))
 
 
 async def _resolve(host: str, port: int, flags: int = 0) -> list[Any]:
