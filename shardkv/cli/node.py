@@ -37,6 +37,8 @@ LAST_WORDS_SECONDS: Final = 1.0
 """A process that is cut short waits no longer for whoever reads its stderr."""
 
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
+_HANGUP: Final = signal.SIGHUP
+"""The terminal was closed. It stops a node, too, but is no second signal: where one comes, another often does."""
 
 
 def _option(setting: Setting) -> Callable[[Any], Any]:
@@ -75,10 +77,10 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 def node(config: str | None, parent_pipe: int | None, **flags: Any) -> None:
     """Run one node in the foreground.
 
-    Prints `ready NAME ADDRESS` on stdout once it serves; logs go to stderr. SIGTERM or SIGINT drains and stops it
-    cleanly, a second one ends it at once. Started again on the same data it carries on, with or without --bootstrap
-    or --join. Every option can also be given as SHARDKV_<OPTION> in the environment or in the TOML file; an option
-    wins over the environment, the environment over the file.
+    Prints `ready NAME ADDRESS` on stdout once it serves; logs go to stderr. SIGTERM, SIGINT or the end of its terminal
+    (but under nohup) drains and stops it cleanly; a second SIGTERM or SIGINT ends it at once. Started again on the same
+    data it carries on, with or without --bootstrap or --join. Every option can also be given as SHARDKV_<OPTION> in the
+    environment or in the TOML file; an option wins over the environment, the environment over the file.
     """
     if parent_pipe is not None:
         _end_with_parent(parent_pipe)
@@ -144,7 +146,8 @@ def _print_ready(name: str, address: str) -> None:
 
 @contextlib.contextmanager
 def _signals(stop: trio.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set ``stop``; a second one ends the process at once, even if the loop is stuck.
+    """SIGTERM, SIGINT and SIGHUP set ``stop``; a second SIGTERM or SIGINT ends the process at once, even if the loop is
+    stuck. SIGHUP may be ignored, which is what nohup asks for.
 
     A stop that takes too long is cut short: on a slow disk the engine's last flush may take minutes, and all that it
     would write is in the log.
@@ -154,9 +157,10 @@ def _signals(stop: trio.Event) -> Iterator[None]:
     """
     token = trio.lowlevel.current_trio_token()
     over = threading.Event()
+    first = _STOPPING if signal.getsignal(_HANGUP) is signal.SIG_IGN else (*_STOPPING, _HANGUP)
 
     def wait() -> None:
-        signal.sigwait(_STOPPING)
+        signal.sigwait(first)
         if over.is_set():
             return
         token.run_sync_soon(stop.set, idempotent=True)
@@ -181,11 +185,11 @@ def _signals(stop: trio.Event) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stopping_blocked() -> Iterator[None]:
-    """This thread, and those that it starts, leave SIGTERM and SIGINT to whoever waits for them.
+    """This thread, and those that it starts, leave SIGTERM, SIGINT and SIGHUP to whoever waits for them.
 
     Of all threads that do not, the system may give a signal to any; so each of a node's is started in here.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPPING, _HANGUP))
     try:
         yield
     finally:

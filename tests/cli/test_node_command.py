@@ -349,6 +349,42 @@ def test_a_node_in_the_background_of_a_script_obeys_an_interrupt(tmp_path: Path,
     assert process.wait(SECONDS) == 0
 
 
+def test_a_node_whose_terminal_is_closed_stops_cleanly(tmp_path: Path, processes: list[Process]) -> None:
+    """It ended as in a crash, and kept its clients waiting until others led what it had led."""
+    process = start(tmp_path, "n1")
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS)
+    process.signal(signal.SIGHUP)
+    assert process.wait(SECONDS) == 0
+    assert process.lines[-1] == "draining"
+
+
+def test_a_hangup_is_no_second_signal(tmp_path: Path, processes: list[Process]) -> None:
+    """The system and the shell both send one when a terminal is closed."""
+    process = start(tmp_path, "stubborn")
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS)
+    process.signal(signal.SIGHUP)
+    assert process.wait_for_line("draining", SECONDS)
+    process.signal(signal.SIGHUP)
+    process.signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == 128 + signal.SIGTERM
+
+
+def test_a_node_under_nohup_stays_when_its_terminal_is_closed(tmp_path: Path, processes: list[Process]) -> None:
+    arguments = ["--name", "stubborn", "--data", str(tmp_path), "--listen", "127.0.0.1:7001", "--bootstrap"]
+    process = Process(
+        ["sh", "-c", "trap '' HUP && exec \"$@\"", "sh", *STANDIN, *arguments], tmp_path / "n1.log", os.environ
+    )
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS)
+    process.signal(signal.SIGHUP)
+    process.signal(signal.SIGINT)
+    assert process.wait_for_line("draining", SECONDS)
+    process.signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == 128 + signal.SIGTERM
+
+
 @pytest.mark.cluster
 def test_all_threads_of_a_node_but_the_one_that_waits_for_them_block_the_signals_that_stop_it(tmp_path: Path) -> None:
     """The system gives a signal to any thread that has not blocked it; there it would end the process."""
@@ -359,7 +395,7 @@ def test_all_threads_of_a_node_but_the_one_that_waits_for_them_block_the_signals
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
                 lines = (thread / "status").read_text().splitlines()
                 blocked += [int(line.split()[1], 16) for line in lines if line.startswith("SigBlk:")]
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             assert len([mask for mask in blocked if not mask >> (number - 1) & 1]) <= 1
         assert world.terminate("n1", SECONDS) == 0
 
