@@ -222,9 +222,11 @@ class Operations:
             raise EpochMismatch(current=(machine.descriptor,))
         changes, added = _membership_changes(machine.descriptor, items)
         for kind, replica_id in changes:
-            if kind is ConfChangeType.ADD_NODE and not _follows_closely(replica, replica_id):
+            now_ns = self._clock.monotonic_ns()
+            follows = _follows_closely(replica, replica_id) and replica.could_lead(replica_id, now_ns)
+            if kind is ConfChangeType.ADD_NODE and not follows:
                 # Whoever asked may have seen what was so a moment ago. With votes that have no data behind them the
-                # range could commit nothing until they have.
+                # range could commit nothing until they have, or be lost with the one that has them.
                 raise Busy(f"replica {replica_id} of range {range_id} does not follow closely yet")
         reply = Reply()
         change = ConfChange(tuple(changes), context=encode_membership(added))
@@ -239,7 +241,7 @@ def _is_heard(replica: Replica, replica_id: int) -> bool:
 
 
 def _follows_closely(replica: Replica, replica_id: int) -> bool:
-    """Whether it answers, and has the range's data but for the last few entries."""
+    """Whether it answers, and has the range's log but for the last few entries."""
     if not _is_heard(replica, replica_id):
         return False
     match = replica.raft.status().progress[replica_id].match

@@ -30,6 +30,7 @@ from shardkv.errors import (
     WrongCluster,
 )
 from shardkv.multiraft.replica import Replica
+from shardkv.multiraft.snapshots import Snapshots
 from shardkv.raft.messages import Message, MessageType
 from shardkv.server import node as node_module
 from shardkv.server.clock_health import ASK_SECONDS
@@ -46,6 +47,7 @@ from shardkv.wire.frames import Frame, FrameKind, encode_frame
 from shardkv.wire.requests import Consistency, Method, Request
 from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
 from tests.multiraft.world import descriptor_on
+from tests.server.test_engine_and_log import lose_engine
 from tests.server.world import Cluster, Recorder, SimulatedNode, world
 
 
@@ -440,6 +442,44 @@ async def test_a_replica_gets_no_vote_before_it_follows(autojump_clock: MockCloc
         await trio.sleep(0.1)
         assert isinstance(recorder.error, Busy)
         assert "does not follow closely" in str(recorder.error)
+
+
+async def test_a_replica_gets_no_vote_while_it_waits_for_its_data(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has lost its engine and kept its log, so it acknowledges what it is sent and seems to follow closely. Whoever
+    asked has seen it when it had its data still."""
+
+    def refuse(self: Snapshots, begin: Any, sender: Any) -> Any:
+        raise Busy("others are received")
+
+    async with world(1) as cluster:
+        leader, learner = cluster.nodes["n1"], cluster.add("n2")
+        await learner.start()
+        replica = leader.inside.catalog.replicas[RangeId(1)]
+        assert replica.machine is not None
+        added = ["add_learner", int(learner.inside.catalog.node_id), 70]
+        await ask(leader, Method.CHANGE_REPLICAS, 1, [added], replica.machine.descriptor.epoch.membership)
+        await trio.sleep(2)
+        await learner.power_off()
+        lose_engine(learner)
+        monkeypatch.setattr(Snapshots, "_admit", refuse)
+        await learner.start()
+        await trio.sleep(2)
+        peer = replica.raft.status().progress[70]
+        assert learner.inside.catalog.replicas[RangeId(1)].needs_snapshot
+        assert (peer.recent_active, peer.match) == (True, replica.raft.last_index)
+        promoted = ["promote", *added[1:]]
+        membership = replica.machine.descriptor.epoch.membership
+        recorder = await ask(leader, Method.CHANGE_REPLICAS, 1, [promoted], membership)
+        await trio.sleep(0.1)
+        assert isinstance(recorder.error, Busy)
+        monkeypatch.undo()
+        await trio.sleep(5)
+        recorder = await ask(leader, Method.CHANGE_REPLICAS, 1, [promoted], membership)
+        await trio.sleep(0.1)
+        assert recorder.error is None
+        assert replica.raft.configuration.voters == (replica.replica_id, 70)
 
 
 async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:
