@@ -81,11 +81,12 @@ class LiveStorage(MemoryStorage):
     def snapshot(self) -> Snapshot:
         if self.busy:
             raise SnapshotTemporarilyUnavailable
-        node = self.host.node
-        if node.applied <= self.written_snapshot().metadata.index:
+        host = self.host
+        if host.applied_index <= self.written_snapshot().metadata.index:
             return self.written_snapshot()
-        metadata = SnapshotMetadata(node.applied, self.term(node.applied), node.configuration)
-        return Snapshot(metadata, _SEPARATOR.join(self.host.applied))
+        # Not what the replica says: it is asked for one while it takes up a change that the host has not applied yet.
+        metadata = SnapshotMetadata(host.applied_index, self.term(host.applied_index), host.conf_state)
+        return Snapshot(metadata, _SEPARATOR.join(host.applied))
 
 
 class Host:
@@ -105,7 +106,7 @@ class Host:
         self.starts += 1
         changed = self.cluster.settings | self.cluster.own_settings.get(self.id, {})
         snapshot = self.storage.written_snapshot()
-        self.applied = [part for part in snapshot.data.split(_SEPARATOR) if part]
+        self._load(snapshot)
         self.work: list[Message] = []
         self.read_states: list[ReadState] = []
         self.node = RaftNode(
@@ -166,21 +167,31 @@ class Host:
             self.storage.set_hard_state(hard_state)
         if snapshot is not None:
             self.storage.apply_snapshot(snapshot)
-            self.applied = [part for part in snapshot.data.split(_SEPARATOR) if part]
+            self._load(snapshot)
         self.storage.append(tuple(entries))
 
+    def _load(self, snapshot: Snapshot) -> None:
+        self.applied = [part for part in snapshot.data.split(_SEPARATOR) if part]
+        self.applied_index = snapshot.metadata.index
+        self.conf_state = snapshot.metadata.conf_state
+
     def _apply(self, entries: Iterable[Entry]) -> None:
+        if self.node.raft.log.snapshot is not None:
+            return  # the replica is at the snapshot already, which has all this: a change would be made to that
         for entry in entries:
+            if entry.index <= self.applied_index:
+                continue  # a snapshot that has it was faster
             if entry.type is EntryType.NORMAL:
                 if entry.data:
                     self.applied.append(entry.data)
             else:
                 self.conf_state = self.node.apply_conf_change(decode_conf_change(entry.data))
+            self.applied_index = entry.index
 
     def compact(self, index: int | None = None) -> None:
         """Make a snapshot of the applied state and drop the log below ``index``, by default all of that."""
-        applied = self.node.applied
-        self.storage.create_snapshot(applied, self.node.configuration, _SEPARATOR.join(self.applied))
+        applied = self.applied_index
+        self.storage.create_snapshot(applied, self.conf_state, _SEPARATOR.join(self.applied))
         self.storage.compact(applied if index is None else index)
 
     def logged(self) -> list[tuple[int, bytes]]:

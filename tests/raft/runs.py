@@ -10,7 +10,16 @@ import random
 from typing import Any
 
 from shardkv.raft import LeaseSettings, ProposalDropped, Role
-from shardkv.raft.messages import ConfChange, ConfChangeTransition, Entry
+from shardkv.raft.messages import (
+    APPEND_THREAD,
+    ConfChange,
+    ConfChangeTransition,
+    ConfState,
+    Entry,
+    HardState,
+    Snapshot,
+    SnapshotMetadata,
+)
 from tests.raft.cluster import TICK_NS, Cluster, change
 
 DRIFT = 0.1
@@ -211,7 +220,7 @@ class Run:
             host.node.doubt(cluster.clock(host.id))
         elif draw < 0.9:
             host.node.report_unreachable(self.random.choice(self.ids()))
-        elif host.node.applied > host.storage.written_snapshot().metadata.index and not host.work:
+        elif host.applied_index > host.storage.written_snapshot().metadata.index and not host.work:
             host.compact()
 
     def _restart(self, host: Any) -> None:
@@ -331,7 +340,7 @@ class Rounds(Run):
         cluster.process_all()
         for host in cluster.hosts.values():
             if host.up and not host.hold_writes:
-                host.write()
+                self._write(host)
         messages, cluster.messages = cluster.messages, []
         for message in messages:
             draw = self.random.random()
@@ -339,6 +348,9 @@ class Rounds(Run):
                 cluster.messages.append(message)
             if not 0.01 < draw < 0.04:
                 cluster.deliver(message)
+
+    def _write(self, host: Any) -> None:
+        host.write()
 
     def _end(self) -> None:
         if self.random.random() < 0.3:
@@ -351,3 +363,122 @@ class Rounds(Run):
         for host in self.cluster.hosts.values():
             if not host.up and self.random.random() < 0.3:
                 host.restart()
+
+
+class Moving(Rounds):
+    """One group and one seed. The voters move from one set to another, often through long joint configurations.
+
+    Partitions run between the old voters and the new, and some replicas apply nothing for a while: whoever still goes
+    by a configuration that others have left, or already by one that is not agreed on, comes to decide alone.
+    """
+
+    STEPS = 600
+
+    def __init__(self, seed: int, **settings: Any) -> None:
+        super().__init__(seed, membership=True, step_down_on_removal=True, **settings)
+        cluster = self.cluster
+        founders = self.random.choice([ConfState((1,)), ConfState((1, 2, 3))])
+        members = self.ids()[: self.random.choice([4, 5, 6])]
+        cluster.hosts.clear()
+        for id_ in members:
+            founds = id_ in founders.voters
+            host = cluster.add(id_, founders if founds else ConfState())
+            if founds:
+                # As a range begins: whoever joins gets a snapshot, never the log from its first entry.
+                host.storage.apply_snapshot(Snapshot(SnapshotMetadata(10, 5, founders)))
+                host.storage.set_hard_state(HardState(5, 0, 10))
+                host.restart()
+        self.lagging: set[int] = set()
+        """Who applies nothing for now, and logs all the same."""
+        self.crashes = self.random.choice([0, 0.05, 0.2])
+
+    def step(self) -> None:
+        cluster, draw = self.cluster, self.random.random()
+        if draw < 0.25:
+            self._divide()
+        elif draw < 0.35:
+            share = self.random.choice([0, 0.3, 0.7])
+            self.lagging = {id_ for id_ in self.ids() if self.random.random() < share}
+            for host in cluster.hosts.values():
+                host.hold_writes = self.random.random() < 0.15
+        elif draw < 0.55:
+            self._pass_time(self.random.choice([1, 2, 8, 25, 25]))
+        elif draw < 0.75:
+            for leader in cluster.leaders():
+                self._move(cluster[leader])
+        elif draw < 0.85:
+            for leader in cluster.leaders():
+                self._request(cluster.hosts[leader])
+        elif draw < 0.92:
+            self._disturb(cluster.hosts[self.random.choice(self.ids())])
+        for _ in range(self.random.choice([0, 1, 2, 4, 8])):
+            self._go_on()
+            self.checkers.check()
+        del cluster.messages[: -self.MESSAGES_MAX]
+        for host in cluster.hosts.values():
+            if not host.up and self.random.random() < 0.3:
+                host.restart()
+            elif self.random.random() < self.crashes / len(cluster.hosts):
+                host.crash()
+        self.checkers.check()
+
+    def recover(self) -> None:
+        self.lagging.clear()
+        super().recover()
+
+    def _write(self, host: Any) -> None:
+        if host.id not in self.lagging:
+            host.write()
+            return
+        applies = [message for message in host.work if message.to != APPEND_THREAD]
+        host.work = [message for message in host.work if message.to == APPEND_THREAD]
+        host.write()
+        host.work = applies + host.work
+
+    def _divide(self) -> None:
+        """Cut one half of somebody's configuration off, or what is only in one of them; with others, sometimes."""
+        cluster = self.cluster
+        cluster.heal()
+        if self.random.random() < 0.4:
+            return
+        configuration = cluster[self.random.choice(self.ids())].configuration
+        incoming, outgoing = set(configuration.voters), set(configuration.voters_outgoing)
+        side = self.random.choice([incoming, outgoing or incoming, incoming - outgoing])
+        if self.random.random() < 0.5:
+            side = {*side, self.random.choice(self.ids())}
+        cluster.isolate(*sorted(side & set(self.ids())))
+
+    def _pass_time(self, ticks: int) -> None:
+        cluster = self.cluster
+        for _ in range(ticks):
+            cluster.now += TICK_NS
+            for host in cluster.hosts.values():
+                if host.up:
+                    host.node.tick(cluster.clock(host.id))
+            if self.random.random() < 0.7:
+                self._go_on()
+                self.checkers.check()
+
+    def _move(self, node: Any) -> None:
+        """Propose other voters: three, or five; one more; or a learner. Or leave a joint configuration, sometimes."""
+        voters, ids = set(node.configuration.voters), set(self.ids())
+        joint = [ConfChangeTransition.JOINT_EXPLICIT, ConfChangeTransition.JOINT_EXPLICIT]
+        wanted, transition = "", ConfChangeTransition.AUTO
+        if node.configuration.voters_outgoing:
+            if node.configuration.auto_leave or self.random.random() < 0.6:
+                return
+        elif len(voters) == 1 or self.random.random() < 0.7:
+            # One that leads alone stays: without its vote nobody could be elected to tell that the change is through.
+            target = voters if len(voters) == 1 else set()
+            count = self.random.choice([3, 3, min(5, len(ids))]) - len(target)
+            target = target | set(self.random.sample(sorted(ids - target), count))
+            leave = self.random.choice("rl")
+            wanted = " ".join(f"{leave if id_ in voters else 'v'}{id_}" for id_ in sorted(target ^ voters))
+            transition = self.random.choice([*joint, ConfChangeTransition.JOINT_IMPLICIT])
+        elif ids - voters:
+            wanted = self.random.choice("vl") + str(self.random.choice(sorted(ids - voters)))
+        if wanted or node.configuration.voters_outgoing:
+            try:
+                node.propose_conf_change(change(wanted, transition))
+            except ProposalDropped:
+                return

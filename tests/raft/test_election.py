@@ -791,3 +791,28 @@ def test_trap_14_doubt_does_not_make_a_reluctant_replica_hurry() -> None:
     cluster.tick(2, 3, count=8)
     assert 2 in cluster.leaders()
     assert 3 not in cluster.leaders()
+
+
+def test_nobody_campaigns_while_its_log_is_being_replaced() -> None:
+    """What it would stand for is not on its disk, and its state machine has nothing of it yet."""
+    cluster = Cluster()
+    leader = cluster.elect(1)
+    cluster.isolate(3)
+    leader.propose(b"x")
+    cluster.settle()
+    cluster.hosts[1].compact()
+    leader.report_unreachable(3)
+    cluster.heal()
+    host = cluster.hosts[3]
+    host.hold_writes = True
+    cluster.tick(1, count=3)
+    assert host.node.raft.log.snapshot is not None
+    host.step(Message(M.TIMEOUT_NOW, 3, 1, leader.term))
+    assert host.node.role is Role.FOLLOWER
+    # Whoever asks for its vote meanwhile begins a term, and what is written then is of an earlier one.
+    host.step(Message(M.VOTE, 3, 2, leader.term + 1))
+    host.hold_writes = False
+    host.write()
+    assert host.node.raft.log.snapshot is None
+    cluster.settle()
+    cluster.elect(3)

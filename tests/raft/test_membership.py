@@ -192,6 +192,52 @@ def test_a_joint_configuration_needs_both_majorities_to_elect() -> None:
     cluster.elect(4)
 
 
+@pytest.mark.parametrize("away", [(2, 3), (4, 5)])
+def test_a_joint_configuration_needs_both_majorities_to_go_on_leading(away: tuple[int, int]) -> None:
+    """Thesis 6.2: a leader that can commit nothing must not keep its clients."""
+    cluster = led(check_quorum=True)
+    for id_ in (4, 5):
+        cluster.add(id_)
+    cluster[1].propose_conf_change(change("v4 v5 r2 r3", EXPLICIT))
+    cluster.tick(1, count=3)
+    assert cluster[1].configuration == ConfState((1, 4, 5), (), (1, 2, 3))
+    ticks = 2 * cluster[1].raft.settings.election_ticks
+    cluster.tick(1, count=ticks)
+    assert cluster[1].role is Role.LEADER
+    cluster.isolate(*away)
+    cluster.tick(1, count=ticks)
+    assert cluster[1].role is Role.FOLLOWER
+
+
+def test_new_voters_that_were_not_heard_of_yet_do_not_depose_the_leader() -> None:
+    """The quorum may be checked in the next moment."""
+    cluster = led(1, check_quorum=True)
+    ticks = cluster[1].raft.settings.election_ticks
+    cluster.tick(1, count=ticks - 1 - cluster[1].raft.election_elapsed)
+    cluster[1].propose_conf_change(change("v2 v3", EXPLICIT))
+    cluster.settle()
+    assert cluster[1].configuration == ConfState((1, 2, 3), (), (1,))
+    cluster.tick(1)
+    assert (cluster[1].role, cluster[1].raft.election_elapsed) == (Role.LEADER, 0)
+    cluster.tick(1, count=ticks)
+    assert cluster[1].role is Role.FOLLOWER
+
+
+def test_a_joint_configuration_needs_both_majorities_to_read() -> None:
+    """Thesis 6.4: also where the leader is to be alone, it is not yet."""
+    cluster = led()
+    cluster[1].propose_conf_change(change("r2 r3", EXPLICIT))
+    cluster.tick(1, count=3)
+    assert cluster[1].configuration == ConfState((1,), (), (1, 2, 3))
+    cluster.isolate(1)
+    cluster[1].read_index(b"r")
+    cluster.tick(1, count=3)
+    assert cluster.hosts[1].read_states == []
+    cluster.heal()
+    cluster.tick(1, count=2)
+    assert [state.context for state in cluster.hosts[1].read_states] == [b"r"]
+
+
 def test_a_change_of_many_members_leaves_by_itself_when_it_is_applied() -> None:
     """Thesis 4.3: once C_old,new is committed the leader proposes C_new."""
     cluster = led()

@@ -79,3 +79,16 @@ def test_the_window_frees_what_was_answered_and_knows_its_bytes() -> None:
     window.free_to(9)
     assert (len(window), window.bytes, window.full) == (0, 0, False)
     window.check()
+
+
+def test_a_change_of_the_members_forgets_nothing_of_those_who_stay() -> None:
+    """Among it what the lease rests on, and that a snapshot is on its way."""
+    made = Progress(9, Inflights(4, 1000), is_learner=True, recent_active=False)
+    made.state, made.match, made.pending_snapshot, made.sent_commit = ProgressState.SNAPSHOT, 7, 8, 6
+    made.flow_paused, made.probes_unanswered, made.heartbeats_waited = True, 2, 3
+    made.lease_stamp, made.follower_stamp = 4, 5
+    unlike = Progress(1, Inflights(4, 1000), is_learner=False, recent_active=True)
+    copy = made.copy()
+    for name in Progress.__slots__:
+        assert getattr(made, name) != getattr(unlike, name), f"{name} might as well be a new member's"
+        assert getattr(copy, name) == getattr(made, name), name

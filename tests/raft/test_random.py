@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from shardkv.raft import InvalidConfChange
-from tests.raft.runs import LEASE, Rounds, Run
+from tests.raft.runs import LEASE, Moving, Rounds, Run
 
 NODES: dict[str, Any] = {"pre_vote": True, "check_quorum": True, "lease": LEASE, "patient_elections": True}
 MEMBERSHIP = NODES | {"membership": True, "step_down_on_removal": True}
@@ -71,6 +71,12 @@ def test_a_group_whose_leaders_die_all_the_time_stays_safe_and_recovers(seed: in
 def test_a_group_with_changing_members_that_die_all_the_time_stays_safe_and_recovers(seed: int) -> None:
     """Traps 6, 7, 9 and 10 together."""
     check_run(seed, Rounds, **MEMBERSHIP, commit_broadcast=bool(seed % 2))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_group_whose_voters_move_while_it_is_divided_stays_safe_and_recovers(seed: int) -> None:
+    """Trap 9: joint configurations that last, partitions along them, and replicas that apply a change late."""
+    check_run(seed, Moving, **NODES, commit_broadcast=bool(seed % 2))
 
 
 def test_the_random_runs_do_what_they_are_for() -> None:
