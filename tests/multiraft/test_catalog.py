@@ -138,6 +138,33 @@ async def test_trap_02_an_adopted_replica_tells_its_leader_that_it_needs_no_snap
         await hosts.agreed(2)
 
 
+async def test_trap_02_a_vote_that_waits_for_the_disk_while_the_split_adopts_its_replica_is_answered(
+    autojump_clock: MockClock,
+) -> None:
+    """The answer went with the replica that the split replaces; without it the right half may have no leader."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        answers: list[Message] = []
+
+        def passes(source: int, target: int, range_id: int, message: Message) -> bool:
+            if (source, range_id, message.type) == (3, 2, MessageType.VOTE_RESP):
+                answers.append(message)
+            return range_id == 1
+
+        late.engine.stall = True
+        hosts.passes = passes
+        await hosts.until(lambda: late.driver.applier.held, "the split's commit on node 3")
+        late.workers.hold_log()
+        deliver(late, 2, from_right(MessageType.VOTE, to=3, sender=2, term=9, index=10, log_term=5), 2)
+        await hosts.until(lambda: late.replica(2).raft.vote == 102, "the vote")
+        late.engine.stall = False
+        await hosts.until(lambda: late.replica(2).machine is not None, "the split on node 3")
+        assert not answers, "the vote is not on disk"
+        late.workers.release()
+        await hosts.until(lambda: answers, "the answer")
+        assert [(each.to, each.term, each.reject) for each in answers] == [(102, 9, False)]
+
+
 async def test_trap_02_the_split_adopts_the_replica_and_keeps_its_vote_through_a_crash(
     autojump_clock: MockClock,
 ) -> None:
