@@ -1,14 +1,16 @@
-"""A node, composed of everything below, from start to stop.
+"""A node, composed of everything below.
 
-``node`` puts it together; ``inside`` shows the parts to a simulation.
+``node`` is its life from start to stop: ``stores`` opens log and engine, ``membership`` makes it one of a cluster, and
+``parts`` puts together the rest, which is:
 
 * Clients: ``listener`` takes connections, ``client_connection`` reads requests and gathers answers, within ``intake``
   (large requests on their way) and ``answer_budget`` (answers that nobody takes). ``requests`` serves reads and writes;
   ``operations`` is what takes several steps, each with a ``reply`` to wait for.
-* Other nodes: ``peers`` connects driver and transport, ``address_book`` knows where they are and ``known_nodes`` writes
-  that down, ``internal_client`` asks them as a client would, ``draining`` leaves them the leaderships at a stop.
-  ``placement_service`` is this node's part in placement, ``introduction`` how that learns of a start, ``overview`` what
-  people are told of it, and ``splitter`` splits what has grown.
+* Other nodes: ``other_nodes`` is what becomes of their news, ``address_book`` knows where they are and ``known_nodes``
+  writes that down, ``peers`` connects driver and transport, ``internal_client`` asks them as a client would,
+  ``draining`` leaves them the leaderships at a stop. ``placement_service`` is this node's part in placement,
+  ``introduction`` how that learns of a start, ``overview`` what people are told of it, and ``splitter`` splits what has
+  grown.
 * Health: ``disk_health``, ``clock_health``, ``loop_health``; ``garbage`` chooses when the process collects. The log is
   told of ``missing_leaders``, ``missing_data`` and ``shared_addresses``. ``admin`` shows the node over HTTP.
 

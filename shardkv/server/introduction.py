@@ -15,7 +15,7 @@ from shardkv.errors import ShardKVError, WrongCluster
 from shardkv.multiraft.catalog import Catalog
 from shardkv.outage import UNANSWERED_SECONDS, Outage
 from shardkv.server.placement_service import PlacementService
-from shardkv.storage.directory import Identity
+from shardkv.transport.handshake import NodeIdentity
 from shardkv.types import (
     EVERY_KEY,
     FIRST_RANGE,
@@ -57,10 +57,8 @@ class Introduction:
         state: PlacementState,
         *,
         config: NodeConfig,
-        identity: Identity,
-        start_token: bytes,
-        earlier_tokens: tuple[bytes, ...],
-        address: str,
+        identity: NodeIdentity,
+        directory_token: bytes,
         new: bool,
         log: Any,
     ) -> None:
@@ -71,9 +69,7 @@ class Introduction:
         self._state = state
         self._config = config
         self._identity = identity
-        self._start_token = start_token
-        self._earlier_tokens = earlier_tokens
-        self._address = address
+        self._directory_token = directory_token
         self._new = new
         self._log = log
 
@@ -83,7 +79,6 @@ class Introduction:
         A refusal for good becomes the service's ``fatal`` and sets ``stop``.
         """
         identity = self._identity
-        assert identity.node_id is not None, "registered before the node has an id"
         outage = Outage(UNANSWERED_SECONDS)
         outage.begin(self._now())
         while True:
@@ -95,10 +90,10 @@ class Introduction:
                 started = NodeStarted(
                     identity.node_id,
                     identity.boot,
-                    start_token=self._start_token,
-                    address=self._address,
+                    start_token=identity.start_token,
+                    address=identity.address,
                     labels=self._config.label,
-                    earlier_tokens=self._earlier_tokens,
+                    earlier_tokens=identity.earlier_tokens,
                 )
                 await self._placement.propose(started)
                 if outage.end():
@@ -119,15 +114,14 @@ class Introduction:
 
     async def _bootstrap(self) -> None:
         config, identity = self._config, self._identity
-        assert identity.cluster_id is not None, "bootstrapped without a cluster id"
         defaults = Settings()
         wanted = (("split_bytes", config.ranges.split_bytes), ("replication_factor", config.ranges.replicas))
         await self._placement.propose(
             Bootstrap(
                 identity.cluster_id,
                 name=config.name,
-                address=self._address,
-                directory_token=identity.token,
+                address=identity.address,
+                directory_token=self._directory_token,
                 labels=config.label,
                 descriptors=first_ranges(),
                 settings=tuple((name, value) for name, value in wanted if value != defaults.value(name)),

@@ -54,7 +54,7 @@ class Listener:
     """Serves every connection of a node.
 
     Args:
-        identity: who this node is; there is no listener before it has joined.
+        identity: who this node is.
         known_boots: shared with the pool of outgoing connections.
         on_peer: called with each greeting of another node that is taken.
         on_foreign: called with each greeting of a node of another cluster.

@@ -2,7 +2,7 @@
 
 Nothing refuses such an address. A node may take over that of one that is lost for good, and two that are started anew
 may swap theirs, one after the other; which of the two the group hears of first says nothing. The rule: it is wrong
-where both go on living. Does not live here: how a node finds out that its own address is another's (``node``).
+where both go on living. Does not live here: how a node finds out that its own address is another's (``other_nodes``).
 """
 
 from typing import Any, Final

@@ -16,9 +16,9 @@ import trio
 from shardkv.config import NodeConfig, RangesConfig, StorageConfig
 from shardkv.errors import RoutingError, ShardKVError, Unavailable
 from shardkv.multiraft.snapshots import Snapshots
-from shardkv.server.inside import Inside
 from shardkv.server.internal_client import ClientEnvironment
 from shardkv.server.node import run_node
+from shardkv.server.parts import Parts
 from shardkv.simulation import determinism
 from shardkv.simulation.disk import CAPACITY_BYTES, CrashChooser, SimulatedDisk
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
@@ -68,7 +68,7 @@ class SimulatedNode:
         self.out_of_service = False
         """Somebody works on its disk: it is not started meanwhile."""
         self._buried = True
-        self._inside: Inside | None = None
+        self._inside: Parts | None = None
         self._process = Process()
 
     @property
@@ -85,7 +85,7 @@ class SimulatedNode:
         return self.alive and self.ready.is_set()
 
     @property
-    def inside(self) -> Inside:
+    def inside(self) -> Parts:
         """The parts of the node that runs, or ran last, to look into."""
         assert self._inside is not None, f"{self.name} has not been put together yet"
         return self._inside
@@ -160,7 +160,7 @@ class SimulatedNode:
     def _open_engine(self, config: NodeConfig, path: str) -> Engine:
         return self.engine
 
-    def _observe(self, inside: Inside) -> None:
+    def _observe(self, inside: Parts) -> None:
         self._inside = inside
         for observer in self.cluster.observers:
             observer(self, inside)
@@ -309,7 +309,7 @@ class Cluster:
         self.tolerant = False
         """Whether nodes may end by themselves, with an error."""
         self.tolerates: Callable[[SimulatedNode, Exception], bool] = lambda node, error: self.tolerant
-        self.observers: list[Callable[[SimulatedNode, Inside], None]] = []
+        self.observers: list[Callable[[SimulatedNode, Parts], None]] = []
         self._split_bytes = split_bytes
         self._clients = 0
         network.trace = trace

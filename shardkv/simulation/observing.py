@@ -14,7 +14,7 @@ import trio
 from shardkv.machine.snapshot import snapshot_rows
 from shardkv.multiraft.replica import Replica
 from shardkv.raft import Role
-from shardkv.server.inside import Inside
+from shardkv.server.parts import Parts
 from shardkv.simulation.checkers.growth import NothingGrows
 from shardkv.simulation.checkers.leaders import Leader, OneLeaderPerTerm
 from shardkv.simulation.checkers.logs import LogMatching, Seen
@@ -71,7 +71,7 @@ class Observing:
     def checkers(self) -> tuple[Checker, ...]:
         return self.leaders, self.logs, self.machines, self.ranges, self.sessions, self.voters
 
-    def _attach(self, node: SimulatedNode, inside: Inside) -> None:
+    def _attach(self, node: SimulatedNode, inside: Parts) -> None:
         """Hear of every change of leadership and of members."""
         told = inside.driver.hooks
 
@@ -112,7 +112,7 @@ class Observing:
 
     # Looks
 
-    def _running(self) -> Iterator[tuple[SimulatedNode, Inside]]:
+    def _running(self) -> Iterator[tuple[SimulatedNode, Parts]]:
         for node in self._cluster.nodes.values():
             if node.composed:
                 yield node, node.inside
@@ -204,7 +204,7 @@ class Observing:
         self.sessions.saw_table(range_id, len(table.sessions), oldest, now_ms, node.name)
         self.growth.saw_size("session records of a range", records, node.name)
 
-    def _see_sizes(self, node: SimulatedNode, inside: Inside) -> None:
+    def _see_sizes(self, node: SimulatedNode, inside: Parts) -> None:
         saw, name = self.growth.saw_size, node.name
         replicas = inside.catalog.replicas
         saw("ranges", len(replicas), name)

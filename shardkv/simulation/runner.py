@@ -18,7 +18,7 @@ from shardkv.environment import Clock
 from shardkv.errors import ShardKVError
 from shardkv.multiraft.snapshot_parts import Pace
 from shardkv.program import leaf, leaves_of
-from shardkv.server.inside import Inside
+from shardkv.server.parts import Parts
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.linearizability import Operation
 from shardkv.simulation.checkers.violation import Violation
@@ -177,7 +177,7 @@ class Run:
         """Logs are compacted so far, in some runs, that whoever is a little behind needs a snapshot."""
         kept = determinism.seeded_random("logs", self.settings.seed).choice([None, (20, 40), (0, 4)])
 
-        def shorten(node: SimulatedNode, inside: Inside) -> None:
+        def shorten(node: SimulatedNode, inside: Parts) -> None:
             inside.maintenance.kept = kept
 
         _for_each_start(cluster, shorten)
@@ -186,7 +186,7 @@ class Run:
         """Until the cluster has grown snapshots take a while, in some runs, and much happens meanwhile."""
         self._slow_bytes_per_second = determinism.seeded_random("snapshots", self.settings.seed).choice(SLOW_SNAPSHOTS)
 
-        def slow(node: SimulatedNode, inside: Inside) -> None:
+        def slow(node: SimulatedNode, inside: Parts) -> None:
             snapshots = inside.snapshots
             snapshots.send_pace = _SlowPace(
                 node.environment.clock, snapshots.send_pace.bytes_per_second, lambda: self._slow_bytes_per_second
@@ -364,7 +364,7 @@ class _SlowPace(Pace):
         await super().spend(max(0, count))
 
 
-def _for_each_start(cluster: Cluster, act: Callable[[SimulatedNode, Inside], None]) -> None:
+def _for_each_start(cluster: Cluster, act: Callable[[SimulatedNode, Parts], None]) -> None:
     """``act`` on every node that runs, and on each that is started from now on."""
     cluster.observers.append(act)
     for node in cluster.nodes.values():

@@ -35,12 +35,12 @@ GREETING_SECONDS_MAX: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class NodeIdentity:
-    """Who this node is to others, and where they reach it. Cluster and node id are None until it has joined."""
+    """Who this node, a member of a cluster, is to others, and where they reach it."""
 
-    cluster_id: bytes | None
-    node_id: NodeId | None
+    cluster_id: bytes
+    node_id: NodeId
     boot: int
-    address: str | None = None
+    address: str
     start_token: bytes = b""
     """Random, made at this start."""
     earlier_tokens: tuple[bytes, ...] = ()
@@ -247,7 +247,6 @@ async def _first_frame(
     raise ProtocolError(f"{connection.remote} did not finish its greeting within {seconds_max:g} s")
 
 
-def _check_cluster(theirs: bytes | None, ours: bytes | None) -> None:
+def _check_cluster(theirs: bytes | None, ours: bytes) -> None:
     if theirs is not None and theirs != ours:
-        mine = f"cluster {ours.hex()}" if ours is not None else "no cluster yet"
-        raise WrongCluster(f"the other side belongs to cluster {theirs.hex()}, this one to {mine}")
+        raise WrongCluster(f"the other side belongs to cluster {theirs.hex()}, this one to cluster {ours.hex()}")

@@ -105,7 +105,7 @@ class PeerPool:
     """Keeps this node connected to its peers.
 
     Args:
-        identity: fixed for the life of the pool: a node dials no peers before it has joined.
+        identity: fixed for the life of the pool.
         known_boots: shared with the listener.
         on_connected: called with a node id once both of its connections are up.
         on_disconnected: called as soon as the first of them is lost. A process that died closes its connections, so
@@ -137,8 +137,6 @@ class PeerPool:
         on_reachable: Callable[[NodeId], None] = lambda node_id: None,
         on_old_copy: Callable[[WrongCluster], None] = lambda error: None,
     ) -> None:
-        assert identity.cluster_id is not None, "a node dials no peers before it has joined a cluster"
-        assert identity.node_id is not None, "a node dials no peers before it has an id"
         self._environment = environment
         self._identity = identity
         self._known_boots = known_boots

@@ -86,8 +86,7 @@ class World:
         unused: Any = None
         parts = app.NodeParts(
             "n1",
-            "a:1",
-            NodeIdentity(b"c" * 16, NodeId(1), 1),
+            NodeIdentity(b"c" * 16, NodeId(1), 1, "a:1"),
             self.driver,  # type: ignore[arg-type]
             unused,
             unused,

@@ -7,7 +7,7 @@ from sortedcontainers import SortedDict
 
 from shardkv.config import NodeConfig, StorageConfig
 from shardkv.environment.real.workers import RealWorkers
-from shardkv.server.node import open_engine
+from shardkv.server.stores import open_engine
 
 
 async def test_an_ingest_changes_the_engine_in_memory_in_the_loop(tmp_path: Path) -> None:

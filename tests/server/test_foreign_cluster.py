@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from shardkv.errors import DataDirectoryError, WrongCluster
-from shardkv.server.node import YOUNG_SECONDS
+from shardkv.server.other_nodes import YOUNG_SECONDS
 from shardkv.server.placement_service import PlacementExtension
 from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.network import SimulatedNetwork

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from shardkv.errors import Corruption, StorageError
-from shardkv.server import node as node_module
+from shardkv.server import stores
 from shardkv.simulation import run_deterministically, simulated_cluster
 from shardkv.simulation.cluster import SimulatedNode
 from shardkv.types import FIRST_RANGE
@@ -29,7 +29,7 @@ def test_a_leader_that_cannot_read_back_an_entry_for_a_follower_ends_and_another
 
     The follower would ask again and again, and be without what it lacks for as long as this node leads.
     """
-    monkeypatch.setattr(node_module, "LOG_CACHE_BYTES_MAX", 0)
+    monkeypatch.setattr(stores, "LOG_CACHE_BYTES_MAX", 0)
 
     async def main() -> None:
         async with simulated_cluster(3, seed=1) as cluster, cluster.client() as kv:
@@ -58,7 +58,7 @@ def test_a_leader_that_cannot_read_back_an_entry_for_a_follower_ends_and_another
 
 def test_whoever_reads_the_node_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator's request may make a leader read as well; its task answers with the error, and must not hide it."""
-    monkeypatch.setattr(node_module, "LOG_CACHE_BYTES_MAX", 0)
+    monkeypatch.setattr(stores, "LOG_CACHE_BYTES_MAX", 0)
 
     async def main() -> None:
         async with simulated_cluster(3, seed=1) as cluster, cluster.client() as kv:

@@ -27,12 +27,10 @@ HELLO = Hello(Role.PEER, CLUSTER, ONE, TWO, 5)
 class Node:
     """A node that greets whoever connects and keeps the frames that it gets."""
 
-    def __init__(
-        self, network: SimulatedNetwork, node_id: int, *, boot: int = 5, cluster: bytes | None = CLUSTER
-    ) -> None:
+    def __init__(self, network: SimulatedNetwork, node_id: int, *, boot: int = 5, cluster: bytes = CLUSTER) -> None:
         self.environment: SimulatedEnvironment = simulated_environment(f"n{node_id}", seed=1, network=network)
-        self.identity = NodeIdentity(cluster, NodeId(node_id), boot)
         self.address = f"n{node_id}:7000"
+        self.identity = NodeIdentity(cluster, NodeId(node_id), boot, self.address)
         self.boots = KnownBoots()
         self.frames: list[tuple[Role, Frame]] = []
         self.refusals: list[ShardKVError] = []
@@ -93,7 +91,6 @@ class Node:
             on_reachable=lambda *node: tell.append(node),
         )
         for other in others:
-            assert other.identity.node_id is not None
             self.pool.set_address(other.identity.node_id, other.address)
         await nursery.start(self.pool.run)
         return self.pool
@@ -231,14 +228,6 @@ def test_trap_24_a_copy_that_was_heard_first_gives_way_to_the_start_that_the_gro
         boots.require_newest(ONE, 9, c9, (c8, t7))
     boots.observe(ONE, 8, t8, (t7,))
     boots.observe(ONE, 9, b"t9" * 8, (t8, t7))
-
-
-@simulated
-async def test_a_node_without_a_cluster_takes_no_peers(nursery: trio.Nursery) -> None:
-    one, two, _ = two_nodes(cluster=None)
-    await two.start(nursery)
-    with pytest.raises(WrongCluster, match="no cluster yet"):
-        await one.dial(two, HELLO)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,6 @@ class NodeParts:
     """The parts of a running node that are looked at. None of them is changed."""
 
     name: str
-    address: str
     identity: NodeIdentity
     driver: Driver
     pool: PeerPool

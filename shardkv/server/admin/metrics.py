@@ -79,8 +79,8 @@ def _node(parts: "NodeParts") -> Iterable[Metric]:
         value={
             "name": parts.name,
             "node_id": str(identity.node_id),
-            "cluster_id": (identity.cluster_id or b"").hex(),
-            "address": parts.address,
+            "cluster_id": identity.cluster_id.hex(),
+            "address": identity.address,
             "version": shardkv.__version__,
         },
     )

@@ -1,0 +1,97 @@
+"""How a data directory becomes that of a node of a cluster: by founding one, by joining one, or in an earlier start.
+
+Does not live here: asking others to be let in (``internal_client``), and what a member tells the cluster of its start
+(``introduction``). The rule: the directory is assigned last, for from then on a start may be told neither --bootstrap
+nor --join.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from shardkv.address import Address, parse_address
+from shardkv.config import NodeConfig
+from shardkv.environment import Environment
+from shardkv.errors import ConfigError
+from shardkv.server.address_book import AddressBook
+from shardkv.server.internal_client import join_cluster
+from shardkv.server.introduction import FIRST_NODE
+from shardkv.server.known_nodes import KnownNodesFile
+from shardkv.storage.directory import DataDirectory, Identity
+from shardkv.types import NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """How this start came to be that of a member."""
+
+    is_new: bool
+    """The directory has become this node's in this start."""
+    founded_ns: int | None = None
+    """When this start made the cluster, if it did."""
+
+
+def require_way_in(identity: Identity, config: NodeConfig) -> None:
+    """Raises ConfigError where a node that is no member is told neither to found a cluster nor to join one."""
+    if not identity.assigned and not config.bootstrap and not config.join:
+        raise ConfigError(
+            f"if this node ran before, its data directory is not mounted: {config.data} is a new one. To begin there, "
+            "give --bootstrap to start a cluster, or --join HOST:PORT to join one"
+        )
+
+
+async def become_member(
+    config: NodeConfig,
+    environment: Environment,
+    directory: DataDirectory,
+    *,
+    address: str,
+    listens_at: str,
+    address_book: AddressBook,
+    known_nodes: KnownNodesFile,
+    stop: trio.Event,
+    log: Any,
+) -> Membership | None:
+    """Make sure that the directory belongs to a node of a cluster; None if told to stop before one lets it in.
+
+    The other nodes that are known, by the file or by the answer to a join, are in ``address_book`` then. ``address`` is
+    where others reach this node, ``listens_at`` where it listens.
+    """
+    identity, workers = directory.identity, environment.workers
+    if identity.assigned:
+        await known_nodes.load()
+        return Membership(is_new=False)
+    if config.bootstrap:
+        cluster_id = environment.ids.random_bytes(16)
+        founded_ns = environment.clock.monotonic_ns()
+        await workers.run(directory.assign, cluster_id, FIRST_NODE, config.name)
+        return Membership(is_new=True, founded_ns=founded_ns)
+    labels = [[key, value] for key, value in config.label]
+    joined = await join_cluster(
+        environment,
+        _others_to_join(config.join, {parse_address(address), parse_address(listens_at)}),
+        [config.name, address, identity.token, labels],
+        log=log,
+        stop=stop,
+    )
+    if joined is None:
+        log.info("told to stop before it had joined the cluster")
+        return None
+    cluster_id, node_id, nodes = joined
+    address_book.joined(nodes)
+    await known_nodes.store()
+    await workers.run(directory.assign, cluster_id, NodeId(node_id), config.name)
+    return Membership(is_new=True)
+
+
+def _others_to_join(join: Collection[str], own: Collection[Address]) -> list[str]:
+    """Who may let this node in: it cannot itself, though a list for all nodes may name it, too."""
+    others = [address for address in join if parse_address(address) not in own]
+    if not others:
+        raise ConfigError(
+            f"--join {', '.join(join)} is this node's own address: name another node, one of the cluster that it is to "
+            "join, or give --bootstrap to start a cluster"
+        )
+    return others
