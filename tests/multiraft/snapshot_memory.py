@@ -17,7 +17,7 @@ from shardkv.machine.snapshot import engine_spans
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.rocks import RocksEngine, RocksSettings
 from tests.multiraft import world as world_module
-from tests.multiraft.test_snapshots import behind
+from tests.multiraft.scenes import behind
 from tests.multiraft.world import user_key, world
 
 MIB = 1024 * 1024

@@ -10,14 +10,14 @@ from trio.testing import MockClock
 from shardkv.errors import Corruption, ProtocolError
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
-from shardkv.multiraft.replica import Replica
 from shardkv.raft.messages import NONE, ConfState, Entry, HardState, Message, MessageType
 from shardkv.raft.node import Role
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate, ResetLog, Tombstone
 from shardkv.types import KeyRange, NodeId, RangeId, ReplicaId
 from tests.multiraft import world as world_module
-from tests.multiraft.world import PROMISE_NS, RANGE, Host, Hosts, descriptor_on, user_key, world
+from tests.multiraft.scenes import led_by_another, split_on_two, with_log
+from tests.multiraft.world import PROMISE_NS, RANGE, Host, descriptor_on, user_key, world
 
 RIGHT = RangeId(2)
 
@@ -31,28 +31,6 @@ def deliver(host: Host, range_id: int, message: Message, sender: int) -> None:
     replica = host.catalog.admit(RangeId(range_id), message, NodeId(sender))
     if replica is not None:
         host.driver.step(replica, message)
-
-
-async def split_on_two(hosts: Hosts) -> Host:
-    """Split range 1 at m while node 3, a follower, hears of nothing; node 3."""
-    await hosts.write(b"a", b"1")
-    await hosts.write(b"z", b"2")
-    leader = await led_by_another(hosts, 3)
-    hosts.passes = lambda source, target, range_id, message: 3 not in (source, target)
-    await leader.split(b"m", 2).wait()
-    await hosts.until(lambda: all(2 in hosts[each].catalog.replicas for each in (1, 2)), "the split on two nodes")
-    await hosts.led(2)
-    return hosts[3]
-
-
-async def led_by_another(hosts: Hosts, node_id: int) -> Host:
-    leader = hosts.leader()
-    if leader.node_id == node_id:
-        leader.replica().raft.transfer_leader(1)
-        leader.driver.touch(leader.replica())
-        await hosts.until(lambda: hosts.leader().node_id == 1, "a transfer to node 1")
-    await hosts.agreed()
-    return hosts.leader()
 
 
 async def test_trap_02_an_uninitialised_replica_votes_but_neither_campaigns_nor_owns_a_span(
@@ -403,18 +381,6 @@ async def test_a_bootstrap_is_idempotent_and_brings_nothing_back_that_has_ended(
         host.wal.append([LogUpdate(RangeId(9), tombstone=Tombstone(ReplicaId(1)))])()
         host.catalog.bootstrap([other], 0)
         assert RangeId(9) not in host.wal.groups
-
-
-def with_log(host: Host, *, commit: int) -> Replica:
-    """The replica of range 1 after a start, with entries 11 to 30 in its log and a state as of 20."""
-    update = LogUpdate(RANGE, hard_state=HardState(6, 1, commit))
-    update.entries = tuple(Entry(6, index, data=b"") for index in range(11, 31))
-    host.wal.append([update])()
-    host.catalog.recover()
-    host.catalog.log = lambda updates: host.wal.append(updates)()
-    replica = host.replica()
-    replica.machine = RangeMachine.create(descriptor_on(1), applied_index=20, applied_term=6)
-    return replica
 
 
 async def test_a_state_of_a_later_term_than_the_replica_knew_brings_it_into_that_term_without_a_vote(

@@ -31,7 +31,7 @@ from shardkv.storage.group_log import GroupLog
 from shardkv.storage.wal import CreateGroup, LogUpdate
 from shardkv.transport.groups import main_error
 from shardkv.types import SESSION_AGE_MS_MAX, RangeId, ReplicaId
-from tests.multiraft.test_snapshots import led_by_another
+from tests.multiraft.scenes import led_by_another
 from tests.multiraft.world import PROMISE_NS, RANGE, Hosts, world
 
 

@@ -24,7 +24,7 @@ from shardkv.storage.engine import Engine
 from shardkv.storage.rocks import RocksEngine
 from shardkv.types import RangeId
 from tests.multiraft import rocks_install
-from tests.multiraft.test_snapshots import Stream, behind, spelled
+from tests.multiraft.scenes import Stream, behind, spelled
 from tests.multiraft.world import RANGE, Host, descriptor_on, world
 
 DISK_STEPS = frozenset({"pwrite", "allocate", "truncate", "sync", "rename", "unlink", "sync_directory"})

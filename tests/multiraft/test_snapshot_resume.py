@@ -18,7 +18,7 @@ from shardkv.multiraft.snapshots import StreamBroken
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.memory import MemoryEngine
 from shardkv.types import KeyRange, NodeId, RangeId
-from tests.multiraft.test_snapshots import Stream, behind, spelled
+from tests.multiraft.scenes import Stream, behind, spelled
 from tests.multiraft.world import RANGE, Host, Hosts, descriptor_on, user_key, world
 
 VALUE_BYTES = CHUNK_BYTES // 2

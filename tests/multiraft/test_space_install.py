@@ -12,8 +12,7 @@ from shardkv.errors import OutOfSpace
 from shardkv.multiraft import snapshots
 from shardkv.multiraft.snapshots import StreamBroken
 from shardkv.raft.messages import MessageType
-from tests.multiraft.test_catalog import led_by_another, split_on_two
-from tests.multiraft.test_snapshots import Stream, behind, carried, spelled
+from tests.multiraft.scenes import Stream, behind, carried, led_by_another, spelled, split_on_two
 from tests.multiraft.world import RANGE, world
 
 FULL = OutOfSpace("no space left while trying to write the engine; free space or enlarge the disk")

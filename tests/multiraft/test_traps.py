@@ -15,8 +15,7 @@ from shardkv.raft import Role
 from shardkv.raft.messages import ConfChange, ConfChangeSingle, ConfChangeType, Message, MessageType
 from shardkv.types import RangeId, ReplicaRole
 from shardkv.wire import commands
-from tests.multiraft.test_catalog import led_by_another
-from tests.multiraft.test_snapshots import behind
+from tests.multiraft.scenes import behind, led_by_another
 from tests.multiraft.world import PROMISE_NS, RANGE, Answer, Host, Hosts, user_key, world
 
 
