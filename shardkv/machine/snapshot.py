@@ -76,12 +76,3 @@ def installing(reader: Reader, range_id: RangeId) -> InstallMark | None:
     """The mark of an install that did not come to its end, if there is one."""
     state = rows.read_applied(reader, range_id)
     return state if isinstance(state, InstallMark) else None
-
-
-def remove_rows(batch: WriteBatch, descriptor: RangeDescriptor) -> None:
-    """Delete everything of a replica that is removed from this node.
-
-    Its tombstone must be durable before (trap 20), and no other range may own the span by then.
-    """
-    for start, end in engine_spans(descriptor):
-        batch.delete_range(start, end)

@@ -49,8 +49,6 @@ class DiskStatistics:
     slow: bool
     slow_count: int
     """How often the disk became slow."""
-    sync_seconds_last: float
-    """The slowest sync since the probe before the last, or how long the one under way has taken so far."""
     sync_seconds_max: float
     """The slowest since the start."""
     given_away: int
@@ -84,7 +82,6 @@ class DiskHealth:
         return DiskStatistics(
             slow=self.slow,
             slow_count=self._slow_count,
-            sync_seconds_last=self._last_ns / 1e9,
             sync_seconds_max=self._max_ns / 1e9,
             given_away=self._given_away,
         )

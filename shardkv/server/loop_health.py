@@ -30,8 +30,6 @@ class LoopStatistics:
     counts: tuple[int, ...]
     """Probes per group of :data:`BOUNDS_SECONDS`; the last counts what lies above all bounds."""
     late_seconds_sum: float
-    late_seconds_last: float
-    late_seconds_max: float
 
 
 class LoopProbe:
@@ -41,7 +39,7 @@ class LoopProbe:
         self._clock = clock
         self._log = log
         self._counts = [0] * (len(BOUNDS_SECONDS) + 1)
-        self._sum = self._last = self._max = 0.0
+        self._sum = 0.0
         self._warned_ns: int | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -57,8 +55,6 @@ class LoopProbe:
         """Count one probe that woke ``late_seconds`` too late."""
         self._counts[bisect_left(BOUNDS_SECONDS, late_seconds)] += 1
         self._sum += late_seconds
-        self._last = late_seconds
-        self._max = max(self._max, late_seconds)
         if late_seconds <= LATE_SECONDS:
             return
         if self._warned_ns is None or now_ns - self._warned_ns >= WARN_SECONDS * 1e9:
@@ -70,8 +66,7 @@ class LoopProbe:
             )
 
     def statistics(self) -> LoopStatistics:
-        return LoopStatistics(tuple(self._counts), self._sum, self._last, self._max)
+        return LoopStatistics(tuple(self._counts), self._sum)
 
     def check(self) -> None:
-        assert self._last <= self._max, f"the last lateness {self._last} is above the largest {self._max}"
         assert all(count >= 0 for count in self._counts), f"counts below zero: {self._counts}"

@@ -29,7 +29,6 @@ class ConnectionStatistics:
     remote: str
     bytes_sent: int
     """Handed to the system, not necessarily received."""
-    bytes_received: int
     bytes_buffered: int
     """Written and not yet handed to the system."""
     bytes_dropped: int
@@ -58,7 +57,6 @@ class Connection:
         "_dropped",
         "_out",
         "_progress_ns",
-        "_received",
         "_sent",
         "_stream",
         "_wakeups",
@@ -91,7 +89,6 @@ class Connection:
         self._drained: trio.Event | None = None
         self._progress_ns = 0
         self._sent = 0
-        self._received = 0
         self._dropped = 0
         self._wakeups = 0
         self.buffer_bytes_max = buffer_bytes_max
@@ -253,7 +250,6 @@ class Connection:
         except trio.BrokenResourceError as error:
             self.close_now(str(error))
             raise
-        self._received += len(data)
         return data
 
     def stalled_seconds(self) -> float:
@@ -288,7 +284,6 @@ class Connection:
         return ConnectionStatistics(
             remote=self.remote,
             bytes_sent=self._sent,
-            bytes_received=self._received,
             bytes_buffered=self.buffered,
             bytes_dropped=self._dropped,
             writer_wakeups=self._wakeups,

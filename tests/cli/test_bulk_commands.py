@@ -79,7 +79,7 @@ def test_an_export_that_says_it_is_done_is_on_disk(
     assert path.stat().st_size in synced
 
 
-def test_an_export_is_json_lines_in_order_and_of_the_span(world: World, tmp_path: Path) -> None:
+def test_an_export_is_json_lines_in_order_and_of_the_span(world: World) -> None:
     for key in (b"a", b"b1", b"b2", b"c\xff"):
         world.client.set(key, b"v")
     result = world.run("export", "-", "b1")

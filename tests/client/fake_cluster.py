@@ -150,7 +150,7 @@ class FakeCluster:
             inside = inside and command[6] is not None and command[6] <= span.end
         if not inside or generation != target.descriptor.epoch.span:
             return errors.to_wire(self.epoch_mismatch())
-        outcome = self._execute(target, command)
+        outcome = self._execute(command)
         self.applied.append((session, sequence, op))
         target.records[session, sequence] = (command[4], outcome)
         return outcome
@@ -158,7 +158,7 @@ class FakeCluster:
     def epoch_mismatch(self) -> errors.EpochMismatch:
         return errors.EpochMismatch(current=tuple(each.descriptor for each in self.ranges.values() if each.id))
 
-    def _execute(self, target: FakeRange, command: list[Any]) -> Any:
+    def _execute(self, command: list[Any]) -> Any:
         op, key = command[0], command[5]
         current = self.data.get(key)
         if op == Op.DELETE_RANGE:

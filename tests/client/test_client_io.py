@@ -214,7 +214,7 @@ def test_large_values_pass_when_the_socket_is_full(backend, server):
 # --- broken connections ---------------------------------------------------------------------------------------------
 
 
-def exchange_bytes(backend: str, cut: str) -> tuple[int, int]:
+def exchange_bytes(backend: str) -> tuple[int, int]:
     """How many bytes a connection carries for one increment: received and sent by the server."""
     with FakeServer() as server:
         received: list[int] = []
@@ -235,7 +235,7 @@ def exchange_bytes(backend: str, cut: str) -> tuple[int, int]:
 @pytest.mark.parametrize("side", ["receive", "send"])
 def test_a_connection_may_break_at_every_byte(backend, side):
     """DESIGN §4.6: whatever was lost of the request or of the answer, the increment is applied once."""
-    total = exchange_bytes(backend, side)[side == "send"]
+    total = exchange_bytes(backend)[side == "send"]
     settings = Settings(backoff_seconds_min=0.0001, backoff_seconds_max=0.0002)
     with FakeServer() as server:
 

@@ -10,7 +10,6 @@ from shardkv.machine.snapshot import (
     begin_install,
     engine_spans,
     installing,
-    remove_rows,
     replace_rows,
     snapshot_rows,
 )
@@ -229,18 +228,6 @@ def test_trap_19_a_crash_between_mark_and_ingest_leaves_the_mark_and_no_machine(
     assert installing(range_.engine, RangeId(1)) is None
     assert RangeMachine.load(RangeId(1), range_.engine) is not None
     assert installing(range_.engine, RangeId(9)) is None
-
-
-def test_removing_a_replica_leaves_its_neighbours_alone() -> None:
-    range_ = filled(KeyRange(b"b", b"m"), "bcd")
-    stray = WriteBatch()
-    for key in (keys.user_key(b"a"), keys.user_key(b"m"), keys.applied_key(0), keys.applied_key(2)):
-        stray.put(key, b"a neighbour's")
-    range_.engine.write(stray)
-    batch = WriteBatch()
-    remove_rows(batch, range_.machine.descriptor)
-    range_.engine.write(batch)
-    assert [value for _, value in range_.rows()] == [b"a neighbour's"] * 4
 
 
 def test_the_placement_groups_empty_span_takes_no_user_keys() -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import trio
 from trio.testing import MockClock
 
+from shardkv.machine.keys import user_key
 from shardkv.machine.snapshot import engine_spans
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.rocks import RocksEngine, RocksSettings
 from tests.multiraft import world as world_module
 from tests.multiraft.scenes import behind
-from tests.multiraft.world import user_key, world
+from tests.multiraft.world import world
 
 MIB = 1024 * 1024
 SETTINGS = RocksSettings(write_buffer_bytes=MIB, write_buffers_max=4, block_cache_bytes=2 * MIB)

@@ -17,7 +17,7 @@ from shardkv.storage.wal import CompactLog, CreateGroup, LogUpdate, ResetLog, To
 from shardkv.types import KeyRange, NodeId, RangeId, ReplicaId
 from tests.multiraft import world as world_module
 from tests.multiraft.scenes import led_by_another, split_on_two, with_log
-from tests.multiraft.world import PROMISE_NS, RANGE, Host, descriptor_on, user_key, world
+from tests.multiraft.world import PROMISE_NS, RANGE, Host, descriptor_on, world
 
 RIGHT = RangeId(2)
 
@@ -431,7 +431,7 @@ async def test_a_split_leaves_nothing_of_a_right_half_that_has_ended_here(autoju
         hosts.passes = lambda source, target, range_id, message: range_id == 1
         await hosts.until(lambda: late.machine().descriptor.span.end == b"m", "the split on node 3")
         assert RIGHT not in late.catalog.replicas
-        assert list(late.engine.scan(user_key(b"m"), keys.USER_END)) == []
+        assert list(late.engine.scan(keys.user_key(b"m"), keys.USER_END)) == []
 
 
 async def test_trap_20_the_data_of_a_bootstrap_are_durable_before_the_log_knows_of_them(

@@ -12,6 +12,7 @@ from trio.testing import MockClock
 
 from shardkv.config import SnapshotsConfig
 from shardkv.errors import Corruption, ProtocolError
+from shardkv.machine.keys import user_key
 from shardkv.multiraft import maintenance, snapshots
 from shardkv.multiraft.snapshot_parts import CHUNK_BYTES, WINDOW_CHUNKS, Outgoing, Pace
 from shardkv.multiraft.snapshots import StreamBroken
@@ -19,7 +20,7 @@ from shardkv.storage.engine import WriteBatch
 from shardkv.storage.memory import MemoryEngine
 from shardkv.types import KeyRange, NodeId, RangeId
 from tests.multiraft.scenes import Stream, behind, spelled
-from tests.multiraft.world import RANGE, Host, Hosts, descriptor_on, user_key, world
+from tests.multiraft.world import RANGE, Host, Hosts, descriptor_on, world
 
 VALUE_BYTES = CHUNK_BYTES // 2
 CHUNKS = 12

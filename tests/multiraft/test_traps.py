@@ -16,7 +16,7 @@ from shardkv.raft.messages import ConfChange, ConfChangeSingle, ConfChangeType, 
 from shardkv.types import RangeId, ReplicaRole
 from shardkv.wire import commands
 from tests.multiraft.scenes import behind, led_by_another
-from tests.multiraft.world import PROMISE_NS, RANGE, Answer, Host, Hosts, user_key, world
+from tests.multiraft.world import PROMISE_NS, RANGE, Answer, Host, Hosts, world
 
 
 def can_read(host: Host, range_id: int = RANGE) -> bool:
@@ -303,7 +303,7 @@ async def test_trap_10_data_and_applied_index_are_in_one_batch(
         original = host.engine.write
         monkeypatch.setattr(host.engine, "write", lambda batch: (batches.append(batch), original(batch)))
         await host.put(b"k", b"v").wait()
-        (batch,) = [each for each in batches if user_key(b"k") in each.changes]
+        (batch,) = [each for each in batches if keys.user_key(b"k") in each.changes]
         assert keys.applied_key(RANGE) in batch.changes
 
 

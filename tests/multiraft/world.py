@@ -15,7 +15,6 @@ import trio
 from shardkv import codec
 from shardkv.environment import Environment
 from shardkv.errors import ProtocolError, ShardKVError
-from shardkv.machine import keys
 from shardkv.machine.clock import HybridClock
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
 from shardkv.machine.reads import get
@@ -571,7 +570,3 @@ async def world(
             for host in hosts.values():
                 host.workers.release()  # else a node that is cancelled would wait for its log thread for ever
         nursery.cancel_scope.cancel()
-
-
-def user_key(key: bytes) -> bytes:
-    return keys.USER_PREFIX + key

@@ -51,8 +51,6 @@ async def test_lateness_is_how_much_longer_a_sleep_took_than_asked(log: Any) -> 
     assert sum(statistics.counts) == 5
     counted = dict(zip((*BOUNDS_SECONDS, "more"), statistics.counts))
     assert (counted[0.001], counted[0.002], counted[0.005], counted[0.2], counted["more"]) == (1, 1, 1, 1, 1)
-    assert statistics.late_seconds_max == pytest.approx(9.0)
-    assert statistics.late_seconds_last == pytest.approx(0.15)
     assert statistics.late_seconds_sum == pytest.approx(9.1545)
     assert [line["late_ms"] for line in lines] == [9_000]
 
