@@ -7,6 +7,7 @@ from typing import Any, Final
 import anyio
 import click
 
+from shardkv.amounts import human_bytes
 from shardkv.cli import text
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, all_shown, base64_option, connected, json_option, read_key, shown_json
@@ -66,15 +67,6 @@ def cell(column: str, value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ",".join(str(part) for part in value)
     return str(value)
-
-
-def human_bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 @click.command(cls=Example, example="shardkv status --connect 127.0.0.1:7001")

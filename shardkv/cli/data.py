@@ -134,12 +134,7 @@ def _print_version(version: int, as_json: bool) -> None:
 @connected
 def put(session: Session, key: str, value: str, if_version: int | None, as_json: bool, base64_text: bool) -> None:
     """Set KEY to VALUE and print its new version. A VALUE of - is read from stdin, byte for byte."""
-    wanted, data = read_key(key, base64_text), _value(session, value, base64_text)
-
-    async def body(client: Client) -> Any:
-        return await client.put(wanted, data, if_version=if_version, timeout=session.timeout)
-
-    _print_version(session.run(body), as_json)
+    _put(session, key, value, if_version, as_json, base64_text)
 
 
 @click.command(cls=Example, example="shardkv cas --connect 127.0.0.1:7001 greeting 467213411123200001 hi")
@@ -155,10 +150,14 @@ def cas(session: Session, key: str, version: int, value: str, as_json: bool, bas
     A VALUE of - is read from stdin, byte for byte. Exit code 1 when KEY is at another version, which is printed on
     stderr.
     """
+    _put(session, key, value, version, as_json, base64_text)
+
+
+def _put(session: Session, key: str, value: str, if_version: int | None, as_json: bool, base64_text: bool) -> None:
     wanted, data = read_key(key, base64_text), _value(session, value, base64_text)
 
     async def body(client: Client) -> Any:
-        return await client.put(wanted, data, if_version=version, timeout=session.timeout)
+        return await client.put(wanted, data, if_version=if_version, timeout=session.timeout)
 
     _print_version(session.run(body), as_json)
 

@@ -14,8 +14,9 @@ from typing import Any, Final
 import click
 import trio
 
+from shardkv.amounts import human_bytes
 from shardkv.cli import session
-from shardkv.cli.cluster import NODE_COLUMNS, RANGE_COLUMNS, cell, fetch_nodes, fetch_ranges, human_bytes
+from shardkv.cli.cluster import NODE_COLUMNS, RANGE_COLUMNS, cell, fetch_nodes, fetch_ranges
 from shardkv.cli.local_cluster import LocalCluster
 from shardkv.cli.progress import Progress
 from shardkv.cli.session import Client

@@ -171,16 +171,7 @@ class SnapshotDialler:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.run_writer)
                 decoder = FrameDecoder(SNAPSHOT_FRAME_BYTES_MAX)
-                hello = Hello(
-                    role=Role.SNAPSHOT,
-                    cluster_id=self._identity.cluster_id,
-                    node_id=self._identity.node_id,
-                    destination_node_id=node_id,
-                    boot=self._identity.boot,
-                    address=self._identity.address,
-                    start_token=self._identity.start_token,
-                    earlier_tokens=self._identity.earlier_tokens,
-                )
+                hello = self._identity.hello(Role.SNAPSHOT, node_id)
                 _, frames = await greet(
                     connection, decoder, hello, clock=environment.clock, known_boots=self._known_boots
                 )

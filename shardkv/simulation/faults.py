@@ -119,6 +119,13 @@ class Faults:
         await node.buried()
         node.start_soon()
 
+    async def restart_once_crashed(self, node: SimulatedNode, starts: int, look_seconds: float) -> None:
+        """After a crash that was armed in the node's start number ``starts``, unless it never comes."""
+        while node.alive and node.starts == starts and node.environment.calls.armed:
+            await determinism.sleep(look_seconds)
+        if not node.alive:
+            await self.restart_later(node)
+
     def soon(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
         self.cluster.nursery.start_soon(self._run, function, args)
 
@@ -225,14 +232,7 @@ async def _call(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:
     power = faults.chance.random() < 0.5
     starts = one.starts
     one.crash_at_call(number, power=power, kept_batches=faults.kept, chooser=ChooseAtRandom(faults.chance))
-
-    async def restart() -> None:
-        while one.alive and one.starts == starts and one.environment.calls.armed:
-            await determinism.sleep(0.05)
-        if not one.alive:
-            await faults.restart_later(one)
-
-    faults.soon(restart)
+    faults.soon(faults.restart_once_crashed, one, starts, 0.05)
 
 
 async def _stop(faults: Faults, one: SimulatedNode, two: SimulatedNode) -> None:

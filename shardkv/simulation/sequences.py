@@ -143,14 +143,7 @@ def _power_off_now(faults: "Faults", node: SimulatedNode, calls_max: int) -> Non
     number = node.environment.calls.count + faults.chance.randint(1, calls_max)
     starts = node.starts
     node.crash_at_call(number, power=True, chooser=LoseAll())
-
-    async def restart() -> None:
-        while node.alive and node.starts == starts and node.environment.calls.armed:
-            await determinism.sleep(0.02)
-        if not node.alive:
-            await faults.restart_later(node)
-
-    faults.soon(restart)
+    faults.soon(faults.restart_once_crashed, node, starts, 0.02)
 
 
 async def _sudden(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:

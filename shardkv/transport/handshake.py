@@ -46,6 +46,19 @@ class NodeIdentity:
     earlier_tokens: tuple[bytes, ...] = ()
     """Of the starts right before it, newest first."""
 
+    def hello(self, role: Role, destination: NodeId) -> Hello:
+        """Its greeting for another node of the cluster."""
+        return Hello(
+            role,
+            cluster_id=self.cluster_id,
+            node_id=self.node_id,
+            destination_node_id=destination,
+            boot=self.boot,
+            address=self.address,
+            start_token=self.start_token,
+            earlier_tokens=self.earlier_tokens,
+        )
+
 
 class KnownBoots:
     """The newest start of each node that is known: its boot counter, and the tokens of it and of those before it.

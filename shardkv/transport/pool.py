@@ -19,7 +19,7 @@ from shardkv.transport.connection import BUFFER_BYTES_MAX, Connection
 from shardkv.transport.handshake import GREETING_SECONDS_MAX, KnownBoots, NodeIdentity, greet
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
-from shardkv.wire.handshake import GREETING_BYTES_MAX, Hello, Role, decode_refused
+from shardkv.wire.handshake import GREETING_BYTES_MAX, Role, decode_refused
 
 UNREACHABLE_SECONDS: Final = 2.0
 """After which a peer that cannot be reached is told of; one that is only started anew may be back by then."""
@@ -268,16 +268,7 @@ class PeerPool:
         )
         try:
             decoder = FrameDecoder(GREETING_BYTES_MAX)
-            hello = Hello(
-                role=_ROLES[link.purpose],
-                cluster_id=self._identity.cluster_id,
-                node_id=self._identity.node_id,
-                destination_node_id=peer.node_id,
-                boot=self._identity.boot,
-                address=self._identity.address,
-                start_token=self._identity.start_token,
-                earlier_tokens=self._identity.earlier_tokens,
-            )
+            hello = self._identity.hello(_ROLES[link.purpose], peer.node_id)
             _, frames = await greet(
                 connection,
                 decoder,

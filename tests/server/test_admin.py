@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import trio
 
+from shardkv.amounts import human_bytes
 from shardkv.errors import Unavailable
 from shardkv.json_rules import to_json
 from shardkv.server.admin import app, page
@@ -247,7 +248,7 @@ async def test_a_page_shows_only_so_many_ranges_and_says_how_many_more_there_are
 def test_a_key_is_shown_readable_whatever_its_bytes() -> None:
     assert page.show_key("ключ/1".encode()) == "ключ/1"
     assert page.show_key(b"\xff\x00a\n") == r"\xff\x00a\n"
-    assert [page.show_bytes(count) for count in (0, 1023, 1024, 5 * 1024**4)] == ["0 B", "1023 B", "1.0 KiB", "5.0 TiB"]
+    assert [human_bytes(count) for count in (0, 1023, 1024, 5 * 1024**4)] == ["0 B", "1023 B", "1.0 KiB", "5.0 TiB"]
 
 
 def test_json_has_the_rules_of_the_contract() -> None:

@@ -13,6 +13,8 @@ from html import escape
 from importlib import resources
 from typing import Any, Final
 
+from shardkv.amounts import human_bytes
+
 RANGES_MAX: Final = 500
 """Rows of ranges on the page; the script shows as many."""
 
@@ -96,7 +98,7 @@ def _range_row(row: Mapping[str, Any], names: Mapping[int, str]) -> str:
         "none" if leader is None else names.get(leader, str(leader)),
         ", ".join(names.get(node, str(node)) + (" (learner)" if node in learners else "") for node in row["replicas"]),
         ".".join(map(str, row["epoch"])),
-        show_bytes(row["bytes"]),
+        human_bytes(row["bytes"]),
     ]
     return _row(cells, numeric={0, 5, 6})
 
@@ -105,12 +107,3 @@ def show_key(key: bytes) -> str:
     """Text that can be read, whatever the bytes."""
     text = key.decode("utf-8", "backslashreplace")
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
-
-
-def show_bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
