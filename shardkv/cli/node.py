@@ -22,7 +22,8 @@ import trio
 from shardkv.cli import exits
 from shardkv.cli.log_output import LogOutput
 from shardkv.cli.root import Example
-from shardkv.config import SETTINGS, Kind, NodeConfig, Setting, load_node_config
+from shardkv.config import SETTINGS, Kind, NodeConfig, Setting
+from shardkv.config_sources import load_node_config
 from shardkv.errors import ConfigError
 from shardkv.program import let_go_of, tell
 

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shardkv.config import (
-    SECTIONS,
-    SETTINGS,
-    NodeConfig,
-    RaftConfig,
-    RangesConfig,
-    load_node_config,
-)
+from shardkv.config import SECTIONS, SETTINGS, NodeConfig, RaftConfig, RangesConfig
+from shardkv.config_sources import load_node_config
 from shardkv.errors import ConfigError
 from shardkv_placement.settings import Settings
 

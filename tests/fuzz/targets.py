@@ -16,7 +16,8 @@ import cbor2
 
 from shardkv import address, codec
 from shardkv.cli import records, shell_language, text
-from shardkv.config import SETTINGS, load_node_config
+from shardkv.config import SETTINGS
+from shardkv.config_sources import load_node_config
 from shardkv.errors import (
     ConfigError,
     Corruption,

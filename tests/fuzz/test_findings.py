@@ -13,7 +13,7 @@ from shardkv import codec, errors
 from shardkv.cli import records
 from shardkv.cli.records import BadRecord
 from shardkv.cli.root import shardkv
-from shardkv.config import load_node_config
+from shardkv.config_sources import load_node_config
 from shardkv.errors import BatchError, ConfigError, Corruption, MalformedRequest, ProtocolError
 from shardkv.machine import entries, rows
 from shardkv.multiraft.snapshot_parts import decode_begin

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from shardkv import codec
-from shardkv.config import load_node_config
+from shardkv.config_sources import load_node_config
 from shardkv.errors import MalformedRequest, ProtocolError
 from tests.fuzz import samples
 from tests.fuzz.__main__ import Interrupts, main
