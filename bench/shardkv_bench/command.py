@@ -6,6 +6,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -90,13 +91,17 @@ def compare_command(
     if output:
         words = [each for each in sys.argv[1:] if each != "--json"]
         Path(output).write_text(markdown(documents, f"python -m shardkv_bench {' '.join(words)}"))
+    _show(documents, as_json)
+
+
+def _show(documents: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         # The rows stand at the top whatever was compared; leaders on all nodes, where that is more, stand beside them.
         click.echo(json.dumps(documents[0] | ({"spread": documents[1]} if len(documents) > 1 else {}), indent=2))
         return
     for document in documents:
         click.echo(f"\n{document['ranges']} range{'s' * (document['ranges'] != 1)}\n")
-        click.echo(markdown_table(HEADER, lines_of(document["rows"])))  # type: ignore[arg-type]
+        click.echo(markdown_table(HEADER, lines_of(document["rows"])))
         click.echo(MARKS)
         for budget in budgets_of(document):
             verdict = "" if budget.met is None else "met" if budget.met else "MISSED"

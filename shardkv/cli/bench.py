@@ -89,13 +89,7 @@ def run(
     except runner.WorkerFailed as failure:
         click.echo(f"Error: {failure}", err=True)
         ctx.exit(failure.code)
-    fields = runner.report_fields(task, result)
-    if as_json:
-        import json
-
-        click.echo(json.dumps(fields, indent=2))
-    else:
-        sys.stdout.write(render(list(fields), [[str(value) for value in fields.values()]], numeric=fields))
+    _show(runner.report_fields(task, result), as_json)
     if result.client_bound:
         click.echo("note: the client was busy throughout; more --processes may show a higher throughput", err=True)
     for kind, count in result.error_kinds.items():
@@ -103,3 +97,12 @@ def run(
     if not result.ops:
         click.echo(f"note: nothing ended within {seconds:g} s; give more --seconds, or less --inflight", err=True)
         ctx.exit(1)
+
+
+def _show(fields: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        import json
+
+        click.echo(json.dumps(fields, indent=2))
+    else:
+        sys.stdout.write(render(list(fields), [[str(value) for value in fields.values()]], numeric=fields))

@@ -5,7 +5,7 @@ choice of whom to drop. Does not live here: the answers themselves (``client_con
 
 The rule: an answer that is large is made only while there is room for it, so memory is bounded however many clients
 ask and never read; a small one is always given, so nobody else is held up by those. Who stands still while others wait
-for room loses his connection.
+for room loses its connection.
 """
 
 from collections import deque

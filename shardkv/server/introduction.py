@@ -2,7 +2,7 @@
 
 Lives here: telling the group of the start, beginning the group's state on the first node of a new cluster, and waiting
 until a new node is in what the cluster says of itself. Does not live here: joining, which comes before a node has an id
-(``internal_client``), and the heartbeats that follow (``placement_service``).
+(``membership``), and the heartbeats that follow (``placement_service``).
 """
 
 from typing import Any, Final

@@ -21,9 +21,9 @@ ROOM_RETRY_SECONDS: Final = 30.0
 class KnownNodesFile:
     """Keeps ``address_book`` in the data directory at ``directory_path``. A service once :meth:`run`."""
 
-    def __init__(self, environment: Environment, address_book: AddressBook, directory_path: str, log: Any) -> None:
+    def __init__(self, environment: Environment, directory_path: str, log: Any) -> None:
         self._environment = environment
-        self._address_book = address_book
+        self.address_book = AddressBook()
         self._log = log
         self._changed = trio.Event()
         self.path = f"{directory_path}/{FILE_NAME}"
@@ -35,14 +35,14 @@ class KnownNodesFile:
         except FileNotFoundError:
             return
         try:
-            self._address_book.decode(stored)
+            self.address_book.decode(stored)
         except Corruption as error:
             raise Corruption(f"{self.path}: {error}") from error
 
     async def store(self) -> None:
         """Write the address book, durably. Raises OutOfSpace or StorageError."""
         write = self._environment.disk.write_atomically
-        await self._environment.workers.run(write, self.path, self._address_book.encode())
+        await self._environment.workers.run(write, self.path, self.address_book.encode())
 
     def changed(self) -> None:
         """The address book has news: write it soon."""

@@ -15,7 +15,6 @@ from shardkv.address import Address, parse_address
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment
 from shardkv.errors import ConfigError
-from shardkv.server.address_book import AddressBook
 from shardkv.server.internal_client import join_cluster
 from shardkv.server.introduction import FIRST_NODE
 from shardkv.server.known_nodes import KnownNodesFile
@@ -49,15 +48,14 @@ async def become_member(
     *,
     address: str,
     listens_at: str,
-    address_book: AddressBook,
     known_nodes: KnownNodesFile,
     stop: trio.Event,
     log: Any,
 ) -> Membership | None:
     """Make sure that the directory belongs to a node of a cluster; None if told to stop before one lets it in.
 
-    The other nodes that are known, by the file or by the answer to a join, are in ``address_book`` then. ``address`` is
-    where others reach this node, ``listens_at`` where it listens.
+    Whom the file ``known_nodes`` or the answer to a join names is in the address book then. ``address`` is where others
+    reach this node, ``listens_at`` where it listens.
     """
     identity, workers = directory.identity, environment.workers
     if identity.assigned:
@@ -80,7 +78,7 @@ async def become_member(
         log.info("told to stop before it had joined the cluster")
         return None
     cluster_id, node_id, nodes = joined
-    address_book.joined(nodes)
+    known_nodes.address_book.joined(nodes)
     await known_nodes.store()
     await workers.run(directory.assign, cluster_id, NodeId(node_id), config.name)
     return Membership(is_new=True)

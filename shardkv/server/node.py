@@ -18,7 +18,6 @@ from shardkv.config import NodeConfig
 from shardkv.environment import Environment, Stream
 from shardkv.errors import ConfigError, OutOfSpace, ShardKVError, StorageError, WrongCluster
 from shardkv.machine.clock import HybridClock
-from shardkv.server.address_book import AddressBook
 from shardkv.server.draining import hand_over_leaderships
 from shardkv.server.garbage import Collector
 from shardkv.server.internal_client import connect_cluster
@@ -95,7 +94,6 @@ class _Node:
         self._observe = observe
         self._log: Any = structlog.get_logger().bind(node=config.name)
         self._hybrid_clock = HybridClock(environment.clock, config.clock_offset_max_ms)
-        self._address_book = AddressBook()
         self._serving = trio.Event()
         self._is_ready = trio.Event()
         self._admin: Admin | None = None
@@ -151,14 +149,13 @@ class _Node:
 
     async def _put_together(self, stores: Stores, address: str, listens_at: str) -> bool:
         """Become a member, and make the parts of one; False if told to stop before a cluster lets this node in."""
-        known_nodes = KnownNodesFile(self._environment, self._address_book, self._directory.path, self._log)
+        known_nodes = KnownNodesFile(self._environment, self._directory.path, self._log)
         membership = await become_member(
             self._config,
             self._environment,
             self._directory,
             address=address,
             listens_at=listens_at,
-            address_book=self._address_book,
             known_nodes=known_nodes,
             stop=self._stop,
             log=self._log,
@@ -172,7 +169,6 @@ class _Node:
             stores=stores,
             membership=membership,
             address=address,
-            address_book=self._address_book,
             known_nodes=known_nodes,
             hybrid_clock=self._hybrid_clock,
             collector=self._collector,

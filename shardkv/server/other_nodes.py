@@ -15,7 +15,6 @@ from shardkv.config import NodeConfig
 from shardkv.environment import Environment
 from shardkv.errors import ShardKVError, WrongCluster
 from shardkv.multiraft.catalog import Catalog
-from shardkv.server.address_book import AddressBook
 from shardkv.server.clock_health import ClockHealth
 from shardkv.server.known_nodes import KnownNodesFile
 from shardkv.server.peers import who_is_at
@@ -48,7 +47,6 @@ class OtherNodes:
         environment: Environment,
         identity: NodeIdentity,
         *,
-        address_book: AddressBook,
         known_nodes: KnownNodesFile,
         clock_health: ClockHealth,
         founded_ns: int | None,
@@ -59,8 +57,8 @@ class OtherNodes:
         self._config = config
         self._environment = environment
         self._identity = identity
-        self.address_book = address_book
         self.known_nodes = known_nodes
+        self.address_book = known_nodes.address_book
         self._clock_health = clock_health
         self._founded_ns = founded_ns
         self._stop = stop

@@ -16,7 +16,6 @@ from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.maintenance import Maintenance
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.multiraft.space import Space
-from shardkv.server.address_book import AddressBook
 from shardkv.server.clock_health import ClockHealth
 from shardkv.server.disk_health import DiskHealth
 from shardkv.server.garbage import Collector, GarbagePolicy
@@ -54,7 +53,6 @@ class Parts:
         stores: Stores,
         membership: Membership,
         address: str,
-        address_book: AddressBook,
         known_nodes: KnownNodesFile,
         hybrid_clock: HybridClock,
         collector: Collector | None,
@@ -79,7 +77,6 @@ class Parts:
             config,
             environment,
             self.identity,
-            address_book=address_book,
             known_nodes=known_nodes,
             clock_health=self.clock_health,
             founded_ns=membership.founded_ns,
