@@ -191,17 +191,23 @@ async def test_an_install_waits_for_what_its_group_wanted_logged_before(autojump
         await hosts.agreed()
 
 
+async def holding_back(hosts: Hosts) -> tuple[Host, Host]:
+    """The leader, and node 3, whose engine is stalled and holds back entries; an install would not wait for it."""
+    await hosts.write(b"k", b"v")
+    leader = await led_by_another(hosts, 3)
+    late = hosts[3]
+    late.engine.stall = late.engine.full = True
+    for number in range(3):
+        await hosts.write(b"k%d" % number, b"v")
+    await hosts.until(lambda: late.driver.applier.held, "entries held back")
+    return leader, late
+
+
 async def test_entries_held_back_by_a_stalled_engine_are_skipped_when_a_snapshot_overtook_them(
     autojump_clock: MockClock,
 ) -> None:
     async with world(3) as hosts:
-        await hosts.write(b"k", b"v")
-        leader = await led_by_another(hosts, 3)
-        late = hosts[3]
-        late.engine.stall = late.engine.full = True  # the install does not wait for that
-        for number in range(3):
-            await hosts.write(b"k%d" % number, b"v")
-        await hosts.until(lambda: late.driver.applier.held, "entries held back")
+        leader, late = await holding_back(hosts)
         await overtake_node_3(hosts, leader)
         index = leader.machine().applied_index
         await hosts.until(lambda: late.replica().machine and late.machine().applied_index == index, "the install")
@@ -251,13 +257,7 @@ async def test_a_membership_change_held_back_until_a_snapshot_came_does_not_chan
 
 async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_good(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
-        await hosts.write(b"k", b"v")
-        leader = await led_by_another(hosts, 3)
-        late = hosts[3]
-        late.engine.stall = late.engine.full = True  # the install does not wait for that
-        for number in range(3):
-            await hosts.write(b"k%d" % number, b"v")
-        await hosts.until(lambda: late.driver.applier.held, "entries held back")
+        leader, late = await holding_back(hosts)
         hosts.isolate(3)
         await hosts.write(b"m", b"v")
         stream = Stream(*spelled(leader, 3))

@@ -219,19 +219,25 @@ async def test_trap_09_a_change_that_fits_nobody_is_applied_as_nothing_by_everyb
         await hosts.write(b"k", b"v")
 
 
+def sent_by(hosts: Hosts, node_id: int) -> list[MessageType]:
+    """What the node sends from now on."""
+    sent: list[MessageType] = []
+
+    def passes(source: int, target: int, range_id: int, message: Message) -> bool:
+        if source == node_id:
+            sent.append(message.type)
+        return True
+
+    hosts.passes = passes
+    return sent
+
+
 async def test_trap_10_nothing_that_follows_from_a_write_leaves_before_its_sync(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         leader = await led_by_another(hosts, 3)
         follower = hosts[3]
         follower.workers.hold_log()
-        sent: list[MessageType] = []
-
-        def passes(source: int, target: int, range_id: int, message: Any) -> bool:
-            if source == 3:
-                sent.append(message.type)
-            return True
-
-        hosts.passes = passes
+        sent = sent_by(hosts, 3)
         await leader.put(b"k", b"v").wait()
         await trio.sleep(0.1)
         assert follower.driver.log_writer.syncing
@@ -247,14 +253,7 @@ async def test_trap_10_a_whole_node_asks_for_votes_when_its_own_is_on_disk(autoj
         leader = await led_by_another(hosts, 3)
         candidate = hosts[3]
         candidate.workers.hold_log()
-        sent: list[MessageType] = []
-
-        def passes(source: int, target: int, range_id: int, message: Message) -> bool:
-            if source == 3:
-                sent.append(message.type)
-            return True
-
-        hosts.passes = passes
+        sent = sent_by(hosts, 3)
         leader.replica().raft.transfer_leader(3)
         leader.driver.touch(leader.replica())
         await hosts.until(lambda: candidate.replica().raft.role is Role.CANDIDATE, "a campaign")

@@ -323,3 +323,10 @@ def fresh(replica_id: int = 1, voters: int = 3, terms: Iterable[int] = (), **cha
     if entries:
         storage.set_hard_state(HardState(entries[-1].term, 0, 0))
     return RaftNode(settings_for(replica_id, **changed), storage)
+
+
+def led(voters: int = 3, **changed: object) -> Cluster:
+    """A group that 1 leads."""
+    cluster = Cluster(voters, **changed)
+    cluster.elect(1)
+    return cluster

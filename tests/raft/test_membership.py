@@ -16,16 +16,10 @@ from shardkv.raft.messages import (
     EntryType,
     Message,
 )
-from tests.raft.cluster import Cluster, M, change, single
+from tests.raft.cluster import Cluster, M, change, led, single
 
 EXPLICIT = ConfChangeTransition.JOINT_EXPLICIT
 LEAVE = ConfChange()
-
-
-def led(voters: int = 3, **changed: object) -> Cluster:
-    cluster = Cluster(voters, **changed)
-    cluster.elect(1)
-    return cluster
 
 
 def refusal(cluster: Cluster, wanted: ConfChange) -> DropReason:

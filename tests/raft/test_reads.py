@@ -2,13 +2,7 @@
 
 from shardkv.raft import ReadOnly, ReadState, Role
 from shardkv.raft.messages import ConfChangeTransition, HardState, Message
-from tests.raft.cluster import Cluster, M, change, sent
-
-
-def led(voters: int = 3, **changed: object) -> Cluster:
-    cluster = Cluster(voters, **changed)
-    cluster.elect(1)
-    return cluster
+from tests.raft.cluster import Cluster, M, change, led, sent
 
 
 def elected_but_nothing_committed(cluster: Cluster) -> None:

@@ -5,13 +5,7 @@ import pytest
 from shardkv.raft import DropReason, Inconsistent, ProgressState, ProposalDropped, Role, encode_conf_change
 from shardkv.raft.messages import Entry, EntryType, Message
 from shardkv.raft.storage import ENTRY_OVERHEAD_BYTES, entries_bytes
-from tests.raft.cluster import Cluster, M, after_write, change, fresh, sent
-
-
-def led(voters: int = 3, **changed: object) -> Cluster:
-    cluster = Cluster(voters, **changed)
-    cluster.elect(1)
-    return cluster
+from tests.raft.cluster import Cluster, M, after_write, change, fresh, led, sent
 
 
 def test_a_leader_appends_and_sends_without_waiting_for_its_own_disk() -> None:

@@ -12,7 +12,8 @@ from trio.testing import MockClock
 
 from shardkv.config import RaftConfig
 from shardkv.errors import Busy, ConfigError
-from shardkv.simulation.cluster import Cluster
+from shardkv.server.placement_service import PlacementService
+from shardkv.simulation.cluster import Cluster, SimulatedNode
 from shardkv.simulation.disk import Call
 from shardkv.simulation.network import SimulatedNetwork
 from shardkv.types import FIRST_RANGE
@@ -168,16 +169,21 @@ async def test_a_new_node_whose_first_start_came_to_nothing_is_ready_no_sooner(
             assert states[node.name] == "live"
 
 
+async def being_made(first: SimulatedNode) -> PlacementService:
+    """Start the first node of a cluster, until it leads a placement group without a state."""
+    first.start_soon()
+    while not (first.composed and first.inside.placement.leads):
+        await first.cluster.sleep(0.001)
+    return first.inside.placement
+
+
 async def test_a_cluster_that_is_just_being_made_does_not_describe_itself(autojump_clock: MockClock) -> None:
     """Its first node leads the placement group a moment before the group's state begins. An empty list of nodes then
     would make a client forget whom it is connected to.
     """
     async with empty("n1") as cluster:
         node = cluster.nodes["n1"]
-        node.start_soon()
-        while not (node.composed and node.inside.placement.leads):
-            await cluster.sleep(0.001)
-        placement = node.inside.placement
+        placement = await being_made(node)
         for method, ask in ((Method.NODES, placement.nodes), (Method.STATUS, placement.status)):
             with pytest.raises(Busy):
                 await ask(Request(1, method, 0, 0, 0, []))
@@ -196,10 +202,7 @@ async def test_a_node_that_wants_to_join_a_cluster_that_is_just_being_made_tries
     """
     async with empty("n1") as cluster:
         node = cluster.nodes["n1"]
-        node.start_soon()
-        while not (node.composed and node.inside.placement.leads):
-            await cluster.sleep(0.001)
-        placement = node.inside.placement
+        placement = await being_made(node)
         labels: list[list[str]] = []
         with pytest.raises(Busy):
             await placement.join(Request(1, Method.JOIN, 0, 0, 0, ["n2", "n2:7000", b"t" * 16, labels]))

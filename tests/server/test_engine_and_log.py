@@ -24,7 +24,7 @@ from shardkv.simulation.workers import SimulatedWorkers
 from shardkv.storage.memory import MemoryEngine
 from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE
 from shardkv.wire.requests import Method
-from tests.server.test_io_errors import Life, in_a_cluster, live, started
+from tests.server.lives import Life, in_a_cluster, live, started
 from tests.server.world import world
 
 KEPT: dict[str, Callable[[int], int]] = {

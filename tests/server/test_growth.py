@@ -14,10 +14,8 @@ from shardkv.simulation.network import SimulatedNetwork
 from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE, RangeId, ReplicaRole
 from shardkv.wire.requests import Method
 from shardkv_client import Client
-from tests.server.test_out_of_space import STORAGE, leave
-from tests.server.world import world
+from tests.server.world import MIB, STORAGE, leave, world
 
-MIB = 1024 * 1024
 SLOW_SNAPSHOTS = SnapshotsConfig(snapshot_send_bytes_per_second=MIB, snapshot_receive_bytes_per_second=MIB)
 GROWING_SECONDS = 120.0
 """An operator that failed is made up for after half a minute."""

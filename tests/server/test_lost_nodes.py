@@ -1,38 +1,14 @@
 """The loss of a node, or of a majority, is in the logs of those that are left: once, and once that it is over."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-import structlog
-from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from tests.server.world import Cluster, world
+from tests.server.world import three_nodes
 
 UNREACHABLE, REACHABLE = "cannot reach a node", "a node can be reached again"
 LEADERLESS = "ranges have had no leader for 10 s"
 LED = "every range of this node has a leader again"
-
-
-@contextmanager
-def heard() -> Iterator[list[Any]]:
-    """What nodes that are started in this context log."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(20))
-    try:
-        with capture_logs() as lines:
-            yield lines
-    finally:
-        structlog.reset_defaults()
-
-
-@asynccontextmanager
-async def three_nodes() -> AsyncIterator[tuple[Cluster, list[Any]]]:
-    """A formed cluster, and what its nodes log from then on."""
-    with heard() as lines:
-        async with world(seed=1) as cluster:
-            lines.clear()
-            yield cluster, lines
 
 
 def those(lines: list[Any], event: str) -> list[tuple[str, str]]:

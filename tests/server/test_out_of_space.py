@@ -14,21 +14,9 @@ import trio
 from shardkv.config import StorageConfig
 from shardkv.errors import OutcomeUnknown, OutOfSpace, ShardKVError, StorageError
 from shardkv.simulation import run_deterministically
-from shardkv.simulation.disk import CAPACITY_BYTES
 from shardkv.wire.requests import Method
 from shardkv_client import Client
-from tests.server.world import Cluster, SimulatedNode, world
-
-MIB = 1024 * 1024
-FREE_BYTES_MIN = 2 * MIB
-STORAGE = StorageConfig(engine="memory", segment_bytes=256 * 1024, free_bytes_min=FREE_BYTES_MIN)
-
-
-def leave(node: SimulatedNode, free_bytes: int) -> None:
-    """Somebody else fills the node's disk up to so much."""
-    disk = node.environment.disk
-    disk.capacity_bytes = CAPACITY_BYTES
-    disk.capacity_bytes = CAPACITY_BYTES - disk.free_bytes("/") + free_bytes
+from tests.server.world import FREE_BYTES_MIN, STORAGE, Cluster, SimulatedNode, leave, world
 
 
 def simulated(main: Any, seed: int = 1) -> None:

@@ -48,18 +48,7 @@ from shardkv.wire.requests import Consistency, Method, Request
 from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
 from tests.multiraft.world import descriptor_on
 from tests.server.test_engine_and_log import lose_engine
-from tests.server.world import Cluster, Recorder, SimulatedNode, world
-
-
-async def ask(node: SimulatedNode, method: int, *arguments: Any, range_id: int = 1, timestamp: int = 0) -> Recorder:
-    """Hand a request to a node's dispatcher as its connections do; who was answered."""
-    inside = node.inside
-    recorder = Recorder()
-    replica = inside.catalog.replicas.get(range_id)
-    generation = replica.machine.descriptor.epoch.span if replica is not None and replica.machine else 0
-    request = Request(1, method, range_id, generation, timestamp, list(arguments))
-    inside.listener._requests.dispatch(recorder, request)
-    return recorder
+from tests.server.world import Cluster, Recorder, ask, world
 
 
 async def test_trap_23_a_request_from_the_future_is_refused_and_leaves_no_trace(autojump_clock: MockClock) -> None:

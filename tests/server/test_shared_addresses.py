@@ -5,7 +5,7 @@ from typing import Any
 
 from trio.testing import MockClock
 
-from tests.server.test_lost_nodes import three_nodes
+from tests.server.world import three_nodes
 
 OWN, ALL = "this node's address is that of another node", "live nodes have the same address"
 OVER = "no two live nodes have the same address any more"

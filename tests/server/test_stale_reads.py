@@ -15,8 +15,7 @@ from shardkv.raft.settings import LeaseSettings
 from shardkv.simulation import run_deterministically
 from shardkv.wire.requests import Consistency, Method
 from shardkv_client import Client
-from tests.server.test_requests import ask
-from tests.server.world import Cluster, Recorder, SimulatedNode, world
+from tests.server.world import Cluster, Recorder, SimulatedNode, ask, world
 
 FRESH_US = 250_000
 """Two heartbeat intervals of 100 ms, and the way."""

@@ -4,8 +4,7 @@ from typing import Any
 
 from trio.testing import MockClock
 
-from tests.server.test_lost_nodes import three_nodes
-from tests.server.world import PORT
+from tests.server.world import PORT, three_nodes
 
 UNREGISTERED = "the placement group has not taken note of this node's start"
 REGISTERED = "the placement group has taken note of this node's start"
