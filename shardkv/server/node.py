@@ -95,7 +95,6 @@ class _Node:
         self._log: Any = structlog.get_logger().bind(node=config.name)
         self._hybrid_clock = HybridClock(environment.clock, config.clock_offset_max_ms)
         self._serving = trio.Event()
-        self._is_ready = trio.Event()
         self._admin: Admin | None = None
 
     # The start
@@ -203,10 +202,11 @@ class _Node:
                 await nursery.start(parts.splitter.run)
                 await nursery.start(parts.probe.run)
                 await nursery.start(parts.disk_health.run, parts.driver, placement.beat_soon)
-                self._show()
+                if self._admin is not None:
+                    self._admin.observe(parts)
                 self._log.info("started", address=parts.identity.address, boot=parts.identity.boot)
                 if await parts.introduction.wait(self._stop):
-                    self._is_ready.set()
+                    parts.ready.set()
                     self._ready(self._config.name, parts.identity.address)
                 if parts.garbage is not None:
                     await nursery.start(parts.garbage.run)
@@ -217,28 +217,6 @@ class _Node:
         if placement.fatal is not None:
             await self._condemn_old_copy(placement.fatal)
             raise placement.fatal
-
-    def _show(self) -> None:
-        """Hand the parts to the admin endpoint, if there is one."""
-        if self._admin is not None:
-            from shardkv.server.admin import NodeParts
-
-            parts = self._parts
-            self._admin.observe(
-                NodeParts(
-                    name=self._config.name,
-                    identity=parts.identity,
-                    driver=parts.driver,
-                    pool=parts.pool,
-                    listener=parts.listener,
-                    placement=parts.placement,
-                    probe=parts.probe,
-                    garbage=parts.garbage,
-                    ready=self._is_ready,
-                    disk_health=parts.disk_health,
-                    clock_health=parts.clock_health,
-                )
-            )
 
     # The stop
 

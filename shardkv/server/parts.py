@@ -4,7 +4,7 @@ Lives here: who is handed what. Does not live here: what any part does, nor when
 part tells one that is made after it goes by a function that looks the other up when it is called.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -37,9 +37,12 @@ from shardkv.transport.handshake import NodeIdentity
 from shardkv.types import timestamp_at
 from shardkv_placement.heartbeat import Reporter
 
+STARTING: Final = "the node is starting"
+
 
 class Parts:
-    """The parts of a node that has been put together and recovered, and is about to run.
+    """The parts of a node that has been put together and recovered, and is about to run. The admin endpoint and a
+    simulation look at them, and change nothing.
 
     Raises Corruption where the ranges' data are gone and nobody else can have them.
     """
@@ -62,6 +65,9 @@ class Parts:
         self._config = config
         self._environment = environment
         self._log = log
+        self.name = config.name
+        self.ready = trio.Event()
+        """Set once the node has said that it is ready."""
         self.hybrid_clock = hybrid_clock
         self.wal = stores.wal
         self.engine = stores.engine
@@ -207,6 +213,12 @@ class Parts:
         self.garbage: GarbagePolicy | None = None
         if collector is not None:
             self.garbage = GarbagePolicy(collector, clock, lambda: statistics().turns, self._log)
+
+    def unready(self) -> str:
+        """Why this node should not be sent requests; empty when it should."""
+        if not self.ready.is_set():
+            return STARTING
+        return "the node is draining" if self.placement.draining else ""
 
     def _reluctant(self) -> bool:
         """Whether others should lead what this node could: its disk is slow, or it would refuse what clients write."""

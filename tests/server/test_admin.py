@@ -1,7 +1,7 @@
 """What the admin endpoint answers, and what an asker may cost, in virtual time: a node of stand-ins, no web server."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +12,9 @@ from shardkv.amounts import human_bytes
 from shardkv.errors import Unavailable
 from shardkv.json_rules import to_json
 from shardkv.server.admin import app, page
+from shardkv.server.parts import Parts
 from shardkv.simulation.environment import simulated_environment
 from shardkv.simulation.network import SimulatedNetwork
-from shardkv.transport.handshake import NodeIdentity
-from shardkv.types import NodeId
 
 
 @dataclass
@@ -77,6 +76,16 @@ class FakePlacement:
         return self.rows
 
 
+class FakeNode:
+    """What is looked at of a node's parts."""
+
+    unready = Parts.unready
+
+    def __init__(self, world: "World") -> None:
+        self.name = "n1"
+        self.driver, self.placement, self.ready = world.driver, world.placement, world.ready
+
+
 class World:
     """The application with a node of stand-ins, called as a web server calls it."""
 
@@ -84,20 +93,8 @@ class World:
         self.application = app.Application(simulated_environment("n1", seed=1, network=SimulatedNetwork(1)))
         self.driver, self.placement = FakeDriver(), FakePlacement()
         self.ready = trio.Event()
-        unused: Any = None
-        parts = app.NodeParts(
-            "n1",
-            NodeIdentity(b"c" * 16, NodeId(1), 1, "a:1"),
-            self.driver,  # type: ignore[arg-type]
-            unused,
-            unused,
-            self.placement,  # type: ignore[arg-type]
-            unused,
-            None,
-            self.ready,
-        )
         self.ready.set()
-        self.application.parts = parts
+        self.application.parts = FakeNode(self)  # type: ignore[assignment]
 
     async def get(self, path: str) -> Answer:
         sent: list[Any] = []
@@ -141,8 +138,8 @@ async def test_a_draining_node_is_healthy_but_not_ready(world: World, autojump_c
 
 
 async def test_a_node_that_has_not_said_that_it_is_ready_is_not(world: World, autojump_clock: Any) -> None:
-    assert world.application.parts is not None
-    world.application.parts = replace(world.application.parts, ready=trio.Event())
+    world.ready = trio.Event()
+    world.application.parts = FakeNode(world)  # type: ignore[assignment]
     assert (await world.get("/healthz")).status == 200
     assert (await world.get("/readyz")).status == 503
 

@@ -6,7 +6,6 @@ taken from the node's parts when somebody asks, so that no request of a client p
 ends a page, never the node.
 """
 
-from shardkv.server.admin.app import NodeParts
 from shardkv.server.admin.serving import Admin
 
-__all__ = ["Admin", "NodeParts"]
+__all__ = ["Admin"]

@@ -19,17 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shardkv.environment import Environment
 from shardkv.errors import ShardKVError
 from shardkv.json_rules import to_json
-from shardkv.multiraft.driver import Driver
 from shardkv.server.admin import page
 from shardkv.server.admin.metrics import CONTENT_TYPE, Metrics
-from shardkv.server.clock_health import ClockHealth
-from shardkv.server.disk_health import DiskHealth
-from shardkv.server.garbage import GarbagePolicy
-from shardkv.server.listener import Listener
-from shardkv.server.loop_health import LoopProbe
-from shardkv.server.placement_service import PlacementService
-from shardkv.transport.handshake import NodeIdentity
-from shardkv.transport.pool import PeerPool
+from shardkv.server.parts import STARTING, Parts
 from shardkv.wire.requests import Method, Request
 
 REQUEST_SECONDS: Final = 8.0
@@ -43,38 +35,12 @@ PAGE_SECONDS: Final = 1.5
 FRESH_SECONDS: Final = 1.0
 """An answer about the cluster is good for everybody for so long; below the page's two seconds."""
 
-_STARTING: Final = "the node is starting"
-
-
-@dataclass(frozen=True, slots=True)
-class NodeParts:
-    """The parts of a running node that are looked at. None of them is changed."""
-
-    name: str
-    identity: NodeIdentity
-    driver: Driver
-    pool: PeerPool
-    listener: Listener
-    placement: PlacementService
-    probe: LoopProbe
-    garbage: GarbagePolicy | None
-    ready: trio.Event
-    """Set once the node has said that it is ready."""
-    disk_health: DiskHealth | None = None
-    clock_health: ClockHealth | None = None
-
-    def unready(self) -> str:
-        """Why this node should not be sent requests; empty when it should."""
-        if not self.ready.is_set():
-            return _STARTING
-        return "the node is draining" if self.placement.draining else ""
-
 
 class Application:
     """The ASGI application. ``parts`` is None until the node stands."""
 
     def __init__(self, environment: Environment) -> None:
-        self.parts: NodeParts | None = None
+        self.parts: Parts | None = None
         self._clock = environment.clock
         self._status = _Shared(environment, lambda parts, request: parts.placement.status(request), Method.STATUS)
         self._ranges = _Shared(environment, lambda parts, request: parts.placement.ranges(request), Method.RANGES)
@@ -135,13 +101,13 @@ class Application:
         return _unavailable(problem) if problem else _plain("ok")
 
     async def _readyz(self, request: HttpRequest) -> Response:
-        problem = await self._unhealthy() or (self.parts.unready() if self.parts is not None else _STARTING)
+        problem = await self._unhealthy() or (self.parts.unready() if self.parts is not None else STARTING)
         return _unavailable(problem) if problem else _plain("ready")
 
     async def _unhealthy(self) -> str:
         """Why the node does not do its work; empty when it does."""
         if self.parts is None:
-            return _STARTING
+            return STARTING
         driver = self.parts.driver
         if driver.wal.statistics().failed:
             return "the log has failed; see this node's messages, and start it again once its disk is well"
@@ -165,7 +131,7 @@ class Application:
 
     async def _json(self, shared: "_Shared") -> Response:
         if self.parts is None:
-            return _json_response(_document({"error": "Unavailable", "message": _STARTING}), 503)
+            return _json_response(_document({"error": "Unavailable", "message": STARTING}), 503)
         try:
             return _json_response((await shared.get(self.parts)).encoded, 200)
         except ShardKVError as error:
@@ -175,7 +141,7 @@ class Application:
         """The page as it would look after its first refresh, so that it also serves browsers without scripts."""
         parts = self.parts
         if parts is None:
-            return _page("", None, None, _STARTING)
+            return _page("", None, None, STARTING)
         status: Any = None
         ranges: Any = None
         problem = ""
@@ -201,7 +167,7 @@ class _Shared:
     """One answer about the cluster for everybody who asks within FRESH_SECONDS, and one asking at a time."""
 
     def __init__(
-        self, environment: Environment, ask: Callable[[NodeParts, Request], Awaitable[Any]], method: Method
+        self, environment: Environment, ask: Callable[[Parts, Request], Awaitable[Any]], method: Method
     ) -> None:
         self._clock = environment.clock
         self._workers = environment.workers
@@ -211,7 +177,7 @@ class _Shared:
         self._answer: _Answer | None = None
         self._answered_ns = 0
 
-    async def get(self, parts: NodeParts) -> _Answer:
+    async def get(self, parts: Parts) -> _Answer:
         """Raises any ShardKVError; a failure is nobody else's answer."""
         async with self._lock:
             if self._answer is None or self._clock.monotonic_ns() - self._answered_ns > FRESH_SECONDS * 1e9:

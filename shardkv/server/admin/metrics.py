@@ -16,7 +16,7 @@ import shardkv
 from shardkv.server.loop_health import BOUNDS_SECONDS, LoopStatistics
 
 if TYPE_CHECKING:
-    from shardkv.server.admin.app import NodeParts
+    from shardkv.server.parts import Parts
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -24,7 +24,7 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics(Collector):
     """``parts()`` is the node, or None while it starts; ``requests()`` counts the answered requests by path."""
 
-    def __init__(self, parts: "Callable[[], NodeParts | None]", requests: Callable[[], dict[str, int]]) -> None:
+    def __init__(self, parts: "Callable[[], Parts | None]", requests: Callable[[], dict[str, int]]) -> None:
         self._parts = parts
         self._requests = requests
         self._registry = CollectorRegistry()
@@ -71,7 +71,7 @@ def _labelled_counter(name: str, help: str, label: str, values: dict[str, int]) 
     return family
 
 
-def _node(parts: "NodeParts") -> Iterable[Metric]:
+def _node(parts: "Parts") -> Iterable[Metric]:
     identity = parts.identity
     yield InfoMetricFamily(
         "shardkv_node",
@@ -88,7 +88,7 @@ def _node(parts: "NodeParts") -> Iterable[Metric]:
     yield _gauge("shardkv_ready", "1 while the node serves and is not draining.", not parts.unready())
 
 
-def _work(parts: "NodeParts") -> Iterable[Metric]:
+def _work(parts: "Parts") -> Iterable[Metric]:
     driver = parts.driver.statistics()
     replicas = parts.driver.catalog.replicas
     yield _counter("shardkv_turns", "Turns of the driver.", driver.turns)
@@ -98,7 +98,7 @@ def _work(parts: "NodeParts") -> Iterable[Metric]:
     yield _gauge("shardkv_leaders", "Replicas that lead.", sum(each.leads for each in replicas.values()))
 
 
-def _storage(parts: "NodeParts") -> Iterable[Metric]:
+def _storage(parts: "Parts") -> Iterable[Metric]:
     wal, engine = parts.driver.wal.statistics(), parts.driver.engine
     yield _gauge("shardkv_log_segments", "Segment files of the Raft log.", wal.segments)
     yield _gauge("shardkv_log_bytes", "Bytes of the Raft log on disk.", wal.segment_bytes)
@@ -110,9 +110,7 @@ def _storage(parts: "NodeParts") -> Iterable[Metric]:
     yield _gauge("shardkv_engine_stalled", "1 while writes to the engine are held back.", engine.stalled())
 
 
-def _disk(parts: "NodeParts") -> Iterable[Metric]:
-    if parts.disk_health is None:
-        return
+def _disk(parts: "Parts") -> Iterable[Metric]:
     disk = parts.disk_health.statistics()
     yield _gauge("shardkv_disk_slow", "1 while syncs stall and the node gives its leaderships away.", disk.slow)
     yield _counter("shardkv_disk_slow_times", "How often the disk became slow.", disk.slow_count)
@@ -120,16 +118,14 @@ def _disk(parts: "NodeParts") -> Iterable[Metric]:
     yield _counter("shardkv_leaderships_given_away", "Taken by others while the disk was slow.", disk.given_away)
 
 
-def _clock(parts: "NodeParts") -> Iterable[Metric]:
-    if parts.clock_health is None:
-        return
+def _clock(parts: "Parts") -> Iterable[Metric]:
     clock = parts.clock_health.statistics()
     help = "How far the wall clock is ahead of the time that the node goes by; negative when it is behind."
     yield _gauge("shardkv_wall_clock_ahead_seconds", help, clock.wall_ahead_seconds)
     yield _gauge("shardkv_clock_peers", "Other nodes that have lately said what time it is.", clock.peers)
 
 
-def _connections(parts: "NodeParts") -> Iterable[Metric]:
+def _connections(parts: "Parts") -> Iterable[Metric]:
     listener = parts.listener.statistics()
     yield _gauge("shardkv_connections", "Open connections: clients, nodes, those still greeting.", listener.connections)
     yield _gauge("shardkv_client_connections", "Open connections of clients.", listener.clients)
@@ -160,7 +156,7 @@ def _lateness(loop: LoopStatistics) -> Metric:
     )
 
 
-def _garbage(parts: "NodeParts") -> Iterable[Metric]:
+def _garbage(parts: "Parts") -> Iterable[Metric]:
     if parts.garbage is None:
         return
     garbage = parts.garbage.statistics()

@@ -19,7 +19,8 @@ from hypercorn.utils import wrap_app
 from shardkv.address import Address, parse_address
 from shardkv.environment import Environment
 from shardkv.errors import ConfigError
-from shardkv.server.admin.app import Application, NodeParts
+from shardkv.server.admin.app import Application
+from shardkv.server.parts import Parts
 
 RETRY_SECONDS: Final = 0.25
 """Before a web server that failed is started again."""
@@ -44,7 +45,7 @@ class Admin:
         self._log = log
         self._application = Application(environment)
 
-    def observe(self, parts: NodeParts) -> None:
+    def observe(self, parts: Parts) -> None:
         """The node stands: show it from now on."""
         self._application.parts = parts
 
