@@ -1,7 +1,8 @@
 """Whole clusters in virtual time, with faults: for our tests and for yours.
 
-``cluster`` is where to begin: real nodes and real clients in one process. ``determinism`` makes a run repeat from its
-seed, with a ``scheduler`` for trio's tasks; ``trace`` digests what happened in it.
+``cluster`` is where to begin: real nodes and real clients in one process. ``node`` is what may be done to one of the
+nodes, ``patience`` how long is waited. ``determinism`` makes a run repeat from its seed, with a ``scheduler`` for the
+tasks of trio; ``trace`` digests what happened in it.
 
 * A node's world is its ``environment``: ``clock``, ``workers``, ``disk`` (on ``files``), ``network`` (of ``pipes``, in
   some of which ``frames`` are repeated or overtaken). ``calls`` numbers what it asks of that world, to crash it there.
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardkv.simulation.checkers.violation import Violation
     from shardkv.simulation.clock import SimulatedIds, SimulatedRandom, SimulationClock
-    from shardkv.simulation.cluster import Cluster, SimulatedNode, simulated_cluster
+    from shardkv.simulation.cluster import Cluster, simulated_cluster
     from shardkv.simulation.determinism import run_deterministically, seeded_random
     from shardkv.simulation.disk import (
         Call,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
     from shardkv.simulation.files import Unsynced
     from shardkv.simulation.network import NodeNetwork, SimulatedNetwork
+    from shardkv.simulation.node import SimulatedNode
     from shardkv.simulation.pipes import Link
     from shardkv.simulation.runner import RunResult, RunSettings, run
     from shardkv.simulation.trace import Trace
@@ -72,7 +74,7 @@ __all__ = [
 _MODULES = {
     "checkers.violation": ("Violation",),
     "clock": ("SimulatedIds", "SimulatedRandom", "SimulationClock"),
-    "cluster": ("Cluster", "SimulatedNode", "simulated_cluster"),
+    "cluster": ("Cluster", "simulated_cluster"),
     "determinism": ("run_deterministically", "seeded_random"),
     "disk": (
         *("Call", "ChooseAtRandom", "CrashChooser", "KeepAll", "LoseAll"),
@@ -81,6 +83,7 @@ _MODULES = {
     "environment": ("SimulatedEnvironment", "simulated_environment"),
     "files": ("Unsynced",),
     "network": ("NodeNetwork", "SimulatedNetwork"),
+    "node": ("SimulatedNode",),
     "pipes": ("Link",),
     "runner": ("RunResult", "RunSettings", "run"),
     "trace": ("Trace",),

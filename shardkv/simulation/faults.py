@@ -13,8 +13,9 @@ import trio
 from shardkv.errors import Corruption, OutOfSpace, ShardKVError, StorageError
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.violation import Violation
-from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.disk import CAPACITY_BYTES, OPERATIONS, ChooseAtRandom
+from shardkv.simulation.node import SimulatedNode
 from shardkv.simulation.sequences import SEQUENCES
 from shardkv.wire.requests import Method
 

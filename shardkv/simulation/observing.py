@@ -23,7 +23,8 @@ from shardkv.simulation.checkers.ranges import RangesTile, Span
 from shardkv.simulation.checkers.sessions import SessionsBounded
 from shardkv.simulation.checkers.violation import Checker, Violation
 from shardkv.simulation.checkers.voters import VotersHaveData
-from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.cluster import Cluster
+from shardkv.simulation.node import SimulatedNode
 from shardkv.types import PLACEMENT_RANGE, RangeId, ReplicaId, ReplicaRole, timestamp_ms
 
 SESSIONS_MAX: Final = 64

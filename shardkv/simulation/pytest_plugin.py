@@ -44,12 +44,13 @@ class Simulation:
 
     def run(self, scenario: "Callable[[Cluster], Awaitable[T]]") -> T:
         """Form a cluster in virtual time and run ``await scenario(cluster)``; what that returns."""
-        from shardkv.simulation.cluster import simulated_cluster, trio_deadline
+        from shardkv.simulation.cluster import simulated_cluster
         from shardkv.simulation.determinism import run_deterministically
+        from shardkv.simulation.patience import within
 
         async def main() -> T:
             async with simulated_cluster(seed=self.seed, **self.options) as cluster:
-                with trio_deadline(self.virtual_seconds_max, "the test did not end"):
+                with within(self.virtual_seconds_max, "the test did not end"):
                     return await scenario(cluster)
             raise AssertionError("the cluster swallowed an error")
 

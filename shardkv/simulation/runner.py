@@ -22,8 +22,9 @@ from shardkv.server.parts import Parts
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.linearizability import Operation
 from shardkv.simulation.checkers.violation import Violation
-from shardkv.simulation.cluster import Cluster, SimulatedNode, simulated_cluster
+from shardkv.simulation.cluster import Cluster, simulated_cluster
 from shardkv.simulation.faults import KINDS, Faults
+from shardkv.simulation.node import SimulatedNode
 from shardkv.simulation.observing import Observing, apart
 from shardkv.simulation.trace import Lines, Trace
 from shardkv.simulation.workload import CALL_SECONDS, CLIENTS, COUNTERS, LEDGERS, REGISTERS, WORKLOADS, Workload

@@ -15,8 +15,8 @@ import trio
 from shardkv.errors import Corruption, ShardKVError
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.violation import Violation
-from shardkv.simulation.cluster import SimulatedNode
 from shardkv.simulation.disk import CAPACITY_BYTES, LoseAll, SimulatedDisk
+from shardkv.simulation.node import SimulatedNode
 from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.record import HEADER_BYTES, Header, unpack_header
 from shardkv.storage.segment import segment_id_of

@@ -8,8 +8,9 @@ import trio
 from shardkv.config import StorageConfig
 from shardkv.errors import ShardKVError
 from shardkv.simulation import run_deterministically
-from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.network import SimulatedNetwork
+from shardkv.simulation.node import SimulatedNode
 
 STORAGE = StorageConfig(engine="memory", segment_bytes=64 * 1024)
 PUTS = 340

@@ -13,9 +13,10 @@ from trio.testing import MockClock
 from shardkv.config import RaftConfig
 from shardkv.errors import Busy, ConfigError
 from shardkv.server.placement_service import PlacementService
-from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.disk import Call
 from shardkv.simulation.network import SimulatedNetwork
+from shardkv.simulation.node import SimulatedNode
 from shardkv.types import FIRST_RANGE
 from shardkv.wire.requests import Method, Request
 from shardkv_placement import commands

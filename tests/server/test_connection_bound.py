@@ -10,9 +10,8 @@ from trio.testing import MockClock
 
 from shardkv.config import LimitsConfig
 from shardkv.errors import Busy
-from shardkv.server.client_connection import ClientConnection
-from shardkv.simulation.cluster import SimulatedNode
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
+from shardkv.simulation.node import SimulatedNode
 from shardkv.transport.connection import Connection
 from shardkv.transport.handshake import KnownBoots, greet
 from shardkv.types import NodeId

@@ -18,8 +18,9 @@ from shardkv.machine.keys import user_key
 from shardkv.multiraft import maintenance
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.server import missing_data
-from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.disk import Call
+from shardkv.simulation.node import SimulatedNode
 from shardkv.simulation.workers import SimulatedWorkers
 from shardkv.storage.memory import MemoryEngine
 from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE

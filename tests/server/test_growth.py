@@ -9,8 +9,9 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from shardkv.config import SnapshotsConfig
-from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.network import SimulatedNetwork
+from shardkv.simulation.node import SimulatedNode
 from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE, RangeId, ReplicaRole
 from shardkv.wire.requests import Method
 from shardkv_client import Client

@@ -15,8 +15,9 @@ import pytest
 
 from shardkv.environment.real.disk import storage_error
 from shardkv.errors import StorageError
-from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.disk import Call
+from shardkv.simulation.node import SimulatedNode
 from shardkv.storage.wal import Wal
 from tests.server.lives import Life, in_a_cluster, live, started
 

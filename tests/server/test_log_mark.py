@@ -8,8 +8,8 @@ from trio.testing import MockClock
 
 from shardkv.errors import Corruption, OutOfSpace
 from shardkv.multiraft.maintenance import IDLE_MEASURES, INTERVAL_SECONDS, MARK_LOOKS
-from shardkv.simulation.cluster import SimulatedNode
 from shardkv.simulation.disk import SimulatedDisk
+from shardkv.simulation.node import SimulatedNode
 from tests.server.world import world
 
 NOTED_SECONDS = (MARK_LOOKS + 1) * IDLE_MEASURES * INTERVAL_SECONDS

@@ -7,7 +7,7 @@ import pytest
 from shardkv.errors import Corruption, StorageError
 from shardkv.server import stores
 from shardkv.simulation import run_deterministically, simulated_cluster
-from shardkv.simulation.cluster import SimulatedNode
+from shardkv.simulation.node import SimulatedNode
 from shardkv.types import FIRST_RANGE
 
 ADVICE = {"corrupt": "check its disk", "io": "replace the disk"}

@@ -9,9 +9,11 @@ from structlog.testing import capture_logs
 
 from shardkv.config import StorageConfig
 from shardkv.errors import ShardKVError
-from shardkv.simulation.cluster import FORMING_SECONDS, PORT, Cluster, SimulatedNode
+from shardkv.simulation.cluster import PORT, Cluster
 from shardkv.simulation.cluster import simulated_cluster as world
 from shardkv.simulation.disk import CAPACITY_BYTES
+from shardkv.simulation.node import SimulatedNode
+from shardkv.simulation.patience import FORMING_SECONDS
 from shardkv.wire.requests import Request
 
 __all__ = [

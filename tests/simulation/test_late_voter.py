@@ -3,7 +3,8 @@
 import trio
 
 from shardkv.simulation import run_deterministically, simulated_cluster
-from shardkv.simulation.cluster import Cluster, SimulatedNode
+from shardkv.simulation.cluster import Cluster
+from shardkv.simulation.node import SimulatedNode
 from shardkv.types import RangeId
 from shardkv.wire.requests import Method
 from shardkv_client import Client

@@ -24,8 +24,8 @@ from shardkv.machine.envelope import FORMAT, pack_head
 from shardkv.machine.keys import USER_PREFIX
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
-from shardkv.simulation import cluster as cluster_module
 from shardkv.simulation import determinism, run_deterministically, scheduler, simulated_cluster
+from shardkv.simulation import node as node_module
 from shardkv.simulation import swarm as swarm_module
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.command import simulation
@@ -199,14 +199,14 @@ def test_a_large_value_that_is_not_what_was_put_is_a_violation(monkeypatch: pyte
 
 def test_a_node_that_ends_without_being_told_to_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody starts it again before some fault hits it; from then on it is as if that had ended it."""
-    original = cluster_module.run_node
+    original = node_module.run_node
 
     async def run_node(config: NodeConfig, *arguments: Any, **how: Any) -> None:
         early = config.name == "n2" and 3 < trio.current_time() < 10
         with trio.move_on_after(0.5 if early else math.inf):
             await original(config, *arguments, **how)
 
-    monkeypatch.setattr(cluster_module, "run_node", run_node)
+    monkeypatch.setattr(node_module, "run_node", run_node)
     result = run(RunSettings(4, minutes=0.2, faults=("kill", "transfer")))
     assert result.violation is not None
     assert result.violation.startswith("AssertionError: n2 ended by itself")

@@ -4,8 +4,8 @@ import pytest
 
 from shardkv.simulation import run_deterministically, simulated_cluster
 from shardkv.simulation.checkers.violation import Violation
-from shardkv.simulation.cluster import SimulatedNode
 from shardkv.simulation.faults import KINDS, Faults
+from shardkv.simulation.node import SimulatedNode
 from shardkv.simulation.runner import RunSettings, run
 from shardkv.simulation.sequences import SEQUENCES
 
