@@ -8,7 +8,7 @@ here: see :mod:`.statistics`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress
 from typing import Any, Final, Protocol
 
@@ -24,13 +24,12 @@ from shardkv.types import (
     branches_off,
     timestamp_ms,
 )
-from shardkv_placement import commands, fields
-from shardkv_placement.fields import Labels
+from shardkv_placement import commands
 from shardkv_placement.operators import FinishedOperator, Operator
 from shardkv_placement.range_map import RangeMap, Segment
+from shardkv_placement.records import Counters, NodeRecord
 from shardkv_placement.settings import Settings
 
-FORMAT: Final = 1
 NODES_MAX: Final = 1_000
 """Nodes in service."""
 DECOMMISSIONED_MAX: Final = 1_000
@@ -44,7 +43,6 @@ REPORTED_AHEAD_MAX: Final = 1 << 20
 """How far above the ids that were given out a reported one may be. It is not above them at all unless somebody is
 mistaken; so every id that was given out can be reported, and no number of mistakes brings a counter near its end."""
 
-_COUNTER_MAX: Final = (1 << 63) - 1
 _META, _NODE, _SETTING, _PLACEMENT, _SEGMENT, _RUNNING, _FINISHED = b"m", b"n", b"s", b"p", b"r", b"o", b"h"
 
 
@@ -54,74 +52,6 @@ class Batch(Protocol):
     def put(self, key: bytes, value: bytes) -> None: ...
 
     def delete(self, key: bytes) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRecord:
-    """A node as the group knows it for good."""
-
-    node_id: NodeId
-    name: str
-    address: str
-    directory_token: bytes
-    """Random, made with the node's data directory: who it is, whatever its name."""
-    labels: Labels
-    boot: int = 0
-    """The highest boot counter seen; 0 until its first start was recorded."""
-    start_token: bytes = b""
-    decommissioned: bool = False
-
-    def to_wire(self) -> list[Any]:
-        return [
-            self.node_id,
-            self.name,
-            self.address,
-            self.directory_token,
-            fields.labels_to_wire(self.labels),
-            self.boot,
-            self.start_token,
-            self.decommissioned,
-        ]
-
-    @classmethod
-    def from_wire(cls, value: Any) -> "NodeRecord":
-        match value:
-            case [int(node_id), str(name), str(address), bytes(token), labels, int(boot), bytes(start), bool(gone)]:
-                return cls(NodeId(node_id), name, address, token, fields.labels(labels), boot, start, gone)
-        raise ValueError(f"not a node: {value!r:.200}")
-
-
-@dataclass(frozen=True, slots=True)
-class Counters:
-    """The cluster's identity and the next id of each kind. Only ever grows."""
-
-    cluster_id: bytes = b""
-    next_node: int = 1
-    next_range: int = 1
-    next_replica: int = 1
-    next_operator: int = 1
-    next_finished: int = 0
-    nodes_version: int = 0
-    """Grows with every change of the node table, so that nodes can tell whether theirs is the newest."""
-
-    def to_wire(self) -> list[Any]:
-        return [
-            FORMAT,
-            self.cluster_id,
-            self.next_node,
-            self.next_range,
-            self.next_replica,
-            self.next_operator,
-            self.next_finished,
-            self.nodes_version,
-        ]
-
-    @classmethod
-    def from_wire(cls, value: Any) -> "Counters":
-        match value:
-            case [int(form), bytes(cluster_id), *numbers] if form == FORMAT and len(numbers) == 6:
-                return cls(cluster_id, *(fields.integer(number, "a counter", 0, _COUNTER_MAX) for number in numbers))
-        raise ValueError(f"not the placement group's counters of format {FORMAT}: {value!r:.200}")
 
 
 class PlacementState:

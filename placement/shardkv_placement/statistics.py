@@ -23,8 +23,9 @@ from shardkv_placement.heartbeat import (
     Progress,
     RangeReport,
 )
+from shardkv_placement.records import NodeRecord
 from shardkv_placement.settings import Settings
-from shardkv_placement.state import NodeRecord, PlacementState
+from shardkv_placement.state import PlacementState
 
 
 class NodeState(Enum):

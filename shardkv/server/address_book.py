@@ -15,7 +15,7 @@ from shardkv import codec
 from shardkv.errors import Corruption, MalformedRequest
 from shardkv.types import NodeId
 from shardkv_placement.heartbeat import NodeEntry
-from shardkv_placement.state import NodeRecord
+from shardkv_placement.records import NodeRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from shardkv.types import PLACEMENT_RANGE, NodeId
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Welcome
 from shardkv_placement.heartbeat import HeartbeatReply
-from shardkv_placement.state import NodeRecord
+from shardkv_placement.records import NodeRecord
 
 YOUNG_SECONDS: Final = 600.0
 """A cluster that was made so lately gives way to one that has its only node's address."""

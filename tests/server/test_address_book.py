@@ -13,7 +13,7 @@ from shardkv.server.address_book import AddressBook, KnownNode
 from shardkv.server.known_nodes import FILE_NAME
 from shardkv.types import PLACEMENT_RANGE, NodeId
 from shardkv_placement.heartbeat import NodeEntry
-from shardkv_placement.state import NodeRecord
+from shardkv_placement.records import NodeRecord
 from tests.server.world import PORT, world
 
 N1, N2 = NodeId(1), NodeId(2)
