@@ -14,16 +14,11 @@ from typing import Any, Final, NamedTuple
 
 from shardkv.address import parse_address
 from shardkv.errors import ConfigError
+from shardkv.types import ADDRESS_BYTES_MAX, LABELS_MAX, NAME_BYTES_MAX
 
 ENVIRONMENT_PREFIX: Final = "SHARDKV_"
 ENGINES: Final = ("rocksdb", "memory")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
-NAME_CHARACTERS_MAX: Final = 64
-LABELS_MAX: Final = 32
-LABEL_BYTES_MAX: Final = 64
-"""Of a label's key, and of its value."""
-ADDRESS_BYTES_MAX: Final = 256
-"""Of these the placement group takes no more: it would refuse the node's start, which nobody but its debug log says."""
 
 _MIB: Final = 1024 * 1024
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -313,9 +308,9 @@ def problem_with(setting: Setting, value: Any) -> str | None:
     """What is wrong with a value of the right type, as the end of a sentence, or None."""
     match setting.kind:
         case Kind.NAME:
-            if len(value) > NAME_CHARACTERS_MAX or not _NAME.fullmatch(value):
+            if len(value) > NAME_BYTES_MAX or not _NAME.fullmatch(value):
                 return (
-                    f"must be 1 to {NAME_CHARACTERS_MAX} letters, digits, dots, dashes or underscores,"
+                    f"must be 1 to {NAME_BYTES_MAX} letters, digits, dots, dashes or underscores,"
                     f" starting with a letter or digit, not {value!r}"
                 )
         case Kind.PATH:
@@ -364,8 +359,8 @@ def _labels_problem(labels: Collection[tuple[str, str]]) -> str | None:
             )
         if not _is_unicode(text):
             return f"must be UTF-8, not {label!r}"
-        if len(key) > LABEL_BYTES_MAX or len(text.encode()) > LABEL_BYTES_MAX:
-            return f"must have at most {LABEL_BYTES_MAX} bytes in its key, and in its value, unlike {label!r}"
+        if len(key) > NAME_BYTES_MAX or len(text.encode()) > NAME_BYTES_MAX:
+            return f"must have at most {NAME_BYTES_MAX} bytes in its key, and in its value, unlike {label!r}"
     return None
 
 

@@ -6,13 +6,10 @@ Each returns the value it was given, typed, or raises MalformedRequest naming th
 from typing import Any, Final
 
 from shardkv.codec import malformed
-from shardkv.types import RangeDescriptor
+from shardkv.types import ADDRESS_BYTES_MAX, LABELS_MAX, NAME_BYTES_MAX, RangeDescriptor
 
 ID_MAX: Final = (1 << 62) - 1
 """Ids stay below 64 bits. That one mistaken report cannot exhaust a counter is :mod:`.state`'s matter."""
-NAME_BYTES_MAX: Final = 64
-ADDRESS_BYTES_MAX: Final = 256
-LABELS_MAX: Final = 32
 REPLICAS_MAX: Final = 16
 """Voters and learners of one range, a joint change's additions included."""
 

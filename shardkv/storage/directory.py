@@ -31,7 +31,8 @@ REFUSED_NAME: Final = "refused"
 MARK_NAME: Final = "log-mark"
 PROMISE_NAME: Final = "promise"
 
-NAME_BYTES_MAX: Final = 255
+STORED_NAME_BYTES_MAX: Final = 255
+"""More than any configuration takes."""
 
 _MAGIC: Final = b"shardkv\n"
 _START: Final = Struct("<8sII")
@@ -182,7 +183,7 @@ class DataDirectory:
         assert len(cluster_id) == CLUSTER_ID_BYTES, f"a cluster id of {len(cluster_id)} bytes"
         assert cluster_id != _NO_CLUSTER, "a cluster id of zeros means none"
         assert node_id > 0, f"node id {node_id}"
-        assert 0 < len(name.encode()) <= NAME_BYTES_MAX, f"a name of {len(name.encode())} bytes"
+        assert 0 < len(name.encode()) <= STORED_NAME_BYTES_MAX, f"a name of {len(name.encode())} bytes"
         self.require(cluster_id=cluster_id, node_id=node_id, name=name)
         if not self.identity.assigned:
             self._store(replace(self.identity, cluster_id=cluster_id, node_id=node_id, name=name))

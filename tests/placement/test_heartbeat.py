@@ -6,12 +6,11 @@ import pytest
 
 from shardkv import codec
 from shardkv.errors import Busy, MalformedRequest, NotFound, WrongCluster
-from shardkv.types import NodeId, RangeId, ReplicaId
+from shardkv.types import ADDRESS_BYTES_MAX, NAME_BYTES_MAX, NodeId, RangeId, ReplicaId
 from shardkv.wire import requests
 from shardkv.wire.frames import FRAME_BYTES_MAX
 from shardkv.wire.requests import Method
 from shardkv_placement import commands, heartbeat
-from shardkv_placement.fields import ADDRESS_BYTES_MAX, NAME_BYTES_MAX
 from shardkv_placement.heartbeat import Capacity, Heartbeat, HeartbeatReply, NodeEntry, Progress, RangeReport, Reporter
 from shardkv_placement.state import DECOMMISSIONED_MAX, NODES_MAX
 from shardkv_placement.statistics import NodeState, Statistics

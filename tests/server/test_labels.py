@@ -2,17 +2,10 @@
 
 import pytest
 
-from shardkv import config
 from shardkv.config import NodeConfig
 from shardkv.errors import ConfigError
-from shardkv_placement import fields
 
 LONG = (("rack", "x" * 65),)
-
-
-def test_the_bounds_are_those_of_the_placement_group() -> None:
-    assert config.LABEL_BYTES_MAX == config.NAME_CHARACTERS_MAX == fields.NAME_BYTES_MAX
-    assert config.ADDRESS_BYTES_MAX == fields.ADDRESS_BYTES_MAX
 
 
 @pytest.mark.parametrize(
