@@ -13,7 +13,7 @@ from shardkv import errors
 from shardkv.cli import text
 from shardkv.types import TIMESTAMP_MAX, VALUE_BYTES_MAX
 from tests.cli.fakes import FIRST_VERSION, STDOUT_FULL, World, world
-from tests.cli.test_node_command import SECONDS
+from tests.cli.processes import SECONDS
 
 __all__ = ["world"]
 

@@ -22,7 +22,7 @@ import trio.testing
 from shardkv.cli import demo, tour
 from shardkv.storage.directory import IDENTITY_NAME
 from tests.cli.fakes import FakeClient
-from tests.cli.test_node_command import SECONDS, STANDIN
+from tests.cli.processes import SECONDS, STANDIN
 
 SCRIPT = f"""
 from functools import partial

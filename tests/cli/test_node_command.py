@@ -16,10 +16,7 @@ from click.testing import CliRunner
 from shardkv.cli.local_cluster import LocalCluster, NodeFailed, Process, cpu_seconds, free_ports
 from shardkv.cli.node import _load
 from shardkv.cli.root import shardkv
-
-STANDIN = [sys.executable, str(Path(__file__).with_name("standin.py")), "node"]
-SECONDS = 180.0
-"""What a process may take to start or to end, on however slow a machine."""
+from tests.cli.processes import SECONDS, STANDIN
 
 
 def start(directory: Path, name: str) -> Process:

@@ -19,7 +19,7 @@ from shardkv.cli import shell as shell_module
 from shardkv.cli.shell import Shell, complete
 from shardkv.cli.shell_language import ALIASES, COMMANDS
 from tests.cli.fakes import STDOUT_FULL, FakeClient, World, world
-from tests.cli.test_node_command import SECONDS
+from tests.cli.processes import SECONDS
 
 __all__ = ["world"]
 

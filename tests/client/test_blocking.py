@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from shardkv import errors
 from shardkv_client import BlockingClient, Client, Settings, connect_blocking
 from tests.client.fake_cluster import FakeCluster
 from tests.client.fake_server import FakeServer
+from tests.client.processes import in_subprocess
 
 
 @pytest.fixture
@@ -320,15 +320,6 @@ with connect_blocking(sys.argv[1]) as kv:
     kv.put(b"k", b"parent again")
 print("done")
 """
-
-
-def in_subprocess(code: str, *arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=180, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_after_a_fork_the_child_gets_an_error_and_may_open_its_own(server):

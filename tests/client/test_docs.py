@@ -7,7 +7,7 @@ import pytest
 
 from tests.client.fake_cluster import FakeCluster
 from tests.client.fake_server import FakeServer
-from tests.client.test_blocking import in_subprocess
+from tests.client.processes import in_subprocess
 
 ROOT = Path(__file__).parents[2]
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
