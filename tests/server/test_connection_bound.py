@@ -10,6 +10,7 @@ from trio.testing import MockClock
 
 from shardkv.config import LimitsConfig
 from shardkv.errors import Busy
+from shardkv.server.client_connection import ClientConnection
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
 from shardkv.simulation.node import SimulatedNode
 from shardkv.transport.connection import Connection
