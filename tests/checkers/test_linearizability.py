@@ -194,7 +194,7 @@ def histories(draw: st.DrawFn) -> list[Operation]:
             if kind == "cas":
                 operation.if_version = draw(st.integers(0, 3))
             answers: dict[str, Outcome] = {
-                "put": Outcome(version),
+                "put": draw(st.sampled_from([Outcome(version), Outcome()])),
                 "cas": draw(st.sampled_from([Outcome(version), Outcome(mismatch=version)])),
                 "delete": Outcome(draw(st.booleans())),
                 "delete-range": Outcome(),
@@ -205,6 +205,17 @@ def histories(draw: st.DrawFn) -> list[Operation]:
                 operation.returned = inf
         found.append(operation)
     return found
+
+
+def test_a_write_without_a_version_may_come_behind_a_read_between_it_and_one_alike() -> None:
+    """It leaves what it finds, as far as anybody knows, and yet another version."""
+    reads = [get((b"a", 1), 0, 9), get((b"a", 2), 11, 12)]
+    for call in (Operation("put", b"a"), Operation("increment", 0)):
+        twice = [replace(call, called=at, returned=8, outcome=Outcome(None)) for at in (1, 2)]
+        if call.kind == "increment":
+            twice = [replace(each, outcome=Outcome(0)) for each in twice]
+            reads = [get((b"0", 1), 0, 9), get((b"0", 2), 11, 12)]
+        assert linearizable([*twice, *reads])
 
 
 def test_a_delete_without_an_answer_may_come_behind_a_write_that_it_overlaps() -> None:

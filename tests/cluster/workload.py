@@ -13,8 +13,9 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from shardkv.errors import OutcomeUnknown, Unavailable, VersionMismatch
-from shardkv.simulation.checkers.linearizability import Operation, Outcome, linearizable
+from shardkv.errors import BatchError, OutcomeUnknown, Unavailable, VersionMismatch
+from shardkv.simulation.checkers.failing_window import explain_result
+from shardkv.simulation.checkers.linearizability import REGISTER, Operation, Outcome, Verdict, check
 from shardkv_client.client import Client
 from tests.cluster.harness import settled
 
@@ -27,8 +28,13 @@ PROGRESS_SECONDS: Final = 180.0
 ROUND_OPERATIONS: Final = 240
 """Of all keys together; then the next round begins."""
 RECENT: Final = 12
+SEVERAL_SHARE: Final = 0.1
+"""Of the calls those that are of several keys at once."""
+HASTY_SHARE: Final = 0.04
+HASTY_SECONDS_MAX: Final = 0.02
+"""Some callers wait no longer."""
 HUNT_SECONDS: Final = 0.03
-VALUE_BYTES_MAX: Final = 700
+VALUE_BYTES_MAX: Final = 6_000
 PREFIXES: Final = (b"a", b"f", b"k", b"p", b"u", b"z")
 """One key each in every round; the last of them counts, so that increments are seen, too."""
 NUMERIC: Final = frozenset({b"f", b"z"})
@@ -195,10 +201,16 @@ class Workload:
             await trio.sleep(chance.uniform(0, 2 * self._pause_seconds))
 
     async def _one_call(self, kv: Client, chance: random.Random, current: Round) -> None:
+        if chance.random() < SEVERAL_SHARE:
+            with trio.fail_after(LATE_SECONDS):
+                await chance.choice((self._put_many, self._get_many, self._scan))(kv, chance, current)
+            return
         key = chance.choice(list(current.histories))
         history = current.histories[key]
         numeric = key[:1] in NUMERIC
-        value = b"%d" % chance.randrange(1000) if numeric else b"%d " % len(history) + bytes(chance.randrange(700))
+        value = b"%d" % chance.randrange(1000)
+        if not numeric:
+            value = b"%d " % len(history) + bytes(chance.randrange(VALUE_BYTES_MAX))
         calls: list[tuple[Operation, Callable[[], Awaitable[Any]]]] = [
             (Operation("get"), lambda: kv.get(key, timeout=CALL_SECONDS)),
             (Operation("get"), lambda: kv.get(key, consistency="follower", timeout=CALL_SECONDS)),
@@ -212,13 +224,68 @@ class Workload:
             operation = Operation("put", value, version)
             calls.append((operation, lambda: kv.put(key, value, if_version=version, timeout=CALL_SECONDS)))
             calls.append((Operation("delete"), lambda: kv.delete(key, timeout=CALL_SECONDS)))
+            span = (key, key + b"\0")
+            calls.append((Operation("delete-range"), lambda: kv.delete_range(*span, timeout=CALL_SECONDS)))
         operation, call = chance.choice(calls)
-        await self._record(history, operation, call)
+        patience = chance.uniform(0, HASTY_SECONDS_MAX) if chance.random() < HASTY_SHARE else None
+        await self._record(history, operation, call, patience)
 
-    async def _record(self, history: list[Operation], operation: Operation, call: Callable[[], Awaitable[Any]]) -> bool:
+    async def _put_many(self, kv: Client, chance: random.Random, current: Round) -> None:
+        """Each pair is a put of its key; of a call that fails it is known which of them are in doubt."""
+        keys = [key for key in current.histories if key[:1] not in NUMERIC]
+        pairs = {key: b"%d many" % len(current.histories[key]) for key in chance.sample(keys, chance.randint(1, 3))}
+        called, doubtful, consumed = trio.current_time(), frozenset[bytes](), len(pairs)
+        try:
+            await kv.put_many(pairs, timeout=CALL_SECONDS)
+            self.answered += 1
+        except BatchError as error:
+            doubtful, consumed = frozenset(error.failed), error.consumed
+            self.unknown += 1
+        for key in list(pairs)[:consumed]:
+            operation = Operation("put", pairs[key], called=called)
+            if key not in doubtful:
+                operation.outcome, operation.returned = Outcome(), trio.current_time()
+            current.histories[key].append(operation)
+
+    async def _get_many(self, kv: Client, chance: random.Random, current: Round) -> None:
+        called = trio.current_time()
+        try:
+            found = await kv.get_many(current.histories, timeout=CALL_SECONDS)
+        except Unavailable:
+            self.unavailable += 1
+        else:
+            self.answered += 1
+            for key in current.histories:
+                _note_read(current.histories[key], called, found.get(key))
+
+    async def _scan(self, kv: Client, chance: random.Random, current: Round) -> None:
+        """Of a letter's keys, downwards; those of later rounds may come before the one that is looked for."""
+        key = chance.choice(list(current.histories))
+        called = trio.current_time()
+        found = None
+        try:
+            async with kv.scan(prefix=key[:2], reverse=True, timeout=CALL_SECONDS) as entries:
+                async for entry in entries:
+                    if entry.key <= key:
+                        found = entry if entry.key == key else None
+                        break
+        except Unavailable:
+            self.unavailable += 1
+        else:
+            self.answered += 1
+            _note_read(current.histories[key], called, found)
+
+    async def _record(
+        self,
+        history: list[Operation],
+        operation: Operation,
+        call: Callable[[], Awaitable[Any]],
+        patience: float | None = None,
+    ) -> bool:
+        """Make a call, given up after ``patience`` seconds, and remember it; whether it was answered."""
         operation.called = trio.current_time()
         result: Any = None
-        with trio.move_on_after(LATE_SECONDS) as late:
+        with trio.move_on_after(LATE_SECONDS if patience is None else patience) as late:
             try:
                 result = await call()
             except VersionMismatch as error:
@@ -234,6 +301,11 @@ class Workload:
                 if operation.kind == "get" and result is not None:
                     result = (result.value, result.version)
                 operation.outcome = Outcome(result)
+        if late.cancelled_caught and patience is not None:
+            self.unknown += 1
+            if operation.kind != "get":
+                history.append(operation)
+            return False
         assert not late.cancelled_caught, f"{operation} was not answered in {LATE_SECONDS:g} s"
         operation.returned = trio.current_time()
         self.answered += 1
@@ -264,9 +336,8 @@ class Workload:
 
     def _judge(self, key: bytes, history: list[Operation]) -> None:
         self.judged += 1
-        assert linearizable(history), f"the history of {key!r} is not linearizable:\n" + "\n".join(
-            map(_shown, sorted(history, key=lambda each: each.called))
-        )
+        result = check(history, REGISTER)
+        assert result.verdict is Verdict.LINEARIZABLE, f"{key!r}: {explain_result(result, REGISTER)}"
 
     def describe(self) -> str:
         return (
@@ -275,6 +346,6 @@ class Workload:
         )
 
 
-def _shown(operation: Operation) -> str:
-    text = repr(operation)
-    return text.replace("\\x00", "")
+def _note_read(history: list[Operation], called: float, entry: Any) -> None:
+    found = (entry.value, entry.version) if entry is not None else None
+    history.append(Operation("get", called=called, returned=trio.current_time(), outcome=Outcome(found)))

@@ -145,6 +145,8 @@ class VersionedRegister(Model[Register]):
         return operation.kind != "get"
 
     def tells(self, operation: Operation) -> bool:
+        if operation.kind in ("put", "increment"):  # with the value that was there it leaves another version of it
+            return operation.outcome is not None and operation.outcome.mismatch is not None
         return operation.kind != "delete-range"
 
     def states_after(self, operations: Iterable[Operation]) -> frozenset[Register] | None:
