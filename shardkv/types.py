@@ -25,11 +25,11 @@ TOKEN_BYTES: Final = 16
 LINEAGE_MAX: Final = 16
 """The tokens of so many starts, the last ones, a node's directory keeps, and its greetings tell."""
 
+# The placement group refuses the start of a node that has more of these, so a configuration is held to them.
 NAME_BYTES_MAX: Final = 64
 """Of a node's name, and of a label's key, and of its value."""
 ADDRESS_BYTES_MAX: Final = 256
 LABELS_MAX: Final = 32
-"""A node that had more of these would be refused by the placement group, so its own start refuses them."""
 
 KEY_BYTES_MAX: Final = 4 * 1024
 VALUE_BYTES_MAX: Final = 1024 * 1024

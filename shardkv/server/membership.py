@@ -1,8 +1,8 @@
 """How a data directory becomes that of a node of a cluster: by founding one, by joining one, or in an earlier start.
 
 Does not live here: asking others to be let in (``internal_client``), and what a member tells the cluster of its start
-(``introduction``). The rule: the directory is assigned last, for from then on a start may be told neither --bootstrap
-nor --join.
+(``introduction``). The rule: the directory is assigned last, after the addresses of the others are stored, for from
+then on a start may do without --bootstrap and --join.
 """
 
 from collections.abc import Collection

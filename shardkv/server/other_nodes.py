@@ -1,9 +1,10 @@
 """What a node learns of the other nodes, and what it makes of that: whom to connect to, and whether to go on itself.
 
-News of them comes from five sources: the file of an earlier start, the placement group's state and its node table, the
-greetings of those that dial this node, and whoever answers at the addresses of --join. Does not live here: whose word
-on an address wins (``address_book``), which start of a node is its newest and the connections themselves
-(``transport``). The rule: a node that another one proves to be an old copy, or a cluster in another's place, stops.
+News of them comes from the placement group's state and its node table, the greetings of those that dial this node, and
+whoever answers at the addresses of --join. Does not live here: who is known when a start begins, by the answer to a
+join or the file of an earlier start (``membership``), whose word on an address wins (``address_book``), which start of
+a node is its newest and the connections themselves (``transport``). The rule: a node that another one proves to be an
+old copy, or to be a cluster in another's place, stops.
 """
 
 from collections.abc import Callable, Iterable

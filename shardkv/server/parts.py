@@ -1,7 +1,8 @@
 """The parts of a node, each made of those before it, and whom each of them tells of what.
 
 Lives here: who is handed what. Does not live here: what any part does, nor when it runs (``node``). The rule: what a
-part tells one that is made after it goes by a function that looks the other up when it is called.
+part tells one that is made after it goes by a function that looks the other up when it is called, or by an attribute
+that is set here, before anything runs.
 """
 
 from typing import Any, Final
@@ -41,8 +42,8 @@ STARTING: Final = "the node is starting"
 
 
 class Parts:
-    """The parts of a node that has been put together and recovered, and is about to run. The admin endpoint and a
-    simulation look at them, and change nothing.
+    """The parts of a node that has been put together and recovered, and is about to run. The admin endpoint looks
+    at them and changes nothing; a simulation may change how some of them go about their work.
 
     Raises Corruption where the ranges' data are gone and nobody else can have them.
     """

@@ -1,7 +1,7 @@
 """The faults of a run, drawn from its seed: which, when, to whom, how hard.
 
 Lives here: every kind of fault by name, and the plan that lets them come and go. Does not live here: what breaks
-(``disk``, ``network``, ``clock``, ``cluster``). The rules: faults may come in any number and any combination, to any
+(``disk``, ``network``, ``clock``, ``node``). The rules: faults may come in any number and any combination, to any
 number of nodes at once; what they may not do is what no database survives, and that is said where it is left out.
 """
 
