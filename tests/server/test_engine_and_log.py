@@ -22,11 +22,10 @@ from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.disk import Call
 from shardkv.simulation.node import SimulatedNode
 from shardkv.simulation.workers import SimulatedWorkers
-from shardkv.storage.memory import MemoryEngine
 from shardkv.types import FIRST_RANGE, PLACEMENT_RANGE
 from shardkv.wire.requests import Method
 from tests.server.lives import Life, in_a_cluster, live, started
-from tests.server.world import world
+from tests.server.world import lose_engine, world
 
 KEPT: dict[str, Callable[[int], int]] = {
     "no batch": lambda count: 0,
@@ -91,10 +90,6 @@ def test_trap_20_the_log_is_collected_only_up_to_what_the_engine_has_flushed() -
         node.check()
 
     in_a_cluster(main)
-
-
-def lose_engine(node: SimulatedNode) -> None:
-    node.engine = MemoryEngine(crashable=True)
 
 
 async def test_a_node_alone_whose_engine_is_gone_says_so_at_every_start(autojump_clock: MockClock) -> None:

@@ -47,8 +47,7 @@ from shardkv.wire.frames import Frame, FrameKind, encode_frame
 from shardkv.wire.requests import Consistency, Method, Request
 from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
 from tests.multiraft.world import descriptor_on
-from tests.server.test_engine_and_log import lose_engine
-from tests.server.world import Cluster, Recorder, ask, world
+from tests.server.world import Cluster, Recorder, ask, lose_engine, world
 
 
 async def test_trap_23_a_request_from_the_future_is_refused_and_leaves_no_trace(autojump_clock: MockClock) -> None:

@@ -14,6 +14,7 @@ from shardkv.simulation.cluster import simulated_cluster as world
 from shardkv.simulation.disk import CAPACITY_BYTES
 from shardkv.simulation.node import SimulatedNode
 from shardkv.simulation.patience import FORMING_SECONDS
+from shardkv.storage.memory import MemoryEngine
 from shardkv.wire.requests import Request
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ask",
     "heard",
     "leave",
+    "lose_engine",
     "three_nodes",
     "world",
 ]
@@ -85,6 +87,11 @@ def leave(node: SimulatedNode, free_bytes: int) -> None:
     disk = node.environment.disk
     disk.capacity_bytes = CAPACITY_BYTES
     disk.capacity_bytes = CAPACITY_BYTES - disk.free_bytes("/") + free_bytes
+
+
+def lose_engine(node: SimulatedNode) -> None:
+    """Somebody deletes the engine of a node that is down, and leaves the log."""
+    node.engine = MemoryEngine(crashable=True)
 
 
 @contextmanager
