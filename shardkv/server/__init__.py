@@ -1,7 +1,7 @@
 """A node, composed of everything below.
 
-``node`` is its life from start to stop: ``stores`` opens log and engine, ``membership`` makes it one of a cluster, and
-``parts`` puts together the rest, which is:
+``node`` is its life from start to ``stop``, which knows why it must: ``stores`` opens log and engine, ``membership``
+makes it one of a cluster, and ``parts`` puts together the rest, which is:
 
 * Clients: ``listener`` takes connections, ``client_connection`` reads requests and gathers answers, within ``intake``
   (large requests on their way) and ``answer_budget`` (answers that nobody takes). ``requests`` serves reads and writes;

@@ -7,14 +7,13 @@ until a new node is in what the cluster says of itself. Does not live here: join
 
 from typing import Any, Final
 
-import trio
-
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment
 from shardkv.errors import ShardKVError, WrongCluster
 from shardkv.multiraft.catalog import Catalog
 from shardkv.outage import UNANSWERED_SECONDS, Outage
 from shardkv.server.placement_service import PlacementService
+from shardkv.server.stop import Stop
 from shardkv.transport.handshake import NodeIdentity
 from shardkv.types import (
     EVERY_KEY,
@@ -60,6 +59,7 @@ class Introduction:
         identity: NodeIdentity,
         directory_token: bytes,
         new: bool,
+        stop: Stop,
         log: Any,
     ) -> None:
         """``new``: it was in this start that the directory became the node's, or nobody has heard of one yet."""
@@ -71,13 +71,11 @@ class Introduction:
         self._identity = identity
         self._directory_token = directory_token
         self._new = new
+        self._stop = stop
         self._log = log
 
-    async def register(self, stop: trio.Event) -> None:
-        """Tell the placement group of this start; on the first node of a new cluster, begin the group's state.
-
-        A refusal for good becomes the service's ``fatal`` and sets ``stop``.
-        """
+    async def register(self) -> None:
+        """Tell the placement group of this start; on the first node of a new cluster, begin the group's state."""
         identity = self._identity
         outage = Outage(UNANSWERED_SECONDS)
         outage.begin(self._now())
@@ -100,8 +98,7 @@ class Introduction:
                     self._log.info("the placement group has taken note of this node's start")
                 return
             except WrongCluster as error:
-                self._placement.fatal = error
-                stop.set()
+                self._stop.for_good(error)
                 return
             except ShardKVError as error:
                 self._log.debug("not registered yet", reason=str(error))
@@ -128,8 +125,8 @@ class Introduction:
             )
         )
 
-    async def wait(self, stop: trio.Event) -> bool:
-        """Wait until the node is ready; False if ``stop`` was set first.
+    async def wait(self) -> bool:
+        """Wait until the node is ready; False if it is to stop first.
 
         A new node is ready when the placement group has heard of it, so it is in what the cluster says of itself;
         the first node of a new cluster when its range can be written, too, and is known to be led here.
@@ -140,7 +137,7 @@ class Introduction:
         if self._new:
             with self._environment.clock.deadline(WAIT_SECONDS):
                 while not self._introduced():
-                    if stop.is_set():
+                    if self._stop.asked.is_set():
                         return False
                     await self._environment.clock.sleep(POLL_SECONDS)
         return True

@@ -16,7 +16,7 @@ import trio
 from shardkv.address import parse_address
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment, Stream
-from shardkv.errors import ConfigError, OutOfSpace, ShardKVError, StorageError, WrongCluster
+from shardkv.errors import ConfigError, OutOfSpace, StorageError
 from shardkv.machine.clock import HybridClock
 from shardkv.server.draining import hand_over_leaderships
 from shardkv.server.garbage import Collector
@@ -25,6 +25,7 @@ from shardkv.server.known_nodes import KnownNodesFile
 from shardkv.server.membership import become_member, require_way_in
 from shardkv.server.missing_data import tell_of_missing_data
 from shardkv.server.parts import Parts
+from shardkv.server.stop import Stop
 from shardkv.server.stores import OpenEngine, Stores, open_engine, open_stores
 from shardkv.storage.directory import DataDirectory, open_directory
 from shardkv.transport.groups import main_error
@@ -88,7 +89,7 @@ class _Node:
         self._config = config
         self._environment = environment
         self._ready = ready
-        self._stop = stop
+        self._stop = Stop(stop)
         self._open_engine = open_engine
         self._collector = collector
         self._observe = observe
@@ -156,7 +157,7 @@ class _Node:
             address=address,
             listens_at=listens_at,
             known_nodes=known_nodes,
-            stop=self._stop,
+            stop=self._stop.asked,
             log=self._log,
         )
         if membership is None:
@@ -192,9 +193,8 @@ class _Node:
             self._serving.set()
             async with connect_cluster(self._environment, others.seeds(), parts.identity.cluster_id) as call:
                 placement.call = call
-                placement.stop_with(self._stop.set)
                 nursery.start_soon(placement.run)
-                nursery.start_soon(parts.introduction.register, self._stop)
+                nursery.start_soon(parts.introduction.register)
                 nursery.start_soon(others.known_nodes.run)
                 nursery.start_soon(others.look_where_told)
                 nursery.start_soon(tell_of_missing_data, parts.catalog, clock, self._log)
@@ -205,18 +205,19 @@ class _Node:
                 if self._admin is not None:
                     self._admin.observe(parts)
                 self._log.info("started", address=parts.identity.address, boot=parts.identity.boot)
-                if await parts.introduction.wait(self._stop):
+                if await parts.introduction.wait():
                     parts.ready.set()
                     self._ready(self._config.name, parts.identity.address)
                 if parts.garbage is not None:
                     await nursery.start(parts.garbage.run)
-                await self._stop.wait()
-                if not _of_an_old_copy(placement.fatal):
+                await self._stop.asked.wait()
+                if not self._stop.as_old_copy:
                     await self._drain()
             nursery.cancel_scope.cancel()
-        if placement.fatal is not None:
-            await self._condemn_old_copy(placement.fatal)
-            raise placement.fatal
+        if self._stop.reason is not None:
+            if self._stop.as_old_copy:
+                await self._condemn(str(self._stop.reason))
+            raise self._stop.reason
 
     # The stop
 
@@ -230,16 +231,9 @@ class _Node:
         with suppress(OutOfSpace):  # the log has what is not flushed
             await self._environment.workers.run(parts.engine.flush)
 
-    async def _condemn_old_copy(self, fatal: ShardKVError) -> None:
-        """Whoever starts this node again and again shall not make its boot counter pass for the newest (trap 24)."""
-        if _of_an_old_copy(fatal):
-            try:
-                await self._environment.workers.run(self._directory.condemn, str(fatal))
-            except StorageError as error:
-                self._log.error("the data directory could not be marked as an old copy", reason=str(error))
-
-
-def _of_an_old_copy(fatal: ShardKVError | None) -> bool:
-    """Whether this node has been refused as one whose log has forgotten something: it must stop at once. It neither
-    hands over what it may lead, nor waits for anything, for as long as it runs it votes and acknowledges."""
-    return isinstance(fatal, WrongCluster) and fatal.old_copy
+    async def _condemn(self, reason: str) -> None:
+        """Started again and again, this old copy shall not make its boot counter pass for the newest (trap 24)."""
+        try:
+            await self._environment.workers.run(self._directory.condemn, reason)
+        except StorageError as error:
+            self._log.error("the data directory could not be marked as an old copy", reason=str(error))

@@ -20,6 +20,7 @@ from shardkv.server.clock_health import ClockHealth
 from shardkv.server.known_nodes import KnownNodesFile
 from shardkv.server.peers import who_is_at
 from shardkv.server.placement_service import PlacementService
+from shardkv.server.stop import Stop
 from shardkv.transport.handshake import KnownBoots, NodeIdentity
 from shardkv.transport.pool import PeerPool, Purpose
 from shardkv.types import PLACEMENT_RANGE, NodeId
@@ -52,7 +53,7 @@ class OtherNodes:
         clock_health: ClockHealth,
         founded_ns: int | None,
         doubt: Callable[[NodeId], None],
-        stop: trio.Event,
+        stop: Stop,
         log: Any,
     ) -> None:
         self._config = config
@@ -215,7 +216,7 @@ class OtherNodes:
         self._log.error("somebody else is at a node's address", peer=node_id, address=address, reason=reason)
 
     def _on_unreachable(self, node_id: NodeId, address: str, reason: str) -> None:
-        if not self._stop.is_set():
+        if not self._stop.asked.is_set():
             self._log.warning("cannot reach a node", peer=node_id, address=address, reason=reason)
 
     def _on_reachable(self, node_id: NodeId) -> None:
@@ -232,9 +233,8 @@ class OtherNodes:
         """
         mine = self._identity
         agreed = self.address_book.start_of(mine.node_id) == (mine.boot, mine.start_token)
-        if not agreed and self.placement.fatal is None:
-            self.placement.fatal = error
-            self._stop.set()
+        if not agreed:
+            self._stop.for_good(error)
 
     def on_foreign(self, hello: Hello) -> None:
         """A node of another cluster has dialled this one.
@@ -248,10 +248,11 @@ class OtherNodes:
         if not young or hello.destination_node_id != mine.node_id or self.any_known():
             return
         assert hello.cluster_id is not None, "of another cluster without naming it"
-        self.placement.fatal = WrongCluster(
-            f"nodes of cluster {hello.cluster_id.hex()} take this address for that of their node {mine.node_id}, and "
-            "this node has just made a cluster of its own: if it was theirs, its data directory is gone or not "
-            "mounted, so put it back and start without --bootstrap; a new cluster needs another address",
-            old_copy=True,
+        self._stop.for_good(
+            WrongCluster(
+                f"nodes of cluster {hello.cluster_id.hex()} take this address for that of their node {mine.node_id}, "
+                "and this node has just made a cluster of its own: if it was theirs, its data directory is gone or not "
+                "mounted, so put it back and start without --bootstrap; a new cluster needs another address",
+                old_copy=True,
+            )
         )
-        self._stop.set()

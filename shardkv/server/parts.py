@@ -32,6 +32,7 @@ from shardkv.server.peers import PoolPeers, SnapshotDialler
 from shardkv.server.placement_service import PlacementExtension, PlacementService
 from shardkv.server.requests import Requests
 from shardkv.server.splitter import Splitter
+from shardkv.server.stop import Stop
 from shardkv.server.stores import Stores
 from shardkv.storage.directory import DataDirectory
 from shardkv.transport.handshake import NodeIdentity
@@ -60,11 +61,12 @@ class Parts:
         known_nodes: KnownNodesFile,
         hybrid_clock: HybridClock,
         collector: Collector | None,
-        stop: trio.Event,
+        stop: Stop,
         log: Any,
     ) -> None:
         self._config = config
         self._environment = environment
+        self._stop = stop
         self._log = log
         self.name = config.name
         self.ready = trio.Event()
@@ -169,6 +171,7 @@ class Parts:
             on_nodes=self.others.on_table,
             address_book=address_book,
             cluster_id=identity.cluster_id,
+            stop=self._stop,
             log=self._log,
         )
         self.placement.slow_disk = self.disk_health.is_slow
@@ -182,6 +185,7 @@ class Parts:
             directory_token=directory.identity.token,
             # Who has joined, and died before it was introduced, has heard of none of its own starts.
             new=membership.is_new or address_book.start_of(identity.node_id) == (0, b""),
+            stop=self._stop,
             log=self._log,
         )
         self.operations = Operations(

@@ -32,6 +32,7 @@ from shardkv.server.address_book import AddressBook
 from shardkv.server.missing_leaders import MissingLeaders
 from shardkv.server.reply import Reply
 from shardkv.server.shared_addresses import SharedAddresses
+from shardkv.server.stop import Stop
 from shardkv.storage.engine import WriteBatch
 from shardkv.types import PLACEMENT_RANGE, RangeDescriptor, RangeId, ReplicaId
 from shardkv.wire.requests import Method, Request
@@ -114,6 +115,7 @@ class PlacementService:
         on_nodes: Callable[[HeartbeatReply], None],
         address_book: AddressBook,
         cluster_id: bytes,
+        stop: Stop,
         log: Any,
     ) -> None:
         self._driver = driver
@@ -125,6 +127,7 @@ class PlacementService:
         self._on_nodes = on_nodes
         self._address_book = address_book
         self._cluster_id = cluster_id
+        self._stop = stop
         self._log = log
         self.call: Call
         self.draining = False
@@ -132,9 +135,6 @@ class PlacementService:
         """Whether this node's disk is slow; set before :meth:`run`."""
         self.settings: dict[str, int] = {}
         """What the last heartbeat's reply said."""
-        self.fatal: ShardKVError | None = None
-        """Why this node must not go on: it was decommissioned, or runs on an old copy of its data."""
-        self._stop: Callable[[], None] = lambda: None
         self._statistics: Statistics | None = None
         self._views: ViewBuilder | None = None
         self._controller: Controller | None = None
@@ -235,8 +235,7 @@ class PlacementService:
                 if outage.end():
                     self._log.info("the placement group answers this node again")
             except WrongCluster as error:
-                self.fatal = error
-                self._stop()
+                self._stop.for_good(error)
             except ShardKVError as error:
                 self._log.debug("heartbeat not answered", reason=str(error))
                 if outage.lasts(self._now()):
@@ -244,10 +243,6 @@ class PlacementService:
             await self._clock.sleep(min(HEARTBEAT_SECONDS_MIN, interval))
             with self._clock.deadline(interval):
                 await self._beat_wanted.wait()
-
-    def stop_with(self, stop: Callable[[], None]) -> None:
-        """What to call when this node must not go on."""
-        self._stop = stop
 
     def _acknowledged(self, beat: heartbeat.Heartbeat, reply: HeartbeatReply) -> None:
         self._reporter.acknowledged(beat, reply)

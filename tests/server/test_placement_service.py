@@ -21,6 +21,7 @@ from shardkv.server.placement_service import (
     RETRY_SECONDS,
     PlacementService,
 )
+from shardkv.server.stop import Stop
 from shardkv.simulation.clock import SimulationClock
 from shardkv.types import (
     KEY_BYTES_MAX,
@@ -78,6 +79,7 @@ class World:
             on_nodes=lambda reply: None,
             address_book=SimpleNamespace(),  # type: ignore[arg-type]
             cluster_id=b"c" * 16,
+            stop=Stop(trio.Event()),
             log=log,
         )
         self.service.call = self._call
