@@ -11,13 +11,12 @@ from typing import Final
 
 from shardkv_bench import grpc_wire
 from shardkv_bench.worker import Measurement, Task, wait_for_go
-from shardkv_bench.workloads import WORKLOADS, Kind, Plan, key_of, value_of
+from shardkv_bench.workloads import WORKLOADS, Kind, Plan, key_of, values_of
 
 TRANSACTION_PUTS: Final = 128
 """etcd's default limit of operations in one transaction."""
 LOAD_TRANSACTIONS: Final = 16
 """Transactions that a load has under way; more did not make it faster."""
-VALUES: Final = 256
 RECEIVE_BYTES: Final = 1 << 18
 POLL_MS: Final = 20
 
@@ -90,7 +89,7 @@ def perform(task: Task) -> Measurement:
 
 def _run(task: Task) -> Measurement:
     plan = Plan(WORKLOADS[task.workload], task.records, task.seed, task.process, task.processes)
-    values = [value_of(number, task.value_bytes) for number in range(VALUES)]
+    values = values_of(task.value_bytes)
     next_operation = plan.next
     if task.workload == "bulk":
         source: Source = lambda: (  # noqa: E731
@@ -105,7 +104,7 @@ def _run(task: Task) -> Measurement:
             key = key_of(operation.record)
             if operation.kind is Kind.READ:
                 return grpc_wire.RANGE_PATH, grpc_wire.range_request(key), 1
-            return grpc_wire.PUT_PATH, grpc_wire.put_request(key, values[operation.record % VALUES]), 1
+            return grpc_wire.PUT_PATH, grpc_wire.put_request(key, values[operation.record % len(values)]), 1
 
     measurement = Measurement()
     connections = _connect(task)
@@ -122,11 +121,11 @@ def _run(task: Task) -> Measurement:
 
 def _transaction(first: int, task: Task, values: list[bytes]) -> bytes:
     records = [(first + number) % task.records for number in range(TRANSACTION_PUTS)]
-    return grpc_wire.put_transaction([(key_of(record), values[record % VALUES]) for record in records])
+    return grpc_wire.put_transaction([(key_of(record), values[record % len(values)]) for record in records])
 
 
 def _load(task: Task) -> Measurement:
-    values = [value_of(number, task.value_bytes) for number in range(VALUES)]
+    values = values_of(task.value_bytes)
     records = range(task.process, task.records, task.processes)
     starts = iter(range(0, len(records), TRANSACTION_PUTS))
 
@@ -135,7 +134,7 @@ def _load(task: Task) -> Measurement:
         if start is None:
             return None
         piece = records[start : start + TRANSACTION_PUTS]
-        pairs = [(key_of(record), values[record % VALUES]) for record in piece]
+        pairs = [(key_of(record), values[record % len(values)]) for record in piece]
         return grpc_wire.TXN_PATH, grpc_wire.put_transaction(pairs), len(pairs)
 
     measurement = Measurement()

@@ -12,15 +12,13 @@ import trio
 
 from shardkv.errors import ShardKVError
 from shardkv_bench.worker import Measurement, Task, wait_for_go
-from shardkv_bench.workloads import WORKLOADS, Kind, Operation, Plan, key_of, value_of
+from shardkv_bench.workloads import WORKLOADS, Kind, Operation, Plan, key_of, values_of
 
 if TYPE_CHECKING:
     from shardkv_client import Client
 
 BULK_KEYS: Final = 1_000
 """Keys of one ``put_many`` of the bulk workload."""
-VALUES: Final = 256
-"""Different values that are written; making one for each operation would be measured too."""
 
 
 def connect(addresses: str) -> "contextlib.AbstractAsyncContextManager[Client]":
@@ -38,6 +36,7 @@ def perform(task: Task) -> Measurement:
 async def _run(task: Task) -> Measurement:
     plan = Plan(WORKLOADS[task.workload], task.records, task.seed, task.process, task.processes)
     measurement = Measurement()
+    values = values_of(task.value_bytes)
     async with contextlib.AsyncExitStack() as stack:
         clients = [
             await stack.enter_async_context(connect(task.addresses))
@@ -48,7 +47,7 @@ async def _run(task: Task) -> Measurement:
         wait_for_go()
         async with trio.open_nursery() as nursery:
             for lane in range(task.inflight):
-                nursery.start_soon(_lane, clients[lane % len(clients)], plan, task, measurement)
+                nursery.start_soon(_lane, clients[lane % len(clients)], plan, values, task, measurement)
             await trio.sleep(task.warmup_seconds)
             measurement.begin()
             await trio.sleep(task.seconds)
@@ -57,8 +56,7 @@ async def _run(task: Task) -> Measurement:
     return measurement
 
 
-async def _lane(client: "Client", plan: Plan, task: Task, measurement: Measurement) -> None:
-    values = [value_of(number, task.value_bytes) for number in range(VALUES)]
+async def _lane(client: "Client", plan: Plan, values: list[bytes], task: Task, measurement: Measurement) -> None:
     perform_kind = _performers(client, plan, values, task)
     next_operation, clock, done = plan.next, time.perf_counter_ns, measurement.done
     while True:
@@ -82,11 +80,11 @@ def _performers(
         return 1
 
     async def update(operation: Operation) -> int:
-        await client.put(key_of(operation.record), values[operation.record % VALUES])
+        await client.put(key_of(operation.record), values[operation.record % len(values)])
         return 1
 
     async def insert(operation: Operation) -> int:
-        await client.put(key_of(operation.record), values[operation.record % VALUES])
+        await client.put(key_of(operation.record), values[operation.record % len(values)])
         plan.inserted()
         return 1
 
@@ -99,12 +97,12 @@ def _performers(
     async def read_modify_write(operation: Operation) -> int:
         key = key_of(operation.record)
         await client.get(key)
-        await client.put(key, values[operation.record % VALUES])
+        await client.put(key, values[operation.record % len(values)])
         return 1
 
     async def bulk(operation: Operation) -> int:
         records = ((operation.record + number) % task.records for number in range(BULK_KEYS))
-        await client.put_many([(key_of(record), values[record % VALUES]) for record in records])
+        await client.put_many([(key_of(record), values[record % len(values)]) for record in records])
         return BULK_KEYS
 
     return {
@@ -120,7 +118,7 @@ def _performers(
 async def _load(task: Task) -> Measurement:
     """Write every record once with ``put_many``. Errors escape: a half-loaded run would measure something else."""
     measurement = Measurement()
-    values = [value_of(number, task.value_bytes) for number in range(VALUES)]
+    values = values_of(task.value_bytes)
     async with connect(task.addresses) as client:
         await client.get(key_of(0))
         wait_for_go()
@@ -134,4 +132,4 @@ async def _load(task: Task) -> Measurement:
 
 def pairs_of(records: range, values: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
     for record in records:
-        yield key_of(record), values[record % VALUES]
+        yield key_of(record), values[record % len(values)]

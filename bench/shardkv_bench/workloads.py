@@ -19,6 +19,12 @@ PREPARED_MAX: Final = 1 << 16
 """Operations drawn before a run starts, so that drawing them is not measured; then they repeat."""
 
 
+VALUES_MAX: Final = 256
+"""Different values that are written."""
+VALUES_BYTES_MAX: Final = 16 << 20
+"""What all of them may take of a client process's memory; there are fewer of large ones."""
+
+
 class Kind(IntEnum):
     READ = 0
     UPDATE = 1
@@ -73,6 +79,11 @@ def key_of(record: int) -> bytes:
 def value_of(record: int, size: int) -> bytes:
     """``size`` bytes that compress badly and are the same whenever they are made for a record."""
     return Random(record).randbytes(size)
+
+
+def values_of(size: int) -> list[bytes]:
+    """The values that a client process writes, made once: making one for each operation would be measured too."""
+    return [value_of(number, size) for number in range(max(1, min(VALUES_MAX, VALUES_BYTES_MAX // max(1, size))))]
 
 
 class Plan:
