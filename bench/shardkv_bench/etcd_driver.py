@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from shardkv_bench import grpc_wire
-from shardkv_bench.worker import Measurement, Task, wait_for_go
+from shardkv_bench.worker import ABSENT, Measurement, Task, wait_for_go
 from shardkv_bench.workloads import WORKLOADS, Kind, Plan, key_of, values_of
 
 TRANSACTION_PUTS: Final = 128
@@ -109,7 +109,7 @@ def _run(task: Task) -> Measurement:
     measurement = Measurement()
     connections = _connect(task)
     wait_for_go()
-    loop = _Loop(connections, source, measurement)
+    loop = _Loop(connections, source, measurement, reads=task.workload == "read")
     loop.fill(task.inflight)
     loop.run(time.perf_counter() + task.warmup_seconds)
     measurement.begin()
@@ -158,10 +158,13 @@ def _connect(task: Task) -> list[_Connection]:
 
 
 class _Loop:
-    """Keeps calls under way: for each that ends, one begins."""
+    """Keeps calls under way: for each that ends, one begins. ``reads`` says that each is to find a record."""
 
-    def __init__(self, connections: list[_Connection], source: Source, measurement: Measurement) -> None:
+    def __init__(
+        self, connections: list[_Connection], source: Source, measurement: Measurement, *, reads: bool = False
+    ) -> None:
         self._source = source
+        self._reads = reads
         self._measurement = measurement
         self._by_descriptor = {connection.socket.fileno(): connection for connection in connections}
         self._poll = select.poll()
@@ -190,6 +193,8 @@ class _Loop:
                     ended += 1
                     if answer is None:
                         measurement.failed("refused")
+                    elif self._reads and not grpc_wire.found(answer):
+                        measurement.failed(ABSENT)
                     else:
                         measurement.done(started, operations)
                 if (ended or connection.owed) and not connection.start(self._source, ended):

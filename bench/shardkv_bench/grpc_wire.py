@@ -184,6 +184,11 @@ def range_request(key: bytes) -> bytes:
     return _bytes_field(1, key)
 
 
+def found(answer: bytes) -> bool:
+    """Whether a RangeResponse holds a key (field 2, after the header, whose length takes one byte)."""
+    return len(answer) > 1 and answer[2 + answer[1] : 3 + answer[1]] == b"\x12"
+
+
 def put_request(key: bytes, value: bytes) -> bytes:
     return _bytes_field(1, key) + _bytes_field(2, value)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from shardkv.errors import ShardKVError
-from shardkv_bench.worker import Measurement, Task, wait_for_go
+from shardkv_bench.worker import ABSENT, Measurement, Task, wait_for_go
 from shardkv_bench.workloads import WORKLOADS, Kind, Operation, Plan, key_of, values_of
 
 if TYPE_CHECKING:
@@ -65,19 +65,23 @@ async def _lane(client: "Client", plan: Plan, values: list[bytes], task: Task, m
         try:
             count = await perform_kind[operation.kind](operation)
         except ShardKVError as error:
+            if operation.kind is Kind.INSERT:
+                plan.not_inserted(operation.record)
             measurement.failed(type(error).__name__)
         else:
-            done(started, count)
+            if count:
+                done(started, count)
+            else:
+                measurement.failed(ABSENT)
 
 
 def _performers(
     client: "Client", plan: Plan, values: list[bytes], task: Task
 ) -> dict[Kind, Callable[[Operation], Awaitable[int]]]:
-    """A function for each kind of operation; it returns how many operations that was."""
+    """A function for each kind of operation; it returns how many operations that was, 0 without a record."""
 
     async def read(operation: Operation) -> int:
-        await client.get(key_of(operation.record))
-        return 1
+        return 0 if await client.get(key_of(operation.record)) is None else 1
 
     async def update(operation: Operation) -> int:
         await client.put(key_of(operation.record), values[operation.record % len(values)])
@@ -85,18 +89,20 @@ def _performers(
 
     async def insert(operation: Operation) -> int:
         await client.put(key_of(operation.record), values[operation.record % len(values)])
-        plan.inserted()
+        plan.inserted(operation.record)
         return 1
 
     async def scan(operation: Operation) -> int:
+        missing = min(operation.scan_records, plan.records - operation.record)
         async with client.scan(key_of(operation.record), None, limit=operation.scan_records) as entries:
             async for _ in entries:
-                pass
-        return 1
+                missing -= 1
+        return 0 if missing > 0 else 1
 
     async def read_modify_write(operation: Operation) -> int:
         key = key_of(operation.record)
-        await client.get(key)
+        if await client.get(key) is None:
+            return 0
         await client.put(key, values[operation.record % len(values)])
         return 1
 

@@ -19,6 +19,8 @@ from typing import Final
 from shardkv_bench.histogram import Histogram
 
 ERRORS_SHOWN_MAX: Final = 5
+ABSENT: Final = "no such record"
+"""Why an operation failed that did not find what was loaded: that costs less than what was asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,8 +100,12 @@ class Plan:
         assert records >= 1, records
         assert 0 <= process < processes, (process, processes)
         self.records = records
-        self._inserted = 0
-        self._process, self._processes = process, processes
+        """All below it are there, as far as this process knows: it chooses from them."""
+        self._following = records + process
+        self._again: list[int] = []
+        self._ahead: set[int] = set()
+        """Inserted, but not all before them: none below ``records``."""
+        self._processes = processes
         random = Random(seed * 1_000_003 + process)
         self._choose = _chooser(workload, records, random, lambda: self.records)
         kinds = [kind for kind, _ in workload.mix]
@@ -122,21 +126,29 @@ class Plan:
     def _draw(self, index: int) -> Operation:
         kind = self._drawn[index]
         if kind is Kind.INSERT:
-            record = self.records + self._inserted * self._processes + self._process
-            self._inserted += 1
-            return Operation(kind, record)
+            if self._again:
+                return Operation(kind, self._again.pop())
+            self._following += self._processes
+            return Operation(kind, self._following - self._processes)
         count = self._counts[index] if self._counts is not None and kind is Kind.SCAN else 1
         return Operation(kind, self._choose(), count)
 
-    def inserted(self) -> None:
-        """An insert was acknowledged: the latest distribution may choose it.
+    def inserted(self, record: int) -> None:
+        """An insert was acknowledged: the latest distribution may choose it once all before it are there, too.
 
         Only where this process inserts alone do its record numbers have no holes; with several, what others insert is
         never chosen.
         """
-        if self._processes == 1:
+        if self._processes > 1:
+            return
+        self._ahead.add(record)
+        while self.records in self._ahead:
+            self._ahead.remove(self.records)
             self.records += 1
-            self._inserted -= 1
+
+    def not_inserted(self, record: int) -> None:
+        """An insert failed: a later one has its number, which would be a hole."""
+        self._again.append(record)
 
 
 def _chooser(workload: Workload, records: int, random: Random, newest: Callable[[], int]) -> Chooser:

@@ -63,7 +63,7 @@ def run(
     p95_ms, p99_ms, p999_ms, max_ms, client_cpu_s.
     """
     from shardkv_bench import runner
-    from shardkv_bench.worker import Task
+    from shardkv_bench.worker import ABSENT, Task
 
     task = Task(
         driver="shardkv",
@@ -93,9 +93,12 @@ def run(
     if result.client_bound:
         click.echo("note: the client was busy throughout; more --processes may show a higher throughput", err=True)
     for kind, count in result.error_kinds.items():
-        click.echo(f"note: {count:,} operations failed with {kind}", err=True)
+        click.echo(f"note: {count:,} operations failed with: {kind}", err=True)
+    if ABSENT in result.error_kinds and not load:
+        click.echo(f"note: not all of {records:,} records were loaded before; leave out --no-load", err=True)
     if not result.ops:
-        click.echo(f"note: nothing ended within {seconds:g} s; give more --seconds, or less --inflight", err=True)
+        if not result.errors:
+            click.echo(f"note: nothing ended within {seconds:g} s; give more --seconds, or less --inflight", err=True)
         ctx.exit(1)
 
 

@@ -79,6 +79,18 @@ def test_operations_that_are_refused_are_errors() -> None:
             runner.run(runner.loading(task(server.address)))
 
 
+FOUND = bytes.fromhex("0a 04 08 01 10 02 12 0c 0a 04 6b 6b 6b 6b 2a 04 76 76 76 76 20 01")
+"""etcd's RangeResponse: a header, one key with its value, the count. Without a key it ends with the header."""
+
+
+@pytest.mark.parametrize("answer, failures", [(FOUND, set()), (FOUND[:6], {worker.ABSENT})])
+def test_a_get_that_finds_no_record_is_no_success(answer: bytes, failures: set[str]) -> None:
+    with serving(answer) as server:
+        result = run_until_counted(task(server.address, workload="read"))
+    assert result.error_kinds.keys() == failures
+    assert (result.ops > 0) == (not failures)
+
+
 def test_the_failures_of_all_client_processes_are_counted_by_kind() -> None:
     with serving(None) as server:
         result = run_until_counted(task(server.address), processes=2)

@@ -1,6 +1,7 @@
 """The driver of shardkv: what it counts, and when it makes what it writes. The client is a stand-in; no cluster."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import trio
 import trio.testing
 
+from shardkv.errors import OutcomeUnknown
 from shardkv_bench import shardkv_driver, workloads
-from shardkv_bench.worker import Measurement, Task
+from shardkv_bench.worker import ABSENT, Measurement, Task
 
 TASK = Task("shardkv", "run", "", "write", 1_000, 100, inflight=8, connections=4, warmup_seconds=0.01, seconds=0.02)
 
@@ -32,6 +34,15 @@ class Client:
         await trio.sleep(0.001)
         return self.written.get(key)
 
+    @asynccontextmanager
+    async def scan(self, start: bytes, end: None, *, limit: int) -> AsyncIterator[AsyncIterator[bytes]]:
+        async def entries() -> AsyncIterator[bytes]:
+            for key in sorted(key for key in self.written if key >= start)[:limit]:
+                yield key
+
+        await trio.sleep(0.001)
+        yield entries()
+
     async def put(self, key: bytes, value: bytes) -> int:
         await trio.sleep(0.001)
         self.written[key] = value
@@ -39,8 +50,8 @@ class Client:
 
 
 @pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """The only client of a driver, and in its log what happened: ``value`` made, ``go`` said."""
+def client(monkeypatch: pytest.MonkeyPatch) -> Client:
+    """The only client of a driver. Its log says when values were made (``value``) and the parent said ``go``."""
     client = Client([])
 
     class Random(workloads.Random):
@@ -51,7 +62,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     monkeypatch.setattr(workloads, "Random", Random)
     monkeypatch.setattr(shardkv_driver, "connect", lambda addresses: client)
     monkeypatch.setattr(shardkv_driver, "wait_for_go", lambda: client.log.append("go"))
-    yield client
+    return client
 
 
 def driven(**changes: Any) -> Measurement:
@@ -71,3 +82,44 @@ def test_large_values_are_fewer() -> None:
     assert 1 < len(large) * (1 << 20) <= workloads.VALUES_BYTES_MAX
     assert len(workloads.values_of(workloads.VALUES_BYTES_MAX + 1)) == 1
     assert len(workloads.values_of(0)) == workloads.VALUES_MAX
+
+
+@pytest.mark.parametrize("workload", ["read", "c", "d", "e", "f"])
+def test_a_record_that_is_not_there_is_no_success(client: Client, workload: str) -> None:
+    """Where nothing was loaded, what is found missing costs less than what was asked."""
+    absent = driven(workload=workload, records=1_000)
+    assert absent.errors[ABSENT] > 0
+    if workload not in "de":  # whose inserts succeed
+        assert absent.ops == 0
+    client.written |= {workloads.key_of(record): b"v" for record in range(1_000)}
+    loaded = driven(workload=workload, records=1_000, seed=2)
+    assert loaded.ops > 0
+    assert not loaded.errors
+
+
+def test_a_scan_that_misses_records_is_no_success(client: Client) -> None:
+    client.written |= {workloads.key_of(record): b"v" for record in range(50)}
+    found = driven(workload="e", records=100)
+    assert found.errors[ABSENT] > found.ops
+
+
+def test_inserts_that_overtake_each_other_are_not_read_before_they_are_there(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """YCSB D: the newest of the records that are there is the most popular."""
+    put, number = client.put, 0
+
+    async def slow_at_times(key: bytes, value: bytes) -> int:
+        nonlocal number
+        number += 1
+        if number % 2:
+            await trio.sleep(0.01)
+        if number % 7 == 0:
+            raise OutcomeUnknown("its answer was lost")
+        return await put(key, value)
+
+    monkeypatch.setattr(client, "put", slow_at_times)
+    client.written |= {workloads.key_of(record): b"v" for record in range(1_000)}
+    found = driven(workload="d", seconds=0.3)
+    assert found.errors.keys() == {"OutcomeUnknown"}
+    assert len(client.written) > 1_000

@@ -131,7 +131,7 @@ def test_inserts_of_one_process_are_numbered_without_holes() -> None:
     for operation in islice(iter(plan.next, None), 2_000):
         if operation.kind is Kind.INSERT:
             inserted.append(operation.record)
-            plan.inserted()
+            plan.inserted(operation.record)
         else:
             assert operation.record < 100 + len(inserted)
     assert inserted == list(range(100, 100 + len(inserted)))
@@ -141,6 +141,19 @@ def test_inserts_that_are_not_acknowledged_yet_have_numbers_of_their_own() -> No
     plan = Plan(WORKLOADS["d"], 100, seed=1)
     records = [operation.record for operation in drawn(plan, 500) if operation.kind is Kind.INSERT]
     assert all(later == earlier + 1 for earlier, later in pairwise(records))
+
+
+def test_the_records_there_are_end_before_the_first_that_was_not_inserted_yet() -> None:
+    plan = Plan(WORKLOADS["d"], 100, seed=1)
+    first, second, third = [each.record for each in drawn(plan, 500) if each.kind is Kind.INSERT][:3]
+    plan.inserted(second)
+    assert plan.records == 100
+    plan.inserted(first)
+    assert plan.records == 102
+    plan.not_inserted(third)
+    assert next(each.record for each in iter(plan.next, None) if each.kind is Kind.INSERT) == third
+    plan.inserted(third)
+    assert plan.records == 103
 
 
 def test_processes_insert_different_records() -> None:
