@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from shardkv.errors import ShardKVError
 from shardkv.program import Finite
 from shardkv_bench.compare import INFLIGHT, SPREAD_RANGES, Options, compare
 from shardkv_bench.etcd import EtcdMissing, find_etcd
@@ -84,7 +85,7 @@ def compare_command(
         for number, plan in enumerate(plans):
             report = compare(directory / str(number), plan, machine, lambda line: click.echo(line, err=True))
             documents.append(report.to_json())
-    except (NodeFailed, WorkerFailed) as failed:
+    except (NodeFailed, WorkerFailed, ShardKVError) as failed:
         raise click.ClickException(str(failed)) from None
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -25,7 +25,7 @@ _SETTING: Final = Struct(">HI")
 _HEADER_TABLE_SIZE, _ENABLE_PUSH, _INITIAL_WINDOW_SIZE = 1, 2, 4
 
 
-class CallsRefused(Exception):
+class CallsRefused(ConnectionError):
     """The server closed the connection or broke the protocol."""
 
 

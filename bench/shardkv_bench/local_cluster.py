@@ -166,6 +166,14 @@ class Process:
         return data[-STDERR_TAIL_BYTES:].decode(errors="replace")
 
 
+def check_running(processes: Mapping[str, Process]) -> None:
+    """Raise NodeFailed for a node that has ended."""
+    for name, process in processes.items():
+        code = process.exit_code
+        if code is not None:
+            raise NodeFailed(f"node {name} ended with {code}\n{process.stderr_tail()}", code)
+
+
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process so far, from /proc; 0.0 for one that is gone."""
     try:

@@ -3,7 +3,8 @@
 Each knows how to start, which addresses a load should use, how to find the leader to kill, and what one write is.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -13,7 +14,7 @@ from shardkv.errors import ShardKVError
 from shardkv.wire.requests import Method
 from shardkv_bench import grpc_wire
 from shardkv_bench.etcd import EtcdCluster, EtcdConnection
-from shardkv_bench.local_cluster import LocalCluster
+from shardkv_bench.local_cluster import LocalCluster, NodeFailed, check_running
 from shardkv_bench.shardkv_driver import connect
 from shardkv_bench.workloads import key_of
 
@@ -45,6 +46,10 @@ class System(Protocol):
 
     def cpu_seconds(self) -> float: ...
 
+    def check_running(self) -> None:
+        """Raise NodeFailed when a node that was started has ended."""
+        ...
+
     def leader(self) -> str:
         """The node that leads the first record's range."""
         ...
@@ -54,6 +59,16 @@ class System(Protocol):
     def restart(self, name: str) -> None: ...
 
     def stop(self) -> object: ...
+
+
+@contextlib.contextmanager
+def _settling(what: str) -> Iterator[None]:
+    """Bounds a wait of the body. Raises NodeFailed, which says that ``what``, at its end."""
+    try:
+        with trio.fail_after(SETTLE_SECONDS):
+            yield
+    except trio.TooSlowError:
+        raise NodeFailed(f"shardkv: {what} after {SETTLE_SECONDS:g} s") from None
 
 
 class ShardKV:
@@ -91,7 +106,7 @@ class ShardKV:
 
     async def _spread(self, client: "Client") -> None:
         """Deal the leaders out: range *i* to node *i* modulo the count of nodes."""
-        with trio.fail_after(SETTLE_SECONDS):
+        with _settling("the ranges are not led by the nodes in turn"):
             while True:
                 rows = await self._rows(client)
                 nodes = sorted({node for row in rows for node in row["replicas"]})
@@ -111,7 +126,7 @@ class ShardKV:
 
     async def _wait_replicas(self, client: "Client") -> None:
         """Wait until every range has a leader and as many replicas as there are nodes."""
-        with trio.fail_after(SETTLE_SECONDS):
+        with _settling("not every range has a leader and three replicas"):
             while True:
                 rows = await self._rows(client)
                 if all(row["leader"] is not None and len(row["replicas"]) >= 3 for row in rows):
@@ -125,12 +140,15 @@ class ShardKV:
     def cpu_seconds(self) -> float:
         return self.cluster.cpu_seconds()
 
+    def check_running(self) -> None:
+        check_running(self.cluster.processes)
+
     def leader(self) -> str:
         return trio.run(self._leader)
 
     async def _leader(self) -> str:
         async with connect(self.addresses) as client:
-            with trio.fail_after(SETTLE_SECONDS):
+            with _settling("the first record's range has no leader"):
                 while True:
                     name = await self._leader_seen(client)
                     if name is not None:
@@ -176,6 +194,9 @@ class Etcd:
 
     def cpu_seconds(self) -> float:
         return self.cluster.cpu_seconds()
+
+    def check_running(self) -> None:
+        check_running(self.cluster.processes)
 
     def leader(self) -> str:
         return self.cluster.wait_leader()

@@ -127,6 +127,15 @@ def main(argument: str) -> None:
     say(json.dumps(result.to_json()))
 
 
+def failed(error: Exception) -> int:
+    """Say it in one line; the exit code, 0 for a bug: neither the cluster's answer nor its silence."""
+    from shardkv.errors import ShardKVError
+
+    sys.stderr.write(f"client process: {type(error).__name__}: {error}\n")
+    code = _exit_code(error)
+    return 0 if code == 1 and not isinstance(error, ShardKVError) else code
+
+
 def _exit_code(error: BaseException) -> int:
     """The command line's codes: 3 for a cluster that could not be reached, 4 for an unknown outcome, 1 else."""
     from shardkv.errors import OutcomeUnknown, Unavailable
@@ -145,7 +154,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        sys.stderr.write(f"client process: {type(error).__name__}: {error}\n")
-        if _exit_code(error) == 1:
+        if not (code := failed(error)):
             raise
-        sys.exit(_exit_code(error))
+        sys.exit(code)

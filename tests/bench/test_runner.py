@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from shardkv.errors import OutOfSpace
 from shardkv_bench import compare, etcd, machine, report, runner, worker
+from shardkv_bench import grpc_wire as wire
 from shardkv_bench.histogram import Histogram
+from shardkv_bench.local_cluster import NodeFailed, Process, check_running
 from shardkv_bench.runner import Result
 from shardkv_bench.worker import Measurement, Task
 from tests.bench.grpc_server import serving
@@ -169,6 +172,67 @@ def test_a_client_process_ends_with_its_parent_while_it_measures(action: str) ->
                 assert child.wait(SECONDS) == 1
             finally:
                 child.kill()
+
+
+class OneNode:
+    """A system of one process that has ended, or has not. Its load goes to a stand-in for etcd."""
+
+    name = "etcd"
+
+    def __init__(self, directory: Path, address: str, body: str) -> None:
+        self.addresses = address
+        self.processes = {"e1": Process([sys.executable, "-c", body], directory / "e1.log", {})}
+
+    def prepare(self) -> None: ...
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def check_running(self) -> None:
+        check_running(self.processes)
+
+
+ENDED, RUNNING = "raise SystemExit('it fell ill')", "import time; time.sleep(3600)"
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_node_that_ended_makes_its_row_void(tmp_path: Path, reachable: bool) -> None:
+    """The others took its load, and its processor time was lost; or the client process was blamed."""
+    with serving() as server:
+        address = server.address
+        system: Any = OneNode(tmp_path, address, ENDED)
+        assert system.processes["e1"].wait(SECONDS) == 1
+        if not reachable:
+            server.close()
+        options = compare.Options(seconds=0.2, warmup_seconds=0.0, rounds=1)
+        for measure in (
+            lambda: compare._row([system], "write", 1, options, print),
+            lambda: compare._load([system], compare.Report(MACHINE, options), print),
+        ):
+            with pytest.raises(NodeFailed, match=r"node e1 ended with 1\nit fell ill"):
+                measure()
+
+
+def test_nodes_that_run_are_measured(tmp_path: Path) -> None:
+    with serving() as server:
+        system: Any = OneNode(tmp_path, server.address, RUNNING)
+        try:
+            found = compare.Report(MACHINE, compare.Options(records=10))
+            compare._load([system], found, print)
+            assert found.bulk_seconds.keys() == {"etcd"}
+        finally:
+            system.processes["e1"].kill()
+
+
+def test_the_clusters_answer_is_told_in_one_line_and_a_bug_with_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert worker.failed(OutOfSpace("the disk is full")) == 1
+    assert worker.failed(wire.CallsRefused("the server closed the connection")) == 3
+    assert capsys.readouterr().err == (
+        "client process: OutOfSpace: the disk is full\nclient process: CallsRefused: the server closed the connection\n"
+    )
+    assert worker.failed(KeyError("k")) == 0
 
 
 def result(ops: int, server: float = 1.0, client: float = 1.0, seconds: float = 2.0, errors: int = 0) -> Result:
