@@ -205,6 +205,7 @@ def _worker(task: Task, waiting: Callable[[], None]) -> Iterator[_Worker]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,
+        process_group=0,  # an interrupt at the terminal is this process's, which ends the worker
     )
     try:
         yield _Worker(child, waiting)

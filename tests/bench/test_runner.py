@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -152,6 +153,14 @@ def test_garbage_is_collected_before_operations_begin_and_lengthens_none(
     measurement.done(started)
     assert capsys.readouterr().out == "collected\nready\nmeasuring\n"
     assert (measurement.ops, measurement.histogram.maximum) == (1, 5)
+
+
+def test_an_interrupt_at_the_terminal_is_left_to_whoever_started_the_client_processes() -> None:
+    """It goes to a whole process group: each of them showed a traceback of its own before it was ended."""
+    with serving() as server, runner._worker(task(server.address), lambda: None) as client:
+        client.expect("ready")
+        assert os.getpgid(client._child.pid) == client._child.pid
+        client._child.kill()
 
 
 @pytest.mark.parametrize("action", ["run", "load"])
