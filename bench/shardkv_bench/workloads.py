@@ -15,8 +15,9 @@ from shardkv_bench.distributions import Chooser, Latest, scrambled_zipfian, unif
 KEY_PREFIX: Final = b"bench/"
 """Begins every key, so that whoever measured on a cluster of theirs can remove what it left."""
 SCAN_RECORDS_MAX: Final = 100
-PREPARED_MAX: Final = 1 << 16
-"""Operations drawn before a run starts, so that drawing them is not measured; then they repeat."""
+PREPARED_MAX: Final = 1 << 17
+"""Operations drawn before a run starts, so that drawing them is not measured; then they repeat. Of more records than
+this they would touch a small part only, which caches hold: there each is drawn when it is needed."""
 
 
 VALUES_MAX: Final = 256
@@ -110,7 +111,7 @@ class Plan:
         self._choose = _chooser(workload, records, random, lambda: self.records)
         kinds = [kind for kind, _ in workload.mix]
         shares = [share for _, share in workload.mix]
-        live = workload.distribution == "latest" or Kind.INSERT in kinds
+        live = workload.distribution == "latest" or Kind.INSERT in kinds or records > PREPARED_MAX
         self._drawn = random.choices(kinds, shares, k=PREPARED_MAX)
         self._counts = (
             [random.randint(1, SCAN_RECORDS_MAX) for _ in range(PREPARED_MAX)] if Kind.SCAN in kinds else None

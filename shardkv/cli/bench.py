@@ -2,6 +2,7 @@
 
 import math
 import sys
+from typing import Final
 
 import click
 
@@ -12,6 +13,8 @@ from shardkv.cli.table import render
 from shardkv.program import Finite
 
 WORKLOAD_NAMES = ("a", "b", "c", "d", "e", "f", "write", "read", "bulk")
+RECORDS_MAX: Final = 1_000_000_000
+"""A tenth of those that keys of 16 bytes can number: the rest is for inserts."""
 
 
 @click.group(cls=ExampleGroup, example="shardkv bench run --connect 127.0.0.1:7001 --workload a --inflight 64")
@@ -31,7 +34,13 @@ def bench() -> None:
 @click.option("--inflight", type=click.IntRange(1, 65_536), default=64, show_default=True, help="Operations at a time.")
 @click.option("--seconds", type=Finite(0.1), default=10.0, show_default=True, help="How long to measure.")
 @click.option("--warmup", type=Finite(0), default=1.0, show_default=True, help="Seconds before that.")
-@click.option("--records", type=click.IntRange(1), default=100_000, show_default=True, help="Records in the data set.")
+@click.option(
+    "--records",
+    type=click.IntRange(1, RECORDS_MAX),
+    default=100_000,
+    show_default=True,
+    help="Records in the data set.",
+)
 @click.option("--value-bytes", type=click.IntRange(0, 1 << 20), default=100, show_default=True, help="Size of a value.")
 @click.option("--connections", type=click.IntRange(1, 1024), default=4, show_default=True, help="Clients to share.")
 @click.option("--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="Client processes.")

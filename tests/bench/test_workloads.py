@@ -125,6 +125,16 @@ def test_prepared_operations_repeat_rather_than_end() -> None:
     assert drawn(plan, 3) == once[:3]
 
 
+@pytest.mark.parametrize("name", ["read", "c"])
+def test_operations_on_many_records_do_not_repeat(name: str) -> None:
+    """Those of 10,000,000 records went to the same 65,536 over and over, and the rest was never read."""
+    plan = Plan(WORKLOADS[name], 100 * PREPARED_MAX, seed=1)
+    once = drawn(plan, PREPARED_MAX)
+    again = drawn(plan, PREPARED_MAX)
+    assert once != again
+    assert len(set(once + again)) > 1.5 * len(set(once))
+
+
 def test_inserts_of_one_process_are_numbered_without_holes() -> None:
     plan = Plan(WORKLOADS["d"], 100, seed=1)
     inserted = []

@@ -11,6 +11,7 @@ import pytest
 
 from shardkv import errors
 from shardkv.cli import text
+from shardkv.cli.bench import RECORDS_MAX
 from shardkv.types import TIMESTAMP_MAX, VALUE_BYTES_MAX
 from tests.cli.fakes import FIRST_VERSION, STDOUT_FULL, World, world
 from tests.cli.processes import SECONDS
@@ -238,6 +239,7 @@ def test_a_bug_shows_its_traceback(world: World) -> None:
         ["get", "a", "--consistency", "stale", "--max-age", "nan"],
         ["bench", "run", "--seconds", "inf", "--connect", "127.0.0.1:1"],
         ["bench", "run", "--warmup", "nan", "--connect", "127.0.0.1:1"],
+        ["bench", "run", "--records", str(RECORDS_MAX + 1), "--connect", "127.0.0.1:1"],
         ["get", "a", "--connect", "somewhere"],
         ["colour"],
     ],
