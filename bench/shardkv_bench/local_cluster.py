@@ -158,7 +158,7 @@ class Process:
         return code
 
     def cpu_seconds(self) -> float:
-        """User and system time of all its threads so far, from /proc; 0.0 once it is gone."""
+        """User and system time of all its threads so far; 0.0 once it is gone."""
         return cpu_seconds(self.pid)
 
     def stderr_tail(self) -> str:
@@ -175,12 +175,14 @@ def check_running(processes: Mapping[str, Process]) -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far, from /proc; 0.0 for one that is gone."""
+    """User and system time of all threads of a process so far, also of those that ended; 0.0 for one that is gone.
+
+    From Linux's clock of the process, numbered as clock_getcpuclockid(3) does. /proc counts in ticks of 10 ms.
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return time.clock_gettime(~pid << 3 | 2)
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class LocalCluster:
