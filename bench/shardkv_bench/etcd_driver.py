@@ -114,7 +114,7 @@ def _run(task: Task) -> Measurement:
     loop.run(time.perf_counter() + task.warmup_seconds)
     measurement.begin()
     loop.run(time.perf_counter() + task.seconds)
-    measurement.end()
+    measurement.end(loop.under_way())
     loop.close()
     return measurement
 
@@ -205,6 +205,10 @@ class _Loop:
         complete = connection.send()
         events = select.POLLIN if complete else select.POLLIN | select.POLLOUT
         self._poll.modify(connection.socket.fileno(), events)
+
+    def under_way(self) -> list[int]:
+        """When the calls began that are not answered."""
+        return [started for each in self._by_descriptor.values() for started, _ in each.under_way.values()]
 
     def close(self) -> None:
         for connection in self._by_descriptor.values():

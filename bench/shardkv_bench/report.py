@@ -173,7 +173,9 @@ def markdown(documents: Sequence[dict[str, Any]], command: str) -> str:
         "# Benchmarks\n\n"
         "Measured by the load generator, three node processes of each system on one machine, fsync on, alternating\n"
         "rounds of one run. Ratios carry over to other machines better than absolute figures. etcd is driven by a\n"
-        "client that costs almost nothing, connected to its leader; shardkv by its public Python client.\n\n"
+        "client that costs almost nothing, connected to its leader; shardkv by its public Python client.\n"
+        "The load is a closed loop: each operation in flight begins when one has ended, so percentiles hardly show a\n"
+        "stall, in which less was asked.\n\n"
         f"Made with `{command}`.\n\n"
         + markdown_table(
             ("machine", ""),

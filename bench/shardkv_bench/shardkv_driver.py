@@ -45,23 +45,31 @@ async def _run(task: Task) -> Measurement:
         for client in clients:
             await client.get(key_of(0))
         wait_for_go()
+        started = [time.perf_counter_ns()] * task.inflight
         async with trio.open_nursery() as nursery:
             for lane in range(task.inflight):
-                nursery.start_soon(_lane, clients[lane % len(clients)], plan, values, task, measurement)
+                perform_kind = _performers(clients[lane % len(clients)], plan, values, task)
+                nursery.start_soon(_lane, lane, started, plan, perform_kind, measurement)
             await trio.sleep(task.warmup_seconds)
             measurement.begin()
             await trio.sleep(task.seconds)
-            measurement.end()
+            measurement.end(started)
             nursery.cancel_scope.cancel()
     return measurement
 
 
-async def _lane(client: "Client", plan: Plan, values: list[bytes], task: Task, measurement: Measurement) -> None:
-    perform_kind = _performers(client, plan, values, task)
+async def _lane(
+    lane: int,
+    started: list[int],
+    plan: Plan,
+    perform_kind: dict[Kind, Callable[[Operation], Awaitable[int]]],
+    measurement: Measurement,
+) -> None:
+    """One operation after another. ``started`` has when each lane's newest began."""
     next_operation, clock, done = plan.next, time.perf_counter_ns, measurement.done
     while True:
         operation = next_operation()
-        started = clock()
+        started[lane] = clock()
         try:
             count = await perform_kind[operation.kind](operation)
         except ShardKVError as error:
@@ -70,7 +78,7 @@ async def _lane(client: "Client", plan: Plan, values: list[bytes], task: Task, m
             measurement.failed(type(error).__name__)
         else:
             if count:
-                done(started, count)
+                done(started[lane], count)
             else:
                 measurement.failed(ABSENT)
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -48,7 +49,7 @@ class Task:
 
 
 class Measurement:
-    """What happens between ``begin`` and ``end``. Operations outside are counted nowhere."""
+    """What ends between ``begin`` and ``end``. Operations that end outside are counted nowhere."""
 
     def __init__(self) -> None:
         self.active = False
@@ -66,11 +67,22 @@ class Measurement:
         self._cpu, self._started = time.process_time(), time.perf_counter()
         self.active = True
 
-    def end(self) -> None:
+    def end(self, under_way: Iterable[int] = ()) -> None:
+        """``under_way`` is when the operations began that have not ended, in ns of the performance counter.
+
+        Those that have taken longer by now than any that ended stand among the latencies, else a stall that lasts would
+        leave no trace in them. They count as no operations. Where all that ended failed, there are no latencies.
+        """
         self.active = False
         self.seconds = time.perf_counter() - self._started
         self.cpu_seconds = time.process_time() - self._cpu
         say("measured")
+        if self.errors and not self.ops:
+            return
+        now, longest = time.perf_counter_ns(), self.histogram.maximum
+        for started in under_way:
+            if now - started > longest:
+                self.histogram.record(now - started)
 
     def done(self, started_ns: int, ops: int = 1) -> None:
         """An operation that began at ``started_ns`` of the performance counter has succeeded."""

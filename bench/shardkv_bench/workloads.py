@@ -1,7 +1,9 @@
 """Workloads: which operations, in which proportion, on which records. Pure; drivers perform what a plan says.
 
 YCSB's core workloads A to F, and plain ones: ``write`` and ``read`` touch records uniformly, ``bulk`` is ``put_many``.
-Several client processes share one plan: each inserts record numbers of its own.
+Where they differ from YCSB's defaults: records lie in the order of their numbers (its insertorder=ordered), have one
+field, and zipfian choices are among the loaded ones. Several client processes share one plan: each inserts record
+numbers of its own.
 """
 
 from collections.abc import Callable

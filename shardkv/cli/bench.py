@@ -68,6 +68,13 @@ def run(
     It writes keys that begin with bench/ into the cluster, and leaves them there for a later run with --no-load.
     `shardkv delete-range --prefix bench/` removes them, and any of yours that begin so.
 
+    The load is a closed loop: each of the operations in flight begins when one has ended. A cluster that stalls is
+    asked less meanwhile, so a stall shows in throughput and max_ms, and hardly in the percentiles. What is under way at
+    the end counts as a latency if it took longer than all that ended. Failed operations count as errors only.
+
+    Records are inserted in the order of their keys and have one field. A read-modify-write is one operation. Bulk
+    counts keys, and its latencies are those of put_many of 1,000.
+
     Prints throughput and latencies. With --json: workload, inflight, seconds, ops, errors, throughput, p50_ms,
     p95_ms, p99_ms, p999_ms, max_ms, client_cpu_s.
     """

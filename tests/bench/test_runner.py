@@ -21,7 +21,7 @@ from shardkv_bench.histogram import Histogram
 from shardkv_bench.local_cluster import NodeFailed, Process, check_running
 from shardkv_bench.runner import Result
 from shardkv_bench.worker import Measurement, Task
-from tests.bench.grpc_server import serving
+from tests.bench.grpc_server import Server, serving
 
 SECONDS = 60.0
 """What a process may take to end, on however slow a machine."""
@@ -48,7 +48,7 @@ def test_client_processes_run_together_and_their_counts_add_up() -> None:
         assert 0 < result.ops <= server.calls
     assert result.errors == 0
     assert result.processes == 2
-    assert result.histogram.count == result.ops
+    assert result.ops <= result.histogram.count <= result.ops + 8  # with those that were under way at the end
     assert result.server_cpu_s == 0.5
     assert result.client_cpu_s > 0
     assert result.seconds >= 1.0
@@ -128,6 +128,35 @@ def test_only_what_happens_between_begin_and_end_is_measured(capsys: pytest.Capt
     measurement.done(0)
     assert (measurement.ops, measurement.histogram.count, measurement.errors) == (3, 1, Counter(y=1))
     assert capsys.readouterr().out == "measuring\nmeasured\n"
+
+
+def test_what_is_under_way_at_the_end_and_took_longest_is_among_the_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stall that outlasted the measurement left no trace: whoever waited was dropped."""
+    now = 100
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now)
+    measurement = Measurement()
+    measurement.begin()
+    measurement.done(now - 10)
+    measurement.end([now - 10, now - 11, now - 50, now])
+    assert (measurement.ops, measurement.histogram.maximum) == (1, 50)
+    assert sorted(measurement.histogram.counts) == [10, 11, 50]
+    measurement.histogram.check()
+
+
+def test_where_all_that_ended_failed_there_are_no_latencies() -> None:
+    measurement = Measurement()
+    measurement.begin()
+    measurement.failed("refused")
+    measurement.end([time.perf_counter_ns() - 1])
+    assert measurement.histogram.count == 0
+
+
+def test_an_etcd_that_does_not_answer_is_seen_in_the_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Server, "reply", lambda self, stream: b"")
+    with serving() as server:
+        silent = runner.run(task(server.address), processes=2)
+    assert (silent.ops, silent.errors, silent.histogram.count) == (0, 0, 8)
+    assert silent.quantile_ms(0.0) >= 1_000.0
 
 
 def test_garbage_is_collected_before_operations_begin_and_lengthens_none(

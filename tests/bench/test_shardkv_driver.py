@@ -1,5 +1,6 @@
 """The driver of shardkv: what it counts, and when it makes what it writes. The client is a stand-in; no cluster."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -60,6 +61,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Client:
             return super().randbytes(n)
 
     monkeypatch.setattr(workloads, "Random", Random)
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: int(trio.current_time() * 1e9))
     monkeypatch.setattr(shardkv_driver, "connect", lambda addresses: client)
     monkeypatch.setattr(shardkv_driver, "wait_for_go", lambda: client.log.append("go"))
     return client
@@ -82,6 +84,24 @@ def test_large_values_are_fewer() -> None:
     assert 1 < len(large) * (1 << 20) <= workloads.VALUES_BYTES_MAX
     assert len(workloads.values_of(workloads.VALUES_BYTES_MAX + 1)) == 1
     assert len(workloads.values_of(0)) == workloads.VALUES_MAX
+
+
+def test_a_stall_that_outlasts_the_measurement_is_seen_in_the_latencies(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who still waited was dropped, and the longest latency was that of before."""
+    put = client.put
+
+    async def stalls(key: bytes, value: bytes) -> int:
+        if "go" in client.log and len(client.written) > 50:
+            await trio.sleep_forever()
+        return await put(key, value)
+
+    monkeypatch.setattr(client, "put", stalls)
+    found = driven(warmup_seconds=0.0, seconds=1.0)
+    assert found.histogram.count == found.ops + TASK.inflight
+    assert found.histogram.maximum > 0.9e9
+    assert not found.errors
 
 
 @pytest.mark.parametrize("workload", ["read", "c", "d", "e", "f"])
