@@ -59,7 +59,7 @@ class Row:
             "shardkv": ours,
             "etcd": theirs,
             "throughput_ratio": ratio(ours["throughput"], theirs["throughput"]),
-            "server_cpu_ratio": ratio(ours["server_cpu_us"], theirs["server_cpu_us"]),
+            "server_cpu_ratio": ratio(ours["server_cpu_us"], theirs["server_cpu_us"]) if ours["ops"] else None,
         }
 
 

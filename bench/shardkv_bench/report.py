@@ -66,9 +66,11 @@ class Budget(NamedTuple):
 
 
 def _budget(what: str, budget: str, found: str, met: bool, *rows: dict[str, Any]) -> Budget:
-    """A budget that rows are judged by, if every operation of both systems in them succeeded."""
-    failures = sum(row[system]["errors"] for row in rows for system in ("shardkv", "etcd"))
-    return Budget(what, budget, found + _failures(failures), None if failures else met)
+    """A budget that rows are judged by, if both systems did operations in each of them, and every one succeeded."""
+    figures = [row[system] for row in rows for system in ("shardkv", "etcd")]
+    failures = sum(each["errors"] for each in figures)
+    judged = not failures and all(each["ops"] for each in figures)
+    return Budget(what, budget, found + _failures(failures), met if judged else None)
 
 
 def budgets_of(document: dict[str, Any]) -> list[Budget]:

@@ -25,6 +25,8 @@ PROBE_SECONDS: Final = 0.02
 TRIAL_SECONDS_MAX: Final = 30.0
 CALM_SECONDS: Final = 2.0
 """Between a node's return and the next kill, so that it has caught up and terms have settled."""
+PROBE_KEY: Final = key_of(0)
+"""In the range whose leader is killed, however many ranges there are."""
 PROBE_VALUE: Final = b"probe"
 
 
@@ -37,7 +39,7 @@ def cold_start(system: ShardKV | Etcd) -> float:
         trio.run(_first_shardkv_write, system.addresses)
     else:
         deadline = time.perf_counter() + TRIAL_SECONDS_MAX
-        while not system.put_once(key_of(0), PROBE_VALUE, 1.0):
+        while not system.put_once(PROBE_KEY, PROBE_VALUE, 1.0):
             if time.perf_counter() > deadline:
                 raise TimeoutError(f"etcd took no write within {TRIAL_SECONDS_MAX:g} s")
             time.sleep(PROBE_SECONDS / 2)
@@ -68,9 +70,9 @@ async def _first_shardkv_write(addresses: str) -> None:
 async def _probe(client: "Client") -> None:
     done = trio.Event()
 
-    async def put(number: int) -> None:
+    async def put() -> None:
         try:
-            await client.put(key_of(number), PROBE_VALUE, timeout=TRIAL_SECONDS_MAX)
+            await client.put(PROBE_KEY, PROBE_VALUE, timeout=TRIAL_SECONDS_MAX)
         except ShardKVError:
             return
         done.set()
@@ -78,10 +80,8 @@ async def _probe(client: "Client") -> None:
     async with trio.open_nursery() as nursery:
 
         async def probe() -> None:
-            number = 0
             while True:
-                nursery.start_soon(put, number)
-                number += 1
+                nursery.start_soon(put)
                 await trio.sleep(PROBE_SECONDS)
 
         nursery.start_soon(probe)
@@ -94,7 +94,7 @@ async def _probe(client: "Client") -> None:
 
 async def _shardkv_failover(system: ShardKV, leader: str) -> float:
     async with connect(system.addresses) as client:
-        await client.put(key_of(0), PROBE_VALUE, timeout=TRIAL_SECONDS_MAX)
+        await client.put(PROBE_KEY, PROBE_VALUE, timeout=TRIAL_SECONDS_MAX)
         process = system.cluster.processes[leader]
         killed = time.perf_counter()
         process.signal(9)
@@ -109,11 +109,11 @@ def _etcd_failover(system: Etcd, leader: str) -> float:
     done = threading.Event()
     acknowledged: list[float] = []
 
-    def probe(address: str, number: int) -> None:
+    def probe(address: str) -> None:
         try:
             with EtcdConnection(address, TRIAL_SECONDS_MAX) as connection:
                 answer = connection.request(
-                    grpc_wire.PUT_PATH, grpc_wire.put_request(key_of(number), PROBE_VALUE), TRIAL_SECONDS_MAX
+                    grpc_wire.PUT_PATH, grpc_wire.put_request(PROBE_KEY, PROBE_VALUE), TRIAL_SECONDS_MAX
                 )
         except OSError:
             return
@@ -126,7 +126,7 @@ def _etcd_failover(system: Etcd, leader: str) -> float:
     process.signal(9)
     number = 0
     while not done.is_set() and time.perf_counter() - killed < TRIAL_SECONDS_MAX:
-        threading.Thread(target=probe, args=(survivors[number % 2], number), daemon=True).start()
+        threading.Thread(target=probe, args=(survivors[number % 2],), daemon=True).start()
         number += 1
         done.wait(PROBE_SECONDS)
     process.wait()

@@ -368,6 +368,20 @@ def test_no_budget_is_judged_by_a_row_in_which_operations_failed(system: str) ->
     assert budgets["puts a second at 64 in flight"].found == "3.00 × †1,234"
 
 
+@pytest.mark.parametrize("system", ["shardkv", "etcd"])
+def test_no_budget_is_judged_by_a_row_in_which_nothing_ended(system: str) -> None:
+    """It took no processor time, and no time either: every budget was met."""
+    document = found()
+    judged = {budget.what for budget in report.budgets_of(document) if budget.met is not None}
+    for number, each in enumerate(document["rows"]):
+        results = {"shardkv": [result(100)], "etcd": [result(100)], system: [result(0)]}
+        name = "write" if each["workload"] == "put" else "read"
+        document["rows"][number] = compare.Row(name, each["inflight"], **results).to_json()
+        assert document["rows"][number]["server_cpu_ratio"] is None
+    left = {budget.what for budget in report.budgets_of(document) if budget.met is not None}
+    assert left == {what for what in judged if what.startswith(("bulk load", "cold start", "failover"))}
+
+
 def test_the_page_names_the_machine_and_every_table_has_even_rows() -> None:
     page = report.markdown([found(), found(ranges=64)], "python -m shardkv_bench compare")
     assert "Some \\| processor" in page

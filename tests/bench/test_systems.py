@@ -8,6 +8,7 @@ import trio.testing
 
 from shardkv_bench import systems, trials
 from shardkv_bench.local_cluster import NodeFailed
+from shardkv_bench.workloads import key_of
 
 
 class Client:
@@ -34,6 +35,20 @@ async def probe() -> None:
 def test_a_wait_for_the_cluster_that_is_over_says_for_what() -> None:
     with pytest.raises(NodeFailed, match="not every range has a leader and three replicas after 30 s"):
         trio.run(wait_for_replicas, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_probes_write_to_the_range_whose_leader_was_killed() -> None:
+    """Later ones went to the next range, whose leader had not died."""
+    keys = set()
+
+    class Recording(Client):
+        async def put(self, key: bytes, value: bytes, *, timeout: float) -> int:
+            keys.add(key)
+            return await super().put(key, value, timeout=timeout)
+
+    with pytest.raises(TimeoutError):
+        trio.run(trials._probe, Recording(), clock=trio.testing.MockClock(autojump_threshold=0))
+    assert keys == {key_of(0)}
 
 
 def test_a_cluster_that_takes_no_write_is_said_to_be_one() -> None:
