@@ -115,7 +115,8 @@ class ClientConnection:
         """An answer of up to this size has waited for its room."""
         self._refused_at = -1
         """When an answer last found no room, by the budget's count of releases."""
-        connection.on_progress = self._count
+        if not connection.closed:  # else it would keep this, and has nothing to tell any more
+            connection.on_progress = self._count
         self._clock = clock
         self._slice_end_ns = 0
         self._ended = False
@@ -362,11 +363,6 @@ class ClientConnection:
         """Tell the client to go elsewhere: this node is stopping."""
         self._connection.write(_GOODBYE)
         self.flush()
-
-    def forget(self) -> None:
-        """The connection is over: nothing is counted any more, and it no longer keeps this, nor what this holds."""
-        self._connection.on_progress = None
-        self._budget.forget(self)
 
     def check(self) -> None:
         assert self._inflight >= 0, f"{self._inflight} requests are in flight"

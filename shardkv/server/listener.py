@@ -190,7 +190,7 @@ class Listener:
         finally:
             del self._clients[client]
             self.dirty.pop(client, None)
-            client.forget()
+            self._budget.forget(client)
 
     async def _serve_peer(
         self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], hello: Hello

@@ -97,7 +97,8 @@ class Connection:
         self.overflowing = False
         """The buffer is full: the other side reads slower than we write. Cleared once it is half empty."""
         self.on_progress: Callable[[], None] | None = None
-        """Called when ``buffered`` has shrunk but by a flush: the writer task has sent some, or it was closed."""
+        """Called when ``buffered`` has shrunk but by a flush: the writer task has sent some, or it was closed. That is
+        the last time, and whoever is called is no longer kept."""
         self.closed = False
         """Closed by us or found broken; nothing can be sent any more."""
         self.reason = ""
@@ -270,8 +271,9 @@ class Connection:
         self._writer_wanted.set()
         if self._drained is not None:
             self._drained.set()
-        if self.on_progress is not None:
-            self.on_progress()
+        on_progress, self.on_progress = self.on_progress, None
+        if on_progress is not None:
+            on_progress()
 
     async def aclose(self, reason: str = "closed by this node") -> None:
         """Flush what the system takes at once, then close in order, so that the last frames arrive if they can."""

@@ -3,6 +3,7 @@ those that are over."""
 
 import gc
 import struct
+from typing import Any
 
 import pytest
 import trio
@@ -10,8 +11,11 @@ from trio.testing import MockClock
 
 from shardkv.config import LimitsConfig
 from shardkv.errors import Busy
+from shardkv.server.answer_budget import AnswerBudget
 from shardkv.server.client_connection import ClientConnection
+from shardkv.server.listener import Listener
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
+from shardkv.simulation.network import WINDOW_BYTES
 from shardkv.simulation.node import SimulatedNode
 from shardkv.transport.connection import Connection
 from shardkv.transport.handshake import KnownBoots, greet
@@ -100,6 +104,68 @@ async def test_nothing_stays_of_a_connection_that_is_over(said: bytes, lost: boo
             assert (_in_memory(), node.inside.listener.statistics()) == before
         finally:
             gc.enable()
+
+
+async def test_nothing_stays_of_a_connection_that_was_over_before_it_was_served(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It left while the node found out whether it could be admitted, as one does that does not know the time yet."""
+    async with world(1) as cluster:
+        (node,) = cluster.nodes.values()
+        environment = simulated_environment("stranger", seed=1, network=cluster.network)
+        await cluster.sleep(5.0)
+        admit = Listener._admit
+
+        async def admit_late(self: Listener, hello: Hello) -> None:
+            await cluster.sleep(1.0)
+            await admit(self, hello)
+
+        monkeypatch.setattr(Listener, "_admit", admit_late)
+        gc.collect()
+        gc.disable()
+        try:
+            before = _in_memory(), node.inside.listener.statistics()
+            stream = await environment.network.dial(node.address)
+            stream.send_nowait(GREETING + REQUEST[:90_000])
+            stream.close_now()
+            await cluster.sleep(2.0)
+            assert (_in_memory(), node.inside.listener.statistics()) == before
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("untaken", [0, 8 * WINDOW_BYTES])
+async def test_an_answer_that_comes_due_while_its_connection_ends_takes_nobodys_room_for_good(
+    untaken: int, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of a connection and its close the node may make a turn. What that left untaken stayed counted,
+    and after a few such connections nobody was given a large answer any more."""
+    forget = AnswerBudget.forget
+
+    def forget_and_answer(self: AnswerBudget, holder: Any) -> None:
+        forget(self, holder)
+        holder.answer(1, bytes(4 * WINDOW_BYTES))
+        listener.flush()
+        assert self.untaken_bytes > WINDOW_BYTES
+
+    async with world(1) as cluster:
+        (node,) = cluster.nodes.values()
+        environment = simulated_environment("stranger", seed=1, network=cluster.network)
+        await cluster.sleep(5.0)
+        listener = node.inside.listener
+        before = listener.statistics()
+        stream = await environment.network.dial(node.address)
+        stream.send_nowait(GREETING)
+        await cluster.sleep(1.0)
+        *_, client = listener._clients
+        client.answer(1, bytes(untaken))
+        client.flush()
+        monkeypatch.setattr(AnswerBudget, "forget", forget_and_answer)
+        stream.send_nowait(encode_frame(FrameKind.GOODBYE, b""))
+        await cluster.sleep(1.0)
+        assert listener.statistics() == before
+        assert listener._budget.untaken_bytes == 0
+        listener._budget.check()
 
 
 def _in_memory() -> int:
