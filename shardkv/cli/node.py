@@ -39,7 +39,8 @@ LAST_WORDS_SECONDS: Final = 1.0
 
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _HANGUP: Final = signal.SIGHUP
-"""The terminal was closed. It stops a node, too, but is no second signal: where one comes, another often does."""
+"""The terminal was closed. It stops a node, too, but is no second signal: where one comes, another often does. Whoever
+stops it in another way may send one as well (SendSIGHUP= of systemd)."""
 
 
 def _option(setting: Setting) -> Callable[[Any], Any]:
@@ -182,6 +183,8 @@ def _signals(stop: trio.Event) -> Iterator[None]:
             assert thread.ident is not None
             signal.pthread_kill(thread.ident, signal.SIGTERM)  # to that thread alone: its wait is over
             thread.join()
+            # One that came during the stop waits still, and would end the process as if it had not stopped.
+            signal.signal(_HANGUP, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

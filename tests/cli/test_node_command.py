@@ -257,7 +257,7 @@ def test_a_stop_that_takes_too_long_is_cut_short(tmp_path: Path, processes: list
 
 
 SIGNALLED = """
-import ctypes, sys, trio
+import ctypes, os, signal, sys, trio
 from shardkv.cli import node
 node.STOP_SECONDS_MAX, node.LAST_WORDS_SECONDS = {stop_seconds}, {last_words_seconds}
 
@@ -274,7 +274,8 @@ async def idle():
     await trio.sleep_forever()
 
 async def main():
-    with node._signals(trio.Event()):
+    stop = trio.Event()
+    with node._signals(stop):
         {body}
 
 trio.run(main)
@@ -367,6 +368,15 @@ def test_a_hangup_is_no_second_signal(tmp_path: Path, processes: list[Process]) 
     process.signal(signal.SIGHUP)
     process.signal(signal.SIGTERM)
     assert process.wait(SECONDS) == 128 + signal.SIGTERM
+
+
+def test_a_hangup_during_the_stop_leaves_it_clean() -> None:
+    """Nobody waits for it then, so it waited for the stop's end, and ended the process as in a crash."""
+    hung_up = "print('ready', flush=True); await stop.wait()"
+    hung_up += "; os.kill(os.getpid(), signal.SIGHUP); assert signal.SIGHUP in signal.sigpending()"
+    with signalled(hung_up, SECONDS) as child:
+        child.send_signal(signal.SIGHUP)
+        assert child.wait(SECONDS) == 0
 
 
 def test_a_node_under_nohup_stays_when_its_terminal_is_closed(tmp_path: Path, processes: list[Process]) -> None:
