@@ -39,8 +39,8 @@ LAST_WORDS_SECONDS: Final = 1.0
 
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _HANGUP: Final = signal.SIGHUP
-"""The terminal was closed. It stops a node, too, but is no second signal: where one comes, another often does. Whoever
-stops it in another way may send one as well (SendSIGHUP= of systemd)."""
+"""The terminal was closed. It stops a node, too, but is neither a first signal nor a second one: where one comes,
+another often does, and the end of a session sends SIGTERM as well, before it or after it (SendSIGHUP= of systemd)."""
 
 
 def _option(setting: Setting) -> Callable[[Any], Any]:
@@ -162,11 +162,13 @@ def _signals(stop: trio.Event) -> Iterator[None]:
     first = _STOPPING if signal.getsignal(_HANGUP) is signal.SIG_IGN else (*_STOPPING, _HANGUP)
 
     def wait() -> None:
-        signal.sigwait(first)
+        number = signal.sigwait(first)
         if over.is_set():
             return
         token.run_sync_soon(stop.set, idempotent=True)
         second = signal.sigtimedwait(_STOPPING, STOP_SECONDS_MAX)
+        if number == _HANGUP and second is not None and not over.is_set():
+            second = signal.sigtimedwait(_STOPPING, STOP_SECONDS_MAX)  # that one was the first
         if over.is_set():
             return
         if second is None:

@@ -366,8 +366,21 @@ def test_a_hangup_is_no_second_signal(tmp_path: Path, processes: list[Process]) 
     process.signal(signal.SIGHUP)
     assert process.wait_for_line("draining", SECONDS)
     process.signal(signal.SIGHUP)
+    process.signal(signal.SIGINT)
     process.signal(signal.SIGTERM)
-    assert process.wait(SECONDS) == 128 + signal.SIGTERM
+    assert process.wait(SECONDS) in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+def test_a_hangup_and_a_sigterm_together_stop_a_node_cleanly(tmp_path: Path, processes: list[Process]) -> None:
+    """The end of a session sends both (SendSIGHUP= of systemd), and of two that wait the system hands out the hangup
+    first."""
+    process = start(tmp_path, "n1")
+    processes.append(process)
+    assert process.wait_for_line("ready ", SECONDS)
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT):
+        process.signal(number)
+    assert process.wait(SECONDS) == 0
+    assert process.lines[-1] == "draining"
 
 
 def test_a_hangup_during_the_stop_leaves_it_clean() -> None:
