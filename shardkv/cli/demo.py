@@ -187,7 +187,7 @@ def _cluster(data: str | None, nodes: int, base_port: int | None, with_tour: boo
 
 def _saved(path: Path) -> dict[str, Any]:
     """Raises a usage error for a file that is not what a demo leaves."""
-    with contextlib.suppress(ValueError, OSError):
+    with contextlib.suppress(ValueError, IsADirectoryError):
         saved = json.loads(path.read_bytes())
         match saved:
             case {"nodes": int(nodes), "addresses": {**addresses}}:

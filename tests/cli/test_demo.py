@@ -229,6 +229,19 @@ def test_a_demo_names_a_file_of_its_own_that_is_damaged(tmp_path: Path, content:
     assert "remove it" in said
 
 
+def test_a_file_of_a_demo_that_may_not_be_read_is_not_said_to_be_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be removed, and with it what its owner's next demo needs. Root, who may run tests, may read any."""
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError):
+        demo._saved(tmp_path / "demo.json")
+
+
 def test_a_demo_leaves_the_data_directory_of_a_node_alone(tmp_path: Path) -> None:
     """It put files and directories of its own there."""
     (tmp_path / IDENTITY_NAME).touch()
