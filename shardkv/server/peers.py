@@ -167,16 +167,22 @@ class SnapshotDialler:
             raise OSError(f"the address of node {node_id} is not known")
         environment = self._environment
         connection = await _connect(environment, address)
+        failure: list[Exception] = []
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.run_writer)
                 decoder = FrameDecoder(SNAPSHOT_FRAME_BYTES_MAX)
                 hello = self._identity.hello(Role.SNAPSHOT, node_id)
-                _, frames = await greet(
-                    connection, decoder, hello, clock=environment.clock, known_boots=self._known_boots
-                )
-                yield FrameStream(connection, decoder, frames, environment.workers)
+                try:
+                    _, frames = await greet(
+                        connection, decoder, hello, clock=environment.clock, known_boots=self._known_boots
+                    )
+                    yield FrameStream(connection, decoder, frames, environment.workers)
+                except Exception as error:  # noqa: BLE001  # raised below: one that leaves a nursery goes in a circle
+                    failure.append(error)
                 nursery.cancel_scope.cancel()
+            if failure:
+                raise failure.pop()
         except BaseExceptionGroup as group:
             raise main_error(group) from group
         finally:

@@ -3,6 +3,7 @@ those that are over."""
 
 import gc
 import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from shardkv.errors import Busy
 from shardkv.server.answer_budget import AnswerBudget
 from shardkv.server.client_connection import ClientConnection
 from shardkv.server.listener import Listener
+from shardkv.server.peers import SnapshotDialler
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
 from shardkv.simulation.network import WINDOW_BYTES
 from shardkv.simulation.node import SimulatedNode
@@ -130,6 +132,32 @@ async def test_nothing_stays_of_a_connection_that_was_over_before_it_was_served(
             stream.close_now()
             await cluster.sleep(2.0)
             assert (_in_memory(), node.inside.listener.statistics()) == before
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("error", [trio.BrokenResourceError("lost"), Busy("later"), OSError(28, "full")])
+async def test_nothing_stays_of_a_snapshot_that_broke_off(error: Exception, autojump_clock: MockClock) -> None:
+    """Neither the connection nor, in the frames that the error has passed, what was being sent."""
+    async with world(1) as cluster:
+        (node,) = cluster.nodes.values()
+        environment = simulated_environment("stranger", seed=1, network=cluster.network)
+        await cluster.sleep(5.0)
+        mine = node.inside.listener._identity
+        other = replace(mine, node_id=NodeId(7), start_token=b"t" * 16, earlier_tokens=(), address="stranger:1")
+        dialler = SnapshotDialler(environment, other, KnownBoots(), lambda node_id: node.address)
+        gc.collect()
+        gc.disable()
+        try:
+            before = _in_memory()
+            with pytest.raises(type(error)) as caught:
+                async with dialler.dial(mine.node_id):
+                    raise error
+            assert caught.value is error
+            error.__traceback__ = None
+            del caught
+            await cluster.sleep(1.0)
+            assert _in_memory() == before
         finally:
             gc.enable()
 
