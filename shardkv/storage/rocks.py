@@ -126,6 +126,8 @@ def _translated(error: Exception, what: str) -> StorageError:
         advice = "raise the quota of the node's user or free some of it; then restart the node"
     elif "Permission denied" in text or "Operation not permitted" in text:
         advice = "check the owner and the permissions; then restart the node"
+    elif "Too many open files" in text:
+        advice = "raise the limit on open files (ulimit -n); then restart the node"
     return StorageError(f"engine: {what}: {text}; {advice}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -329,9 +330,16 @@ async def test_an_asker_who_takes_nothing_does_not_keep_the_node_from_stopping(m
         assert not waiting.cancelled_caught, "the endpoint waited for the asker"
 
 
-async def test_connections_are_bounded_and_who_comes_then_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever opened more and more of them took the open files that clients, peers and the log need."""
-    monkeypatch.setattr(serving, "CONNECTIONS_MAX", 2)
+@pytest.mark.parametrize("files", [None, 2 * serving.FILES_PER_CONNECTION])
+async def test_connections_are_bounded_and_who_comes_then_waits(
+    files: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever opened more and more of them took the open files that clients, peers and the log need. Of few files, 64
+    connections did: the engine's next flush failed, and the node ended."""
+    if files is None:
+        monkeypatch.setattr(serving, "CONNECTIONS_MAX", 2)
+    else:
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (files, files))
     admin = serving.Admin(real_environment(), structlog.get_logger())
     asked: list[str] = []
     asking, freed = trio.Event(), trio.Event()

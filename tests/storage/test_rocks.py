@@ -292,6 +292,14 @@ def test_a_directory_that_cannot_be_listed_is_a_storage_error(path: str) -> None
         RocksEngine(path)
 
 
+def test_too_many_open_files_are_not_said_to_be_a_broken_disk() -> None:
+    refusal = "IO error: While open a file for appending: /d/engine/000018.sst: Too many open files"
+    error = _translated(Exception(refusal), "flushing")
+    assert type(error) is StorageError
+    assert "raise the limit on open files" in str(error)
+    assert "replace" not in str(error)
+
+
 @pytest.mark.parametrize("stopped, delayed", [(0, 0), (1, 0), (0, 1000)])
 def test_a_stall_shows_before_a_write_would_wait(path: str, stopped: int, delayed: int) -> None:
     """A stalled write blocks with the interpreter lock held (LIBRARIES), so the caller asks first."""

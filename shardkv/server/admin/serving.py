@@ -7,6 +7,7 @@ the node goes on. What cannot be helped at the start, a port in use, is an error
 
 import errno
 import logging
+import resource
 from typing import Any, Final, cast
 
 import trio
@@ -27,6 +28,9 @@ RETRY_SECONDS: Final = 0.25
 CONNECTIONS_MAX: Final = 64
 """At once. Whoever comes then waits in the system's queue until one ends: open files are for clients, nodes and data.
 """
+FILES_PER_CONNECTION: Final = 16
+"""Nor more than one for so many files that the process may open: they are taken from those that the node keeps for the
+log and the engine."""
 BACKLOG: Final = 64
 IDLE_SECONDS: Final = 10
 """A connection on which no request is complete for so long is closed, one that trickles its request among them."""
@@ -86,7 +90,7 @@ class _BoundedListener(trio.abc.Listener[trio.SocketStream]):
 
     def __init__(self, listener: trio.SocketListener) -> None:
         self._listener = listener
-        self.free = trio.Semaphore(CONNECTIONS_MAX)
+        self.free = trio.Semaphore(_connections_max())
 
     async def accept(self) -> trio.SocketStream:
         await self.free.acquire()
@@ -98,6 +102,11 @@ class _BoundedListener(trio.abc.Listener[trio.SocketStream]):
 
     async def aclose(self) -> None:
         await self._listener.aclose()
+
+
+def _connections_max() -> int:
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS_MAX if most == resource.RLIM_INFINITY else min(CONNECTIONS_MAX, most // FILES_PER_CONNECTION)
 
 
 def _web_server() -> Config:
