@@ -538,8 +538,8 @@ def _damage(faults: "Faults", disk: SimulatedDisk, directory: str) -> str | None
 
 async def _reborn(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
     """A node that is down is started on an empty disk: under its name comes one that has forgotten all its votes."""
-    if not one.alive or faults.healing or not one.config.join:
-        return
+    if not one.composed or faults.healing or not one.config.join:
+        return  # the cluster may not have let it in yet, and would take any disk
     await one.kill(kept_batches=faults.kept)
     await _refused(faults, one, SimulatedDisk(), MemoryEngine(crashable=True), "an empty disk under an old name")
 

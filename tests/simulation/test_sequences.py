@@ -74,6 +74,21 @@ def test_a_sequence_passes_over_a_node_that_is_only_just_started(name: str) -> N
     run_deterministically(main, seed=1)
 
 
+def test_a_node_that_was_never_let_in_may_come_with_an_empty_disk() -> None:
+    """It has forgotten nothing: the cluster takes it for a new one, and that it served was a false alarm."""
+
+    async def main() -> None:
+        async with simulated_cluster(2, seed=1) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            node = cluster.add("n3")
+            node.start_soon()
+            faults = Faults(cluster, 1, ["reborn"], lambda: b"k")
+            await SEQUENCES["reborn"](faults, node, cluster.nodes["n1"])
+            await faults.heal_for_good()
+
+    run_deterministically(main, seed=1)
+
+
 def test_a_violation_while_a_disk_stalls_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is left who would end the stall, and a log that is being closed waits for its disk."""
 
