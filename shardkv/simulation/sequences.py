@@ -515,7 +515,10 @@ async def _rot(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None
 
 def _damage(faults: "Faults", disk: SimulatedDisk, directory: str) -> str | None:
     """Flip a bit of a record of which a later one says that it was synced; which, or None if there is none."""
-    segments = sorted((segment_id_of(name), name) for name in disk.list(directory) if segment_id_of(name) is not None)
+    names = disk.list(directory) if disk.exists(directory) else []
+    segments = sorted((segment_id_of(name), name) for name in names if segment_id_of(name) is not None)
+    if not segments:
+        return None  # it was only just started for the first time
     path = f"{directory}/{segments[-1][1]}"
     content = disk.read(path)
     records: list[tuple[int, Header]] = []

@@ -89,6 +89,24 @@ def test_a_node_that_was_never_let_in_may_come_with_an_empty_disk() -> None:
     run_deterministically(main, seed=1)
 
 
+@pytest.mark.parametrize("seconds", [0, 0.0002])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_sequence_may_happen_to_a_node_that_is_only_just_started(name: str, seconds: float) -> None:
+    """It has no directory for its log yet, or no log."""
+
+    async def main() -> None:
+        async with simulated_cluster(3, seed=1) as cluster, cluster.client() as kv:
+            await kv.put(b"k", b"v")
+            node = cluster.add("n4")
+            node.start_soon()
+            await cluster.sleep(seconds)
+            faults = Faults(cluster, 1, [name], lambda: b"k")
+            await SEQUENCES[name](faults, node, cluster.nodes["n1"])
+            await faults.heal_for_good()
+
+    run_deterministically(main, seed=1)
+
+
 def test_a_violation_while_a_disk_stalls_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is left who would end the stall, and a log that is being closed waits for its disk."""
 
