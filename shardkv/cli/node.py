@@ -165,9 +165,11 @@ def _signals(stop: trio.Event) -> Iterator[None]:
         number = signal.sigwait(first)
         if over.is_set():
             return
+        # Of a hangup and another that both wait the hangup comes first. Left waiting, the other would end a quick stop.
+        hung_up = number == _HANGUP and signal.sigtimedwait(_STOPPING, 0) is None
         token.run_sync_soon(stop.set, idempotent=True)
         second = signal.sigtimedwait(_STOPPING, STOP_SECONDS_MAX)
-        if number == _HANGUP and second is not None and not over.is_set():
+        if hung_up and second is not None and not over.is_set():
             second = signal.sigtimedwait(_STOPPING, STOP_SECONDS_MAX)  # that one was the first
         if over.is_set():
             return
