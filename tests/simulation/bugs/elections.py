@@ -226,7 +226,7 @@ _CRASHES = ("turncoat", "slow-disk")
 _SPLIT_BRAINS = ("depose",)
 
 BUGS = (
-    Bug("vote-not-synced", "a vote is on disk before it is told (trap 10)", vote_without_sync, _CRASHES, 1),
+    Bug("vote-not-synced", "a vote is on disk before it is told (trap 10)", vote_without_sync, _CRASHES, 3),
     Bug(
         "vote-before-sync",
         "hard state before the message (trap 10)",
