@@ -70,6 +70,9 @@ def test_a_sequence_passes_over_a_node_that_is_only_just_started(name: str) -> N
             faults = Faults(cluster, 1, [name], lambda: b"k")
             await SEQUENCES[name](faults, cluster.nodes["n3"], cluster.nodes["n2"])
             await faults.heal_for_good()
+            found = await kv.get(b"k", timeout=30)
+            assert found is not None
+            assert found.value == b"v"
 
     run_deterministically(main, seed=1)
 
@@ -85,6 +88,9 @@ def test_a_node_that_was_never_let_in_may_come_with_an_empty_disk() -> None:
             faults = Faults(cluster, 1, ["reborn"], lambda: b"k")
             await SEQUENCES["reborn"](faults, node, cluster.nodes["n1"])
             await faults.heal_for_good()
+            found = await kv.get(b"k", timeout=30)
+            assert found is not None
+            assert found.value == b"v"
 
     run_deterministically(main, seed=1)
 
@@ -103,6 +109,9 @@ def test_a_sequence_may_happen_to_a_node_that_is_only_just_started(name: str, se
             faults = Faults(cluster, 1, [name], lambda: b"k")
             await SEQUENCES[name](faults, node, cluster.nodes["n1"])
             await faults.heal_for_good()
+            found = await kv.get(b"k", timeout=30)
+            assert found is not None
+            assert found.value == b"v"
 
     run_deterministically(main, seed=1)
 
