@@ -2,8 +2,9 @@
 
 Lives here: when things happen. While a sync runs, acknowledgements, commits and applies go on, and what must be logged
 collects; when it ends, all that has collected is proposed, appended as one record and synced once. Does not live here:
-what a group wants (``turn``), who waits for it (``replica``), how replicas come to be (``catalog``), how a record gets
-to the disk (``log_writer``) and an entry into the engine (``applier``).
+what a group wants (``turn``), who waits for it (``replica``), what is proposed (``proposer``), how replicas come to be
+(``catalog``), how a record gets to the disk (``log_writer``), an entry into the engine (``applier``) and a message into
+a frame (``outgoing``).
 
 One turn steps in this order: propose what waits, take every ready group's work, hand the log record to the writer
 thread and let it have the interpreter, send what may leave, apply what is committed as one engine batch, answer, and
@@ -12,29 +13,26 @@ flush each connection once.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import trio
 
 from shardkv.environment import Environment
-from shardkv.errors import Busy, ShardKVError, StorageError
+from shardkv.errors import StorageError
 from shardkv.machine.clock import HybridClock
-from shardkv.machine.entries import encode_split_entry
-from shardkv.machine.split import SplitCommand
 from shardkv.multiraft.applier import Applier
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.log_writer import LogWriter
-from shardkv.multiraft.replica import GATHER_NS, Proposal, Replica, Requester
+from shardkv.multiraft.outgoing import Outgoing, Peers
+from shardkv.multiraft.proposer import Proposer
+from shardkv.multiraft.replica import GATHER_NS, Replica
 from shardkv.multiraft.space import Space
 from shardkv.multiraft.turn import Turn, gather
-from shardkv.raft import ProposalDropped, Role
-from shardkv.raft.messages import NONE, ConfChange, Entry, Message, MessageType
+from shardkv.raft import Role
+from shardkv.raft.messages import NONE, Message, MessageType
 from shardkv.storage.engine import Engine
 from shardkv.storage.wal import LogUpdate, Wal
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId
-from shardkv.wire import raft_codec
-from shardkv.wire.frames import FrameKind, encode_frame
-from shardkv.wire.raft_codec import MESSAGES_PER_FRAME_MAX, ReplicaNotice
 
 ROUNDS_PER_TURN_MAX: Final = 8
 """How often one turn goes round the ready groups before it lets the connections run again."""
@@ -42,30 +40,6 @@ CAMPAIGNS_MAX: Final = 20
 ASKS_AGAIN_NS: Final = 1_000_000_000
 ASKS_AGAIN_TICKS: Final = 3
 """A replica that waits for its data asks for them with every tick; one that has not for so long has them."""
-DECODED_BYTES_MAX: Final = 256 * 1024
-"""Up to this size an entry is kept decoded until it is applied; a larger one would be in memory twice for little."""
-PEER_FRAME_BYTES: Final = 4 * 1024 * 1024
-"""A turn's messages for one peer are cut into frames of about this size."""
-
-_URGENT: Final = frozenset(
-    {
-        MessageType.HEARTBEAT,
-        MessageType.HEARTBEAT_RESP,
-        MessageType.VOTE,
-        MessageType.VOTE_RESP,
-        MessageType.PRE_VOTE,
-        MessageType.PRE_VOTE_RESP,
-        MessageType.TIMEOUT_NOW,
-    }
-)
-
-
-class Peers(Protocol):
-    """How frames reach other nodes. Never waits; what cannot be sent is dropped, as Raft allows."""
-
-    def send(self, node_id: NodeId, frame: bytes, *, urgent: bool) -> None: ...
-
-    def flush(self) -> None: ...
 
 
 class SnapshotService(Protocol):
@@ -124,6 +98,7 @@ class Driver:
         self.environment = environment
         self.hybrid_clock = hybrid_clock
         self.peers = peers
+        self._outgoing = Outgoing(peers)
         self.hooks = hooks
         self.snapshots: SnapshotService
         self._tick_seconds = tick_seconds
@@ -131,10 +106,6 @@ class Driver:
         self._awake = trio.Event()
         self._ready: dict[RangeId, Replica] = {}
         """Groups that may have work, in the order in which they got it."""
-        self._proposing: dict[RangeId, Replica] = {}
-        """Groups with writes or reads that wait for the next turn."""
-        self._gather_until_ns: int | None = None
-        """When to look again at writes that wait only for more of their kind."""
         self._eager: dict[RangeId, int] = {}
         """Groups that this node should lead before anybody's election timeout, and how often it still campaigns."""
         self._turning = False
@@ -148,6 +119,9 @@ class Driver:
             synced=self._synced,
             failed=self.fail,
             no_room=self._found_no_room,
+        )
+        self.proposer = Proposer(
+            self.log_writer, self.space, environment.clock, hybrid_clock, wake=self.wake, touch=self.touch
         )
         self.applier = Applier(
             catalog,
@@ -169,6 +143,7 @@ class Driver:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Service. Ends only by cancellation, or with the StorageError that makes this node unfit to go on."""
+        proposer = self.proposer
         async with trio.open_nursery() as nursery:
             await self.log_writer.start(nursery)
             self.catalog.log = self.log_writer.append
@@ -177,15 +152,15 @@ class Driver:
             nursery.start_soon(self._tick)
             task_status.started()
             while True:
-                if self._gather_until_ns is None:
+                if proposer.gather_until_ns is None:
                     await self._awake.wait()
                 else:
-                    left_ns = self._gather_until_ns - self.environment.clock.monotonic_ns()
+                    left_ns = proposer.gather_until_ns - self.environment.clock.monotonic_ns()
                     with self.environment.clock.deadline(max(0, left_ns) / 1e9) as waiting:
                         await self._awake.wait()
                     if waiting.cancelled_caught:
-                        self._gather_until_ns = None
-                        if not self._proposing:
+                        proposer.gather_until_ns = None
+                        if not proposer.groups:
                             continue  # none of those just answered has come back
                 # Once round the loop: what has arrived meanwhile on other connections shares the turn and its sync.
                 await trio.lowlevel.cancel_shielded_checkpoint()
@@ -203,27 +178,6 @@ class Driver:
         self._ready[replica.range_id] = replica
         self._awake.set()
 
-    def propose_later(self, replica: Replica) -> None:
-        """A group has writes or reads waiting. A turn that could only leave them waiting is not worth its cost."""
-        self._proposing[replica.range_id] = replica
-        if self._worth_a_turn(replica):
-            self._awake.set()
-
-    def _worth_a_turn(self, replica: Replica) -> bool:
-        """Whether a turn now would step a group's reads or writes, or has to set the time for the writes.
-
-        Else the writes are looked at when the sync under way ends, the entry under way is applied, more have come, the
-        time set for gathering is over, or at the next tick.
-        """
-        if replica.open_reads:
-            return True
-        if self.log_writer.syncing:
-            return False
-        if replica.may_propose(self.environment.clock.monotonic_ns()):
-            return True
-        until = self._gather_until_ns
-        return not replica.proposals and (until is None or replica.answered_ns + GATHER_NS < until)
-
     def step(self, replica: Replica, message: Message) -> None:
         """Hand a peer's message to its group."""
         if self.space.full and replica.range_id != PLACEMENT_RANGE:
@@ -236,28 +190,6 @@ class Driver:
         replica.raft.step(message, self.environment.clock.monotonic_ns())
         if replica.raft.has_ready():
             self.touch(replica)
-
-    def propose_split(self, replica: Replica, split: SplitCommand, requester: Requester, request_id: int) -> None:
-        """Raises NotLeader or Busy."""
-        assert replica.machine is not None, f"a split of range {replica.range_id}, which is not initialised"
-        self._propose_entry(replica, encode_split_entry(split, self.hybrid_clock.now()), ((requester, request_id),))
-
-    def propose_extension(self, replica: Replica, command: Any, requester: Requester, request_id: int) -> None:
-        """Propose a command of the range's extension. Raises NotLeader or Busy."""
-        assert replica.machine is not None, f"a command for range {replica.range_id}, which is not initialised"
-        data = replica.machine.encode_extension_entry(command, self.hybrid_clock.now())
-        self._propose_entry(replica, data, ((requester, request_id),))
-
-    def propose_membership(self, replica: Replica, change: ConfChange, requester: Requester, request_id: int) -> None:
-        """Propose a change of the replica set. Raises NotLeader or Busy."""
-        if not replica.leads:
-            raise replica.not_leader()
-        try:
-            term, index = replica.raft.propose_conf_change(change)
-        except ProposalDropped as dropped:
-            raise _refusal(replica, dropped) from dropped
-        replica.proposals[index] = Proposal(term, ((requester, request_id),))
-        self.touch(replica)
 
     def doubt_node(self, node_id: NodeId) -> None:
         """The connections to a node broke: groups that it leads campaign as soon as their promise has run out."""
@@ -286,8 +218,9 @@ class Driver:
     def _turn(self) -> None:
         self._turning = True
         self._turns += 1
-        if self._proposing:
-            self._propose()
+        if self.proposer.groups:
+            for replica in self.proposer.propose():
+                self._ready[replica.range_id] = replica
         self.applier.catch_up()
         for _ in range(ROUNDS_PER_TURN_MAX):
             if not self._ready:
@@ -311,7 +244,7 @@ class Driver:
         if not at_once:
             log.write()  # the sync runs while everything else is done
         if turn.messages:
-            self._send(turn.messages)
+            self._outgoing.messages(turn.messages)
         if at_once and log.must_sync:
             self.peers.flush()  # what may leave before the sync does, so that others sync at the same time
             log.write(at_once=True)
@@ -329,61 +262,6 @@ class Driver:
         for replica in turn.changed:
             self._role_changed(replica)
 
-    def _propose(self) -> None:
-        """Step the waiting reads, and, unless a sync is running, the waiting writes."""
-        if self.space.full:
-            self._refuse_waiting()  # they came before it was
-        proposing, self._proposing = self._proposing, {}
-        now = self.environment.clock.monotonic_ns()
-        gather_until = None
-        for replica in proposing.values():
-            context = replica.take_open_reads(now)
-            if context is not None:
-                replica.raft.read_index(context)
-                self._ready[replica.range_id] = replica
-            if replica.waiting and not self.log_writer.syncing:
-                if replica.may_propose(now):
-                    replica.proposed_ns = now
-                    self._propose_writes(replica)
-                    self._ready[replica.range_id] = replica
-                elif not replica.proposals:
-                    until = replica.answered_ns + GATHER_NS
-                    gather_until = until if gather_until is None else min(gather_until, until)
-            if replica.waiting or replica.open_reads:
-                self._proposing[replica.range_id] = replica
-        self._gather_until_ns = gather_until
-
-    def _propose_writes(self, replica: Replica) -> None:
-        machine = replica.machine
-        assert machine is not None, f"writes wait for range {replica.range_id}, which is not initialised"
-        while replica.waiting:
-            groups = replica.take_waiting()
-            timestamp = self.hybrid_clock.now()
-            data, decoded = machine.encode_write_entry(
-                [(group.session, group.commands, group.decoded) for group in groups], timestamp
-            )
-            waiting = tuple([(group.requester, group.request_id) for group in groups])
-            commands = sum([len(group.decoded) for group in groups])
-            try:
-                term, index = replica.raft.propose(data)
-            except ProposalDropped as dropped:
-                error = _refusal(replica, dropped)
-                for requester, request_id in waiting:
-                    requester.refuse(request_id, error)
-            else:
-                kept = decoded if len(data) <= DECODED_BYTES_MAX else None
-                replica.proposals[index] = Proposal(term, waiting, commands, kept)
-
-    def _propose_entry(self, replica: Replica, data: bytes, waiting: tuple[tuple[Requester, int], ...]) -> None:
-        if not replica.leads:
-            raise replica.not_leader()
-        try:
-            term, index = replica.raft.propose(data)
-        except ProposalDropped as dropped:
-            raise _refusal(replica, dropped) from dropped
-        replica.proposals[index] = Proposal(term, waiting)
-        self.touch(replica)
-
     # What follows from the log and from applying
 
     def _synced(self, appends: list[tuple[Replica, Message]]) -> None:
@@ -392,15 +270,15 @@ class Driver:
         outgoing: list[tuple[Replica, Message]] = []
         for replica, message in appends:
             self._deliver(replica, message.responses, now, outgoing)
-        self._send(outgoing)
+        self._outgoing.messages(outgoing)
         if self._turning:
             return  # in the middle of a turn, which goes on with what this has made ready
         # Writes that have waited for this belong into the next record. Else what other leaders send, of which there may
         # always be some, would keep them out.
-        proposes = any(replica.waiting and replica.may_propose(now) for replica in self._proposing.values())
+        proposes = self.proposer.may_propose(now)
         if not proposes:
             self.log_writer.write()
-        if proposes or self._ready or any(map(self._worth_a_turn, self._proposing.values())):
+        if proposes or self._ready or self.proposer.worth_a_turn:
             self._awake.set()
         else:
             self.peers.flush()
@@ -418,12 +296,7 @@ class Driver:
         elif replica.expected and not replica.proposals and now < replica.answered_ns + GATHER_NS:
             # Set before they come: those just answered need not wake the loop one by one. For a single one there is
             # nobody to wait for.
-            self._gather_until(replica)
-
-    def _gather_until(self, replica: Replica) -> None:
-        """Look again at a group's writes, those here and those to come, when the time for gathering is over."""
-        until = replica.answered_ns + GATHER_NS
-        self._gather_until_ns = until if self._gather_until_ns is None else min(self._gather_until_ns, until)
+            self.proposer.gather(replica)
 
     def _divided(self, left: Replica, right: Replica | None) -> None:
         if right is not None:
@@ -454,13 +327,8 @@ class Driver:
         self._failure = error if isinstance(error, StorageError) else StorageError(f"the log failed: {error!r}")
         self._awake.set()
 
-    def _refuse_waiting(self) -> None:
-        """The log has no room, and that may take long: refuse the writes that only wait to be proposed."""
-        for replica in self._proposing.values():
-            replica.refuse_waiting(self.space.refusal())
-
     def _found_no_room(self) -> None:
-        self._refuse_waiting()
+        self.proposer.refuse_waiting()
         self._awake.set()  # for the turn that sends the refusals
 
     def log_snapshot(self, replica: Replica, update: LogUpdate, message: Message) -> None:
@@ -470,7 +338,7 @@ class Driver:
             replica.installing = False
             outgoing: list[tuple[Replica, Message]] = []
             self._deliver(replica, message.responses, self.environment.clock.monotonic_ns(), outgoing)
-            self._send(outgoing)
+            self._outgoing.messages(outgoing)
             replica.serve_confirmed()  # what the snapshot brought is never applied
             self._awake.set()
 
@@ -481,32 +349,6 @@ class Driver:
         while any(waiting is replica for waiting, _ in self.log_writer.appends):
             self.log_writer.write_all()
             await self.environment.clock.sleep(self._tick_seconds)
-
-    # Messages
-
-    def _send(self, messages: list[tuple[Replica, Message]]) -> None:
-        """One frame per peer for everything in ``messages``, urgent ones apart."""
-        frames: dict[tuple[NodeId, bool], list[bytes]] = {}
-        entries: tuple[Entry, ...] = ()
-        encoded_entries = raft_codec.encode_entries(entries)
-        for replica, message in messages:
-            node_id = replica.node_of(message.to)
-            if node_id is None:
-                continue
-            key = (node_id, message.type in _URGENT)
-            if message.entries != entries:
-                # Followers are sent the same entries one after the other.
-                entries = message.entries
-                encoded_entries = raft_codec.encode_entries(entries)
-            encoded = raft_codec.encode_message(replica.range_id, message, encoded_entries)
-            parts = frames.get(key)
-            if parts is None:
-                frames[key] = [encoded]
-            else:
-                parts.append(encoded)
-        for (node_id, urgent), parts in frames.items():
-            for piece in _pieces(parts):
-                self.peers.send(node_id, encode_frame(FrameKind.RAFT, raft_codec.join(piece)), urgent=urgent)
 
     # Roles and time
 
@@ -534,24 +376,17 @@ class Driver:
                 if replica.range_id in self._eager:
                     self._campaign(replica, now)
                 if replica.needs_snapshot and raft.leader != NONE:
-                    self._ask_for_snapshot(replica)
+                    self._outgoing.snapshot_wanted(replica)
                     wanted = True
                 if raft.has_ready():
                     self._ready[replica.range_id] = replica
             self.log_writer.tick()
-            if self.applier.tick() or self.applier.held or wanted or self._ready or self._proposing:
+            if self.applier.tick() or self.applier.held or wanted or self._ready or self.proposer.groups:
                 # Here and now, as another task's turn would cost a wake more. Most ticks at rest find nothing to do.
                 if self._failure is None:
                     self._turn()
                 if self._failure is not None:
                     self._awake.set()
-
-    def _ask_for_snapshot(self, replica: Replica) -> None:
-        leader = replica.raft.leader
-        node_id = replica.node_of(leader)
-        if node_id is not None:
-            notice = raft_codec.encode_notice(replica.range_id, ReplicaNotice.NEED_SNAPSHOT, leader, replica.replica_id)
-            self.peers.send(node_id, encode_frame(FrameKind.RAFT, raft_codec.join([notice])), urgent=False)
 
     def _campaign_for_own(self) -> None:
         """After a start, let one voter of each group campaign at once, a different one for different ranges.
@@ -577,25 +412,3 @@ class Driver:
             return
         self._eager[replica.range_id] = left
         replica.raft.campaign(now)
-
-
-def _pieces(parts: list[bytes]) -> Iterable[list[bytes]]:
-    """Encoded messages cut into frames' worth."""
-    if len(parts) <= MESSAGES_PER_FRAME_MAX and sum(map(len, parts)) <= PEER_FRAME_BYTES:
-        yield parts
-        return
-    piece: list[bytes] = []
-    size = 0
-    for part in parts:
-        if piece and (size + len(part) > PEER_FRAME_BYTES or len(piece) >= MESSAGES_PER_FRAME_MAX):
-            yield piece
-            piece, size = [], 0
-        piece.append(part)
-        size += len(part)
-    yield piece
-
-
-def _refusal(replica: Replica, dropped: ProposalDropped) -> ShardKVError:
-    if not replica.leads:
-        return replica.not_leader()
-    return Busy(f"range {replica.range_id} takes no proposal now: {dropped.reason.value}")

@@ -158,7 +158,7 @@ class Operations:
         ids = {node_id: ReplicaId(first_replica + position) for position, node_id in enumerate(nodes)}
         command = plan_split(machine.descriptor, key, RangeId(first_range), ids, joint=machine.joint)
         reply = Reply()
-        self._driver.propose_split(replica, command, reply, 0)
+        self._driver.proposer.split(replica, command, reply, 0)
         left, right = await reply.wait(self._clock, OUTCOME_SECONDS)
         return RangeDescriptor.from_wire(left), RangeDescriptor.from_wire(right)
 
@@ -230,7 +230,7 @@ class Operations:
                 raise Busy(f"replica {replica_id} of range {range_id} does not follow closely yet")
         reply = Reply()
         change = ConfChange(tuple(changes), context=encode_membership(added))
-        self._driver.propose_membership(replica, change, reply, 0)
+        self._driver.proposer.membership(replica, change, reply, 0)
         return await reply.wait(self._clock, OUTCOME_SECONDS)
 
 

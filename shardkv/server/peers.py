@@ -44,7 +44,7 @@ SNAPSHOT_BUFFER_BYTES: Final = 1024 * 1024
 
 
 class PoolPeers:
-    """The driver's :class:`~shardkv.multiraft.driver.Peers`, by a pool of connections."""
+    """The driver's :class:`~shardkv.multiraft.outgoing.Peers`, by a pool of connections."""
 
     def __init__(self, pool: PeerPool) -> None:
         self._pool = pool

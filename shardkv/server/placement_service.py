@@ -386,7 +386,7 @@ class PlacementService:
         if encoded[0] != commands.Bootstrap.number:
             self._require_made()  # who wants to join need not give up for having come a moment early
         reply = Reply()
-        self._driver.propose_extension(replica, encoded, reply, 0)
+        self._driver.proposer.extension(replica, encoded, reply, 0)
         return await reply.wait(self._clock, OUTCOME_SECONDS)
 
     def _require_leader(self) -> Replica:

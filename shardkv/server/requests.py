@@ -175,7 +175,7 @@ class Requests:
         ):
             raise space.refusal()
         replica.enqueue(WriteGroup(requester, request.id, session, data, decoded))
-        self._driver.propose_later(replica)
+        self._driver.proposer.later(replica)
 
     # Reads
 
@@ -285,7 +285,7 @@ class Requests:
                 raise self._said(error) from error
 
         replica.await_read(WaitingRead(requester.later, request.id, serve_later))
-        self._driver.propose_later(replica)
+        self._driver.proposer.later(replica)
 
     def _aged(
         self, replica: Replica, serve: Callable[[Replica], Any], age_us_max: int | None

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 from shardkv.errors import Busy, NotLeader, OutOfSpace
 from shardkv.multiraft import driver as driver_module
 from shardkv.multiraft import replica as replica_module
-from shardkv.multiraft.driver import PEER_FRAME_BYTES, _pieces
+from shardkv.multiraft.outgoing import PEER_FRAME_BYTES, _pieces
 from shardkv.multiraft.replica import (
     CONFIRMATIONS_MAX,
     GATHER_NS,
@@ -445,7 +445,7 @@ async def test_a_time_for_gathering_that_nobody_uses_passes_once(autojump_clock:
         replica = leader.replica()
         await leader.put(b"k", b"v").wait()
         replica.expected = 5
-        leader.driver._gather_until(replica)
+        leader.driver.proposer.gather(replica)
         turns = leader.driver.statistics().turns
         leader.driver.wake()
         await trio.sleep(10 * GATHER_NS / 1e9)
@@ -458,10 +458,10 @@ async def test_a_single_writer_is_not_waited_for(autojump_clock: MockClock, toge
     async with world(1) as hosts:
         leader = hosts.leader()
         await trio.sleep(5 * GATHER_NS / 1e9)
-        assert leader.driver._gather_until_ns is None
+        assert leader.driver.proposer.gather_until_ns is None
         for answer in [leader.put(b"k", b"%d" % number) for number in range(together)]:
             await answer.wait()
-        assert (leader.driver._gather_until_ns is None) == (together == 1)
+        assert (leader.driver.proposer.gather_until_ns is None) == (together == 1)
 
 
 async def test_what_arrives_a_moment_later_shares_the_turn(autojump_clock: MockClock) -> None:

@@ -223,7 +223,7 @@ async def change_members(host: Host, kind: ConfChangeType, replica_id: int, node
     added = [] if node_id is None else [(node_id, replica_id)]
     change = ConfChange((ConfChangeSingle(kind, replica_id),), context=encode_membership(added))
     answer = Answer()
-    host.driver.propose_membership(host.replica(), change, answer, 0)
+    host.driver.proposer.membership(host.replica(), change, answer, 0)
     await answer.wait()
 
 

@@ -170,9 +170,9 @@ async def test_trap_09_one_replica_becomes_three_by_one_joint_change_never_throu
         seen: set[tuple[int, int]] = set()
         answer = Answer()
         learners = change(ConfChangeType.ADD_LEARNER_NODE, 12, 13, added=[(2, 12), (3, 13)])
-        host.driver.propose_membership(host.replica(), learners, answer, 0)
+        host.driver.proposer.membership(host.replica(), learners, answer, 0)
         with pytest.raises(Busy):
-            host.driver.propose_membership(host.replica(), learners, Answer(), 0)
+            host.driver.proposer.membership(host.replica(), learners, Answer(), 0)
         await answer.wait()
         await hosts.until(
             lambda: all(RANGE in each.catalog.replicas and each.replica().machine for each in hosts.values()),
@@ -191,7 +191,7 @@ async def test_trap_09_one_replica_becomes_three_by_one_joint_change_never_throu
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch)
             answer = Answer()
-            host.driver.propose_membership(host.replica(), change(ConfChangeType.ADD_NODE, 12, 13), answer, 0)
+            host.driver.proposer.membership(host.replica(), change(ConfChangeType.ADD_NODE, 12, 13), answer, 0)
             await answer.wait()
             await hosts.until(lambda: all(not each.machine().joint for each in hosts.values()), "the end of the change")
             await trio.sleep(0.05)
@@ -211,7 +211,7 @@ async def test_trap_09_a_change_that_fits_nobody_is_applied_as_nothing_by_everyb
         before = leader.machine().descriptor
         remove_all = ConfChange(tuple(ConfChangeSingle(ConfChangeType.REMOVE_NODE, each) for each in (1, 2, 3)))
         answer = Answer()
-        leader.driver.propose_membership(leader.replica(), remove_all, answer, 0)
+        leader.driver.proposer.membership(leader.replica(), remove_all, answer, 0)
         with pytest.raises(RequestError):
             await answer.wait()
         await hosts.agreed()

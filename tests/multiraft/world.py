@@ -379,7 +379,7 @@ class Host:
             return None if found is None else found[0]
 
         replica.await_read(WaitingRead(answer, 0, serve))
-        self.driver.propose_later(replica)
+        self.driver.proposer.later(replica)
         return answer
 
     def put(self, key: bytes, value: bytes, range_id: int = RANGE, *, if_version: int | None = None) -> Answer:
@@ -390,14 +390,14 @@ class Host:
         answer = Answer()
         replica = self.replica(range_id)
         replica.enqueue(WriteGroup(answer, 0, SESSION, data, commands.decode(data)))
-        self.driver.propose_later(replica)
+        self.driver.proposer.later(replica)
         return answer
 
     def split(self, key: bytes, right: int, *, range_id: int = RANGE, first_replica: int = 100) -> Answer:
         machine = self.machine(range_id)
         ids = {member.node_id: ReplicaId(first_replica + member.node_id) for member in machine.descriptor.replicas}
         answer = Answer()
-        self.driver.propose_split(
+        self.driver.proposer.split(
             self.replica(range_id), plan_split(machine.descriptor, key, RangeId(right), ids), answer, 0
         )
         return answer

@@ -84,13 +84,13 @@ async def test_a_split_whose_leader_changes_under_way_is_of_unknown_outcome(
     async with world(3) as cluster, cluster.client() as kv:
         await cluster.formed(kv)
         driver = (await cluster.leader_of(kv, b"m")).inside.driver
-        propose = driver.propose_split
+        propose = driver.proposer.split
 
         def lose_leadership(replica: Replica, *arguments: Any) -> None:
             propose(replica, *arguments)
             replica.abandon()
 
-        monkeypatch.setattr(driver, "propose_split", lose_leadership)
+        monkeypatch.setattr(driver.proposer, "split", lose_leadership)
         with pytest.raises(OutcomeUnknown):
             await kv.call(Method.SPLIT, b"m", key=b"m")
         await cluster.until(kv, lambda _, ranges: len(ranges) == 2)

@@ -22,7 +22,7 @@ from shardkv.errors import Busy
 from shardkv.machine import execution, reads
 from shardkv.machine.envelope import FORMAT, pack_head
 from shardkv.machine.keys import USER_PREFIX
-from shardkv.multiraft.driver import Driver
+from shardkv.multiraft.proposer import Proposer
 from shardkv.multiraft.replica import Replica
 from shardkv.simulation import determinism, run_deterministically, scheduler, simulated_cluster
 from shardkv.simulation import node as node_module
@@ -158,7 +158,7 @@ def test_a_range_that_takes_no_writes_is_a_violation_though_no_key_in_use_lies_i
 ) -> None:
     """Its reads are answered. All but the range of the first keys refuse what is written after the last fault."""
     healing: list[Faults] = []
-    heal_for_good, propose_writes = Faults.heal_for_good, Driver._propose_writes
+    heal_for_good, propose_writes = Faults.heal_for_good, Proposer._propose_writes
 
     async def healed(faults: Faults) -> None:
         async with faults.cluster.client() as kv:
@@ -166,15 +166,15 @@ def test_a_range_that_takes_no_writes_is_a_violation_though_no_key_in_use_lies_i
         await heal_for_good(faults)
         healing.append(faults)
 
-    def refuse(driver: Driver, replica: Replica) -> None:
+    def refuse(proposer: Proposer, replica: Replica) -> None:
         if healing and replica.machine is not None and replica.machine.descriptor.span.contains(b"zzz"):
             for group in replica.take_waiting():
                 group.requester.refuse(group.request_id, Busy("asleep"))
         else:
-            propose_writes(driver, replica)
+            propose_writes(proposer, replica)
 
     monkeypatch.setattr(Faults, "heal_for_good", healed)
-    monkeypatch.setattr(Driver, "_propose_writes", refuse)
+    monkeypatch.setattr(Proposer, "_propose_writes", refuse)
     result = run(RunSettings(1, minutes=0.05, workload="ledger", faults=()))
     assert result.violation is not None
     assert result.violation.startswith("Violation: liveness: writes do not all go on")

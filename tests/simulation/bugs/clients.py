@@ -5,7 +5,7 @@ from typing import Any
 from shardkv.errors import NotLeader, Unavailable
 from shardkv.machine import reads
 from shardkv.multiraft import replica as replica_module
-from shardkv.multiraft.driver import Driver
+from shardkv.multiraft.proposer import Proposer
 from shardkv.server import requests
 from shardkv.wire.requests import Consistency, Method
 from shardkv_client.core import answers, engine
@@ -52,19 +52,19 @@ def logged_and_told_as_not() -> Patches:
 
 def answered_when_proposed() -> Patches:
     """Puts are answered with the version that they will probably get."""
-    original = Driver._propose_writes
+    original = Proposer._propose_writes
 
-    def propose_writes(driver: Driver, replica: Any) -> None:
+    def propose_writes(proposer: Proposer, replica: Any) -> None:
         for group in replica.waiting:
             if all(command[0] == 0 and command[7] is None for command in group.decoded):
-                first = driver.hybrid_clock.now() + 1
+                first = proposer._hybrid_clock.now() + 1
                 group.requester.answer(group.request_id, [first + place for place in range(len(group.decoded))])
         waiting = [each for each in replica.waiting if not all(c[0] == 0 and c[7] is None for c in each.decoded)]
         told = [each._replace(requester=_Nobody()) for each in replica.waiting if each not in waiting]
         replica.waiting = waiting + told
-        original(driver, replica)
+        original(proposer, replica)
 
-    return [patch.object(Driver, "_propose_writes", propose_writes)]
+    return [patch.object(Proposer, "_propose_writes", propose_writes)]
 
 
 class _Nobody:

@@ -17,6 +17,7 @@ from shardkv.multiraft.applier import Applier
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.maintenance import Maintenance
+from shardkv.multiraft.proposer import Proposer
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.snapshot_install import Installer
 from shardkv.raft.messages import Message
@@ -346,13 +347,13 @@ class _WithoutDirectories:
 
 def refusals_call_for_a_turn() -> Patches:
     """Each turn refuses what waits on a full disk, and each refusal wants a turn."""
-    original = Driver._refuse_waiting
+    original = Proposer.refuse_waiting
 
-    def refuse_waiting(driver: Driver) -> None:
-        original(driver)
-        driver.wake()
+    def refuse_waiting(proposer: Proposer) -> None:
+        original(proposer)
+        proposer._wake()
 
-    return [patch.object(Driver, "_refuse_waiting", refuse_waiting)]
+    return [patch.object(Proposer, "refuse_waiting", refuse_waiting)]
 
 
 def one_confirmation_at_once() -> Patches:
