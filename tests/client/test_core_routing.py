@@ -758,7 +758,7 @@ def test_calls_that_wait_for_any_node_share_one_timer():
     calls = [world.admin(Method.STATUS) for _ in range(50)]
     world.pass_time(1.0)
     core = world.core
-    assert sum(action == core._retry_anywhere for _, _, action in core.timers._actions) == 1
+    assert sum(action == core._dispatcher.retry_anywhere for _, _, action in core.timers._actions) == 1
     world.down.clear()
     world.run(*calls)
 

@@ -1,9 +1,9 @@
 """The client's decisions, without I/O: routing, retries, sequences, batching, deadlines.
 
-``engine`` puts them together; ``calls`` are what it moves, ``ledger`` which there are, ``cache`` and ``routing`` say
-where to, ``links`` over which connection, ``session`` under which sequence, ``packing`` in which bytes, ``answers``
-what an error means, ``timers`` when, within the bounds of ``settings``. No module here imports an event loop, a socket,
-a clock or a source of chance.
+``engine`` puts them together; ``calls`` are what it moves, ``ledger`` which there are, and ``dispatch`` sends those
+that are ready: ``cache`` and ``routing`` say where to, ``links`` over which connection, ``session`` under which
+sequence, ``packing`` in which bytes. ``answers`` says what an error means, ``timers`` when, ``settings`` within which
+bounds. No module here imports an event loop, a socket, a clock or a source of chance.
 """
 
 from shardkv_client.core.calls import (

@@ -12,7 +12,6 @@ from typing import Any, Final
 from shardkv.errors import (
     EpochMismatch,
     MalformedRequest,
-    NotFound,
     NotLeader,
     OutcomeUnknown,
     ProtocolError,
@@ -29,7 +28,6 @@ from shardkv.wire.handshake import Welcome
 from shardkv.wire.requests import Method, Response, decode_responses
 from shardkv_client.core import answers
 from shardkv_client.core.answers import Verdict, check_page, next_start
-from shardkv_client.core.cache import Route
 from shardkv_client.core.calls import (
     LINEARIZABLE,
     STALE,
@@ -37,11 +35,10 @@ from shardkv_client.core.calls import (
     Call,
     DeleteRangeCall,
     Kind,
-    ReadCall,
-    ScanCall,
     Sent,
     WriteCall,
 )
+from shardkv_client.core.dispatch import Dispatcher
 from shardkv_client.core.ledger import Ledger
 from shardkv_client.core.links import Link, Links, LinkState
 from shardkv_client.core.packing import Packer
@@ -49,9 +46,6 @@ from shardkv_client.core.routing import Router, parse_nodes, parse_routes
 from shardkv_client.core.session import Session
 from shardkv_client.core.settings import Settings
 from shardkv_client.core.timers import Timers
-
-FLUSH_ROUNDS_MAX: Final = 8
-"""How often one flush looks for calls that became ready through it; more are left to the next."""
 
 _OUTCOMES: Final[dict[Op, type]] = {Op.PUT: int, Op.DELETE: bool, Op.INCREMENT: int, Op.DELETE_RANGE: bool}
 
@@ -100,15 +94,9 @@ class Core:
             send=ledger.submit_internal,
             requeue=ledger.requeue,
         )
+        self._dispatcher = Dispatcher(settings, self.timers, self.session, ledger, self.links, self.packer, self.router)
         self._now = 0.0
         """The time of the event under way."""
-        self._anywhere: list[AdminCall] = []
-        """Calls for any node, while none is connected."""
-        self._anywhere_at = inf
-        """When they are looked at again, whatever happens."""
-        self._later: list[Any] = []
-        """Commands to be issued together and not at once: one that is ahead of its node's time is so for a while, and
-        each attempt is in the range's log."""
 
     def _backoff(self, failures: int) -> float:
         settings = self.settings
@@ -180,137 +168,11 @@ class Core:
         call may come from any thread."""
         self.ledger.closed = True
 
-    # --- bytes out ----------------------------------------------------------------------------------------------
-
     def flush(self, now: float) -> None:
         """Send everything that is ready: the calls of one moment share requests and frames."""
         self._now = now
-        ledger = self.ledger
-        if ledger.closed:
-            return
-        for _ in range(FLUSH_ROUNDS_MAX):
-            # Calls that were found to have nowhere to go may have started lookups; those go out in the same flush.
-            ready, ledger.ready = ledger.ready, []
-            for route in self._group(ready, now):
-                calls, route.batch = route.batch, []
-                self._dispatch(route, calls, now)
-            if not ledger.ready:
-                break
-        self.packer.finish()
-        ledger.flushed()
-
-    def _group(self, ready: list[Any], now: float) -> list[Route]:
-        routes: list[Route] = []
-        find = self.router.cache.find
-        for call in ready:
-            if call.done:
-                continue
-            if call.notify is None and not call.internal:
-                self.ledger.finish(call, None, None)  # abandoned, and not to be sent again
-                continue
-            key = call.key
-            if key is not None:
-                route = find(key)
-            elif call.kind is Kind.ADMIN and call.range_id is not None:
-                route = self.router.cache.find_id(call.range_id)
-                if route is None and call.range_id:
-                    self.ledger.finish(call, None, NotFound(f"there is no range {call.range_id}; list the ranges"))
-                    continue
-            else:
-                self._unrouted(call, now)
-                continue
-            if route is None:
-                self.router.lose(call, now)
-                continue
-            batch = route.batch
-            if not batch:
-                routes.append(route)
-            batch.append(call)
-        return routes
-
-    def _dispatch(self, route: Route, calls: list[Any], now: float) -> None:
-        kind = calls[0].kind
-        if kind is Kind.WRITE and all(call.kind is kind for call in calls):
-            self._dispatch_alike(route, kind, LINEARIZABLE, calls, now)
-            return
-        groups: dict[tuple[Kind, int, int | None], list[Any]] = {}
-        for call in calls:
-            consistency, bound = LINEARIZABLE, None
-            if isinstance(call, (ReadCall, ScanCall)):
-                consistency, bound = call.consistency, call.age_us_max
-            groups.setdefault((call.kind, consistency, bound), []).append(call)
-        for (kind, consistency, _), group in groups.items():
-            self._dispatch_alike(route, kind, consistency, group, now)
-
-    def _dispatch_alike(self, route: Route, kind: Kind, consistency: int, calls: list[Any], now: float) -> None:
-        peer = self.router.peer_for(route, consistency, now)
-        if peer is None:
-            route.pending.extend(calls)
-            return
-        link = peer.link
-        assert link is not None, f"{peer.address} was chosen without a link"
-        packer = self.packer
-        if link.state is not LinkState.READY or not packer.room(link):
-            peer.waiting.extend(calls)
-        elif kind is Kind.WRITE:
-            held, rest = packer.writes(link, route, calls, now)
-            if held:
-                if self.session.ahead:
-                    self._issue_later(held, now)
-                else:
-                    self.ledger.held.extend(held)
-            peer.waiting.extend(rest)
-        elif kind is Kind.READ:
-            peer.waiting.extend(packer.reads(link, route, calls, consistency, now))
-        else:
-            for call in calls:
-                if not packer.room(link):
-                    peer.waiting.append(call)
-                elif kind is Kind.SCAN:
-                    packer.scan(link, route, call, now)
-                else:
-                    packer.admin(link, route, call, now)
-
-    def _unrouted(self, call: AdminCall, now: float) -> None:
-        """A call for one node, or for any."""
-        links = self.links
-        if call.node_id is None:
-            link = links.any_ready()
-            if link is not None and self.packer.room(link):
-                self.packer.admin(link, None, call, now)
-                return
-            self._anywhere.append(call)
-            retry_at = links.dial_any(now) if link is None else now + self.settings.backoff_seconds_min
-            if retry_at is not None and retry_at < self._anywhere_at:
-                self._anywhere_at = retry_at  # one timer for all that wait
-                self.timers.at(retry_at, self._retry_anywhere)
-            return
-        peer = links.peer_of(call.node_id)
-        if peer is None:
-            self._node_unknown(call, now)
-        elif peer.link is None and peer.dial_after > now:
-            self.timers.at(peer.dial_after, lambda _: self.ledger.requeue([call]))
-        else:
-            if peer.link is None:
-                links.dial(peer, now)
-            link = peer.link
-            if link is not None and link.state is LinkState.READY and self.packer.room(link):
-                self.packer.admin(link, None, call, now)
-            else:
-                peer.waiting.append(call)
-
-    def _node_unknown(self, call: AdminCall, now: float) -> None:
-        self.router.want_nodes(now)
-        if self.links.nodes and not self.router.asking_nodes:
-            self.ledger.finish(call, None, NotFound(f"there is no node {call.node_id}; list the nodes"))
-        else:
-            self.timers.at(now + self.settings.backoff_seconds_min, lambda _: self.ledger.requeue([call]))
-
-    def _retry_anywhere(self, now: float) -> None:
-        if now >= self._anywhere_at:
-            self._anywhere_at = inf
-        calls, self._anywhere = self._anywhere, []
-        self.ledger.requeue(calls)
+        if not self.ledger.closed:
+            self._dispatcher.flush(now)
 
     # --- links --------------------------------------------------------------------------------------------------
 
@@ -351,7 +213,7 @@ class Core:
         self.router.refresh_nodes(now)
         waiting, link.peer.waiting = link.peer.waiting, []
         self.ledger.requeue(waiting)
-        self._retry_anywhere(now)
+        self._dispatcher.retry_anywhere(now)
 
     def _link_lost(self, link: Link, requests: list[Sent], waiting: list[Call], now: float) -> None:
         """Nobody knows how far the requests came: what may be sent again goes elsewhere, with the same bytes."""
@@ -370,7 +232,7 @@ class Core:
                 else:
                     self.ledger.finish(call, None, answers.failure(call, f"the connection to {link.address} was lost"))
         self.ledger.requeue(waiting)
-        self._retry_anywhere(now)
+        self._dispatcher.retry_anywhere(now)
 
     def _saw(self, timestamp: int, now: float) -> None:
         if timestamp > self.packer.timestamp:
@@ -486,7 +348,7 @@ class Core:
                 self.session.too_old(now)
             self.ledger.renew(call)
             self.links.note(link.peer, error, now)
-            self._issue_later([call], now)
+            self._dispatcher.later([call], now)
             return
         if isinstance(call, WriteCall | AdminCall) and not recorded and answers.came_to_nothing(call, error):
             self.ledger.take_back(call)
@@ -499,15 +361,6 @@ class Core:
         else:
             self.router.busy(sent.route, sent.mark, now, node_id=link.peer.node_id, consistency=sent.consistency)
         self.ledger.requeue([call])
-
-    def _issue_later(self, calls: list[Any], now: float) -> None:
-        if not self._later:
-            self.timers.at(now + self.settings.backoff_seconds_max, self._issue_now)
-        self._later += calls
-
-    def _issue_now(self, now: float) -> None:
-        calls, self._later = self._later, []
-        self.ledger.requeue(calls)
 
     def _failed_anywhere(self, link: Link, call: AdminCall, error: ShardKVError, now: float) -> None:
         """A node refused a call that was for it, or for any node, for the moment."""
