@@ -12,10 +12,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from shardkv.environment import Stream
 from shardkv.errors import Unavailable
 from shardkv.simulation.environment import simulated_environment
 from shardkv.transport.connection import Connection
-from shardkv.transport.handshake import KnownBoots, greet
+from shardkv.transport.handshake import KnownBoots, accept, greet
 from shardkv.types import NodeId
 from shardkv.wire.frames import FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, Welcome
@@ -330,6 +331,20 @@ async def test_trap_24_what_the_group_had_agreed_on_is_known_after_a_restart_tho
         await holds_what_was_acknowledged(cluster)
 
 
+async def n1_is_started_and_n3_is_let_in(cluster: Cluster) -> None:
+    """However often n3 is started since."""
+    n1, n3 = cluster.nodes["n1"], cluster.nodes["n3"]
+    cluster.heal()
+    await n1.start()
+    for _ in range(2):
+        await trio.sleep(30)
+        await n3.kill()
+        await n3.start()
+        await trio.sleep(10)
+        assert n3.alive
+        assert n3.inside.pool.connected(NodeId(1))
+
+
 async def test_trap_24_a_copy_that_was_heard_is_held_against_nobody_after_a_restart_of_who_heard_it(
     autojump_clock: MockClock,
 ) -> None:
@@ -354,3 +369,46 @@ async def test_trap_24_a_copy_that_was_heard_is_held_against_nobody_after_a_rest
         await trio.sleep(10)
         assert n3.alive
         assert n3.inside.pool.connected(NodeId(1))
+
+
+async def test_trap_24_a_copy_that_was_met_by_join_is_held_against_nobody_after_a_restart_of_who_met_it(
+    autojump_clock: MockClock,
+) -> None:
+    """What it said of its earlier starts is noted, too, so that what the group agreed on tells it apart."""
+    async with world(3) as cluster, cluster.client("n2", "n3") as kv:
+        await cluster.formed(kv)
+        n1, n3 = cluster.nodes["n1"], cluster.nodes["n3"]
+        mine = n3.inside.listener._identity
+        await n1.kill()
+        await n3.kill()
+        await n3.start()
+        await trio.sleep(3)
+        earlier = (b"d" * 16, mine.start_token, *mine.earlier_tokens)
+        copy = replace(mine, boot=mine.boot + 2, start_token=b"c" * 16, earlier_tokens=earlier)
+        twins = simulated_environment("twins", seed=1, network=cluster.network)
+
+        async def greeted(stream: Stream) -> None:
+            connection = Connection(stream, clock=twins.clock)
+            await accept(
+                connection,
+                FrameDecoder(),
+                clock=twins.clock,
+                identity=copy,
+                known_boots=KnownBoots(),
+                timestamp=lambda: 0,
+                inflight_max=1,
+            )
+            await connection.aclose()
+
+        cluster.partition(["n1", "twins"], ["n2", "n3"])
+        async with trio.open_nursery() as nursery:
+            await nursery.start(twins.network.listen, f"twins:{PORT}", greeted)
+            before = n1.config
+            n1.config = replace(before, bootstrap=False, join=(f"twins:{PORT}",))
+            n1.start_soon()
+            await trio.sleep(5)
+            assert dict(n1.inside.placement._address_book)[NodeId(3)].boot == copy.boot
+            nursery.cancel_scope.cancel()
+        await n1.kill()
+        n1.config = before
+        await n1_is_started_and_n3_is_let_in(cluster)
