@@ -12,11 +12,10 @@ from typing import Any, Final
 from trio.lowlevel import enable_ki_protection
 
 from shardkv.errors import BatchError, OutcomeUnknown, Unavailable
-from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX
 from shardkv.wire.commands import Op, pack_put
 from shardkv_client.core import Call, Core, WriteCall
 from shardkv_client.core.links import describe
-from shardkv_client.limits import check_key_size, check_key_type, check_value_size, check_value_type
+from shardkv_client.limits import check_pair
 from shardkv_client.waiter import Waiter
 
 Pairs = Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]] | AsyncIterable[tuple[bytes, bytes]]
@@ -273,12 +272,7 @@ def checked_pair(pair: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
         key, value = pair
     except (TypeError, ValueError):
         raise TypeError(f"put_many takes pairs of a key and a value, not {pair!r:.60}") from None
-    if type(key) is bytes and type(value) is bytes and 0 < len(key) <= KEY_BYTES_MAX and len(value) <= VALUE_BYTES_MAX:
-        return key, value
-    check_key_type(key)
-    check_value_type(value)
-    check_key_size(key)
-    check_value_size(value)
+    check_pair(key, value)
     return key, value
 
 

@@ -39,10 +39,9 @@ from shardkv_client.limits import (
     check_key_size,
     check_key_type,
     check_limit,
+    check_pair,
     check_request,
     check_timeout,
-    check_value_size,
-    check_value_type,
     check_version,
     consistency_of,
     deleted_span_of,
@@ -203,13 +202,10 @@ class Client:
             VersionMismatch: it is not; ``current`` is the version it is at.
             OutcomeUnknown: the write was sent but not answered in time.
         """
-        check_key_type(key)
-        check_value_type(value)
+        check_pair(key, value)
         if if_version is not None:
             check_version(if_version)
         check_timeout(timeout)
-        check_key_size(key)
-        check_value_size(value)
         call = WriteCall(Op.PUT, key, pack_put(key, value, if_version), self._now() + timeout)
         version: int = await self._perform(call)
         return version

@@ -4,7 +4,7 @@ A wrong type is a TypeError, everything else one of shardkv's RequestErrors; eac
 """
 
 from collections.abc import Iterable, Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Final
 
 from shardkv.errors import InvalidRange, KeyTooLarge, MalformedRequest, RequestError, ValueTooLarge
@@ -47,6 +47,16 @@ def check_value_size(value: bytes) -> None:
         raise ValueTooLarge(
             f"a value may have {VALUE_BYTES_MAX} bytes; this one has {len(value)}: spread it over several keys"
         )
+
+
+def check_pair(key: bytes, value: bytes) -> None:
+    """A key and a value, as every put has them: one look, if nothing is wrong."""
+    if type(key) is bytes and type(value) is bytes and 0 < len(key) <= KEY_BYTES_MAX and len(value) <= VALUE_BYTES_MAX:
+        return
+    check_key_type(key)
+    check_value_type(value)
+    check_key_size(key)
+    check_value_size(value)
 
 
 def distinct(keys: Iterable[bytes]) -> list[bytes]:
@@ -102,6 +112,8 @@ def check_delta(delta: int) -> None:
 
 
 def check_timeout(timeout: float) -> None:
+    if type(timeout) is float and 0 <= timeout < inf:
+        return
     if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
         raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
     if not (_is_finite(timeout) and timeout >= 0):

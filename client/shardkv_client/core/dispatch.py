@@ -96,8 +96,10 @@ class Dispatcher:
 
     def _dispatch(self, route: Route, calls: list[Any], now: float) -> None:
         kind = calls[0].kind
-        if kind is Kind.WRITE and all(call.kind is kind for call in calls):
-            self._dispatch_alike(route, kind, LINEARIZABLE, calls, now)
+        if (kind is Kind.WRITE and all(call.kind is kind for call in calls)) or (
+            kind is Kind.READ and all(call.kind is kind and call.consistency == LINEARIZABLE for call in calls)
+        ):
+            self._dispatch_alike(route, kind, LINEARIZABLE, calls, now)  # as nearly always
             return
         groups: dict[tuple[Kind, int, int | None], list[Any]] = {}
         for call in calls:

@@ -295,11 +295,15 @@ class Core:
         if type(results) is not list or len(results) != len(calls):
             raise ProtocolError("a get was answered with another number of values")
         for result in results:
-            match result:
-                case None | [bytes(), int()]:
-                    pass
-                case _:
-                    raise ProtocolError(f"a get cannot be answered with {result!r:.40}")
+            if result is None:
+                continue
+            if (
+                type(result) is not list
+                or len(result) != 2
+                or type(result[0]) is not bytes
+                or type(result[1]) is not int
+            ):
+                raise ProtocolError(f"a get cannot be answered with {result!r:.40}")
         self.router.succeeded(sent.route, link.peer.node_id, sent.consistency)
         finish = self.ledger.finish
         for call, result in zip(calls, results):
