@@ -6,8 +6,9 @@ tasks of trio; ``trace`` digests what happened in it.
 
 * A node's world is its ``environment``: ``clock``, ``workers``, ``disk`` (on ``files``), ``network`` (of ``pipes``, in
   some of which ``frames`` are repeated or overtaken). ``calls`` numbers what it asks of that world, to crash it there.
-* A run is ``runner``'s: ``faults`` and ``sequences`` of them, a ``workload`` with ``errands``, ``observing`` what nodes
-  hold, and the ``checkers`` that judge it. ``swarm`` does it for many seeds, ``command`` from the command line.
+* A run is ``runner``'s: ``faults`` and ``sequences`` of them, some with ``bad_disks``, a ``workload`` with ``errands``,
+  ``observing`` what nodes hold, and the ``checkers`` that judge it. ``swarm`` does it for many seeds, ``command`` from
+  the command line.
 * ``pytest_plugin`` brings it to tests of your own.
 
 Nothing is imported here before it is asked for, for pytest loads the plugin into every test suite.
