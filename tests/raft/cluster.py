@@ -315,14 +315,19 @@ def after_write(ready: Ready) -> tuple[Message, ...]:
     )
 
 
-def fresh(replica_id: int = 1, voters: int = 3, terms: Iterable[int] = (), **changed: Any) -> RaftNode:
-    """A lone replica whose log holds an entry of each of these terms, all of them written."""
+def stored(terms: Iterable[int], hard_state: HardState | None = None, *, voters: int = 3) -> MemoryStorage:
+    """The storage of a voter whose log holds an entry of each of these terms."""
     storage = MemoryStorage(ConfState(tuple(range(1, voters + 1))))
     entries = tuple(Entry(term, index) for index, term in enumerate(terms, 1))
     storage.append(entries)
     if entries:
-        storage.set_hard_state(HardState(entries[-1].term, 0, 0))
-    return RaftNode(settings_for(replica_id, **changed), storage)
+        storage.set_hard_state(hard_state or HardState(entries[-1].term, 0, 0))
+    return storage
+
+
+def fresh(replica_id: int = 1, voters: int = 3, terms: Iterable[int] = (), **changed: Any) -> RaftNode:
+    """A lone replica whose log holds an entry of each of these terms, all of them written."""
+    return RaftNode(settings_for(replica_id, **changed), stored(terms, voters=voters))
 
 
 def led(voters: int = 3, **changed: object) -> Cluster:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from shardkv.raft import DropReason, Inconsistent, ProgressState, ProposalDropped, Role, encode_conf_change
-from shardkv.raft.messages import Entry, EntryType, Message
+from shardkv.raft import DropReason, Inconsistent, ProgressState, ProposalDropped, RaftNode, Role, encode_conf_change
+from shardkv.raft.messages import APPLY_THREAD, Entry, EntryType, HardState, Message
 from shardkv.raft.storage import ENTRY_OVERHEAD_BYTES, entries_bytes
-from tests.raft.cluster import Cluster, M, after_write, change, fresh, led, sent
+from tests.raft.cluster import Cluster, M, after_write, change, fresh, led, sent, settings_for, stored
 
 
 def test_a_leader_appends_and_sends_without_waiting_for_its_own_disk() -> None:
@@ -291,6 +291,32 @@ def test_entries_that_would_overwrite_a_committed_one_are_reported() -> None:
     node.step(Message(M.APP, 2, 1, 1, entries=(Entry(1, 1), Entry(1, 2)), commit=1))
     with pytest.raises(Inconsistent, match="overwrite"):
         node.raft.log.append((Entry(2, 1),))
+
+
+def test_trap_20_a_replica_that_starts_hands_out_nothing_that_its_host_has_applied() -> None:
+    """A membership change among it would be made to a configuration that has it already."""
+    node = RaftNode(settings_for(2), stored([1, 1, 1], HardState(1, 0, 3)), applied=2)
+    assert (node.applied, node.committed) == (2, 3)
+    (work,) = [message for message in node.ready().messages if message.to == APPLY_THREAD]
+    assert work.entries == (Entry(1, 3),)
+
+
+@pytest.mark.parametrize(
+    "commit,applied",
+    [pytest.param(4, 0, id="commit past the end"), pytest.param(3, 4, id="applied more than is committed")],
+)
+def test_trap_24_a_start_from_storage_that_contradicts_itself_is_refused(commit: int, applied: int) -> None:
+    """What was committed here was lost, or is another log's: the replica must not go on as if nothing had happened."""
+    with pytest.raises(Inconsistent):
+        RaftNode(settings_for(2), stored([1, 1, 1], HardState(1, 0, commit)), applied=applied)
+
+
+def test_trap_24_a_start_with_less_committed_than_compacted_is_refused() -> None:
+    """Only what is committed is ever compacted, so the hard state is an old one: its term and vote are, too."""
+    storage = stored([1, 1, 1], HardState(1, 0, 1))
+    storage.compact(2)
+    with pytest.raises(Inconsistent, match="commit 1"):
+        RaftNode(settings_for(2), storage)
 
 
 # Flow control.

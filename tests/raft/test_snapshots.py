@@ -3,7 +3,7 @@
 import pytest
 
 from shardkv.raft import ProgressState, Role
-from shardkv.raft.messages import APPEND_THREAD, ConfState, Message, Snapshot, SnapshotMetadata
+from shardkv.raft.messages import APPEND_THREAD, ConfState, Entry, Message, Snapshot, SnapshotMetadata
 from tests.raft.cluster import Cluster, M, after_write, fresh, sent
 
 
@@ -176,3 +176,27 @@ def test_a_snapshot_of_what_the_log_already_holds_only_commits_it() -> None:
     node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot_at(2, voters=(1, 2, 3))))
     assert (node.committed, node.last_index) == (2, 3)
     assert node.ready().snapshot is None
+
+
+def test_a_snapshot_that_is_written_takes_no_newer_one_for_written() -> None:
+    """Paper 7: the newer one is in nobody's storage yet, and the log must not go on as if it were."""
+    node = fresh(2)
+    node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot_at(5, voters=(1, 2, 3))))
+    written = [answer for answer in after_write(node.ready()) if answer.to == 2]
+    newer = snapshot_at(9, voters=(1, 2, 3))
+    node.step(Message(M.SNAP, 2, 1, 1, snapshot=newer))
+    for answer in written:
+        node.step(answer)
+    assert node.raft.log.snapshot is newer
+    assert node.ready().snapshot is newer
+
+
+def test_entries_that_follow_a_snapshot_are_taken_while_it_is_not_written() -> None:
+    """The old log is still in the storage, and what it holds there says nothing of the new one."""
+    node = fresh(2, terms=[1, 1, 1, 1, 1, 1, 1])
+    node.step(Message(M.SNAP, 2, 1, 2, snapshot=Snapshot(SnapshotMetadata(5, 2, ConfState((1, 2, 3))), b"state")))
+    for last in (6, 7):
+        entries = tuple(Entry(2, index) for index in range(6, last + 1))
+        node.step(Message(M.APP, 2, 1, 2, index=5, log_term=2, entries=entries))
+    answers = [answer for answer in after_write(node.ready()) if answer.to == 1]
+    assert [(answer.index, answer.reject) for answer in answers] == [(5, False), (6, False), (7, False)]
