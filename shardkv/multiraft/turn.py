@@ -40,17 +40,6 @@ class Turn:
     changed: list[Replica] = field(default_factory=list)
     """Replicas whose role or leader changed."""
 
-    def __bool__(self) -> bool:
-        return bool(
-            self.appends
-            or self.installs
-            or self.messages
-            or self.snapshots
-            or self.applies
-            or self.confirmed
-            or self.changed
-        )
-
 
 def gather(replicas: Iterable[Replica]) -> tuple[Turn, list[Replica]]:
     """The work of every group that has some, and the groups that still have more after their share."""
