@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from shardkv.raft import RaftNode, Role, encode_conf_change
+from shardkv.raft import ProgressState, RaftNode, Role, encode_conf_change
 from shardkv.raft.core import TERM_JUMP_MAX
 from shardkv.raft.election import CAMPAIGN_TRANSFER, PATIENCE, STAGGER_TICKS, stagger_ticks
-from shardkv.raft.messages import ConfState, Entry, EntryType, Message, Snapshot, SnapshotMetadata
+from shardkv.raft.messages import ConfState, Entry, EntryType, HardState, Message, Snapshot, SnapshotMetadata
 from tests.raft.cluster import TICK_NS, Cluster, M, after_write, change, fresh, sent
 
 
@@ -181,6 +181,19 @@ def test_a_vote_is_given_once_in_a_term_and_only_after_it_is_on_disk() -> None:
     assert [(answer.to, answer.reject) for answer in after_write(ready)] == [(2, False), (3, True), (2, False)]
 
 
+def test_trap_10_a_vote_of_a_term_that_is_on_disk_already_is_written_before_it_is_given() -> None:
+    """Else a crash would let it be given twice in that term."""
+    node = fresh(terms=[1])
+    node.step(Message(M.VOTE, 1, 3, 2))
+    ready = node.ready()
+    assert ready.hard_state == HardState(2, 0, 0), "the log of 3 is too short"
+    node.step(Message(M.VOTE, 1, 2, 2, index=1, log_term=1))
+    ready = node.ready()
+    assert ready.hard_state == HardState(2, 2, 0)
+    assert ready.must_sync
+    assert [(answer.to, answer.reject) for answer in after_write(ready)] == [(2, False)]
+
+
 def test_trap_10_a_single_replica_leads_only_after_its_vote_is_on_disk() -> None:
     """Order of persistence, on a group of one too: no shortcut past the disk."""
     node = fresh(voters=1)
@@ -297,6 +310,25 @@ def test_a_leader_without_a_quorum_steps_down() -> None:
     cluster.isolate(1)
     cluster.tick(1, count=25)
     assert cluster[1].role is Role.PRE_CANDIDATE or cluster[1].role is Role.FOLLOWER
+
+
+def test_a_leader_that_is_elected_again_begins_with_each_peer_anew() -> None:
+    """Paper figure 2, volatile state of leaders. One that was being sent a snapshot would else be sent nothing."""
+    cluster = Cluster()
+    cluster.elect(1)
+    cluster.isolate(3)
+    cluster[1].propose(b"a")
+    cluster.settle()
+    cluster.hosts[1].compact()
+    cluster[1].report_unreachable(3)
+    cluster[1].step(Message(M.HEARTBEAT_RESP, 1, 3, 1))
+    assert cluster[1].status().progress[3].state is ProgressState.SNAPSHOT
+    cluster[1].propose(b"b")
+    cluster[1].step(Message(M.VOTE, 1, 2, 2))
+    cluster.elect(1)
+    progress = cluster[1].status().progress
+    assert (progress[3].match, progress[3].next, progress[3].state) == (0, 4, ProgressState.PROBE)
+    assert (progress[3].pending_snapshot, progress[3].inflight_messages, progress[3].recent_active) == (0, 0, False)
 
 
 def test_a_vote_is_not_given_while_the_leader_is_heard_of() -> None:

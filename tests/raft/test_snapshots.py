@@ -198,5 +198,7 @@ def test_entries_that_follow_a_snapshot_are_taken_while_it_is_not_written() -> N
     for last in (6, 7):
         entries = tuple(Entry(2, index) for index in range(6, last + 1))
         node.step(Message(M.APP, 2, 1, 2, index=5, log_term=2, entries=entries))
-    answers = [answer for answer in after_write(node.ready()) if answer.to == 1]
+    ready = node.ready()
+    assert [entry.index for entry in ready.entries] == [6, 7], "the old log's 6 and 7 are on disk, these are not"
+    answers = [answer for answer in after_write(ready) if answer.to == 1]
     assert [(answer.index, answer.reject) for answer in answers] == [(5, False), (6, False), (7, False)]
