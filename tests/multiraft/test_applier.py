@@ -1,8 +1,9 @@
 """Who gets what of the entries that are applied, and in which order, on one node's parts."""
 
+import pytest
 from trio.testing import MockClock
 
-from shardkv.errors import NotLeader
+from shardkv.errors import Busy, NotLeader
 from shardkv.machine import entries
 from shardkv.multiraft.replica import Proposal, Replica
 from shardkv.raft.messages import Entry, Message, MessageType
@@ -68,3 +69,18 @@ async def test_a_proposal_is_never_answered_with_the_outcome_of_another_leaders_
         assert host.value(b"k") == b"v"
         assert isinstance(beaten.error, NotLeader)
         assert (beaten.result, beaten.count, replica.proposals) == (None, 1, {})
+
+
+async def test_a_read_that_waits_for_what_is_never_applied_is_refused_in_time(autojump_clock: MockClock) -> None:
+    """Its confirmation has come; nothing else would ever answer it."""
+    async with world(3) as hosts:
+        host = await hosts.led()
+        await hosts.write(b"k", b"v")
+        host.engine.stall = True
+        host.put(b"k", b"w")
+        await hosts.until(lambda: host.driver.applier.held, "an entry that is held back")
+        answer = host.read(b"k")
+        await hosts.until(lambda: host.replica().confirmed, "a confirmed read")
+        with pytest.raises(Busy, match="did not come in time"):
+            await answer.wait()
+        assert host.replica().confirmed is None

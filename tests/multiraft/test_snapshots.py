@@ -65,6 +65,26 @@ async def test_a_replica_that_asks_again_while_it_is_sent_a_snapshot_is_sent_no_
         assert not leader.snapshots._sending
 
 
+async def test_whoever_asks_the_wrong_replica_for_its_data_is_sent_none(autojump_clock: MockClock) -> None:
+    """The notice may be late: for a range, or a replica, that is not here any more. Nor does a follower send any."""
+    async with world(3) as hosts:
+        leader = await hosts.led()
+        replica, asking = leader.replica(), hosts.follower()
+        dialled: list[int] = []
+        hosts.opens = lambda source, target: bool(dialled.append(target)) or True
+        own, other = replica.replica_id, asking.replica().replica_id
+        leader.driver.snapshot_needed(RangeId(70), own, other, asking.node_id)
+        leader.driver.snapshot_needed(RANGE, own + 70, other, asking.node_id)
+        leader.driver.snapshot_needed(RANGE, own, 70, asking.node_id)
+        asking.driver.snapshot_needed(RANGE, other, own, leader.node_id)
+        await trio.sleep(1)
+        assert dialled == []
+        assert replica.stateless is None
+        leader.driver.snapshot_needed(RANGE, own, other, asking.node_id)
+        await trio.sleep(1)
+        assert dialled == [asking.node_id]
+
+
 async def test_a_snapshot_that_has_arrived_before_is_not_streamed_again(autojump_clock: MockClock) -> None:
     """Its sender may not know, for the answer may be lost: a gibibyte would be sent for nothing."""
     async with world(3) as hosts:

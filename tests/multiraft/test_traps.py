@@ -13,6 +13,7 @@ from shardkv.machine import keys
 from shardkv.machine.entries import encode_membership
 from shardkv.raft import Role
 from shardkv.raft.messages import ConfChange, ConfChangeSingle, ConfChangeType, Message, MessageType
+from shardkv.storage.wal import CompactLog, LogUpdate
 from shardkv.types import RangeId, ReplicaRole
 from shardkv.wire import commands
 from tests.multiraft.scenes import behind, led_by_another
@@ -275,6 +276,21 @@ async def test_trap_10_a_failed_sync_ends_the_node_though_nothing_else_is_writte
         answer = host.put(b"k", b"w")
         await hosts.until(lambda: not host.alive, "the end of the node")
         assert not answer.arrived
+        assert "the disk is broken" in repr(host.error)
+
+
+async def test_trap_10_a_failed_sync_of_what_belongs_to_no_turn_ends_the_node_too(autojump_clock: MockClock) -> None:
+    """Creations, compactions and snapshots: what was to follow from the record does not."""
+    async with world(1) as hosts:
+        hosts.tolerant = True
+        host = hosts[1]
+        await host.put(b"k", b"v").wait()
+        log, followed = host.replica().log, []
+        compact = CompactLog(log.compact_index, log.term(log.compact_index))
+        host.disk.fail("sync", StorageError("the disk is broken"), path_part="/wal/")
+        host.driver.log_writer.append([LogUpdate(RANGE, compact=compact)], lambda: followed.append(RANGE))
+        await hosts.until(lambda: not host.alive, "the end of the node")
+        assert not followed
         assert "the disk is broken" in repr(host.error)
 
 
