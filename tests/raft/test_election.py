@@ -235,6 +235,17 @@ def test_a_vote_goes_only_to_a_log_that_is_as_up_to_date(last_index: int, last_t
     assert answer.reject is not granted
 
 
+@pytest.mark.parametrize("pre_vote", [True, False])
+def test_a_candidate_takes_the_snapshot_of_a_leader_of_its_term(pre_vote: bool) -> None:
+    """Paper 5.2 and 7: it may be the first that it hears of that leader."""
+    node = fresh(2, pre_vote=pre_vote)
+    node.campaign()
+    snapshot = Snapshot(SnapshotMetadata(5, 1, ConfState((1, 2, 3))), b"state")
+    node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot))
+    assert (node.role, node.leader, node.term) == (Role.FOLLOWER, 1, 1)
+    assert node.ready().snapshot is snapshot
+
+
 def test_a_candidate_yields_to_a_leader_of_its_term() -> None:
     """Paper 5.2: if the leader's term is at least as large, the candidate recognises it and returns to follower."""
     node = fresh()
@@ -289,6 +300,23 @@ def test_a_late_pre_vote_answer_is_no_vote() -> None:
     for late in (2, 3, 4, 5):
         node.step(Message(M.PRE_VOTE_RESP, 1, late, 1))
     assert node.role is Role.CANDIDATE
+
+
+def test_one_with_the_longer_log_and_one_with_the_later_term_find_a_leader() -> None:
+    """Thesis 9.6: who asks in an earlier term is told of the later one, else the two would refuse each other for ever."""
+    cluster = Cluster(pre_vote=True, check_quorum=True)
+    cluster.elect(1)
+    cluster.isolate(3)
+    cluster[1].propose(b"a")
+    cluster.settle()
+    cluster[3].step(Message(M.VOTE_RESP, 3, 2, 5, reject=True))
+    cluster.settle()
+    cluster.hosts[1].crash()
+    cluster.heal()
+    assert (cluster[2].term, cluster[3].term) == (1, 5)
+    cluster.tick(count=100)
+    assert cluster.leaders() == [2]
+    assert cluster.hosts[3].applied == [b"a"]
 
 
 def test_a_replica_that_was_cut_off_comes_back_without_disturbing_the_leader() -> None:
