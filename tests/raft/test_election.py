@@ -303,7 +303,7 @@ def test_a_late_pre_vote_answer_is_no_vote() -> None:
 
 
 def test_one_with_the_longer_log_and_one_with_the_later_term_find_a_leader() -> None:
-    """Thesis 9.6: who asks in an earlier term is told of the later one, else the two would refuse each other for ever."""
+    """Thesis 9.6: else, each refused by the other, they would wait for ever."""
     cluster = Cluster(pre_vote=True, check_quorum=True)
     cluster.elect(1)
     cluster.isolate(3)
@@ -317,6 +317,28 @@ def test_one_with_the_longer_log_and_one_with_the_later_term_find_a_leader() -> 
     cluster.tick(count=100)
     assert cluster.leaders() == [2]
     assert cluster.hosts[3].applied == [b"a"]
+
+
+def test_answers_to_an_earlier_pre_vote_do_not_count_in_the_next() -> None:
+    """Thesis 9.6: who refused then, for it heard of a leader, may grant now, and the other way round."""
+    node = fresh(voters=5, pre_vote=True)
+    node.campaign()
+    for voter in (2, 3):
+        node.step(Message(M.PRE_VOTE_RESP, 1, voter, 0, reject=True))
+    node.campaign()
+    node.step(after_write(node.ready())[-1])
+    for voter in (2, 3):
+        assert node.role is Role.PRE_CANDIDATE
+        node.step(Message(M.PRE_VOTE_RESP, 1, voter, 1))
+    assert node.role is Role.CANDIDATE
+
+
+def test_who_follows_the_leader_of_a_term_votes_for_nobody_else_in_it() -> None:
+    """It may not have voted for that leader; yet there is one."""
+    node = fresh(2)
+    node.step(Message(M.HEARTBEAT, 2, 1, 1))
+    node.step(Message(M.VOTE, 2, 3, 1))
+    assert [answer.reject for answer in after_write(node.ready())] == [True]
 
 
 def test_a_replica_that_was_cut_off_comes_back_without_disturbing_the_leader() -> None:
@@ -726,6 +748,16 @@ def test_who_has_given_its_vote_begins_no_election_before_that_is_on_disk() -> N
     node.step(answers[1])
     assert not ticked(node, 30 + node.raft.randomized_election_timeout - 1)
     assert {message.type for message in ticked(node, 1)} == {M.PRE_VOTE}
+
+
+def test_who_has_given_its_vote_in_an_earlier_term_waits_for_that_no_more() -> None:
+    """What says that it is on disk is of that term and is not looked at: this replica would never campaign again."""
+    node = patient()
+    node.step(Message(M.VOTE, 1, 2, 1))
+    answers = after_write(node.ready())
+    node.step(Message(M.HEARTBEAT, 1, 3, 2))
+    node.step(answers[1])
+    assert {message.type for message in ticked(node, node.raft.randomized_election_timeout)} >= {M.PRE_VOTE}
 
 
 def test_a_pre_candidate_that_gives_its_vote_wants_to_lead_no_more() -> None:

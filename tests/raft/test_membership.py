@@ -43,6 +43,14 @@ def test_a_change_survives_its_encoding(wanted: ConfChange) -> None:
     assert encode_conf_change(LEAVE) == b""
 
 
+@pytest.mark.parametrize("cut", [1, 9, 10, 18])
+def test_a_change_that_was_cut_short_is_refused(cut: int) -> None:
+    """Also where a part of it ends: what is left would be another change."""
+    data = encode_conf_change(change("v4 r3"))
+    with pytest.raises(InvalidConfChange):
+        decode_conf_change(data[:-cut])
+
+
 @given(st.binary(min_size=1))
 def test_what_is_no_change_is_refused(data: bytes) -> None:
     """Bytes from elsewhere either decode to what encodes to them, or are refused; nothing else escapes."""
@@ -256,6 +264,25 @@ def test_a_joint_configuration_is_left_after_a_transfer_that_failed() -> None:
     cluster.tick(1, count=2 * cluster[1].raft.settings.election_ticks)
     assert (cluster[1].role, cluster[1].transferee) == (Role.LEADER, 0)
     assert cluster[1].configuration == cluster[4].configuration == ConfState((1, 2, 4))
+
+
+def test_to_leave_a_joint_configuration_is_proposed_once() -> None:
+    """Else the log would grow with each tick for as long as no quorum answers."""
+    cluster = led()
+    cluster.add(4)
+    cluster.dropped = lambda message: (
+        any(entry.type is not EntryType.NORMAL for entry in message.entries[1:])
+        or any(not entry.data and entry.type is not EntryType.NORMAL for entry in message.entries)
+    )
+    cluster[1].propose_conf_change(change("v4 r3"))
+    cluster.tick(1, count=2)
+    assert cluster[1].configuration.auto_leave
+    last = cluster[1].last_index
+    cluster.tick(1, count=20)
+    assert cluster[1].last_index == last
+    cluster.dropped = lambda message: False
+    cluster.tick(1, count=4)
+    assert cluster[1].configuration == ConfState((1, 2, 4))
 
 
 def test_a_change_with_explicit_transition_leaves_when_it_is_told_to() -> None:

@@ -115,6 +115,18 @@ def test_an_old_or_foreign_snapshot_is_not_taken(index: int, voters: tuple[int, 
     assert answer.index == node.committed
 
 
+@pytest.mark.parametrize("index,voters", [(2, (1, 2, 3)), (5, (1, 3))])
+def test_the_answer_to_a_snapshot_that_is_not_taken_vouches_for_nothing_uncommitted(
+    index: int, voters: tuple[int, ...]
+) -> None:
+    """What follows the commit index may not be in the leader's log, and would count towards its commits."""
+    node = fresh(2, terms=[1, 1, 1])
+    node.step(Message(M.HEARTBEAT, 2, 1, 1, commit=2))
+    node.ready()
+    node.step(Message(M.SNAP, 2, 3, 2, snapshot=snapshot_at(index, voters=voters)))
+    assert [answer.index for answer in after_write(node.ready()) if answer.to == 3] == [2]
+
+
 def test_a_replica_with_a_snapshot_to_write_does_not_campaign() -> None:
     """etcd-io/raft, promotable: its log is about to be replaced."""
     node = fresh(2)
@@ -175,7 +187,9 @@ def test_a_snapshot_of_what_the_log_already_holds_only_commits_it() -> None:
     node = fresh(2, terms=[1, 1, 1])
     node.step(Message(M.SNAP, 2, 1, 1, snapshot=snapshot_at(2, voters=(1, 2, 3))))
     assert (node.committed, node.last_index) == (2, 3)
-    assert node.ready().snapshot is None
+    ready = node.ready()
+    assert ready.snapshot is None
+    assert [answer.index for answer in after_write(ready) if answer.to == 1] == [2], "the rest may be another leader's"
 
 
 def test_a_snapshot_that_is_written_takes_no_newer_one_for_written() -> None:
