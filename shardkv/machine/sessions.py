@@ -17,6 +17,7 @@ window. In memory a record is the 12 bytes of its row (21 where a piece holds an
 
 from collections.abc import Iterable
 from struct import Struct
+from struct import error as StructError
 from typing import Any, Final, NamedTuple
 
 from shardkv.errors import Corruption, NotAnInteger, VersionMismatch, to_wire
@@ -249,6 +250,12 @@ class SessionTable:
 
     def add_row(self, index: int, value: bytes) -> None:
         """Take in a row of the engine. Raises Corruption."""
+        try:
+            self._add_row(index, value)
+        except StructError as problem:
+            raise Corruption(f"session row {index} is damaged: {value[:64].hex()}") from problem
+
+    def _add_row(self, index: int, value: bytes) -> None:
         form, issued_at = _ROW_HEAD.unpack_from(value)
         if form != ROW_FORMAT:
             raise Corruption(f"session row {index} has format {form}; this version knows {ROW_FORMAT}")

@@ -7,7 +7,7 @@ import pytest
 from shardkv import errors
 from shardkv.machine import keys
 from shardkv.machine.execution import ISSUED_AHEAD_MS_MAX
-from shardkv.machine.sessions import Record, SessionTable, pack_mixed, pack_row
+from shardkv.machine.sessions import PLAIN, Record, SessionTable, pack_mixed, pack_plain_one, pack_row
 from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX, Epoch
 from shardkv.wire import commands
 
@@ -401,6 +401,18 @@ def test_expired_rows_are_let_go_from_memory() -> None:
     assert len(table._rows) <= 2 * 11
 
 
+def test_a_session_that_one_entry_names_twice_goes_once() -> None:
+    """Two requests of a client may share an entry; their row names its session for each."""
+    range_, client = World(), Client()
+    range_.write((client, [client.put(b"a", b"")]), (client, [client.increment(b"n")]))
+    range_.now_ms += SESSION_AGE_MS_MAX + 1
+    other = Client(b"other", now_ms=range_.now_ms)
+    range_.do(other, other.put(b"b", b""))
+    table = range_.machine.sessions(range_.engine)
+    assert list(table.sessions) == [other.session]
+    assert len(table.rows) == 1
+
+
 def test_a_range_at_rest_keeps_no_sessions_in_memory_and_knows_them_when_it_is_written_again() -> None:
     range_, client = World(), Client()
     attempt = client.increment(b"n")
@@ -443,6 +455,26 @@ def test_a_replica_that_has_restarted_writes_the_same_rows(sequence: int) -> Non
     assert run(True).rows() == run(False).rows()
 
 
+def test_a_row_behind_one_that_lives_stays_although_its_own_time_has_passed() -> None:
+    """Rows go oldest first, on a replica that has just loaded them too. A retry that comes late makes a row of an old
+    command behind one of a young command."""
+
+    def run(restart: bool) -> World:
+        range_, old = World(), Client(b"old")
+        range_.now_ms += 30_000
+        young, other = Client(b"young", now_ms=range_.now_ms), Client(b"other")
+        range_.do(young, young.put(b"k", b""))
+        range_.do(old, old.put(b"k", b""))
+        other.now_ms = range_.now_ms = world.NOW_MS + SESSION_AGE_MS_MAX + 1
+        if restart:
+            range_.reload()
+        range_.do(other, other.put(b"k", b""))
+        assert len(list(range_.engine.scan(*keys.kind_span(1, keys.SESSIONS)))) == 3
+        return range_
+
+    assert run(True).rows() == run(False).rows()
+
+
 def test_a_row_that_is_damaged_or_of_an_unknown_format_is_corruption() -> None:
     row = pack_row(1, [pack_mixed(b"s" * 16, 1, {3: Record(7, 0, 9)})])
     assert SessionTable.load([(1, row)]).statistics() == (1, 1, 50)
@@ -450,3 +482,16 @@ def test_a_row_that_is_damaged_or_of_an_unknown_format_is_corruption() -> None:
     for damaged in (b"\x07" + row[1:], row[:9] + b"\x07" + row[10:], empty):
         with pytest.raises(errors.Corruption):
             SessionTable.load([(1, damaged)])
+
+
+def test_a_row_that_was_cut_short_is_corruption() -> None:
+    head = len(pack_row(1, []))
+    for piece in (pack_mixed(b"s" * 16, 1, {3: Record(7, 0, 9)}), pack_plain_one(PLAIN, b"s" * 16, 1, 1, 9, 3, 7)):
+        row = pack_row(1, [piece])
+        assert SessionTable.load([(1, row)]).sessions.keys() == {b"s" * 16}
+        for size in [*range(head), *range(head + 1, len(row))]:
+            with pytest.raises(errors.Corruption):
+                SessionTable.load([(1, row[:size])])
+    for size in range(head):
+        with pytest.raises(errors.Corruption):
+            SessionTable.expired(row[:size], 0)
