@@ -161,3 +161,15 @@ def test_stamps_that_are_held_back_go_on_from_what_a_client_was_told_before() ->
     hands.go_on(10_000)
     assert timestamp_ms(clock.now()) == 1_810_000
     clock.check()
+
+
+def test_stamps_that_are_held_back_do_not_fall_behind_for_what_a_client_was_told_before() -> None:
+    """Nor is the time guessed to be earlier than what was applied, however late the wall clock is."""
+    clock, hands = clock_at(1_000)
+    clock.absorb(timestamp_at(61_000))
+    clock.hold()
+    assert clock.guess_ms() == 61_000
+    hands.go_on(10_000)
+    assert clock.observe(timestamp_at(65_000)), "above all stamps seen, and below the time"
+    assert clock.ms() == clock.guess_ms() == 71_000
+    clock.check()

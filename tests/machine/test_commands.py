@@ -57,6 +57,16 @@ def test_each_command_of_an_entry_has_a_version_of_its_own_across_groups() -> No
     assert range_.machine.last_timestamp == outcomes[1][2]
 
 
+def test_two_clients_single_puts_in_one_entry_have_versions_of_their_own() -> None:
+    """A conditional write by the first one's version must not match what the second has written."""
+    range_, alice, bob = World(), Client(b"alice"), Client(b"bob")
+    [[first], [second]] = range_.write((alice, [alice.put(b"k", b"1")]), (bob, [bob.put(b"k", b"2")]))
+    assert first < second
+    assert range_.get(b"k") == [b"2", second]
+    assert range_.machine.last_timestamp == second
+    assert range_.do(alice, alice.put(b"l", b"")) > second
+
+
 def test_the_last_put_of_a_key_in_a_group_wins() -> None:
     range_, client = World(), Client()
     versions = range_.do(client, client.put(b"k", b"1"), client.put(b"k", b"2"))
@@ -127,6 +137,16 @@ def test_a_delete_range_removes_its_span_and_nothing_else() -> None:
     range_.do(client, *(client.put(key, b"") for key in (b"a", b"b", b"c", b"d")))
     assert range_.do(client, client.delete_range(b"b", b"d")) is True
     assert [range_.get(key) is not None for key in (b"a", b"b", b"c", b"d")] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("span", [(b"b", b"m"), (b"c", b"m"), (b"b", b"d"), (b"c", b"d")])
+def test_a_delete_range_within_a_range_that_ends_is_carried_out_to_its_very_end(span: tuple[bytes, bytes]) -> None:
+    """A client cuts its pieces at the ranges' ends."""
+    range_, client = World(world.descriptor(KeyRange(b"b", b"m"))), Client()
+    kept = (b"b", b"c", b"lz")
+    range_.do(client, *(client.put(key, b"") for key in kept))
+    assert range_.do(client, client.delete_range(*span)) is True
+    assert [key for key in kept if range_.get(key) is not None] == [key for key in kept if not span[0] <= key < span[1]]
 
 
 def test_an_unbounded_delete_range_is_carried_out_by_a_range_without_an_end_only() -> None:

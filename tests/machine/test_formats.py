@@ -115,6 +115,9 @@ def test_a_membership_context_names_who_comes_and_where() -> None:
     assert decode_membership(b"") == []
     with pytest.raises(Corruption):
         decode_membership(codec.dumps([9, []]))
+    for strange in ([-1, 4], [4, -1], [True, 4], [4, True], ["n", 4], [4]):
+        with pytest.raises(Corruption):
+            decode_membership(codec.dumps([1, [strange]]))
 
 
 def test_the_applied_row_comes_back_as_it_was_or_as_corruption() -> None:
@@ -124,6 +127,16 @@ def test_the_applied_row_comes_back_as_it_was_or_as_corruption() -> None:
     for damaged in (b"", packed[:20], packed[:-1], b"\x07" + packed[1:], packed[:1] + b"\x07" + packed[2:]):
         with pytest.raises(Corruption):
             rows.unpack_applied(damaged)
+    for strange in (-1, True, "1", None):
+        for position in range(4):
+            parts: list[object] = [[], [], [], [], False]
+            parts[position] = [1, strange]
+            with pytest.raises(Corruption):
+                rows.unpack_applied(rows.pack_applied(10, 5, 1, codec.dumps(parts)))
+    mark = rows.pack_mark(rows.InstallMark(world.descriptor(), 10, 5))
+    assert rows.unpack_applied(mark) == rows.InstallMark(world.descriptor(), 10, 5)
+    with pytest.raises(Corruption):
+        rows.unpack_applied(b"\x07" + mark[1:])
 
 
 def test_the_descriptor_row_comes_back_as_it_was_or_as_corruption() -> None:

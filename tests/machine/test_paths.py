@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from shardkv import errors
 from shardkv.machine import execution, keys
+from shardkv.machine.entries import encode_write_entry
 from shardkv.machine.execution import ISSUED_AHEAD_MS_MAX
-from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX, KeyRange
+from shardkv.storage.engine import WriteBatch
+from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX, KeyRange, timestamp_at
 from shardkv.wire import commands
 
 from . import world
@@ -109,6 +111,22 @@ def test_a_group_whose_sequences_do_not_rise_applies_each_once(
     first, again = check_both_paths(monkeypatch, [group, group])
     assert first == again
     assert len(set(first)) == len(set(sequences))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("short", [True, False])
+def test_each_path_counts_what_it_writes(short: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are cut, and the engine flushed, by it."""
+    if not short:
+        monkeypatch.setattr(execution, "_run_plain_put", lambda *_: None)
+        monkeypatch.setattr(execution, "_run_plain_puts", lambda *_: None)
+    range_ = World(world.descriptor(SPAN))
+    puts = commands.join([Put(20 + each, key=b"c%d" % each).sealed(world.NOW_MS) for each in range(count)])
+    data = encode_write_entry([(Client().session, puts)], timestamp_at(world.NOW_MS), 1)
+    batch = WriteBatch()
+    range_.machine.apply(11, world.TERM, data, batch, range_.engine)
+    assert len(batch.changes) == count + 1
+    assert batch.bytes == sum(len(key) + len(value or b"") for key, value in batch.changes.items())
 
 
 @pytest.mark.parametrize("count", [1, 2])

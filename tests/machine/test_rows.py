@@ -101,6 +101,11 @@ def test_more_says_whether_keys_remain() -> None:
     assert (found[0::3], more) == ([b"a"], True), "one key always fits, else a scan would stand still"
     found, _ = scan_page(range_.machine, range_.engine, b"", b"c", 1, 1 << 20, reverse=True)
     assert found[0::3] == [b"b"]
+    for room, expected in ((21, [b"a"]), (22, [b"a", b"b"])):
+        assert scan_page(range_.machine, range_.engine, b"", None, 100, room)[0][0::3] == expected
+    for room, expected in ((2, [b"a"]), (3, [b"a", b"b"])):
+        found, more = scan_page(range_.machine, range_.engine, b"", None, 100, room, keys_only=True)
+        assert (found[0::3], more) == (expected, True), "keys fill a page, too"
 
 
 # Size
@@ -195,6 +200,20 @@ def test_a_snapshot_carries_a_range_to_another_node_whole() -> None:
     twin = World(machine=copy)
     twin.engine = target
     assert twin.do(client, attempt) == 1
+
+
+def test_a_snapshot_goes_on_after_any_of_its_rows_with_none_of_another_range() -> None:
+    """Between a range's own rows and its keys lie those of the ranges after it, and the keys of those before it."""
+    range_ = filled(KeyRange(b"c", b"g"), "cdef")
+    others = WriteBatch()
+    for key in (keys.applied_key(0), keys.applied_key(2), keys.session_key(2, 3), b"\x10a", b"\x10g"):
+        others.put(key, b"another range's")
+    range_.engine.write(others)
+    descriptor = range_.machine.descriptor
+    rows = list(snapshot_rows(range_.engine, descriptor))
+    assert len(rows) > 5
+    for position, (key, _) in enumerate(rows):
+        assert list(snapshot_rows(range_.engine, descriptor, after=key)) == rows[position + 1 :]
 
 
 def test_an_install_over_a_wider_replica_leaves_nothing_of_it() -> None:

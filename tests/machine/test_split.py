@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from shardkv import errors
+from shardkv import codec, errors
 from shardkv.machine import RangeMachine, keys
-from shardkv.machine.entries import encode_membership
+from shardkv.machine.entries import ENTRY_FORMAT, encode_membership
 from shardkv.machine.reads import get, scan_page
 from shardkv.machine.sessions import CONSOLIDATED_ROWS_MAX, Record, SessionTable, pack_mixed
 from shardkv.machine.split import SplitCommand, problem
@@ -341,6 +341,13 @@ def test_a_storage_error_of_an_extension_is_no_outcome() -> None:
         World().extend(1)
 
 
+def test_an_entry_of_an_unknown_kind_is_not_taken_for_the_extensions() -> None:
+    """Of a newer version: it stops the node instead of letting it diverge."""
+    range_ = World(world.descriptor(KeyRange(b"", b""), range_id=0), extension=Counter())
+    with pytest.raises(errors.Corruption, match="unknown kind"):
+        range_.apply(codec.dumps([ENTRY_FORMAT, 9, world.NOW_MS << 18, 1, 5]))
+
+
 def test_a_session_goes_with_its_time_however_often_its_range_splits() -> None:
     """Keys written in order: the right half is the one that is written, and splits again within a minute."""
     range_, once = World(), Client(b"once")
@@ -366,15 +373,24 @@ def test_what_has_had_its_time_is_not_copied() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sessions", "records", "rows_min"), [(30, 1, 1), (64, 1_000, 2), (600, 1_000, 5)], ids=["few", "some", "many"]
+    ("sessions", "records", "rows_min", "spread_ms"),
+    [
+        (30, 1, 1, 2 * SESSION_AGE_MS_MAX),
+        (64, 1_000, 2, 2 * SESSION_AGE_MS_MAX),
+        (600, 1_000, 5, 2 * SESSION_AGE_MS_MAX),
+        (100, 1_000, 2, 0),
+    ],
+    ids=["few", "some", "many", "some at once"],
 )
-def test_many_sessions_are_copied_in_rows_that_a_snapshot_can_send(sessions: int, records: int, rows_min: int) -> None:
+def test_many_sessions_are_copied_in_rows_that_a_snapshot_can_send(
+    sessions: int, records: int, rows_min: int, spread_ms: int
+) -> None:
     table = SessionTable()
     for number in range(sessions):
         session_id = b"%016d" % number
         piece = pack_mixed(session_id, 0, {each: Record(each, 0, each) for each in range(records)})
         table.session(session_id).add(number, 0, 0, records - 1, piece)
-        table.remember_row(number, world.NOW_MS + 2 * SESSION_AGE_MS_MAX * number // sessions, (session_id,))
+        table.remember_row(number, world.NOW_MS + spread_ms * number // sessions, (session_id,))
     made = table.consolidated()
     copy = SessionTable.load(enumerate(made))
     copy.check()
