@@ -168,6 +168,38 @@ def test_a_spare_that_gets_ready_while_a_segment_is_made_on_the_spot_is_not_lost
     assert disk.list(DIRECTORY) == ["0000000000000002.wal", "reserve-1", "spare-ahead-2"]
 
 
+def test_a_reserve_in_the_making_is_never_the_file_that_the_writer_takes() -> None:
+    """The writer takes the reserve that the process before left, and before it has renamed it, the preparing thread
+    makes the next one: in the same file it would be zeros over what was acknowledged."""
+    disk = MemoryDisk()
+    disk.make_directory(DIRECTORY)
+    disk.open(f"{DIRECTORY}/reserve-2", create=True).allocate(4096)
+    spares = Spares(disk, DIRECTORY, 4096, 4096)
+    spares.inherit()
+    ahead = spares.prepare()
+    assert ahead is not None
+    ahead()
+    spares.install(Segment(1, segment_path(DIRECTORY, 1), 4096))
+
+    def observe(name: str, path: str) -> None:
+        if name == "create":
+            raise OutOfSpace("no space left")
+        if name == "rename":
+            disk.observe = lambda name, path: None
+            prepare = spares.prepare()
+            assert prepare is not None
+            prepare()
+
+    disk.observe = observe
+    segment = Segment(2, segment_path(DIRECTORY, 2), 4096)
+    spares.install(segment)
+    reserves = [name for name in disk.list(DIRECTORY) if name.startswith("reserve-")]
+    assert len(reserves) == 1
+    assert segment.file is not None
+    segment.file.pwrite(b"acknowledged", 0)
+    assert disk.read(f"{DIRECTORY}/{reserves[0]}") == bytes(4096)
+
+
 def test_a_full_disk_while_preparing_is_no_failure_yet() -> None:
     """DESIGN 4.11: an out-of-space node refuses writes and serves on; it must learn of it before it is too late."""
     disk = MemoryDisk()
@@ -372,6 +404,18 @@ def test_one_collection_moves_no_more_than_set(bound: dict[str, int]) -> None:
         driver.sync()
         assert driver.wal.statistics().moved_entries == moved
     assert driver.wal.statistics().oldest_segment_id > 1
+
+
+def test_a_segment_that_is_collected_before_its_successor_is_synced_is_not_missed() -> None:
+    """What is on disk ends in a segment that is on its way out, and the next one has no file yet."""
+    wal = opened()
+    wal.append([create(R1)])()
+    wal.append([LogUpdate(R1, HardState(1, 0, 1), (entry(1, bytes(1990)),), compact=CompactLog(1, 1))])
+    drop = wal.collect()
+    assert drop is not None
+    wal.require_in_place()
+    drop()
+    wal.require_in_place()
 
 
 def test_a_segment_that_is_dropped_while_it_is_looked_for_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -752,3 +796,48 @@ def test_an_entry_that_was_overwritten_stays_in_memory_until_the_new_one_is_on_d
     wal.append([LogUpdate(R1, HardState(2), (entry(1, b"the new one", term=2),))])
     wal.append([LogUpdate(R2, HardState(1), (entry(1, bytes(500)),))])
     assert wal.groups[R1].entries(1, 2, 1 << 30)[0].data == b"the new one"
+
+
+@pytest.mark.parametrize(
+    "term, expected", [(2, HardState(3, 10, 5)), (3, HardState(3, 10, 5)), (4, HardState(4, 0, 5))]
+)
+def test_a_reset_forgets_a_vote_only_where_its_snapshot_is_of_a_later_term(term: int, expected: HardState) -> None:
+    """Raft paper, figure 2: one vote a term. A snapshot may come in the very term in which this node has voted."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1)])()
+    wal.append([LogUpdate(R1, HardState(3, 10, 0))])()
+    wal.append([LogUpdate(R1, reset=ResetLog(5, term, NODES))])()
+    for log in (wal.groups[R1], opened(disk.lost()).groups[R1]):
+        assert log.initial_state()[0] == expected
+
+
+def test_a_checkpoint_says_the_configuration_of_the_last_reset() -> None:
+    """Groups keep what seldom changes packed."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    wal.append([create(R1), create(R2)])()
+    after = ConfState((7, 8), (9,))
+    for index in (1, 2):
+        large = LogUpdate(R2, HardState(1, 0, index), (entry(index, bytes(1990)),), compact=CompactLog(index, 1))
+        wal.append([large])()
+        if index == 1:
+            wal.append([LogUpdate(R1, reset=ResetLog(5, 3, after))])()
+    drop = wal.collect()
+    assert drop is not None
+    drop()
+    assert wal.statistics().segments == 1, "what was said before its checkpoint is gone"
+    for log in (wal.groups[R1], opened(disk.lost()).groups[R1]):
+        assert log.initial_state()[1] == after
+
+
+def test_trap_03_a_tombstone_of_an_earlier_replica_lets_no_later_one_come_again() -> None:
+    """TRAPS 3: news of an earlier life may come after that of a later one."""
+    disk = MemoryDisk()
+    wal = opened(disk)
+    for replica_id in (5, 3):
+        wal.append([LogUpdate(R1, tombstone=Tombstone(ReplicaId(replica_id)))])()
+    for each in (wal, opened(disk.lost())):
+        assert each.tombstones == {R1: 5}
+        with pytest.raises(AssertionError, match="5 has ended"):
+            each.append([create(R1, 4)])

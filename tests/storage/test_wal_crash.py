@@ -70,6 +70,24 @@ def test_a_crash_at_any_disk_operation_leaves_at_least_what_was_acknowledged(see
             assert state_of(wal) == driver.at(sequence)
 
 
+def test_a_log_whose_very_beginning_a_crash_cut_off_is_begun_again() -> None:
+    """A segment that has its name has its checkpoint, on the disk: without one it would be damaged, not new."""
+    for operation in range(20):
+        disk = MemoryDisk()
+        crash_at(disk, operation)
+        try:
+            Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+            ended = True
+        except Crash:
+            ended = False
+        for left in leftovers(disk, operation):
+            wal = Wal.open(left, DIRECTORY, SMALL, token=TOKEN, create=not ended)
+            assert wal.statistics().sequence == 1
+        if ended:
+            return
+    raise AssertionError("the beginning takes no end")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_log_goes_on_after_crash_upon_crash(seed: int) -> None:
     """A torn tail is cut before anything is appended, so that a second crash cannot bring it back."""
