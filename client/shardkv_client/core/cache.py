@@ -92,9 +92,6 @@ class Route:
             reads = self.reads[consistency] = Reads()
         return reads
 
-    def contains(self, key: bytes) -> bool:
-        return self.start <= key and (self.end is None or key < self.end)
-
 
 class RangeCache:
     __slots__ = ("_by_id", "_by_start", "_last", "_ranges_max", "placement")
