@@ -6,7 +6,7 @@ from zlib import crc32
 
 import pytest
 
-from shardkv.errors import Corruption, DataDirectoryError
+from shardkv.errors import Corruption, DataDirectoryError, OutOfSpace
 from shardkv.storage.directory import (
     FORMAT,
     DataDirectory,
@@ -210,6 +210,41 @@ def test_a_damaged_identity_gives_the_lock_back() -> None:
     with pytest.raises(Corruption, match="checksum"):
         start(disk)
     assert not disk.locks
+
+
+def test_a_start_on_a_full_disk_is_counted_in_the_room_of_the_logs_next_segment() -> None:
+    """TRAPS 24: a boot counter that is given twice passes for a restored disk."""
+    disk = MemoryDisk()
+    start(disk).close()
+
+    def full(operation: str, path: str) -> None:
+        if operation == "write_atomically" and "/data/wal/spare-1" in disk.names:
+            raise OutOfSpace("no space left")
+
+    disk.names["/data/wal/spare-1"] = Node()
+    disk.observe = full
+    assert start(disk).identity.boot == 2
+    assert disk.list("/data/wal") == []
+    disk = disk.lost()
+    assert start(disk).identity.boot == 3
+
+
+@pytest.mark.parametrize("name", ["wal", None])
+def test_a_start_on_a_full_disk_without_anything_to_give_up_says_so_and_gives_the_lock_back(name: str | None) -> None:
+    disk = MemoryDisk()
+    disk.make_directory(PATH if name is None else f"{PATH}/{name}")
+    data = encode_identity(Identity(b"T" * 16, 7, ()))
+    disk.names["/data/identity"] = Node(bytearray(data), bytearray(data))
+
+    def full(operation: str, path: str) -> None:
+        if operation == "write_atomically":
+            raise OutOfSpace("no space left")
+
+    disk.observe = full
+    with pytest.raises(OutOfSpace, match="no space left"):
+        start(disk)
+    assert not disk.locks
+    assert decode_identity(disk.read("/data/identity"), "identity").boot == 7
 
 
 def test_how_far_the_log_was_on_disk_is_noted_durably() -> None:

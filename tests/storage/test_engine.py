@@ -228,6 +228,14 @@ TestRocksMachine = RocksMachine.TestCase
 TestRocksMachine.settings = settings(max_examples=12, stateful_step_count=20, deadline=None, derandomize=True)
 
 
+def test_a_deleted_span_that_ends_before_it_begins_is_no_change() -> None:
+    batch = WriteBatch()
+    batch.put(b"b", b"1")
+    for start, end in ((b"c", b"a"), (b"b", b"b")):
+        batch.delete_range(start, end)
+    assert (batch.changes, batch.deleted) == ({b"b": b"1"}, [])
+
+
 @pytest.fixture(params=["memory", "rocks"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     opened: Engine = MemoryEngine(crashable=True) if request.param == "memory" else RocksEngine(f"{tmp_path}/engine")

@@ -1,6 +1,6 @@
 """Reads through batches that wait for room: exactly what the store will hold once it has taken them."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardkv.storage import overlay
@@ -16,6 +16,8 @@ from .test_engine import CHANGES, HIGH, KEYS, LOW, SPANS, VALUES, changed
     SPANS,
     st.lists(KEYS, max_size=4),
 )
+@example({b"a": b"1", b"b": b"2"}, [[("delete_range", b"a", b"b")]], (b"a", b"c"), [b"a", b"b"])
+@example({b"a": b"1", b"b": b"2"}, [[("put", b"b", b"3")], [("delete_range", b"a", b"b")]], (b"a", b"b"), [b"b"])
 def test_a_read_through_waiting_batches_is_a_read_after_them(stored, waiting, span, keys) -> None:  # type: ignore[no-untyped-def]
     engine = MemoryEngine()
     batch = WriteBatch()

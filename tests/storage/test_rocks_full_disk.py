@@ -147,6 +147,79 @@ def test_a_background_error_for_another_reason_than_room_ends_the_node(tmp_path:
     engine.close()
 
 
+class Filled(Failing):
+    """RocksDB's handle on a disk that has room for so many more batches."""
+
+    def __init__(self, database: Any) -> None:
+        super().__init__(database, "")
+        self.room = 0
+
+    def property_int_value(self, name: str) -> int:
+        return 0
+
+    def write(self, *arguments: Any) -> None:
+        if not self.room:
+            raise Exception("IO error: No space left on device: While appending to file: 000007.sst")
+        self.room -= 1
+        self._database.write(*arguments)
+
+
+def batch_of(**values: bytes | None) -> WriteBatch:
+    batch = WriteBatch()
+    for key, value in values.items():
+        batch.delete(key.encode()) if value is None else batch.put(key.encode(), value)
+    return batch
+
+
+def test_what_has_no_room_is_read_at_once_and_written_in_its_order_when_there_is_room(tmp_path: Path) -> None:
+    """DESIGN 4.11. The state machines have applied it; what they read must not be older than what they wrote."""
+    engine = RocksEngine(f"{tmp_path}/engine")
+    engine.write(batch_of(a=b"1", b=b"1"))
+    database = engine._db
+    engine._db = filled = Filled(database)
+    engine.write(batch_of(a=b"2", c=b"2"))
+    engine.write(batch_of(b=None, c=b"3"))
+    expected = [(b"a", b"2"), (b"c", b"3")]
+    snapshot = engine.snapshot()
+    for reader in (engine, snapshot):
+        assert [reader.get(key) for key in (b"a", b"b", b"c")] == [b"2", None, b"3"]
+        assert reader.get_many([b"c", b"b", b"a"]) == [b"3", None, b"2"]
+        assert list(reader.scan(b"", b"z")) == expected
+        assert list(reader.scan(b"", b"z", reverse=True)) == expected[::-1]
+    builder = engine.builder(f"{tmp_path}/ingest")
+    builder.put(b"a", b"ingested")
+    builder.finish()
+    for blocked in (engine.flush, lambda: engine.ingest(f"{tmp_path}/ingest")):
+        with pytest.raises(OutOfSpace, match="earlier writes wait"):
+            blocked()
+    assert engine.stalled()
+    assert engine.full
+    assert list(zip((b"a", b"b", b"c"), map(database.get, (b"a", b"b", b"c")))) == [
+        (b"a", b"1"),
+        (b"b", b"1"),
+        (b"c", None),
+    ]
+    filled.room = 1
+    assert engine.stalled(), "there was room for the first of them"
+    assert [database.get(key) for key in (b"a", b"b", b"c")] == [b"2", b"1", b"2"]
+    assert list(engine.scan(b"", b"z")) == expected
+    filled.room = 100
+    engine.write(batch_of(a=b"4"))
+    assert [database.get(key) for key in (b"a", b"b", b"c")] == [b"4", None, b"3"]
+    assert not engine.stalled()
+    assert not engine.full
+    assert list(snapshot.scan(b"", b"z")) == expected, "as it was"
+    snapshot.close()
+    engine.flush()
+    filled.room = 0
+    engine.write(batch_of(a=b"5"))
+    filled.room = 1
+    engine.close()
+    again = RocksEngine(f"{tmp_path}/engine")
+    assert again.get(b"a") == b"5", "what waited is written before the end"
+    again.close()
+
+
 def test_background_errors_that_are_over_cost_no_write_each_time(tmp_path: Path) -> None:
     engine = RocksEngine(f"{tmp_path}/engine")
     database = engine._db

@@ -604,3 +604,36 @@ def test_a_segment_goes_only_after_the_compaction_that_freed_it_is_synced() -> N
     disk.observe = observe
     driver.jobs[-1][1]()
     assert removals == [12]
+
+
+@pytest.mark.parametrize("window_bytes", [64, 300, 100_000])
+def test_damage_in_a_record_that_is_larger_than_a_window_is_found_in_every_entry(
+    window_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recovery reads such a record entry by entry."""
+    monkeypatch.setattr(recovery, "WINDOW_BYTES", window_bytes)
+    disk = MemoryDisk()
+    driver = Driver(disk, Random(0), WalSettings(segment_bytes=4096))
+    driver.append(LogUpdate(R1, create=CreateGroup(ReplicaId(11), 0, 0, ConfState((11, 12)), b"p")))
+    entries = tuple(Entry(1, index, EntryType.NORMAL, bytes([index]) * 200) for index in (1, 2, 3))
+    driver.append(LogUpdate(R1, HardState(1, 11, 0), entries))
+    driver.sync()
+    path = f"{DIRECTORY}/{1:016x}.wal"
+    start, end, sequence, _ = records_in(bytes(disk.names[path].current))[-1]
+    whole = Wal.open(disk.copy(), DIRECTORY, SMALL, token=TOKEN)
+    assert (state_of(whole), whole.statistics().cut_bytes) == (driver.model.state(), 0)
+    for position in range(start, end, 37):
+        broken = disk.copy()
+        broken.names[path].current[position] ^= 4
+        assert state_of(Wal.open(broken, DIRECTORY, SMALL, token=TOKEN)) == driver.at(sequence - 1)
+
+
+def test_a_checkpoint_that_differs_from_the_records_before_it_is_corruption() -> None:
+    """Every checksum is right: what wrote it, or what reads it, is wrong, and nobody knows which."""
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    wal._state.tombstones[R2] = ReplicaId(7)
+    wal.append([LogUpdate(R1, HardState(1), (Entry(1, 1, EntryType.NORMAL, bytes(2000)),))])()
+    with pytest.raises(Corruption, match="differs from the records before it"):
+        Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)

@@ -447,3 +447,46 @@ def test_closing_a_log_without_room_closes_its_files_and_loses_nothing_acknowled
     assert all(segment.file._closed for segment in driver.wal._state.segments.values())
     wal = Wal.open(driver.disk.copy(), DIRECTORY, SMALL, token=TOKEN)
     assert state_of(wal) == driver.at(driver.acknowledged)
+
+
+def test_closing_a_log_that_has_failed_closes_its_files_although_one_was_never_made() -> None:
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    job = wal.append([LogUpdate(R1, HardState(1), (Entry(1, 1, EntryType.NORMAL, bytes(1990)),))])
+    fail_at(disk, 0, broken, ("create",))
+    with pytest.raises(StorageError, match="Input/output error"):
+        job()
+    files = [segment.file for segment in wal._state.segments.values()]
+    assert files[1:] == [None]
+    wal.close()
+    assert isinstance(files[0], MemoryFile)
+    assert files[0]._closed
+
+
+def test_segments_that_found_no_room_to_go_are_removed_once_there_is() -> None:
+    """Some file systems need room to remove a file. What has gone is not looked for again."""
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    for index in (1, 2, 3):
+        entry = Entry(1, index, EntryType.NORMAL, bytes(1990))
+        wal.append([LogUpdate(R1, HardState(1, 0, index), (entry,), compact=CompactLog(index, 1))])()
+    drop = wal.collect()
+    assert drop is not None
+    removals: list[str] = []
+
+    def observe(operation: str, path: str) -> None:
+        if operation == "unlink":
+            removals.append(path)
+            if len(removals) == 2:
+                raise full(operation, path)
+
+    disk.observe = observe
+    with pytest.raises(OutOfSpace):
+        drop()
+    drop()
+    assert len(removals) == 4
+    assert removals[1] == removals[2]
+    assert not wal.statistics().failed
+    assert [name for name in disk.list(DIRECTORY) if name.endswith(".wal")] == [f"{4:016x}.wal"]
