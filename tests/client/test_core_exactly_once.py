@@ -6,7 +6,18 @@ from hypothesis import strategies as st
 
 from shardkv import errors
 from shardkv.server.requests import COMMANDS_PER_REQUEST_MAX
-from shardkv.types import KEY_BYTES_MAX, SESSION_WINDOW_MAX, timestamp_at
+from shardkv.types import (
+    KEY_BYTES_MAX,
+    SESSION_WINDOW_MAX,
+    Epoch,
+    KeyRange,
+    Member,
+    NodeId,
+    RangeDescriptor,
+    RangeId,
+    ReplicaId,
+    timestamp_at,
+)
 from shardkv.wire import commands
 from shardkv.wire.commands import Op
 from shardkv.wire.frames import FRAME_BYTES_MAX
@@ -453,6 +464,39 @@ def test_the_command_that_the_window_waits_for_does_not_wait_for_the_window():
     assert [call.error for call in (*retried, new)] == [None] * 4
 
 
+def test_what_the_window_held_back_is_let_go_once():
+    """Else it would go out twice, and what is held would grow for ever."""
+    world = World(nodes=2, settings=Settings(calls_in_flight_max=5_000))
+    world.cluster.split(b"m", leader=2)
+    world.run(world.put(b"a", b"v"), world.put(b"z", b"v"))
+    world.mute.add(2)
+    world.put(b"z", b"w", timeout=1.0)
+    calls = [world.put(b"a%d" % i, b"v", timeout=5.0) for i in range(SESSION_WINDOW_MAX + 100)]
+    world.settle()
+    held = set(world.core.ledger.held)
+    assert len(held) == 100
+    world.run(*calls)
+    assert not world.core.ledger.held
+    assert {call.attempts for call in held} == {1}
+    sequences = [sequence for sequence, _ in world.cluster.windows]
+    assert len(sequences) == len(set(sequences))
+
+
+@pytest.mark.parametrize("kind", ["put", "get"])
+def test_calls_beyond_the_bytes_in_flight_wait_their_turn(kind):
+    """Their bytes are the client's memory, and the nodes'."""
+    world = World(nodes=1, settings=Settings(bytes_in_flight_max=10_000))
+    world.run(world.put(b"k", b"v"))
+    key = b"k" * 1_000
+    calls = [world.put(key, bytes(1_000)) if kind == "put" else world.get(key) for _ in range(60)]
+    most = 0
+    while not all(call.done for call in calls):
+        active = [call for call in calls if call.admitted and not call.done]
+        most = max(most, sum(call.size for call in active))
+        world.step()
+    assert 8_000 < most < 10_000 + calls[0].size
+
+
 def test_calls_beyond_the_in_flight_bound_wait_their_turn():
     world = World(nodes=1, settings=Settings(calls_in_flight_max=10))
     world.run(world.put(b"k", b"v"))
@@ -628,6 +672,63 @@ def test_a_piece_is_cut_anew_only_when_its_owner_knows_nothing_of_it(applied, en
         assert reached == b"50"
         delete_everything(world, reached, end)
     assert list(world.cluster.data) == [b"%02d" % i for i in range(100) if i < 10 or (end is not None and i >= 90)]
+
+
+PIECE = (b"c", b"x")
+"""What the piece of the tests below covers: it was cut at generation 1 of a range with replicas on nodes 1 to 3."""
+
+
+@pytest.mark.parametrize(
+    ("span", "generation", "nodes", "anew"),
+    [
+        ((b"", b"m"), 2, (1, 2, 3), True),
+        ((b"c", b"m"), 2, (1,), True),
+        ((b"", b"m"), 1, (1, 2, 3), False),
+        ((b"", b"m"), 2, (2, 3), False),
+        ((b"d", b"m"), 2, (1, 2, 3), False),
+        ((b"", b"c"), 2, (1, 2, 3), False),
+        ((b"", b"x"), 2, (1, 2, 3), False),
+        ((b"", b"z"), 2, (1, 2, 3), False),
+        ((b"", None), 2, (1, 2, 3), False),
+    ],
+    ids=[
+        "owner",
+        "owner-from-the-start-on",
+        "as-old-as-the-cut",
+        "says-one-that-is-no-owner",
+        "begins-behind-the-start",
+        "ends-before-the-start",
+        "as-wide",
+        "wider",
+        "without-an-end",
+    ],
+)
+def test_a_piece_keeps_its_bytes_unless_a_newer_owner_of_its_start_is_narrower(span, generation, nodes, anew):
+    """DESIGN §4.6: else an earlier attempt may have been applied, and deleting again under another sequence would
+    delete what was written since."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    replicas = tuple(Member(NodeId(node), ReplicaId(100 + node)) for node in nodes)
+    told = RangeDescriptor(RangeId(1), KeyRange(*span), Epoch(9, generation), replicas)
+    refused = []
+
+    def refuse_once(request: Request) -> errors.ShardKVError | None:
+        if request.method != Method.WRITE or refused:
+            return None
+        refused.append(request)
+        return errors.EpochMismatch(current=(told,))
+
+    world.cluster.nodes[1].faults.append(refuse_once)
+    call = world.delete_range(*PIECE)
+    while call.sealed is None:
+        world.step()
+    sealed, sequence = call.sealed, call.sequence
+    while world.core.links.any_ready().inflight:
+        world.step()
+    assert refused
+    assert (call.sealed != sealed) is anew
+    world.pass_time(1.0)
+    assert (call.sequence != sequence) is anew
 
 
 # --- everything at once ---------------------------------------------------------------------------------------------

@@ -373,6 +373,34 @@ def test_an_admin_call_that_a_node_had_begun_may_have_been_carried_out(doubtful)
         world.run(world.admin(Method.SPLIT, b"x", key=b"k", timeout=2.0))
 
 
+@pytest.mark.parametrize("repeatable", [False, True])
+def test_an_admin_call_whose_outcome_a_node_does_not_know_is_only_sent_again_where_that_is_safe(repeatable):
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    answers = [errors.OutcomeUnknown("it was under way")]
+    world.cluster.nodes[1].faults.append(
+        lambda request: answers.pop() if request.method == Method.SPLIT and answers else None
+    )
+    call = world.admin(Method.SPLIT, b"x", key=b"k", repeatable=repeatable)
+    if repeatable:
+        assert world.run(call)["node"] == 1
+    else:
+        with pytest.raises(errors.OutcomeUnknown):
+            world.run(call)
+    assert len(world.requests_to(1, Method.SPLIT)) == 1 + repeatable
+
+
+def test_an_admin_call_that_may_be_repeated_outlives_its_connection():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    call = world.admin(Method.STATUS, repeatable=True)
+    world.core.flush(world.now)
+    (link,) = world.open
+    assert link.inflight
+    world.cut(link)
+    assert world.run(call)["node"] == 1
+
+
 def test_the_list_of_nodes_is_asked_for_again_while_somebody_is_there_to_ask():
     """A cluster grows, and then loses every node that the client was told of: nobody would be left to ask."""
     world = World(nodes=2, seeds=[1])
@@ -535,6 +563,45 @@ def test_an_answer_of_another_shape_costs_the_connection_not_the_call(result):
     assert len(world.dials) == 2
 
 
+@pytest.mark.parametrize("result", [[], [None], [None] * 3, None, [1, 1], [None, [b"v"]], [None, ["v", 1]]], ids=repr)
+def test_values_of_another_shape_cost_the_connection_not_the_call(result):
+    """One value short, and a call would never be answered; one too many, and another's would be taken for its own."""
+    world = World(nodes=1)
+    version = world.run(world.put(b"k", b"v"))
+    node = world.cluster.nodes[1]
+    handle = node._handle
+
+    def once(request):
+        if request.method != Method.GET:
+            return handle(request)
+        node._handle = handle
+        return result
+
+    node._handle = once
+    calls = [world.get(b"k"), world.get(b"k")]
+    world.run(*calls)
+    assert [call.result for call in calls] == [[b"v", version]] * 2
+    assert len(world.dials) == 2
+
+
+@pytest.mark.parametrize("greeted", [True, False])
+def test_an_answer_that_nobody_waits_for_costs_the_connection(greeted):
+    """It may be another's, or come from a node that does not know what it does."""
+    world = World(nodes=1)
+    if greeted:
+        world.run(world.put(b"k", b"v"))
+    else:
+        world.mute.add(1)
+        world.get(b"k")
+        world.pass_time(0.01)
+    (link,) = world.open
+    assert link.greeted is greeted
+    answer = requests.encode_response(4711, world.cluster.clock, None)
+    world.core.link_bytes(link, encode_frame(FrameKind.RESPONSE, requests.join([answer])), world.now)
+    assert world.core.links.drops == [link]
+    assert "broke the protocol" in str(world.core.links.problem)
+
+
 def test_calls_that_waited_for_room_at_a_node_that_says_goodbye_and_dies_go_elsewhere():
     world = World(settings=Settings(keys_per_get_max=1))
     world.inflight_max = 1
@@ -578,6 +645,55 @@ def test_a_get_that_is_too_large_together_is_asked_in_halves():
     calls = [world.get(b"k") for _ in range(40)]
     world.run(*calls)
     assert all(call.result[0] == b"v" for call in calls)
+
+
+def test_a_get_that_is_refused_alone_is_refused_for_good():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    world.cluster.nodes[1].faults.append(
+        lambda request: errors.ValueTooLarge("more than a frame") if request.method == Method.GET else None
+    )
+    with pytest.raises(errors.ValueTooLarge):
+        world.run(world.get(b"k"))
+    assert len(world.requests_to(1, Method.GET)) == 1
+
+
+def test_no_more_ranges_are_cached_than_set_and_all_are_found_again():
+    """However many there are: a client that scans them all keeps a bounded part."""
+    world = World(nodes=1, settings=Settings(ranges_cached_max=5, routes_per_lookup=3))
+    for number in range(1, 20):
+        world.cluster.split(b"%02d" % number)
+    cache = world.core.router.cache
+    for _ in range(2):
+        for number in range(20):
+            world.run(world.put(b"%02d" % number, b"v"))
+            assert len(cache) <= 5
+    calls = [world.get(b"%02d" % number) for number in range(20)]
+    world.run(*calls)
+    assert len(cache) <= 5
+    assert all(call.result is not None for call in calls)
+
+
+def test_of_two_descriptors_of_the_placement_group_the_newer_stays():
+    """Who leads it in somebody's eyes fills a gap and overrides nothing that was seen."""
+    cache = World().core.router.cache
+
+    def descriptor(membership, *nodes):
+        replicas = tuple(Member(NodeId(node), ReplicaId(node)) for node in nodes)
+        return RangeDescriptor(RangeId(0), KeyRange(b"", b""), Epoch(membership, 1), replicas)
+
+    assert cache.insert(descriptor(2, 1, 2), 9) == []
+    placement = cache.placement
+    assert placement.leader is None, "no replica of it"
+    assert cache.insert(descriptor(1, 1), 1) is None
+    assert (placement.nodes, placement.leader) == ((1, 2), 1)
+    assert cache.insert(descriptor(3, 1, 2, 3), 2) == []
+    assert (placement.nodes, placement.leader) == ((1, 2, 3), 1)
+    assert cache.insert(descriptor(4, 2, 3), 8) == []
+    assert (placement.nodes, placement.leader) == ((2, 3), None)
+    assert cache.insert(descriptor(4, 2, 3), 3) is None
+    assert placement.leader == 3
+    assert cache.placement is placement
 
 
 def test_of_two_descriptors_that_overlap_the_newer_stays():
