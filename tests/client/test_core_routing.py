@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from shardkv import errors
 from shardkv.types import KEY_BYTES_MAX, Epoch, KeyRange, Member, NodeId, RangeDescriptor, RangeId, ReplicaId
-from shardkv.wire import requests
+from shardkv.wire import commands, requests
 from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.handshake import encode_refused
 from shardkv.wire.requests import Method, Request
@@ -468,8 +468,72 @@ def test_a_node_that_says_goodbye_gets_nothing_new_but_may_answer():
     world.run(call)
     assert call.attempts == 1
     world.cluster.range_of(b"k").leader = 2
+    written = len(world.requests_to(1, Method.WRITE))
+    dialled = world.dials.count(link.address)
     world.run(world.put(b"k", b"x"))
     assert world.requests_to(2, Method.WRITE)
+    assert len(world.requests_to(1, Method.WRITE)) == written
+    assert world.dials.count(link.address) == dialled, "nor is it dialled at once"
+
+
+def test_a_link_that_drains_is_kept_once_and_until_it_ends():
+    """Else a client would outlive its nodes' restarts with more and more of them."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    links = world.core.links
+    (link,) = (link for link, node in world.open.items() if node.id == 1)
+    for _ in range(2):
+        world.core.link_bytes(link, encode_frame(FrameKind.GOODBYE, b""), world.now)
+        assert links.close().count(link) == 1
+    world.cut(link)
+    assert link not in links.close()
+    world.core.link_bytes(link, encode_frame(FrameKind.GOODBYE, b""), world.now)
+    assert link not in links.close()
+
+
+def test_a_node_that_asks_whether_this_client_lives_is_answered():
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    (link,) = world.open
+    world.core.link_bytes(link, encode_frame(FrameKind.PING, b"7"), world.now)
+    assert link.output == [encode_frame(FrameKind.PONG, b"7")]
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [
+        {"commands_per_write_max": 7},
+        {"bytes_per_write_max": 5_000},
+        {"bytes_per_write_max": 1, "requests_per_frame_max": 7},
+        {"bytes_per_write_max": 1, "frame_bytes_target": 5_000},
+    ],
+    ids=str,
+)
+def test_requests_and_frames_hold_no_more_than_set(bound):
+    """Nodes refuse those that hold more than they take, whole."""
+    world = World(nodes=1, settings=Settings(**bound))
+    world.run(world.put(b"k", b"v"))
+    frames, bytes_of_frames = len(world.frames), []
+    answer = world._answer
+
+    def measured(link, node, kind, payload):
+        bytes_of_frames.append(len(payload))
+        return answer(link, node, kind, payload)
+
+    world._answer = measured
+    calls = [world.put(b"%04d" % number, bytes(500)) for number in range(100)]
+    world.run(*calls)
+    asked = [each for _, each in world.frames[frames:]]
+    writes = [request.arguments[1] for each in asked for request in each]
+    one = 600
+    if "commands_per_write_max" in bound:
+        assert max(len(commands.decode(write)) for write in writes) == 7
+    if "requests_per_frame_max" in bound:
+        assert max(map(len, asked)) == 7
+    if bound.get("bytes_per_write_max") == 5_000:
+        assert 4_000 < max(map(len, writes)) < 5_000 + one
+    if "frame_bytes_target" in bound:
+        assert 4_000 < max(bytes_of_frames) < 5_000 + one
 
 
 def test_nodes_of_another_cluster_are_not_spoken_to():
