@@ -92,6 +92,58 @@ def test_what_a_lost_heartbeat_named_is_named_again(lost: str) -> None:
     assert line.send().removed == ()
 
 
+def test_what_changes_while_a_heartbeat_is_under_way_is_named_by_the_next() -> None:
+    """The reply answers what was sent, not what has happened since."""
+    line = Line()
+    for range_id in (1, 2):
+        line.reporter.report(report(range_id))
+    line.send()
+    sent = line.reporter.heartbeat()
+    line.reporter.report(report(1, term=2))
+    line.reporter.remove(RangeId(2))
+    line.reporter.acknowledged(sent, line.statistics.receive(line.group.state, sent, 1.0))
+    assert line.reporter.urgent
+    again = line.send()
+    assert (named(again), again.removed) == ([1], (RangeId(2),))
+    assert not line.reporter.urgent
+
+
+def test_a_replica_that_comes_back_as_it_was_is_named_again() -> None:
+    line = Line()
+    line.reporter.report(report(1))
+    line.send()
+    line.reporter.remove(RangeId(1))
+    assert line.reporter.urgent
+    assert line.send().removed == (RangeId(1),)
+    line.reporter.report(report(1))
+    assert named(line.send()) == [1]
+    assert set(line.statistics.ranges) == {1}
+
+
+def test_a_replica_that_goes_before_its_news_were_told_is_named_as_gone_only() -> None:
+    line = Line()
+    line.reporter.report(report(1))
+    line.send()
+    line.reporter.report(report(1, term=2))
+    line.reporter.remove(RangeId(1))
+    sent = line.send()
+    assert (named(sent), sent.removed) == ([], (RangeId(1),))
+
+
+def test_what_was_reported_counts_once_it_was_acknowledged_and_until_it_changes() -> None:
+    line = Line()
+    line.reporter.report(report(1))
+    line.reporter.report(report(2, leads=False))
+    line.send(reply_lost=True)
+    assert not line.reporter.heard
+    assert not line.reporter.leads_by_report(RangeId(1))
+    line.send()
+    assert line.reporter.heard
+    assert [line.reporter.leads_by_report(RangeId(each)) for each in (1, 2, 3)] == [True, False, False]
+    line.reporter.report(report(1, term=2))
+    assert not line.reporter.leads_by_report(RangeId(1))
+
+
 def test_a_replica_is_silent_from_when_on_its_leader_says_so_without_a_break() -> None:
     line = Line()
 

@@ -406,6 +406,39 @@ def test_running_operators_are_bounded() -> None:
 # --- Rows and commands ------------------------------------------------------------------------------------------------
 
 
+def test_a_range_that_takes_over_its_neighbours_spans_leaves_no_rows_of_theirs() -> None:
+    """Else they would be in the map again once it is loaded."""
+    group = Group()
+    keys = (b"", b"f", b"m", b"s", None)
+    parts = [descriptor(1 + each, keys[each], keys[each + 1], (2, 2)) for each in range(4)]
+    group.apply(commands.ReportRanges(tuple(parts)))
+    assert len(group.state.ranges.segments) == 4
+    for newer, count in ((descriptor(2, b"f", b"s", (3, 3)), 3), (descriptor(1, b"", None, (4, 4)), 1)):
+        group.apply(commands.ReportRanges((newer,)))
+        assert contents(group.reloaded()) == contents(group.state)
+        assert len(group.reloaded().ranges.segments) == count
+
+
+@pytest.mark.parametrize(
+    "replicas",
+    [
+        (Member(NodeId(1), ReplicaId(5)), Member(NodeId(2), ReplicaId(5))),
+        (Member(NodeId(1), ReplicaId(5)), Member(NodeId(1), ReplicaId(6))),
+        (Member(NodeId(0), ReplicaId(5)),),
+        (Member(NodeId(1), ReplicaId(0)),),
+        (Member(NodeId(ID_MAX + 1), ReplicaId(5)),),
+        (),
+    ],
+    ids=["a replica twice", "a node twice", "no node", "no replica", "beyond all ids", "none"],
+)
+def test_a_descriptor_that_no_range_can_have_is_refused(replicas: tuple[Member, ...]) -> None:
+    group = Group()
+    before = contents(group.state)
+    with pytest.raises(MalformedRequest):
+        group.apply(commands.ReportRanges((RangeDescriptor(RangeId(1), EVERY_KEY, Epoch(2, 2), replicas),)))
+    assert contents(group.state) == contents(group.reloaded()) == before
+
+
 def test_a_damaged_row_is_corruption() -> None:
     for key, row in ((b"m", b"\x80"), (b"n" + bytes(8), b"\xff"), (b"?", b"\x80"), (b"r", b"\x82\xf6\x80")):
         with pytest.raises(Corruption):
