@@ -17,6 +17,8 @@ from shardkv.errors import (
     Corruption,
     DataDirectoryError,
     EpochMismatch,
+    InvalidRange,
+    KeyTooLarge,
     MalformedRequest,
     NotFound,
     OutcomeUnknown,
@@ -37,14 +39,14 @@ from shardkv.server.clock_health import ASK_SECONDS
 from shardkv.server.listener import Listener
 from shardkv.server.operations import _membership_changes
 from shardkv.server.peers import receive_messages
-from shardkv.server.requests import GET_BYTES_MAX, GET_SLICE_KEYS
+from shardkv.server.requests import COMMANDS_PER_REQUEST_MAX, GET_BYTES_MAX, GET_SLICE_KEYS
 from shardkv.storage.engine import Engine
 from shardkv.storage.wal import Wal
 from shardkv.transport.pool import Purpose
-from shardkv.types import VALUE_BYTES_MAX, NodeId, RangeId, ReplicaId, timestamp_at
+from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, NodeId, RangeId, ReplicaId, timestamp_at
 from shardkv.wire import commands, raft_codec
 from shardkv.wire.frames import Frame, FrameKind, encode_frame
-from shardkv.wire.requests import Consistency, Method, Request
+from shardkv.wire.requests import GET_KEYS_MAX, Consistency, Method, Request
 from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
 from tests.multiraft.world import descriptor_on
 from tests.server.world import Cluster, Recorder, ask, lose_engine, world
@@ -193,6 +195,75 @@ async def test_trap_04_what_belongs_to_another_range_is_refused_before_it_is_log
             asked = Request(1, Method.GET, 1, generation - 1, 0, [int(consistency), [b"z"]])
             node.inside.listener._requests.dispatch(recorder, asked)
             assert isinstance(recorder.error, EpochMismatch), "the key is with the other half now"
+
+
+async def test_a_command_that_could_not_be_applied_is_refused_before_it_is_logged(autojump_clock: MockClock) -> None:
+    """What is logged every replica applies, and ends where it cannot: one such command would end them all."""
+    put, delete, increment, delete_range = (int(op) for op in commands.Op)
+    plain = [put, 1, 0, 1, 0, b"k", b"v", None]
+    strange: list[Any] = [
+        [*plain[:position], value, *plain[position + 1 :]]
+        for position in range(5)
+        for value in (-1, 1 << 64, True, "1")
+    ]
+    strange += [
+        [9, *plain[1:]],
+        [*plain[:4], 1 << 32, *plain[5:]],
+        plain[:7],
+        [*plain, None],
+        plain[:3],
+        "put",
+    ]
+    strange += [[*plain[:5], key, *plain[6:]] for key in (b"", "k", None, bytes(KEY_BYTES_MAX + 1))]
+    strange += [[*plain[:6], value, None] for value in ("v", None, bytes(VALUE_BYTES_MAX + 1))]
+    strange += [[*plain[:7], condition] for condition in (-1, 1 << 64, True, b"1")]
+    strange += [[delete, *plain[1:6], condition] for condition in (-1, 1 << 64, True)]
+    strange += [[increment, *plain[1:6], delta] for delta in (1 << 63, -(1 << 63) - 1, True, b"1", None)]
+    strange += [[delete_range, *plain[1:6], end] for end in (b"k", b"a", "z", 1, b"z" * (KEY_BYTES_MAX + 2))]
+    async with world(1) as cluster, cluster.client() as kv:
+        await kv.put(b"a", b"1")
+        node = cluster.nodes["n1"]
+        replica = node.inside.catalog.replicas[RangeId(1)]
+        last = replica.raft.last_index
+        several = [[], [plain] * (COMMANDS_PER_REQUEST_MAX + 1)]
+        for group in [*several, *([plain, command] for command in strange), *([command] for command in strange)]:
+            recorder = await ask(node, Method.WRITE, b"another session.", codec.dumps(group))
+            assert isinstance(recorder.error, MalformedRequest), group
+        assert not replica.waiting
+        assert replica.raft.last_index == last
+
+
+async def test_a_read_that_is_out_of_bounds_is_refused(autojump_clock: MockClock) -> None:
+    async with world(1) as cluster, cluster.client() as kv:
+        await kv.put(b"a", b"1")
+        node = cluster.nodes["n1"]
+        long, bounds = bytes(KEY_BYTES_MAX), (False, False)
+        refusals: list[tuple[type[ShardKVError], int, list[Any]]] = [
+            (KeyTooLarge, Method.GET, [0, [b"a", b""]]),
+            (KeyTooLarge, Method.GET, [0, [b"a", long + b"k"]]),
+            (KeyTooLarge, Method.GET, [0, [b"a", "a"]]),
+            (MalformedRequest, Method.GET, [0, [b"a"] * (GET_KEYS_MAX + 1)]),
+            (MalformedRequest, Method.GET, [2, [b"a"] * (GET_KEYS_MAX + 1), None]),
+            (MalformedRequest, Method.GET, [2, [b"a"], -1]),
+            (MalformedRequest, Method.GET, [3, [b"a"]]),
+            (MalformedRequest, Method.GET, [-1, [b"a"]]),
+            (MalformedRequest, Method.SCAN, [0, b"a", None, 0, 1, *bounds]),
+            (MalformedRequest, Method.SCAN, [0, b"a", None, 1, 0, *bounds]),
+            (MalformedRequest, Method.SCAN, [3, b"a", None, 1, 1, *bounds]),
+            (InvalidRange, Method.SCAN, [0, b"b", b"a", 1, 1, *bounds]),
+        ]
+        for error, method, arguments in refusals:
+            recorder = await ask(node, method, *arguments)
+            assert type(recorder.error) is error, arguments
+        for answer, method, arguments in (
+            ([None], Method.GET, [0, [long]]),
+            ([None] * GET_KEYS_MAX, Method.GET, [0, [b"b"] * GET_KEYS_MAX]),
+            ([0, [None] * GET_KEYS_MAX], Method.GET, [2, [b"b"] * GET_KEYS_MAX, 0]),
+            ([[], False], Method.SCAN, [0, b"a", b"a", 1, 1, *bounds]),
+        ):
+            recorder = await ask(node, method, *arguments)
+            assert recorder.error is None
+            assert recorder.result in (answer, tuple(answer))
 
 
 async def test_a_read_that_comes_due_while_its_client_leaves_its_answers_unread_is_not_done(

@@ -91,3 +91,55 @@ def test_stamps_are_unsigned_numbers_of_64_bits(position: int, value: int) -> No
 def test_an_entry_of_a_term_above_all_is_malformed() -> None:
     with pytest.raises(MalformedRequest, match="a log entry"):
         decode(codec.dumps([[*PLAIN[:15], [[1 << 63, 0, b"x"]]]]))
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(0, True), (3, False), (4, 5.0), (8, 0), (8, None), (11, "c"), (11, None), (15, {}), (15, None), (15, b"")],
+)
+def test_a_field_of_another_type_is_malformed(position: int, value: object) -> None:
+    bad: list[object] = list(PLAIN)
+    bad[position] = value
+    with pytest.raises(MalformedRequest):
+        decode(codec.dumps([bad]))
+
+
+@pytest.mark.parametrize(
+    "entry", [[1.0, 0, b"x"], [True, 0, b"x"], [-1, 0, b"x"], [1, False, b"x"], [1, 9, b"x"], [1, 0, "x"], [1, 0], 1]
+)
+def test_an_entry_of_another_shape_is_malformed(entry: object) -> None:
+    assert decode(codec.dumps([[*PLAIN[:15], [[1, 0, b"x"]]]]))
+    with pytest.raises(MalformedRequest, match="a log entry"):
+        decode(codec.dumps([[*PLAIN[:15], [[1, 0, b"x"], entry]]]))
+
+
+def test_entries_behind_the_last_index_there_is_are_malformed() -> None:
+    for index, fits in (((1 << 63) - 3, True), ((1 << 63) - 2, False), ((1 << 63) - 1, False)):
+        message = [*PLAIN[:6], index, *PLAIN[7:15], [[1, 0, b"x"], [1, 0, b"y"]]]
+        if fits:
+            ((_, decoded, _),) = decode(codec.dumps([message]))
+            assert decoded.entries[-1].index == (1 << 63) - 1
+        else:
+            with pytest.raises(MalformedRequest, match="the last index"):
+                decode(codec.dumps([message]))
+
+
+def test_a_message_of_a_kind_that_nodes_do_not_send_each_other_is_malformed() -> None:
+    """Some exist within a node: one that tells a replica to campaign must not come from outside."""
+    known = {kind for kind in range(256) if kind in raft_codec._TYPES or kind in raft_codec._NOTICES}
+    for kind in [*range(256), 1 << 40]:
+        frame = codec.dumps([[*PLAIN[:3], kind, *PLAIN[4:]]])
+        if kind in known:
+            assert decode(frame)
+        else:
+            with pytest.raises(MalformedRequest, match="not one that nodes send"):
+                decode(frame)
+    assert int(MessageType.HUP) not in known
+
+
+def test_a_frame_holds_no_more_messages_than_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raft_codec, "MESSAGES_PER_FRAME_MAX", 3)
+    assert len(decode(codec.dumps([PLAIN] * 3))) == 3
+    for payload in (codec.dumps([PLAIN] * 4), codec.dumps({}), codec.dumps(1)):
+        with pytest.raises(MalformedRequest, match="at most 3 messages"):
+            decode(payload)
