@@ -72,6 +72,10 @@ class File(Protocol):
         """Whether ``path`` names this file, as it is now; not once the file is closed."""
         ...
 
+    def renamed(self, path: str) -> None:
+        """The file was given the name ``path``: errors call it so from now on."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -221,6 +221,9 @@ class SimulatedFile:
         found = self._disk._directories.get(directory)
         return not self._closed and found is not None and found.present.get(name) is self._inode
 
+    def renamed(self, path: str) -> None:
+        self._path = path
+
     def close(self) -> None:
         self._closed = True
 

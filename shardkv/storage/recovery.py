@@ -122,6 +122,7 @@ def _begin(disk: Disk, directory: str, seed: int, segment_bytes: int) -> Recover
     file.pwrite(record, 0)
     file.sync()
     disk.rename(path, segment.path)
+    file.renamed(segment.path)
     disk.sync_directory(directory)
     segment.end = len(record)
     state.segments[segment.id] = segment

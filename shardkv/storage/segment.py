@@ -235,6 +235,7 @@ class Spares:
         except OutOfSpace:
             self._discard(path, file)
             raise
+        file.renamed(segment.path)
         try:
             self._disk.sync_directory(self._directory)
         except OutOfSpace as error:

@@ -185,6 +185,23 @@ def test_what_is_no_directory_and_should_be_one_is_named_with_what_to_do(
         open_directory(disk, RealIds(), str(tmp_path))
 
 
+def test_what_fails_of_a_file_that_was_renamed_names_it_as_it_lies(
+    disk: RealDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    file = disk.open(old, create=True)
+    disk.rename(old, new)
+    file.renamed(new)
+
+    def fail(descriptor: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(StorageError, match=f"cannot write {new}: Input/output error"):
+        file.pwrite(b"x", 0)
+    file.close()
+
+
 def test_names_are_listed_renamed_and_removed(disk: RealDisk, tmp_path: Path) -> None:
     root = str(tmp_path / "a" / "b")
     disk.make_directory(root)

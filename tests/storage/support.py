@@ -218,6 +218,9 @@ class MemoryFile:
     def is_at(self, path: str) -> bool:
         return not self._closed and self._disk.names.get(path) is self._node
 
+    def renamed(self, path: str) -> None:
+        self._path = path
+
     def close(self) -> None:
         self._closed = True
 

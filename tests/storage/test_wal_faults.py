@@ -97,6 +97,21 @@ def test_an_io_error_at_any_call_ends_the_log_names_the_file_and_loses_nothing_a
     assert kinds >= {"pwrite", "sync", "rename", "sync_directory", "truncate", "unlink"}, kinds
 
 
+def test_an_error_of_a_segment_names_it_as_it_lies_in_the_directory() -> None:
+    """It named a spare that was not there any more, and whoever looked for the damaged file found none."""
+    disk = MemoryDisk()
+    looked_for: list[str] = []
+
+    def observe(operation: str, path: str) -> None:
+        if operation in ("pwrite", "sync"):
+            looked_for.append(path)
+            assert path in disk.names, f"{operation} {path}: there is {disk.list(DIRECTORY)}"
+
+    disk.observe = observe
+    Driver(disk, Random(0)).steps(STEPS)
+    assert len({path for path in looked_for if path.endswith(".wal")}) > 5, "the run makes no segments"
+
+
 def test_an_io_error_at_any_call_of_a_start_loses_nothing_and_the_next_start_goes_well() -> None:
     """Also of a start that has a torn tail to cut, segments to remove and spares to throw away."""
     driver = Driver(MemoryDisk(), Random(3))

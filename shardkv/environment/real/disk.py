@@ -143,6 +143,9 @@ class RealFile:
                 return False
             raise storage_error(error, "inspect", path) from error
 
+    def renamed(self, path: str) -> None:
+        self._path = path
+
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
