@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import socket
+from contextlib import suppress
 
 import pytest
 import trio
@@ -11,7 +12,13 @@ from trio.testing import MockClock
 
 from shardkv.environment import Listener, Stream
 from shardkv.environment.real import real_environment
-from shardkv.environment.real.network import FILES_KEPT, FILES_KEPT_MIN, RealNetwork, connection_files_max
+from shardkv.environment.real.network import (
+    DIALLED_KEPT,
+    FILES_KEPT,
+    FILES_KEPT_MIN,
+    RealNetwork,
+    connection_files_max,
+)
 from shardkv.errors import ConfigError, ProtocolError
 from shardkv.transport.pool import PoolSettings
 
@@ -365,4 +372,37 @@ async def test_so_many_connections_are_taken_as_there_is_said_to_be_room_for(
         each.close_now()
     for descriptor in own:
         os.close(descriptor)
+    nursery.cancel_scope.cancel()
+
+
+async def test_connections_that_the_node_has_dialled_take_the_room_of_others_and_not_that_of_its_log(
+    network: RealNetwork, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two to each other node: with hundreds of those, clients that came besides took the last file of the log."""
+    other = RealNetwork(ENVIRONMENT.clock)
+    elsewhere: Listener = await nursery.start(other.listen, "127.0.0.1:0", echo)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (FILES_KEPT_MIN + 3, FILES_KEPT_MIN + 3))
+    listener: Listener = await nursery.start(network.listen, "127.0.0.1:0", echo)
+    dialled = [await network.dial(elsewhere.address) for _ in range(DIALLED_KEPT + 2)]
+
+    async def taken() -> Stream | None:
+        stream = await other.dial(listener.address)
+        with suppress(trio.BrokenResourceError):
+            await stream.send_all(b"in")
+            if await stream.receive(100):
+                return stream
+        stream.close_now()
+        return None
+
+    first = await taken()
+    assert first is not None
+    assert await taken() is None
+    dialled.pop().close_now()
+    second = await taken()
+    assert second is not None
+    assert await taken() is None
+    for each in (first, second, *dialled):
+        each.close_now()
+        each.close_now()
+    assert network._dialled == 0
     nursery.cancel_scope.cancel()

@@ -30,6 +30,10 @@ FILES_KEPT: Final = 512
 engine, snapshots. Where it may open few, half of them do, but no fewer than the next."""
 FILES_KEPT_MIN: Final = 64
 """A node of three has 30 open with little data."""
+DIALLED_KEPT: Final = 16
+"""So many of the files kept are for connections that the node has dialled itself, two to each other node and a few to
+ask or to send a snapshot. With more of them it takes fewer of others: in a cluster of hundreds of nodes they alone
+would use up what the log and the engine need."""
 ACCEPTS_BEFORE_CHECKPOINT: Final = 32
 _OUT_OF_RESOURCES: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 _LISTENER_GONE: Final = frozenset((errno.EBADF, errno.ENOTSOCK, errno.EINVAL))
@@ -46,11 +50,12 @@ a connection would stay deaf for as long again as a partition had lasted."""
 class RealStream:
     """Implements :class:`shardkv.environment.Stream` on a connected socket."""
 
-    __slots__ = ("_closed", "_drained", "_remote", "_socket")
+    __slots__ = ("_closed", "_drained", "_on_close", "_remote", "_socket")
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, on_close: Callable[[], None] | None = None) -> None:
         connected.setblocking(False)
         self._socket = connected
+        self._on_close = on_close
         self._closed = False
         self._drained = False
         """The last read took all there was: the next one waits before it tries."""
@@ -128,6 +133,8 @@ class RealStream:
             self._closed = True
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
+            if self._on_close is not None:
+                self._on_close()
 
     async def _readable(self) -> None:
         if self._closed:
@@ -161,12 +168,14 @@ class RealListener:
 class RealNetwork:
     """Implements :class:`shardkv.environment.Network`."""
 
-    __slots__ = ("_clock", "_connections")
+    __slots__ = ("_clock", "_connections", "_dialled")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._connections = 0
         """Accepted and not ended."""
+        self._dialled = 0
+        """Dialled and not closed."""
 
     async def listen(
         self,
@@ -208,7 +217,7 @@ class RealNetwork:
                 if error.errno in _OUT_OF_RESOURCES:
                     return False
                 continue
-            if self._connections >= connections_max:
+            if self._connections + max(0, self._dialled - DIALLED_KEPT) >= connections_max:
                 connected.close()
                 continue
             try:
@@ -246,12 +255,17 @@ class RealNetwork:
                 # Often the first address is of a family that some firewall on the way drops without a word.
                 with trio.move_on_after(inf if position == len(found) else ADDRESS_SECONDS):
                     await dialling.connect(target)
-                    return RealStream(socket.socket(fileno=dialling.detach()))
+                    stream = RealStream(socket.socket(fileno=dialling.detach()), self._hung_up)
+                    self._dialled += 1
+                    return stream
             except OSError as error:
                 problem = error
             finally:
                 dialling.close()
         raise problem or OSError(errno.EHOSTUNREACH, f"{host} has no address")
+
+    def _hung_up(self) -> None:
+        self._dialled -= 1
 
 
 def connection_files_max() -> int:
