@@ -70,6 +70,11 @@ class Settings:
             raise ConfigError(f"{name} must be true or false, not {value!r:.80}")
         changed: dict[str, Any] = {name: value}
         settings = replace(self, **changed)
+        if settings.heartbeat_ms >= settings.node_suspect_ms:
+            raise ConfigError(
+                f"heartbeat_ms ({settings.heartbeat_ms}) must be below node_suspect_ms ({settings.node_suspect_ms}): "
+                "every node would be suspect between two of its reports"
+            )
         if settings.node_suspect_ms >= settings.node_down_ms:
             raise ConfigError(
                 f"node_suspect_ms ({settings.node_suspect_ms}) must be below node_down_ms ({settings.node_down_ms})"
