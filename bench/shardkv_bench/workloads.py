@@ -3,7 +3,7 @@
 YCSB's core workloads A to F, and plain ones: ``write`` and ``read`` touch records uniformly, ``bulk`` is ``put_many``.
 Where they differ from YCSB's defaults: records lie in the order of their numbers (its insertorder=ordered), have one
 field, and zipfian choices are among the loaded ones. Several client processes share one plan: each inserts record
-numbers of its own.
+numbers of its own, and the latest records are to each those that were loaded and its own.
 """
 
 from collections.abc import Callable
@@ -103,11 +103,12 @@ class Plan:
         assert records >= 1, records
         assert 0 <= process < processes, (process, processes)
         self.records = records
-        """All below it are there, as far as this process knows: it chooses from them."""
-        self._following = records + process
+        """So many this process chooses from: what was loaded, then its own inserts up to the first that is missing."""
+        self._loaded = records
+        self._first = self._following = records + process
         self._again: list[int] = []
         self._ahead: set[int] = set()
-        """Inserted, but not all before them: none below ``records``."""
+        """Inserted, but not all of its own before them."""
         self._processes = processes
         random = Random(seed * 1_000_003 + process)
         self._choose = _chooser(workload, records, random, lambda: self.records)
@@ -134,19 +135,21 @@ class Plan:
             self._following += self._processes
             return Operation(kind, self._following - self._processes)
         count = self._counts[index] if self._counts is not None and kind is Kind.SCAN else 1
-        return Operation(kind, self._choose(), count)
+        return Operation(kind, self._record(self._choose()), count)
+
+    def _record(self, position: int) -> int:
+        """The record at a position among those that this process chooses from."""
+        own = position - self._loaded
+        return position if own < 0 else self._first + own * self._processes
 
     def inserted(self, record: int) -> None:
         """An insert was acknowledged: the latest distribution may choose it once all before it are there, too.
 
-        Only where this process inserts alone do its record numbers have no holes; with several, what others insert is
-        never chosen.
+        Those before it of this process, that is. What others insert is never chosen: nobody tells when it is there.
         """
-        if self._processes > 1:
-            return
         self._ahead.add(record)
-        while self.records in self._ahead:
-            self._ahead.remove(self.records)
+        while (following := self._record(self.records)) in self._ahead:
+            self._ahead.remove(following)
             self.records += 1
 
     def not_inserted(self, record: int) -> None:

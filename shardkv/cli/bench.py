@@ -73,7 +73,8 @@ def run(
     the end counts as a latency if it took longer than all that ended. Failed operations count as errors only.
 
     Records are inserted in the order of their keys and have one field. A read-modify-write is one operation. Bulk
-    counts keys, and its latencies are those of put_many of 1,000.
+    counts keys, and its latencies are those of put_many of 1,000. Workload d reads most what was inserted last; with
+    several processes, each what it has inserted itself.
 
     Prints throughput and latencies. With --json: workload, inflight, seconds, ops, errors, throughput, p50_ms,
     p95_ms, p99_ms, p999_ms, max_ms, client_cpu_s.

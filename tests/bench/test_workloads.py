@@ -166,6 +166,29 @@ def test_the_records_there_are_end_before_the_first_that_was_not_inserted_yet() 
     assert plan.records == 103
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_of_several_processes_reads_most_what_it_has_inserted_last(processes: int) -> None:
+    """YCSB D. With more than one process nobody read what anybody had inserted, however long the run."""
+    for process in range(processes):
+        plan = Plan(WORKLOADS["d"], 100, seed=1, process=process, processes=processes)
+        inserted: list[int] = []
+        while len(inserted) < 50:
+            operation = plan.next()
+            if operation.kind is Kind.INSERT:
+                inserted.append(operation.record)
+                plan.inserted(operation.record)
+        read: Counter[int] = Counter()
+        while read.total() < DRAWS:
+            operation = plan.next()
+            if operation.kind is Kind.INSERT:
+                plan.not_inserted(operation.record)
+            else:
+                read[operation.record] += 1
+        assert set(read) <= {*range(100), *inserted}
+        assert [record for record, _ in read.most_common(3)] == inserted[:-4:-1]
+        assert read[99] > read[0], "of what was loaded, too, the newest is read most"
+
+
 def test_processes_insert_different_records() -> None:
     inserted = [
         {
