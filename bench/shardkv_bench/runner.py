@@ -6,9 +6,12 @@ processes are the remedy. Workers are ended by their process id.
 
 import contextlib
 import json
+import os
 import select
+import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -123,7 +126,10 @@ def run(
     """
     processes = min(processes, task.inflight) if task.action == "run" else processes
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(each, waiting)) for each in shares(task, processes)]
+        workers: list[_Worker] = []
+        stack.enter_context(_suspended_together(workers))
+        for each in shares(task, processes):
+            workers.append(stack.enter_context(_worker(each, waiting)))
         for worker in workers:
             worker.expect("ready")
         for worker in workers:
@@ -168,6 +174,32 @@ def shares(task: Task, processes: int) -> list[Task]:
     ]
 
 
+@contextlib.contextmanager
+def _suspended_together(workers: "list[_Worker]") -> Iterator[None]:
+    """Meanwhile, what suspends this process from its terminal (^Z) suspends ``workers`` with it.
+
+    Each is in a process group of its own, so the terminal does not, and they would go on with their load. When this
+    process goes on, WorkerFailed is raised: the suspension stands in what they measure.
+    """
+
+    def suspend(number: int, frame: object) -> None:
+        for worker in workers:
+            worker.suspend()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        raise WorkerFailed("the run was suspended, and its client processes with it: it is void; start it again")
+
+    mine = threading.current_thread() is threading.main_thread()  # no other can say what a signal does
+    if not mine or signal.getsignal(signal.SIGTSTP) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTSTP, suspend)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+
+
 class _Worker:
     def __init__(self, child: "subprocess.Popen[bytes]", waiting: Callable[[], None]) -> None:
         self._child = child
@@ -177,6 +209,12 @@ class _Worker:
         line = self._line()
         if line.strip() != wanted:
             raise WorkerFailed(f"a client process said {line!r} instead of {wanted!r}")
+
+    def suspend(self) -> None:
+        """Return once it does nothing any more."""
+        self._child.send_signal(signal.SIGSTOP)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, self._child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def go(self) -> None:
         assert self._child.stdin is not None

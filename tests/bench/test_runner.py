@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -190,6 +191,47 @@ def test_an_interrupt_at_the_terminal_is_left_to_whoever_started_the_client_proc
         client.expect("ready")
         assert os.getpgid(client._child.pid) == client._child.pid
         client._child.kill()
+
+
+RUN = """
+import sys
+from shardkv_bench import runner
+from shardkv_bench.worker import Task
+
+go = runner._Worker.go
+
+def told(worker):
+    go(worker)
+    print(worker._child.pid, flush=True)
+
+runner._Worker.go = told
+try:
+    runner.run(Task(*eval(sys.argv[1])), 2)
+except runner.WorkerFailed as failed:
+    print(failed)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux's")
+def test_a_run_that_is_suspended_suspends_its_client_processes_and_is_void() -> None:
+    """The terminal's ^Z reached the one process that only waits; the load went on without it."""
+    with serving() as server:
+        endless = json.loads(task(server.address, seconds=3_600.0).to_json())
+        command = [sys.executable, "-c", RUN, repr(list(endless.values()))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as run:
+            try:
+                assert run.stdout is not None
+                clients = [int(run.stdout.readline()) for _ in range(2)]
+                run.send_signal(signal.SIGTSTP)
+                _, status = os.waitpid(run.pid, os.WUNTRACED)
+                assert os.WIFSTOPPED(status)
+                assert [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] for pid in clients] == ["T", "T"]
+                run.send_signal(signal.SIGCONT)
+                assert "void; start it again" in run.stdout.read()
+                assert run.wait(SECONDS) == 0
+                assert not any(Path(f"/proc/{pid}").exists() for pid in clients)
+            finally:
+                run.kill()
 
 
 @pytest.mark.parametrize("action", ["run", "load"])
