@@ -34,6 +34,9 @@ STOP_SECONDS_MAX: Final = 9.0
 """From the signal to the end of the process."""
 CONNECTIONS_MIN: Final = 16
 """With room for fewer a node does not start: it would be deaf to the other nodes, or to its clients."""
+ADDRESS_SPACE_BYTES_MIN: Final = 1024 * 1024 * 1024
+"""Beside the engine's cache. An idle node has 600 MiB of addresses, a tenth of it in memory: each thread reserves some.
+Where the engine gets no more of them, the process is aborted."""
 LAST_WORDS_SECONDS: Final = 1.0
 """A process that is cut short waits no longer for whoever reads its stderr."""
 
@@ -89,6 +92,7 @@ def node(config: str | None, parent_pipe: int | None, **flags: Any) -> None:
     loaded = _load(flags, config or os.environ.get("SHARDKV_CONFIG"))
     with _log_to_stderr(loaded.log_level) as log:
         _allow_open_files(loaded)
+        _require_limits(loaded)
         try:
             trio.run(_run, loaded)
         except BaseException as error:  # said here, for whoever reads stderr may be stuck
@@ -259,6 +263,30 @@ def _allow_open_files(config: NodeConfig) -> None:
             advice=f"the system lets this process open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} files, enough "
             f"for {room:,} connections of the {wanted:,} that --connections-max allows: raise the hard limit "
             "(ulimit -Hn, LimitNOFILE= of systemd), or lower the option to hear no more of it",
+        )
+
+
+def _require_limits(config: NodeConfig) -> None:
+    """Raise ConfigError where the system's limits would end the node as soon as it serves, or before it can say why."""
+    import resource
+
+    from shardkv.storage.wal import WalSettings
+
+    storage = config.storage
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    needed = max(storage.segment_bytes, WalSettings().reserve_bytes)
+    if most != resource.RLIM_INFINITY and most < needed:
+        lower = ", or lower --segment-bytes" if most >= WalSettings().reserve_bytes else ""
+        raise ConfigError(
+            f"the system lets this process write files of {most:,} bytes, and one of the log takes {needed:,}: raise "
+            f"the limit (ulimit -f, LimitFSIZE= of systemd){lower}"
+        )
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    needed = ADDRESS_SPACE_BYTES_MIN + (storage.cache_bytes if storage.engine == "rocksdb" else 0)
+    if most != resource.RLIM_INFINITY and most < needed:
+        raise ConfigError(
+            f"the system lets this process have {most:,} bytes of addresses, and a node takes up to {needed:,}, most "
+            "of them never used: lift the limit (ulimit -v, LimitAS= of systemd)"
         )
 
 

@@ -128,6 +128,8 @@ def _translated(error: Exception, what: str) -> StorageError:
         advice = "check the owner and the permissions; then restart the node"
     elif "Too many open files" in text:
         advice = "raise the limit on open files (ulimit -n); then restart the node"
+    elif "File too large" in text:
+        advice = "raise the limit on the size of files (ulimit -f); then restart the node"
     return StorageError(f"engine: {what}: {text}; {advice}")
 
 

@@ -90,6 +90,45 @@ def test_a_node_that_may_open_too_few_files_to_take_part_does_not_start(
     assert len(process.stderr_tail().splitlines()) == 1
 
 
+LIMITED = """
+import os, resource, sys
+_, which, mebibytes, *command = sys.argv
+resource.setrlimit(getattr(resource, "RLIMIT_" + which), (int(mebibytes) << 20,) * 2)
+os.execv(command[0], command)
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux's")
+@pytest.mark.parametrize(
+    ("limit", "options", "said"),
+    [
+        ("FSIZE 20", (), "one of the log takes 67,108,864: raise the limit (ulimit -f,"),
+        ("FSIZE 20", (), ", or lower --segment-bytes"),
+        ("FSIZE 20", ("--segment-bytes", "20MiB"), ""),
+        ("FSIZE 4", ("--segment-bytes", "1MiB"), "one of the log takes 8,388,608: raise the limit (ulimit -f,"),
+        ("AS 600", (), "have 629,145,600 bytes of addresses, and a node takes up to 1,107,296,256, most of them"),
+        ("AS 1056", (), ""),
+        ("AS 1056", ("--cache-bytes", "1GiB"), "lift the limit (ulimit -v,"),
+        ("AS 1056", ("--cache-bytes", "1GiB", "--engine", "memory"), ""),
+    ],
+)
+def test_a_node_that_the_systems_limits_would_end_does_not_start(
+    tmp_path: Path, processes: list[Process], limit: str, options: tuple[str, ...], said: str
+) -> None:
+    """It said that it was ready, and ended at once where it made the log's next file; or it was aborted."""
+    low = [sys.executable, "-c", LIMITED, *limit.split()]
+    arguments = ["--name", "n1", "--data", str(tmp_path), "--listen", "127.0.0.1:7001", "--bootstrap"]
+    process = Process([*low, *STANDIN, *arguments, *options], tmp_path / "n1.log", os.environ)
+    processes.append(process)
+    if said:
+        assert process.wait(SECONDS) == 2
+        assert said in process.stderr_tail()
+        assert len(process.stderr_tail().splitlines()) == 1
+    else:
+        assert process.wait_for_line("ready ", SECONDS), process.stderr_tail()
+        assert process.terminate(SECONDS) == 0
+
+
 SPEAKING = """
 import structlog, sys
 from shardkv.cli.node import _log_to_stderr, _print_ready

@@ -266,6 +266,15 @@ def test_a_full_disk_and_other_errors_keep_their_kind() -> None:
     assert "replace the disk" in str(_translated(Exception("IO error: Input/output error"), "flushing"))
 
 
+def test_a_limit_on_files_that_the_engine_meets_is_not_said_to_be_a_broken_disk() -> None:
+    error = _translated(
+        Exception("IO error: While appending to file: /data/engine/000009.sst: File too large"), "flushing"
+    )
+    assert type(error) is StorageError
+    assert "ulimit -f" in str(error)
+    assert "replace" not in str(error)
+
+
 def test_a_quota_that_the_engine_meets_is_not_said_to_be_a_broken_disk() -> None:
     """As RocksDB words it when a write of a flush fails with EDQUOT. The node ends all the same."""
     error = _translated(
