@@ -1,6 +1,7 @@
 """The client's connections, tasks and ends over loopback, on trio and on asyncio: the same contract (DESIGN §2.3)."""
 
 import asyncio
+import errno
 import gc
 import signal
 import socket
@@ -195,6 +196,24 @@ def test_nobody_there_is_unavailable_in_time(backend):
         async with connect(address) as kv:
             with pytest.raises(errors.Unavailable, match=address):
                 await kv.put(b"k", b"v", timeout=0.05)
+
+    run(backend, main)
+
+
+def test_a_client_whose_process_may_open_no_more_files_is_told_so(backend, server, monkeypatch):
+    """It was told to check the addresses, which were right, and of too many open files, which may be the node's."""
+
+    def no_files(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main() -> None:
+        async with connect(server.addresses) as kv:
+            with monkeypatch.context() as short:
+                short.setattr(socket, "socket", no_files)
+                with pytest.raises(errors.Unavailable, match=r"this process may open no more files.*ulimit -n") as told:
+                    await kv.put(b"k", b"v", timeout=0.2)
+            assert "addresses" not in str(told.value)
+            await kv.put(b"k", b"v")
 
     run(backend, main)
 

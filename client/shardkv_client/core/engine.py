@@ -40,7 +40,7 @@ from shardkv_client.core.calls import (
 )
 from shardkv_client.core.dispatch import Dispatcher
 from shardkv_client.core.ledger import Ledger
-from shardkv_client.core.links import Link, Links, LinkState
+from shardkv_client.core.links import NO_FILES, Link, Links, LinkState
 from shardkv_client.core.packing import Packer
 from shardkv_client.core.routing import Router, parse_nodes, parse_routes
 from shardkv_client.core.session import Session
@@ -140,14 +140,12 @@ class Core:
         else:
             problems = self.links.problems(self._now)
             reason = "no answer before the timeout" if call.attempts else "no node took the request before the timeout"
-            reached = self.links.any_ready() is not None
-            error = answers.failure(
-                call,
-                f"{reason} ({problems})" if problems else reason,
-                "try again with backoff"
-                if reached
-                else "check that the addresses are right, and try again with backoff",
-            )
+            advice = "try again with backoff"
+            if problems and NO_FILES in problems:
+                advice = "raise the limit on its open files (ulimit -n) or close some, and try again"
+            elif self.links.any_ready() is None:
+                advice = "check that the addresses are right, and try again with backoff"
+            error = answers.failure(call, f"{reason} ({problems})" if problems else reason, advice)
         self.ledger.finish(call, None, error)
 
     def close(self, now: float, reason: str = "the client was closed") -> None:

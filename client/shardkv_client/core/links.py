@@ -5,6 +5,7 @@ greeting, the question whether a silent node still lives, and the knowledge of w
 link is the engine's. ``dials``, ``drops`` and ``outputs`` are orders to whoever does the I/O, who empties them.
 """
 
+import errno
 from collections.abc import Callable, Iterable
 from enum import Enum
 from math import inf
@@ -29,6 +30,7 @@ PROBLEM_CHARACTERS_MAX: Final = 200
 REFUSAL_SECONDS: Final = 10.0
 """For so long a node's refusal, or the end of its connection, says what keeps it from answering; then only what comes
 of dialling it."""
+NO_FILES: Final = "this process may open no more files"
 _PING: Final = encode_frame(FrameKind.PING, b"")
 
 
@@ -426,4 +428,6 @@ def describe(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, ShardKVError):
         return text
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return NO_FILES  # the system's words do not say whose are too many: the node has such a limit, too
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
