@@ -21,7 +21,7 @@ import click
 
 from shardkv.cli import records, text
 from shardkv.cli.data import after_prefix, span_options
-from shardkv.cli.durable import replace_durably
+from shardkv.cli.durable import remove_durably, replace_durably
 from shardkv.cli.progress import Progress
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, base64_option, connected
@@ -94,8 +94,9 @@ class Checkpoint:
             replace_durably(self.path, json.dumps({**self._identity, "count": count, **state}))
 
     def remove(self) -> None:
+        """Durably: by a note that comes back, a later --resume would do the end of a finished import once more."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            remove_durably(self.path)
 
     @contextlib.contextmanager
     def kept(self, *, count_min: int = 0) -> Iterator[None]:

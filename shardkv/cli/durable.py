@@ -16,9 +16,19 @@ def replace_durably(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    _sync_directory(path.parent)
+
+
+def remove_durably(path: Path) -> None:
+    """No error if it is not there. Raises OSError; then the file is as it was."""
+    path.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
     # Some file systems know no sync of a directory, and nothing else is to be had there.
     with contextlib.suppress(OSError):
-        directory = os.open(path.parent, os.O_RDONLY)
+        directory = os.open(path, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:

@@ -10,11 +10,11 @@ from shardkv.cli.durable import replace_durably
 
 
 class Disk:
-    """Notes the order in which files are synced and renamed."""
+    """Notes the order in which files are synced, renamed and removed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[str] = []
-        fsync, replace = os.fsync, Path.replace
+        fsync, replace, unlink = os.fsync, Path.replace, Path.unlink
 
         def noted_fsync(descriptor: int) -> None:
             fsync(descriptor)
@@ -25,12 +25,17 @@ class Disk:
             self.done.append(f"rename {source.name} {target.name}")
             return replace(source, target)
 
+        def noted_unlink(path: Path, missing_ok: bool = False) -> None:
+            self.done.append(f"remove {path.name}")
+            unlink(path, missing_ok)
+
         monkeypatch.setattr(os, "fsync", noted_fsync)
         monkeypatch.setattr(Path, "replace", noted_replace)
+        monkeypatch.setattr(Path, "unlink", noted_unlink)
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+def disk(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Disk:
     return Disk(monkeypatch)
 
 
@@ -67,6 +72,17 @@ def test_how_far_an_export_came_is_on_disk_before_more_of_it_is(disk: Disk, dire
     checkpoint.save(count=3, offset=10)
     assert disk.done[0].startswith("sync all.jsonl.progress.new: {")
     assert disk.done[1:] == ["rename all.jsonl.progress.new all.jsonl.progress", "sync d"]
+
+
+def test_a_note_of_how_far_a_finished_import_came_does_not_come_back(disk: Disk, directory: Path) -> None:
+    """A later --resume would have put what the end of the file says over what was written since."""
+    checkpoint = bulk.Checkpoint(str(directory / "all.jsonl"), {"command": "import"})
+    with checkpoint.kept():
+        checkpoint.save(count=3, offset=10)
+        disk.done.clear()
+    assert disk.done == ["remove all.jsonl.progress", "sync d"]
+    assert os.listdir(directory) == []
+    checkpoint.remove()
 
 
 def test_where_the_nodes_of_a_demo_are_is_on_disk_before_they_start(disk: Disk, directory: Path) -> None:
