@@ -4,6 +4,7 @@ flood, memory, kills, stops, partitions and snapshot.
 Each starts a cluster of its own in a temporary directory, prints what it measured, and fails when a budget is missed.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -83,8 +84,14 @@ async def gibibyte(name: str) -> None:
 
 
 def floods(arguments: Sequence[str]) -> None:
-    """Each kind of flood on a cluster of its own; arguments: the kinds, or none for all."""
-    for name in arguments or FLOODS:
+    """The subcommand."""
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster.soak flood", description=gibibyte.__doc__)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{' | '.join(FLOODS)}; all without any")
+    given = parser.parse_args(arguments)
+    for name in given.kinds:
+        if name not in FLOODS:
+            parser.error(f"there is no flood {name!r}; there are {' | '.join(FLOODS)}")
+    for name in given.kinds or FLOODS:
         trio.run(gibibyte, name)
 
 

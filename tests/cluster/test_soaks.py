@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import kills, partitions, stops
+from tests.cluster import kills, partitions, soak, stops
 from tests.cluster.harness import cluster
 from tests.cluster.namespaces import Net, Place, net, obstacle
 
@@ -49,6 +49,22 @@ async def test_histories_stay_linearizable_while_the_network_is_cut(tmp_path: Pa
     assert done.done == 4
     assert done.kinds[partitions.FROM_PEERS] == 2
     assert workload.answered > 100
+
+
+@pytest.mark.parametrize("name", sorted(soak.OWN))
+def test_a_soak_with_arguments_of_its_own_says_which(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``flood --help`` was a flood of that name, started a cluster and ended with a traceback."""
+    with pytest.raises(SystemExit) as end:
+        soak.main(name, "--help")
+    assert end.value.code == 0
+    assert f"usage: python -m tests.cluster.soak {name}" in capsys.readouterr().out
+
+
+def test_a_flood_that_there_is_not_is_refused_before_anything_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        soak.main("flood", "puts?")
+    assert end.value.code == 2
+    assert "there is no flood 'puts?'; there are " in capsys.readouterr().err
 
 
 # The network that the partitions are made in.
