@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from shardkv.environment import Environment
-from shardkv.errors import Corruption, OutOfSpace, ProtocolError, StorageError
+from shardkv.errors import ConfigError, Corruption, OutOfSpace, ProtocolError, StorageError
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, Extension, RangeMachine, SplitResult
 from shardkv.machine.snapshot import installing
@@ -25,7 +25,15 @@ from shardkv.ranges.split import RightHalf, adopt
 from shardkv.storage.directory import Note
 from shardkv.storage.engine import REPLACE_ADVICE, Engine, WriteBatch
 from shardkv.storage.wal import CreateGroup, GroupLog, LogUpdate, ResetLog, Wal
-from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, RangeId, ReplicaId
+from shardkv.types import (
+    PLACEMENT_RANGE,
+    TIMESTAMP_MAX,
+    NodeId,
+    RangeDescriptor,
+    RangeId,
+    ReplicaId,
+    timestamp_ms,
+)
 
 UNCOMMITTED_BYTES_MAX: Final = 4 * 1024 * 1024
 """Payload in a leader's log that is not applied yet: what clients that send faster than disks write can fill."""
@@ -95,13 +103,21 @@ class Catalog:
     # Beginnings
 
     def bootstrap(self, descriptors: Sequence[RangeDescriptor], timestamp: int) -> None:
-        """The first ranges of a new cluster, each with one replica here. Idempotent: what is there already stays."""
+        """The first ranges of a new cluster, each with one replica here. Idempotent: what is there already stays.
+
+        Raises ConfigError if ``timestamp`` is none, for this machine's clock is too far off.
+        """
         batch = WriteBatch()
         updates = []
         for descriptor in descriptors:
             range_id = descriptor.range_id
             if range_id in self._wal.groups or range_id in self._wal.tombstones:
                 continue
+            if not 0 <= timestamp <= TIMESTAMP_MAX:
+                raise ConfigError(
+                    f"this machine's clock stands at {timestamp_ms(timestamp) // 1000:+,} seconds from 1970, where no "
+                    "cluster can begin: set it, then start the node again"
+                )
             replica = descriptor.replica_on(self.node_id)
             assert replica is not None, f"bootstrap of {descriptor}, which is not on node {self.node_id}"
             conf_state = ConfState(voters=(replica.replica_id,))

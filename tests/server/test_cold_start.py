@@ -97,6 +97,29 @@ async def test_a_node_may_be_told_to_join_itself_among_others(autojump_clock: Mo
             await cluster.until(kv, lambda status, ranges: status["live"] == len(cluster.nodes))
 
 
+@pytest.mark.parametrize(("milliseconds", "said"), [(-5_000, "-5"), (1 << 46, r"\+70,368,744,177")])
+async def test_a_cluster_begins_at_a_time_that_can_be_written_down(
+    autojump_clock: MockClock, milliseconds: int, said: str
+) -> None:
+    """Before 1970, where a machine without a battery may believe to be, it was an error of ``struct``. The directory is
+    the node's by then, and the next start goes on."""
+    async with empty("n1") as cluster:
+        node = cluster.nodes["n1"]
+        clock = node.environment.clock
+        clock.wall_offset_ms = milliseconds - clock.wall_ms()
+        with pytest.raises(ConfigError, match=f"clock stands at {said} seconds from 1970.*: set it, then start"):
+            await node.run_to_its_end()
+        node.engine = node.engine.crash(lambda count: count)
+        clock.wall_offset_ms = 0
+        await node.start()
+        async with cluster.client() as kv:
+            await kv.put(b"k", b"v")
+        # Once it has begun, what the clock says is no matter: it is not followed.
+        await node.kill()
+        clock.wall_offset_ms = milliseconds - clock.wall_ms()
+        await node.start()
+
+
 async def test_a_new_cluster_waits_for_no_promise_that_nobody_can_have_made(autojump_clock: MockClock) -> None:
     """A directory that was never used before holds no forgotten promise, so its only voter elects itself at once."""
     async with empty("n1") as cluster:
