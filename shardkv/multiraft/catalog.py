@@ -14,6 +14,7 @@ from shardkv.environment import Environment
 from shardkv.errors import ConfigError, Corruption, OutOfSpace, ProtocolError, StorageError
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, Extension, RangeMachine, SplitResult
+from shardkv.machine.rows import AppliedState, read_applied
 from shardkv.machine.snapshot import installing
 from shardkv.multiraft.replica import Replica
 from shardkv.raft import LeaseSettings, RaftNode, RaftSettings
@@ -23,7 +24,7 @@ from shardkv.ranges.admission import Admission, admit_message
 from shardkv.ranges.spans import SpanMap
 from shardkv.ranges.split import RightHalf, adopt
 from shardkv.storage.directory import Note
-from shardkv.storage.engine import REPLACE_ADVICE, Engine, WriteBatch
+from shardkv.storage.engine import REPLACE_ADVICE, Engine, Reader, WriteBatch
 from shardkv.storage.wal import CreateGroup, GroupLog, LogUpdate, ResetLog, Wal
 from shardkv.types import (
     PLACEMENT_RANGE,
@@ -227,11 +228,7 @@ class Catalog:
     def _reconcile(self, log: GroupLog, machine: RangeMachine) -> list[LogUpdate]:
         """What the log has to be told of the state in the engine."""
         applied = machine.applied_index
-        if applied < log.compact_index:
-            raise Corruption(
-                f"range {machine.range_id} has applied {applied}, but its log begins after {log.compact_index}: the "
-                f"engine has lost data, or is an old copy; {REPLACE_ADVICE}"
-            )
+        _require_reaching(log, applied)
         term, vote, commit = log.hard_state  # no entry of the log has a higher term
         if applied > log.last_index() or log.term(applied) != machine.applied_term:
             if applied < commit:
@@ -429,6 +426,22 @@ class Catalog:
             if machine is not None and range_id != PLACEMENT_RANGE:
                 owner = self.spans.owner_at(machine.descriptor.span.start)
                 assert owner == range_id, f"{machine.descriptor.span} of range {range_id} is owned by {owner}"
+
+
+def require_reaching(wal: Wal, reader: Reader) -> None:
+    """Raise Corruption where the state of a range in ``reader``, an engine's, ends before its log begins."""
+    for range_id, log in wal.groups.items():
+        applied = None if log.ended else read_applied(reader, range_id)
+        if isinstance(applied, AppliedState):
+            _require_reaching(log, applied.index)
+
+
+def _require_reaching(log: GroupLog, applied: int) -> None:
+    if applied < log.compact_index:
+        raise Corruption(
+            f"range {log.range_id} has applied {applied}, but its log begins after {log.compact_index}: the engine has "
+            f"lost data, or is an old copy; {REPLACE_ADVICE}"
+        )
 
 
 def _ignore(error: StorageError) -> None:

@@ -8,6 +8,7 @@ for a crash must find what a crash leaves.
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -15,8 +16,9 @@ import trio
 from shardkv.config import NodeConfig, StorageConfig
 from shardkv.environment import Disk, Environment, Workers
 from shardkv.errors import OutOfSpace
+from shardkv.multiraft.catalog import require_reaching
 from shardkv.storage.directory import DataDirectory
-from shardkv.storage.engine import Engine
+from shardkv.storage.engine import Engine, Reader
 from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.rocks import RocksEngine, RocksSettings
 from shardkv.storage.wal import Wal, WalSettings
@@ -24,7 +26,8 @@ from shardkv.storage.wal import Wal, WalSettings
 LOG_CACHE_BYTES_MAX: Final = 8 * 1024 * 1024
 """Log entries in memory, of all ranges: followers that are further behind are served from the disk."""
 
-OpenEngine = Callable[[NodeConfig, str], Engine]
+OpenEngine = Callable[[NodeConfig, str, Callable[[Reader], None]], Engine]
+"""Of the configuration, the path, and what is shown the engine's state before it is changed, and may refuse it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,11 @@ class Stores:
     engine: Engine
 
 
-def open_engine(config: NodeConfig, path: str) -> Engine:
+def open_engine(config: NodeConfig, path: str, admit: Callable[[Reader], None]) -> Engine:
     """The engine that the configuration asks for. Blocks."""
     if config.storage.engine == "memory":
         return MemoryEngine(in_loop=trio.from_thread.run_sync)
-    return RocksEngine(path, RocksSettings(block_cache_bytes=config.storage.cache_bytes))
+    return RocksEngine(path, RocksSettings(block_cache_bytes=config.storage.cache_bytes), admit)
 
 
 @asynccontextmanager
@@ -58,7 +61,7 @@ async def open_stores(
     opened: list[tuple[str, Callable[[], None]]] = [("log", wal.close), ("log mark", note_log_mark)]
     try:
         await workers.run(note_log_mark)
-        engine = await workers.run(open_engine, config, directory.engine_path)
+        engine = await workers.run(open_engine, config, directory.engine_path, partial(require_reaching, wal))
         opened.append(("engine", engine.close))
         yield Stores(wal, engine)
     except Exception:

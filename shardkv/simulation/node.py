@@ -17,7 +17,7 @@ from shardkv.simulation.disk import CrashChooser, SimulatedDisk
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
 from shardkv.simulation.patience import FORMING_SECONDS, within
 from shardkv.simulation.scheduler import Process
-from shardkv.storage.engine import Engine, WriteBatch
+from shardkv.storage.engine import Engine, Reader, WriteBatch
 from shardkv.storage.memory import MemoryEngine
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ class SimulatedNode:
             observe=self._observe,
         )
 
-    def _open_engine(self, config: NodeConfig, path: str) -> Engine:
+    def _open_engine(self, config: NodeConfig, path: str, admit: Callable[[Reader], None]) -> Engine:
+        admit(self.engine)
         return self.engine
 
     def _observe(self, inside: Parts) -> None:

@@ -20,12 +20,14 @@ What rocksdict 0.3.29 and its RocksDB do otherwise than they say; a test stands 
   tells whether it is over; the property ``background-errors`` only counts.
 * Where the file CURRENT is missing, the first opening fails, but leaves a new one, by which the next finds an empty
   store and removes what the old one held. So none is opened where there are tables without it.
+* Where the end of the file MANIFEST is missing, the store is an older one without a word, and the opening removes the
+  tables that are newer. So whoever can tell sees what there is, read only, before it is opened.
 """
 
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakSet
@@ -34,7 +36,7 @@ import rocksdict
 
 from shardkv.errors import Corruption, OutOfSpace, StorageError
 from shardkv.storage import overlay
-from shardkv.storage.engine import REPLACE_ADVICE, Snapshot, WriteBatch
+from shardkv.storage.engine import REPLACE_ADVICE, Reader, Snapshot, WriteBatch
 
 SCAN_CHUNK_KEYS: Final = 256
 """A snapshot's scan takes this many pairs at a time from the iterator that all its scans share."""
@@ -146,13 +148,37 @@ def _require_current(path: str) -> None:
         )
 
 
+def _show(path: str, options: rocksdict.Options, admit: Callable[[Reader], None]) -> None:
+    """Show ``admit`` what the store at ``path`` holds, and leave it as it is."""
+    read_only = rocksdict.AccessType.read_only()
+    try:
+        database: Any = rocksdict.Rdict(
+            path, options=options, column_families={"default": options}, access_type=read_only
+        )
+    except Exception as error:
+        raise _translated(error, f"opening {path}") from error
+    store = RocksSnapshot(database.snapshot(), database.iter())
+    try:
+        admit(store)
+    finally:
+        store.close()
+        database.close()
+
+
 class RocksEngine:
     """See :class:`shardkv.storage.engine.Engine`."""
 
-    def __init__(self, path: str, settings: RocksSettings = RocksSettings()) -> None:
-        """Open the store in the directory ``path``, or make it. Blocks. Raises StorageError or Corruption."""
+    def __init__(
+        self, path: str, settings: RocksSettings = RocksSettings(), admit: Callable[[Reader], None] | None = None
+    ) -> None:
+        """Open the store in the directory ``path``, or make it. Blocks. Raises StorageError or Corruption.
+
+        ``admit`` is shown a store that is there before anything in it is changed; what it raises ends the opening.
+        """
         _require_current(path)
         self._options = _options(settings)
+        if admit is not None and os.path.exists(f"{path}/CURRENT"):
+            _show(path, self._options, admit)
         try:
             # Without the explicit column family, the options found on disk would win without a word.
             self._db: Any = rocksdict.Rdict(path, options=self._options, column_families={"default": self._options})

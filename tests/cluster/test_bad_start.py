@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from shardkv.cli.root import shardkv
+from shardkv.multiraft.maintenance import ENTRIES_KEPT
 from shardkv_bench.local_cluster import free_ports
 from shardkv_client import connect_blocking
 from tests.cluster.harness import SECONDS_MAX, LocalCluster, started
@@ -80,6 +83,32 @@ def test_a_node_alone_whose_engine_was_removed_says_what_to_do(tmp_path: Path) -
         assert code == 1
         assert str(tmp_path / "n1" / "engine") in message
         assert "backup" in message
+
+
+def test_an_engine_that_has_lost_what_the_log_let_go_of_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    """The end of its MANIFEST is missing: RocksDB opens it in an older state, without a word, and removes the tables of
+    the newer. Where the log still has the rest, that is made up for."""
+    engine = tmp_path / "n1" / "engine"
+    sizes = []
+    with started(tmp_path, nodes=1) as world, connect_blocking(world.connect) as kv:
+        (manifest,) = engine.glob("MANIFEST-*")
+        for count in (1, ENTRIES_KEPT + 50, 1):
+            for _ in range(count):
+                kv.increment(b"n")
+            assert CliRunner().invoke(shardkv, ["admin", "snapshot", "1", "--connect", world.connect]).exit_code == 0
+            sizes.append(manifest.stat().st_size)
+    whole, tables = manifest.read_bytes(), sorted(engine.glob("*.sst"))
+    assert sizes == sorted(set(sizes))
+    os.truncate(manifest, sizes[0])
+    for _ in range(2):
+        code, message = start(*flags(tmp_path / "n1", name="n1"))
+        assert code == 1
+        assert "range 1 has applied" in message
+        assert "move the folder engine out" in message
+        assert sorted(engine.glob("*.sst")) == tables
+    manifest.write_bytes(whole[: sizes[1]])
+    with started(tmp_path, nodes=1) as world, connect_blocking(world.connect) as kv:
+        assert kv.increment(b"n", 0) == ENTRIES_KEPT + 52
 
 
 def test_a_port_in_use_is_named_and_the_node_that_has_it_goes_on(world: LocalCluster, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ async def test_an_ingest_changes_the_engine_in_memory_in_the_loop(tmp_path: Path
         name="n1", data=str(tmp_path), listen="127.0.0.1:0", bootstrap=True, storage=StorageConfig(engine="memory")
     )
     workers = RealWorkers()
-    engine = await workers.run(open_engine, config, str(tmp_path / "engine"))
+    engine = await workers.run(open_engine, config, str(tmp_path / "engine"), print)
     engine._data = Watched()  # type: ignore[attr-defined]
     builder = engine.builder("/ingest/1")
     builder.put(b"k", b"v")

@@ -697,7 +697,7 @@ async def test_a_start_whose_engine_does_not_open_closes_the_log_and_says_why(
         if fails:
             raise StorageError("closing: fails too")
 
-    def damaged(config: object, path: str) -> Engine:
+    def damaged(config: object, path: str, admit: object) -> Engine:
         raise Corruption("engine: a file is missing")
 
     async with world(3) as cluster:

@@ -13,7 +13,7 @@ import pytest
 import rocksdict
 
 from shardkv.errors import Corruption, OutOfSpace, StorageError
-from shardkv.storage.engine import WriteBatch
+from shardkv.storage.engine import Reader, WriteBatch
 from shardkv.storage.rocks import DELETIONS_IN_A_ROW, RocksEngine, RocksSettings, _translated
 
 LOW, HIGH = b"", b"\xff" * 8
@@ -248,6 +248,51 @@ def test_a_store_of_which_a_file_is_gone_is_no_new_one_and_no_broken_disk(path: 
     engine = RocksEngine(path)
     assert engine.get(b"k") == b"v"
     engine.close()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_store_that_has_lost_the_end_of_its_manifest_is_shown_before_anything_newer_is_removed(
+    path: str, fits: bool
+) -> None:
+    """RocksDB takes it for one that never got further, and removes the tables that it does not know of."""
+    engine = RocksEngine(path)
+    (manifest,) = Path(path).glob("MANIFEST-*")
+    for number in range(3):
+        batch = WriteBatch()
+        batch.put(b"number", b"%d" % number)
+        engine.write(batch)
+        engine.flush()
+        if number == 0:
+            size = manifest.stat().st_size
+    engine.close()
+    whole = manifest.read_bytes()
+    os.truncate(manifest, size)
+    seen = []
+
+    def admit(reader: Reader) -> None:
+        seen.append((reader.get(b"number"), list(reader.scan(LOW, HIGH))))
+        if not fits:
+            raise Corruption("older than what was logged")
+
+    before = sorted(os.listdir(path))
+    if fits:
+        engine = RocksEngine(path, admit=admit)
+        assert engine.get(b"number") == b"0"
+        engine.close()
+    else:
+        for _ in range(2):
+            with pytest.raises(Corruption, match="older than"):
+                RocksEngine(path, admit=admit)
+            assert sorted(os.listdir(path)) == before
+        manifest.write_bytes(whole)
+        engine = RocksEngine(path, admit=lambda reader: None)
+        assert engine.get(b"number") == b"2"
+        engine.close()
+    assert seen == [(b"0", [(b"number", b"0")])] * len(seen) != []
+
+
+def test_a_store_that_is_not_there_yet_is_shown_to_nobody(path: str) -> None:
+    RocksEngine(path, admit=lambda reader: pytest.fail("there is nothing to show")).close()
 
 
 def test_a_store_whose_making_was_cut_short_is_made_again(path: str) -> None:
