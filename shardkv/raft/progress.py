@@ -216,7 +216,11 @@ class Progress:
         return True
 
     def maybe_decrease_to(self, rejected: int, hint: int) -> bool:
-        """The follower has rejected the append after ``rejected``; False when that answer is stale."""
+        """The follower has rejected the append after ``rejected``; False when that calls for no other append now.
+
+        That is so when the answer is stale, and when the append began at ``match``: there is nothing further down to
+        try, and the same again would be rejected again. Only the next heartbeat's answer lets it go once more.
+        """
         if self.state == _REPLICATE:
             if rejected <= self.match:
                 return False
@@ -224,6 +228,8 @@ class Progress:
         else:
             # A probing leader sends one append at a time, so an answer to any other is an old one.
             if self.next - 1 != rejected:
+                return False
+            if rejected == self.match:
                 return False
             self.next = max(min(rejected, hint + 1), self.match + 1)
             self.flow_paused = False

@@ -338,17 +338,17 @@ def test_a_probed_follower_is_sent_one_append_at_a_time() -> None:
 
 def test_a_follower_that_answers_heartbeats_alone_is_sent_entries_less_often_each_time() -> None:
     """Its disk is full, say: it drops what it is sent, up to a megabyte with each answer to a heartbeat."""
-    node = fresh(1, probe_heartbeats_max=16)
+    node = fresh(1, terms=[1], probe_heartbeats_max=16)
     node.campaign()
-    node.step(Message(M.VOTE_RESP, 1, 1, 1))
-    node.step(Message(M.VOTE_RESP, 1, 2, 1))
+    node.step(Message(M.VOTE_RESP, 1, 1, 2))
+    node.step(Message(M.VOTE_RESP, 1, 2, 2))
     node.ready()
 
     def waits(count: int) -> list[int]:
         """How many heartbeats it answers each time until it is sent something."""
         answered, found = 0, []
         while len(found) < count:
-            node.step(Message(M.HEARTBEAT_RESP, 1, 2, 1))
+            node.step(Message(M.HEARTBEAT_RESP, 1, 2, 2))
             answered += 1
             if sent(node.ready(), M.APP):
                 found.append(answered)
@@ -358,11 +358,39 @@ def test_a_follower_that_answers_heartbeats_alone_is_sent_entries_less_often_eac
     assert waits(7) == [1, 2, 4, 8, 16, 16, 16]
     node.propose(b"x")
     assert not sent(node.ready(), M.APP), "nor is it by the way"
-    node.step(Message(M.APP_RESP, 1, 2, 1, index=0, reject=True))
+    node.step(Message(M.APP_RESP, 1, 2, 2, index=1, reject=True))
     node.ready()
     assert waits(3) == [1, 2, 4], "an answer to an append shows that it takes some"
     node.report_unreachable(2)
     assert waits(3) == [1, 1, 2], "what is known to be lost says nothing"
+
+
+def test_a_follower_that_refuses_what_it_acknowledged_is_asked_once_a_heartbeat() -> None:
+    """Its log contradicts what it said, so nothing further down is left to try: the same append would be refused again.
+
+    The two would go on exchanging it for ever, as fast as the network lets them.
+    """
+    cluster = led()
+    cluster.isolate(3)
+    leader = cluster[1]
+    leader.propose(b"x")
+    cluster.settle()
+    match = leader.status().progress[2].match
+    assert match == leader.last_index
+    cluster.isolate(2, 3)
+    leader.propose(b"y")
+    assert [message.index for message in sent(leader.ready(), M.APP) if message.to == 2] == [match]
+    refusal = Message(M.APP_RESP, 1, 2, leader.term, index=match + 1, reject=True, reject_hint=match - 1, log_term=1)
+    leader.step(refusal)
+    assert [message.index for message in sent(leader.ready(), M.APP) if message.to == 2] == [match]
+    refusal.index = match
+    for heartbeats in range(3):
+        leader.step(refusal)
+        assert not sent(leader.ready(), M.APP), f"after {heartbeats} heartbeats"
+        leader.step(Message(M.HEARTBEAT_RESP, 1, 2, leader.term))
+        assert [message.index for message in sent(leader.ready(), M.APP) if message.to == 2] == [match]
+    leader.step(Message(M.APP_RESP, 1, 2, leader.term, index=match + 1))
+    assert leader.status().progress[2].state is ProgressState.REPLICATE
 
 
 def test_the_window_is_bounded_in_messages() -> None:
