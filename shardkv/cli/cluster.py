@@ -12,7 +12,7 @@ from shardkv.cli import text
 from shardkv.cli.root import Example
 from shardkv.cli.session import Client, Session, all_shown, base64_option, connected, json_option, read_key, shown_json
 from shardkv.cli.table import render
-from shardkv.wire.requests import Method
+from shardkv.wire.requests import Method, RangesListing
 
 NODE_COLUMNS: Final = ("id", "name", "address", "state", "replicas", "leaders")
 RANGE_COLUMNS: Final = ("id", "start", "end", "leader", "replicas", "epoch", "bytes")
@@ -38,9 +38,11 @@ async def fetch_nodes(client: Client, timeout: float) -> list[dict[str, Any]]:
 
 
 async def fetch_ranges(client: Client, timeout: float) -> list[dict[str, Any]]:
-    """Each range's row, by start."""
-    answer = await client.call(Method.RANGES, timeout=timeout)
-    return sorted((dict(row) for row in answer), key=lambda row: bytes(row["start"]))
+    """Each range's row, by start. ``timeout`` is for each page."""
+    listing = RangesListing()
+    while listing.take(await client.call(Method.RANGES, listing.after, timeout=timeout)):
+        pass
+    return sorted((dict(row) for row in listing.rows), key=lambda row: bytes(row["start"]))
 
 
 def print_rows(

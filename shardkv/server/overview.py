@@ -4,12 +4,17 @@ Lives here: the shape of the two answers, plain CBOR values. Does not live here:
 another node (``placement_service``). The rule: fields are added, never changed, for tools read them.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import shardkv
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, ReplicaRole
 from shardkv_placement.schedulers import why_unsettled
-from shardkv_placement.view import ClusterView, NodeState, NodeView
+from shardkv_placement.view import ClusterView, NodeState, NodeView, RangeView
+
+PAGE_BYTES_MAX: Final = 1024 * 1024
+"""Ranges in one answer: some eight thousand. Far below what clients together may leave untaken of their answers."""
+ROW_BYTES: Final = 128
+"""About what a range takes beside its keys."""
 
 
 def status(view: ClusterView, placement_leader: NodeId | None) -> dict[str, Any]:
@@ -43,21 +48,44 @@ def status(view: ClusterView, placement_leader: NodeId | None) -> dict[str, Any]
 
 
 def ranges(view: ClusterView) -> list[dict[str, Any]]:
-    """The answer to RANGES: every range of keys, in their order. ``learners`` names those of ``replicas`` that are."""
-    return [
-        {
-            "id": item.range_id,
-            "start": item.descriptor.span.start,
-            "end": item.descriptor.span.end,
-            "leader": item.leader,
-            "replicas": [replica.node_id for replica in item.descriptor.replicas],
-            "learners": _learners(item.descriptor),
-            "epoch": list(item.descriptor.epoch),
-            "bytes": item.bytes,
-        }
-        for item in sorted(view.ranges.values(), key=lambda each: each.descriptor.span.start)
-        if item.range_id != PLACEMENT_RANGE
+    """Every range of keys, in their order. ``learners`` names those of ``replicas`` that are."""
+    return [_row(item) for item in _from(view, None)]
+
+
+def ranges_page(view: ClusterView, after: bytes | None) -> list[Any]:
+    """The answer to RANGES: ranges that start above ``after``, as many as a page holds, and whether more follow."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for item in _from(view, after):
+        size += ROW_BYTES + len(item.descriptor.span.start) + len(item.descriptor.span.end or b"")
+        if rows and size > PAGE_BYTES_MAX:
+            return [rows, True]
+        rows.append(_row(item))
+    return [rows, False]
+
+
+def _from(view: ClusterView, after: bytes | None) -> list[RangeView]:
+    """The ranges of keys that start above ``after``, in the order of their keys."""
+    found = [
+        item
+        for item in view.ranges.values()
+        if item.range_id != PLACEMENT_RANGE and (after is None or item.descriptor.span.start > after)
     ]
+    found.sort(key=lambda each: each.descriptor.span.start)
+    return found
+
+
+def _row(item: RangeView) -> dict[str, Any]:
+    return {
+        "id": item.range_id,
+        "start": item.descriptor.span.start,
+        "end": item.descriptor.span.end,
+        "leader": item.leader,
+        "replicas": [replica.node_id for replica in item.descriptor.replicas],
+        "learners": _learners(item.descriptor),
+        "epoch": list(item.descriptor.epoch),
+        "bytes": item.bytes,
+    }
 
 
 def _learners(descriptor: RangeDescriptor) -> list[int]:

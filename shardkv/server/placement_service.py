@@ -35,7 +35,7 @@ from shardkv.server.shared_addresses import SharedAddresses
 from shardkv.server.stop import Stop
 from shardkv.storage.engine import WriteBatch
 from shardkv.types import PLACEMENT_RANGE, RangeDescriptor, RangeId, ReplicaId
-from shardkv.wire.requests import Method, Request
+from shardkv.wire.requests import Method, RangesListing, Request
 from shardkv_placement import commands, heartbeat, router
 from shardkv_placement.commands import Command, FinishOperator, ReportRanges
 from shardkv_placement.controller import Controller, Propose
@@ -510,7 +510,24 @@ class PlacementService:
         return await self.call(request.method, True, range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS)
 
     async def ranges(self, request: Request) -> Any:
+        """A page of them, or all of them for those who ask for no page."""
         self._require_made()
-        if not self.leads:
+        match request.arguments:
+            case [bytes() | None as after, *passed_on]:
+                return await self._ranges_page(after, bool(passed_on))
+        if self.leads:
+            return overview.ranges(self._view())
+        if request.arguments:
             return await self._from_leader(request)
-        return overview.ranges(self._view())
+        listing = RangesListing()
+        while listing.take(await self._ranges_page(listing.after, False)):
+            pass
+        return listing.rows
+
+    async def _ranges_page(self, after: bytes | None, passed_on: bool) -> Any:
+        if self.leads:
+            return overview.ranges_page(self._view(), after)
+        if passed_on:
+            self._require_leader()
+            raise NotLeader("the placement group has just got a new leader")
+        return await self.call(Method.RANGES, after, True, range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS)

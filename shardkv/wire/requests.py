@@ -16,11 +16,15 @@ to; methods that are about the node or the cluster carry zeros there.
                       reverse, keys_only                               (flat triples; value None if keys_only)
     ROUTES            start, limit                                     [[descriptor, leader node id | None], ...]
     NODES             -                                                [[node id, name, address], ...]
+    RANGES            after: a start or null                           [[range, ...], more]
     everything else   one CBOR value                                   one CBOR value
 
 A GET or SCAN of consistency STALE may have one argument more: the age that the answer may have at most, in
 microseconds, or null for any. Its result is then ``[age, result]``: what the answer is read from holds every write that
 had been answered so many microseconds before the request came in. Nodes that cannot say so much refuse with NotLeader.
+
+RANGES names the ranges that start above ``after``, or all from the first one, as many as a page holds. Without its
+argument, as older tools ask, it is answered with all ranges in one array, if they fit an answer.
 
 A SCAN page stays inside its range: ``start`` and ``end`` are cut to the range by the server; ``more`` says that keys of
 the span may remain in this range above the last one returned (below it when ``reverse``).
@@ -105,6 +109,34 @@ def encode_response(request_id: int, timestamp: int, result: object) -> bytes:
 
 def encode_error(request_id: int, timestamp: int, error: errors.ShardKVError) -> bytes:
     return codec.dumps([request_id, error.code, timestamp, errors.to_wire(error)])
+
+
+class RangesListing:
+    """Puts the pages of RANGES together: ask with ``after`` for as long as :meth:`take` says that there is more.
+
+    A range that is split between two pages may be shown as it was before, and what it gave away as well.
+    """
+
+    def __init__(self) -> None:
+        self.after: bytes | None = None
+        self.rows: list[dict[str, Any]] = []
+
+    def take(self, answer: Any) -> bool:
+        """Whether there are more pages. Raises MalformedRequest."""
+        match answer:
+            case [[*rows], bool(more)]:
+                pass
+            case [*rows]:  # an older node's: all of them
+                more = False
+            case _:
+                raise codec.malformed("a page of ranges must be [[range, ...], more]")
+        self.rows.extend(rows)
+        if more:
+            start = rows[-1].get("start") if rows and isinstance(rows[-1], dict) else None
+            if not isinstance(start, bytes) or (self.after is not None and start <= self.after):
+                raise codec.malformed("a page of ranges that is not the last must go on behind the one before")
+            self.after = start
+        return more
 
 
 class Response(NamedTuple):
