@@ -22,9 +22,8 @@ from shardkv.server.peers import who_is_at
 from shardkv.server.placement_service import PlacementService
 from shardkv.server.stop import Stop
 from shardkv.transport.handshake import KnownBoots, NodeIdentity
-from shardkv.transport.pool import PeerPool, Purpose
+from shardkv.transport.pool import PeerPool
 from shardkv.types import PLACEMENT_RANGE, NodeId
-from shardkv.wire.frames import FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Welcome
 from shardkv_placement.heartbeat import HeartbeatReply
 from shardkv_placement.records import NodeRecord
@@ -95,11 +94,6 @@ class OtherNodes:
         """Where the cluster may be asked: at this node itself first."""
         known = (known.address for _, known in self.address_book)
         return [self._identity.address, *known, *self._config.join]
-
-    def ping(self, node_id: NodeId, payload: bytes) -> None:
-        if self.pool.connected(node_id):
-            self.pool.send(node_id, Purpose.URGENT, encode_frame(FrameKind.PING, payload))
-            self.pool.flush()
 
     def connect(self) -> None:
         """To everybody, where the address book says."""

@@ -79,7 +79,7 @@ class Parts:
             environment.clock,
             hybrid_clock,
             offset_ms_max=config.clock_offset_max_ms,
-            ask=lambda node_id, payload: self.others.ping(node_id, payload),
+            ask=lambda node_id, payload: self.pool.ping(node_id, payload),
             log=log,
         )
         self.others = OtherNodes(

@@ -23,6 +23,9 @@ from shardkv.wire.handshake import GREETING_BYTES_MAX, Role, decode_refused
 
 UNREACHABLE_SECONDS: Final = 2.0
 """After which a peer that cannot be reached is told of; one that is only started anew may be back by then."""
+PINGS_UNANSWERED_MAX: Final = 5
+"""PINGs in a row, after which a peer that has answered nothing is given up. Counted, not timed: a node that was stopped
+itself finds the answers when it goes on."""
 _GOODBYE = encode_frame(FrameKind.GOODBYE)
 _PONG = encode_frame(FrameKind.PONG)
 
@@ -72,7 +75,19 @@ class PeerStatistics:
 class _Link:
     """One connection to one peer, or the attempts to get it."""
 
-    __slots__ = ("connection", "connects", "dirty", "dropped", "failures", "problem", "purpose", "retry", "scope")
+    __slots__ = (
+        "connection",
+        "connects",
+        "dirty",
+        "dropped",
+        "failures",
+        "pings",
+        "problem",
+        "purpose",
+        "retry",
+        "scope",
+        "silent_since",
+    )
 
     def __init__(self, purpose: Purpose) -> None:
         self.purpose = purpose
@@ -85,6 +100,10 @@ class _Link:
         self.connects = 0
         self.failures = 0
         self.dropped = 0
+        self.pings = 0
+        """Sent since anything was heard."""
+        self.silent_since = 0.0
+        """When the first of them was."""
         self.problem = ""
 
 
@@ -115,7 +134,7 @@ class PeerPool:
         on_stranger: called with a node id, its address and a reason when somebody else is there: a node of another
             cluster, or another one of this.
         on_unreachable: called with a node id, its address and the last reason, once attempts to reach it have failed
-            for :data:`UNREACHABLE_SECONDS`; not again before ``on_reachable``.
+            for :data:`UNREACHABLE_SECONDS`, or it has answered no :meth:`ping`; not again before ``on_reachable``.
         on_reachable: called with the node id once it is reached again after that.
         on_old_copy: called with the error when a peer has seen a newer start of this node than this one.
 
@@ -202,6 +221,31 @@ class PeerPool:
             self._dirty.append(link)
         return True
 
+    def ping(self, node_id: NodeId, payload: bytes) -> None:
+        """Send a PING, if the peer is connected. To be called about once a second.
+
+        A process that hangs keeps its connections, and its system takes what is sent to it. So one that answers nothing
+        loses its urgent connection, and is doubted and told of like one whose connections broke.
+        """
+        peer = self._peers.get(node_id)
+        if peer is None or not peer.connected:
+            return
+        link = peer.links[Purpose.URGENT]
+        assert link.connection is not None, f"node {node_id} counts as connected"
+        now = self._now()
+        if link.pings >= PINGS_UNANSWERED_MAX:
+            reason = f"node {node_id} answers nothing, though connections stand: it hangs, or nothing gets through"
+            link.connection.close_now(reason)
+            peer.outage.begin(link.silent_since)
+            if peer.outage.lasts(now):
+                self._on_unreachable(node_id, peer.address, reason)
+            return
+        if not link.pings:
+            link.silent_since = now
+        link.pings += 1
+        self.send(node_id, Purpose.URGENT, encode_frame(FrameKind.PING, payload))
+        self.flush()
+
     def flush(self) -> None:
         """Send what has been buffered: once a turn."""
         if self._dirty:
@@ -281,14 +325,16 @@ class PeerPool:
                 nursery.start_soon(connection.run_writer)
                 self._established(peer, link, connection)
                 try:
-                    await self._read(peer, connection, decoder, frames)
+                    await self._read(peer, link, connection, decoder, frames)
                 except (trio.BrokenResourceError, trio.ClosedResourceError, ProtocolError) as error:
                     link.problem = connection.reason or str(error)
                 nursery.cancel_scope.cancel()
         finally:
             self._lost(peer, link, connection)
 
-    async def _read(self, peer: _Peer, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
+    async def _read(
+        self, peer: _Peer, link: _Link, connection: Connection, decoder: FrameDecoder, frames: list[Frame]
+    ) -> None:
         """Wait for the end of the connection. Little but its end is said on this side of it."""
         while True:
             for frame in frames:
@@ -307,6 +353,7 @@ class PeerPool:
             data = await connection.receive()
             if not data:
                 raise trio.BrokenResourceError(f"{connection.remote} closed the connection")
+            link.pings = 0
             frames = decoder.feed(data)
 
     async def _dial(self, address: str) -> Stream:
@@ -318,6 +365,7 @@ class PeerPool:
         link.connection = connection
         link.connects += 1
         link.failures = 0
+        link.pings = 0
         link.problem = ""
         if link.purpose is Purpose.URGENT and peer.outage.end():
             self._on_reachable(peer.node_id)

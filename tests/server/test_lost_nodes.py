@@ -4,6 +4,8 @@ from typing import Any
 
 from trio.testing import MockClock
 
+from shardkv.simulation import run_deterministically
+from shardkv.types import NodeId
 from tests.server.world import three_nodes
 
 UNREACHABLE, REACHABLE = "cannot reach a node", "a node can be reached again"
@@ -35,6 +37,44 @@ async def test_a_node_that_dies_is_told_of_once_by_each_of_the_others(autojump_c
         assert those(lines, REACHABLE) == [("n1", "info"), ("n2", "info")]
         assert len(those(lines, UNREACHABLE)) == 2
         assert those(lines, LEADERLESS) == []
+
+
+def test_a_node_that_hangs_is_told_of_once_by_each_of_the_others() -> None:
+    """Its connections stand, for its system keeps them: nothing was said of it while it was stopped."""
+
+    async def main() -> None:
+        async with three_nodes() as (cluster, lines):
+            third = cluster.nodes["n3"]
+            third.pause()
+            await cluster.sleep(10.0)
+            assert those(lines, UNREACHABLE) == [("n1", "warning"), ("n2", "warning")]
+            for line in lines:
+                if line["event"] == UNREACHABLE:
+                    assert (line["peer"], line["address"]) == (3, third.address)
+                    assert "answers nothing" in line["reason"]
+            for name in ("n1", "n2"):
+                assert not cluster.nodes[name].inside.others.pool.connected(NodeId(3))
+            await cluster.sleep(300.0)
+            assert len(those(lines, UNREACHABLE)) == 2
+            third.resume()
+            await cluster.sleep(10.0)
+            assert those(lines, REACHABLE) == [("n1", "info"), ("n2", "info")]
+            assert len(those(lines, UNREACHABLE)) == 2, "nor does it tell of those that it could not hear"
+
+    run_deterministically(main, seed=1)
+
+
+def test_a_node_that_hangs_for_a_moment_is_not_told_of() -> None:
+    async def main() -> None:
+        async with three_nodes() as (cluster, lines):
+            third = cluster.nodes["n3"]
+            third.pause()
+            await cluster.sleep(3.0)
+            third.resume()
+            await cluster.sleep(60.0)
+            assert those(lines, UNREACHABLE) == those(lines, REACHABLE) == []
+
+    run_deterministically(main, seed=1)
 
 
 async def test_a_node_that_is_soon_back_is_not_told_of(autojump_clock: MockClock) -> None:

@@ -14,6 +14,7 @@ from shardkv.simulation import (
     simulated_environment,
 )
 from shardkv.transport import Connection, KnownBoots, NodeIdentity, PeerPool, PoolSettings, Purpose, accept, greet
+from shardkv.transport.pool import PINGS_UNANSWERED_MAX
 from shardkv.types import NodeId
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, Welcome, decode_refused, encode_hello, encode_refused, encode_welcome
@@ -35,6 +36,7 @@ class Node:
         self.frames: list[tuple[Role, Frame]] = []
         self.refusals: list[ShardKVError] = []
         self.connections: list[Connection] = []
+        self.roles: dict[Connection, Role] = {}
         self.events: list[str] = []
         self.reading = True
         self.pool: PeerPool | None = None
@@ -56,6 +58,7 @@ class Node:
             self.refusals.append(error)
             raise
         self.connections.append(connection)
+        self.roles[connection] = hello.role
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.run_writer)
             while True:
@@ -389,6 +392,44 @@ async def test_a_peer_that_cannot_be_reached_is_told_of_once_and_when_it_is_back
     await Node(network, 2, boot=6).start(nursery)
     await trio.sleep(2)
     assert told[1:] == [(TWO,)]
+
+
+@simulated
+async def test_a_peer_that_answers_no_pings_is_doubted_and_told_of_once_and_when_it_is_back(
+    nursery: trio.Nursery,
+) -> None:
+    """A process that is stopped keeps its connections; as by a break of them, others are to campaign."""
+    one, two, _ = two_nodes()
+    told: list[tuple[object, ...]] = []
+    await two.start(nursery)
+    pool = await one.start_pool(nursery, two, told=told)
+    await trio.sleep(1)
+
+    async def ping(count: int) -> None:
+        for _ in range(count):
+            pool.ping(TWO, b"")
+            await trio.sleep(1)
+
+    await ping(PINGS_UNANSWERED_MAX)
+    urgent = next(connection for connection in two.connections if two.roles[connection] is Role.PEER_URGENT)
+    urgent.write(encode_frame(FrameKind.PONG))
+    urgent.flush()
+    await trio.sleep(1)
+    await ping(1)
+    await trio.sleep(1000)  # as when this node itself was stopped
+    await ping(PINGS_UNANSWERED_MAX - 1)
+    assert (one.events, told) == (["+2"], [])
+    pool.ping(TWO, b"")
+    await trio.sleep(0.01)
+    assert one.events == ["+2", "-2"]
+    ((node_id, address, reason),) = told
+    assert (node_id, address) == (TWO, two.address)
+    assert "answers nothing" in str(reason)
+    await trio.sleep(2)
+    assert (one.events, told[1:]) == (["+2", "-2", "+2"], [(TWO,)]), "it is connected to again"
+    await ping(PINGS_UNANSWERED_MAX)
+    assert one.events == ["+2", "-2", "+2"], "and has as long again"
+    pool.check()
 
 
 @simulated
