@@ -4,7 +4,8 @@
                 [report, ...], [range_id, ...], [disk_total_bytes, disk_free_bytes, used_bytes],
                 slow_disk, fullness (left out where they are false and 0)]
                very many reports travel as the bytes of their array
-    report     [range_id, membership, span, is_leader, term, bytes, [[replica_id, lag, active], ...]]
+    report     [range_id, membership, span, is_leader, term, bytes,
+                [[replica_id, lag, active, receiving (left out where it is false)], ...]]
     reply      [1, full_wanted, nodes_version, [node, ...] | None, [[name, value], ...], [range_id, ...]]
     node       [node_id, name, address, boot, decommissioned, start_token]
 
@@ -48,6 +49,8 @@ class Progress(NamedTuple):
     """Entries that the leader has and the replica is not known to have."""
     active: bool
     """Whether the replica has answered lately, and has acknowledged something: a new one has nothing of the range."""
+    receiving: bool = False
+    """Whether it is being sent a snapshot, of which some has arrived."""
 
 
 class RangeReport(NamedTuple):
@@ -125,7 +128,7 @@ class HeartbeatReply:
 
 
 def encode(heartbeat: Heartbeat) -> list[Any]:
-    reports = [[*report[:6], [list(progress) for progress in report.progress]] for report in heartbeat.ranges]
+    reports = [[*report[:6], [_encode_progress(each) for each in report.progress]] for report in heartbeat.ranges]
     return [
         FORMAT,
         heartbeat.node_id,
@@ -141,6 +144,10 @@ def encode(heartbeat: Heartbeat) -> list[Any]:
         list(heartbeat.capacity),
         *_health(heartbeat),
     ]
+
+
+def _encode_progress(progress: Progress) -> list[Any]:
+    return list(progress if progress.receiving else progress[:3])
 
 
 def _health(heartbeat: Heartbeat) -> list[bool | int]:
@@ -226,11 +233,12 @@ def _report(value: Any) -> RangeReport:
 
 def _progress(value: Any) -> Progress:
     match value:
-        case [replica_id, lag, active]:
+        case [replica_id, lag, active, *receiving] if len(receiving) <= 1:
             return Progress(
                 ReplicaId(fields.integer(replica_id, "a replica id", 1)),
                 fields.integer(lag, "a lag"),
                 fields.flag(active, "active"),
+                len(receiving) > 0 and fields.flag(receiving[0], "receiving"),
             )
     raise malformed(f"not a replica's progress: {value!r:.200}")
 
@@ -392,7 +400,7 @@ def _differs(told: RangeReport, report: RangeReport) -> bool:
     if abs(told.bytes - report.bytes) >= max(BYTES_CHANGE_MIN, told.bytes // 16):
         return True
     for before, after in zip(told.progress, report.progress):
-        if before.replica_id != after.replica_id or before.active != after.active:
+        if before.replica_id != after.replica_id or before[2:] != after[2:]:
             return True
         if (before.lag <= CATCH_UP_LAG_MAX) != (after.lag <= CATCH_UP_LAG_MAX):
             return True

@@ -86,6 +86,12 @@ def caught_up(view: "RangeView", replica_id: ReplicaId) -> bool:
     return progress is not None and progress.active and progress.lag <= CATCH_UP_LAG_MAX
 
 
+def is_receiving(view: "RangeView", replica_id: ReplicaId) -> bool:
+    """Whether the leader reports the replica as being sent the range's data."""
+    progress = view.progress_of(replica_id)
+    return progress is not None and progress.receiving
+
+
 def _data_seconds_max(view: "RangeView") -> float:
     """How long the range's data may be on its way to a new replica."""
     return view.bytes / CATCH_UP_BYTES_PER_SECOND_MIN
@@ -106,6 +112,8 @@ def without_data(cluster: "ClusterView", view: "RangeView", place: Place, second
     since = view.silent_since(place.replica_id)
     silent_seconds = 0.0 if since is None else min(seconds, cluster.now - since)
     if silent_seconds > cluster.settings.node_down_ms / 1000 + _data_seconds_max(view):
+        if is_receiving(view, place.replica_id):
+            return f"node {place.node_id} still receives the range's data after {silent_seconds:.0f} s"
         return f"node {place.node_id} acknowledges nothing of the range after {silent_seconds:.0f} s"
     return None
 

@@ -21,6 +21,7 @@ from shardkv_placement.operators import (
     RemoveReplicas,
     catch_up_seconds_max,
     caught_up,
+    is_receiving,
     without_data,
 )
 from shardkv_placement.view import ClusterView, NodeState, RangeView
@@ -180,7 +181,7 @@ def _obstacle(view: ClusterView, range_view: RangeView) -> str | None:
     range_id = range_view.range_id
     if range_id in view.operators:
         running = view.operators[range_id]
-        return f"operator {running.operator_id} is running: {running.reason}"
+        return f"operator {running.operator_id} is running: {running.reason}{_receiving(range_view)}"
     leader = None if range_view.leader is None else view.nodes.get(range_view.leader)
     if leader is None or not leader.live:
         return "no live leader of it is known"
@@ -192,6 +193,14 @@ def _obstacle(view: ClusterView, range_view: RangeView) -> str | None:
         if last is not None and last.outcome is Outcome.FAILED and view.seconds_since(last.finished_ms) < RETRY_SECONDS:
             return f"operator {last.operator.operator_id} failed a moment ago: {last.message}"
     return None
+
+
+def _receiving(range_view: RangeView) -> str:
+    """Which nodes are being sent the range's data, for they look like some that nobody can reach until they have it."""
+    receiving = [member for member in range_view.descriptor.replicas if is_receiving(range_view, member.replica_id)]
+    if not receiving:
+        return ""
+    return f"; {_nodes(_places(receiving))} {'receives' if len(receiving) == 1 else 'receive'} the range's data"
 
 
 def _shed(range_view: RangeView, members: _Members, target: int) -> Operator | str:

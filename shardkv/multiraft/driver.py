@@ -53,6 +53,10 @@ class SnapshotService(Protocol):
         """After which index a replica that is being sent a snapshot, or was a moment ago, will need the log."""
         ...
 
+    def receives(self, range_id: RangeId, replica_id: int) -> bool:
+        """Whether a replica is being sent a snapshot, and some of it has arrived there."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class DriverHooks:

@@ -108,6 +108,7 @@ class _Sending:
 
     node_id: NodeId
     index: int
+    outgoing: Outgoing
 
 
 class _Failures(NamedTuple):
@@ -207,16 +208,21 @@ class Snapshots:
             return
         # The state as of now, which may be newer than the message says; never older.
         metadata, descriptor = replica.machine.snapshot_metadata(), replica.machine.descriptor
-        self._sending[key] = _Sending(node_id, metadata.index)
-        self._nursery.start_soon(
-            self._send, replica, message.to, node_id, self._engine.snapshot(), metadata, descriptor
-        )
+        snapshot = self._engine.snapshot()
+        outgoing = Outgoing(snapshot, descriptor)
+        self._sending[key] = _Sending(node_id, metadata.index, outgoing)
+        self._nursery.start_soon(self._send, replica, message.to, node_id, snapshot, outgoing, metadata, descriptor)
 
     def _has_place_for(self, node_id: NodeId) -> bool:
         """Whether a stream to the node may begin. The last place is for a node that has none, so that a slow one never
         holds them all."""
         left = self._config.snapshots_sending_max - len(self._sending)
         return left > 1 or (left == 1 and all(sending.node_id != node_id for sending in self._sending.values()))
+
+    def receives(self, range_id: RangeId, replica_id: int) -> bool:
+        """Whether a replica is being sent a snapshot, and some of it has arrived there."""
+        sending = self._sending.get((range_id, replica_id))
+        return sending is not None and sending.outgoing.acknowledged_max > 0
 
     def log_needed(self, range_id: RangeId, replica_id: int, held: int, applied: int) -> int | None:
         """After which index a replica that is being sent a snapshot, or was a moment ago, will need the log.
@@ -256,12 +262,12 @@ class Snapshots:
         to: int,
         node_id: NodeId,
         snapshot: EngineSnapshot,
+        outgoing: Outgoing,
         metadata: SnapshotMetadata,
         descriptor: RangeDescriptor,
     ) -> None:
         sent = False
         try:
-            outgoing = Outgoing(snapshot, descriptor)
             sent = await self._send_until_whole(replica, to, node_id, outgoing, metadata, descriptor)
         finally:
             snapshot.close()

@@ -272,6 +272,7 @@ class PlacementService:
                     max(0, last - peer.match),
                     replica_id == raft.replica_id
                     or (peer.recent_active and peer.match > 0 and replica.could_lead(replica_id, now)),
+                    self._driver.snapshots.receives(replica.range_id, replica_id),
                 )
                 for replica_id, peer in raft.status().progress.items()
             )

@@ -110,7 +110,8 @@ async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.answers[0][0] == "refused"
         late.snapshots._receiving.clear()
-        under_way = snapshots._Sending(NodeId(70), 1)
+        outgoing = snapshots.Outgoing(leader.engine, leader.machine(1).descriptor)
+        under_way = snapshots._Sending(NodeId(70), 1, outgoing)
         leader.snapshots._sending.update({(RangeId(70 + n), 1): under_way for n in range(limits.snapshots_sending_max)})
         hosts.heal()
         await trio.sleep(1)

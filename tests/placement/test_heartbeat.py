@@ -390,6 +390,24 @@ def test_a_node_that_leads_very_many_ranges_can_say_so_in_one_request() -> None:
     assert heartbeat.decode(request.arguments[0]) == sent
 
 
+def test_which_replicas_are_being_sent_the_data_is_news_and_said_where_it_is_so() -> None:
+    """What knows nothing of it reads reports without it as before."""
+    one, two, three = (Progress(ReplicaId(number), 0, number < 3) for number in (1, 2, 3))
+    waiting = RangeReport(RangeId(1), 9, 9, True, 5, 1 << 26, (one, two, three))
+    receiving = waiting._replace(progress=(one, two, three._replace(receiving=True)))
+    line = Line()
+    line.reporter.report(waiting)
+    sent = line.send()
+    assert heartbeat.decode(heartbeat.encode(sent)) == sent
+    assert [len(each) for each in heartbeat.encode(sent)[9][0][6]] == [3, 3, 3]
+    line.reporter.report(receiving)
+    sent = line.send()
+    assert sent.ranges == (receiving,)
+    assert heartbeat.decode(heartbeat.encode(sent)) == sent
+    line.reporter.report(waiting)
+    assert line.send().ranges == (waiting,), "it is over"
+
+
 def test_reports_in_bytes_have_a_bound_on_their_items() -> None:
     items = heartbeat.REPORT_ITEMS_MAX + 1
     for reports in (codec.array_head(items) + bytes(items), b"\xff", b""):

@@ -70,6 +70,16 @@ def silent(view: ClusterView, range_id: int, *nodes: int, size: int = 1_000, sec
     return replace(view, ranges={**view.ranges, RangeId(range_id): changed})
 
 
+def receiving(view: ClusterView, range_id: int, *nodes: int) -> ClusterView:
+    """The same view of a range, whose replicas on these nodes are being sent its data."""
+    known = view.ranges[RangeId(range_id)]
+    assert known.statistics is not None
+    ids = {range_id * 100 + node for node in nodes}
+    progress = tuple(each._replace(receiving=each.replica_id in ids) for each in known.statistics.progress)
+    changed = replace(known, statistics=known.statistics._replace(progress=progress))
+    return replace(view, ranges={**view.ranges, RangeId(range_id): changed})
+
+
 def growing(range_id: int, *nodes: int, seconds: float = 0) -> Operator:
     """A range's operator that waits, for so long already, for the learners on these nodes."""
     places = tuple(Place(NodeId(node), ReplicaId(range_id * 100 + node)) for node in nodes)
@@ -297,6 +307,19 @@ def test_a_growth_to_a_node_that_acknowledges_nothing_fails_after_the_time_that_
     assert why_failed(growing(1, 2, 3, seconds=599), view) is None, "it follows, if not closely"
     patient = silent(a_view(nodes=3, ranges={1: "1* 2+? 3+"}, node_down_ms=60_000), 1, 2)
     assert why_failed(growing(1, 2, 3, seconds=59), patient) is None
+
+
+def test_nodes_that_are_being_sent_the_data_are_told_from_those_that_nobody_can_reach() -> None:
+    """Both acknowledge nothing of the range."""
+    operator = growing(1, 2, 3, seconds=11)
+    view = silent(a_view(nodes=3, ranges={1: "1* 2+? 3+?"}, running=[operator]), 1, 2, 3)
+    assert why_unsettled(view) == "range 1: operator 7 is running: too few voters"
+    view = receiving(view, 1, 3)
+    assert why_unsettled(view) == "range 1: operator 7 is running: too few voters; node 3 receives the range's data"
+    assert why_failed(operator, view) == "node 2 acknowledges nothing of the range after 11 s"
+    view = receiving(view, 1, 2, 3)
+    assert (why_unsettled(view) or "").endswith("; nodes 2 and 3 receive the range's data")
+    assert why_failed(operator, view) == "node 2 still receives the range's data after 11 s"
 
 
 def test_a_growth_has_the_time_that_the_data_take_and_as_long_again_as_any() -> None:

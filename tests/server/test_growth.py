@@ -136,6 +136,8 @@ async def test_a_node_that_is_being_sent_a_large_range_is_waited_for(autojump_cl
         first = cluster.nodes["n1"]
         await cluster.sleep(20)
         assert members(first, ReplicaRole.LEARNER) == [2, 3]
+        status = await kv.status()
+        assert status["unsettled"].endswith("; nodes 2 and 3 receive the range's data"), status["unsettled"]
         await cluster.sleep(GROWING_SECONDS / 2)
         assert members(first, ReplicaRole.VOTER) == [1, 2, 3]
         assert members(first, ReplicaRole.LEARNER) == []
