@@ -28,6 +28,7 @@ from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.snapshot_install import Arrived, Installer
 from shardkv.multiraft.snapshot_parts import (
+    CHUNK_BYTES,
     ID_BYTES,
     WINDOW_CHUNKS,
     Begin,
@@ -57,6 +58,10 @@ RETRY_SECONDS_MIN: Final = 0.1
 RETRY_SECONDS_MAX: Final = 2.0
 """After a break, and after each snapshot in a row that one replica did not take: the first pause, and the bound up to
 which it doubles. Raft asks again with every heartbeat, and a receiver without room may refuse for days."""
+SLOW_BYTES_PER_SECOND: Final = 128 * 1024
+"""A stream that is slower takes no other's place: its receiver is behind a slow link, or a slow disk."""
+RATE_SECONDS: Final = 10.0
+"""Over which a stream's rate is measured."""
 CATCH_UP_SECONDS: Final = 60.0
 """For this long after its snapshot, the log keeps what a receiver needs next, however much that is (trap 11)."""
 
@@ -102,13 +107,27 @@ class SnapshotStatistics:
     """Streams that this node has sent on after a break, not counting those that began anew."""
 
 
-@dataclass(frozen=True, slots=True)
 class _Sending:
     """A snapshot under way."""
 
-    node_id: NodeId
-    index: int
-    outgoing: Outgoing
+    __slots__ = ("_measured", "index", "node_id", "outgoing", "slow")
+
+    def __init__(self, node_id: NodeId, index: int, outgoing: Outgoing, now_ns: int) -> None:
+        self.node_id = node_id
+        self.index = index
+        self.outgoing = outgoing
+        self.slow = False
+        """Whether it was when its rate was last measured."""
+        self._measured = (now_ns, 0)
+        """When that was, and how many chunks had arrived."""
+
+    def measure(self, now_ns: int, bytes_per_second_min: int) -> None:
+        measured_ns, chunks = self._measured
+        seconds = (now_ns - measured_ns) / 1e9
+        if seconds >= RATE_SECONDS:
+            arrived = self.outgoing.acknowledged_max
+            self.slow = (arrived - chunks) * CHUNK_BYTES < bytes_per_second_min * seconds
+            self._measured = (now_ns, arrived)
 
 
 class _Failures(NamedTuple):
@@ -125,8 +144,9 @@ _NO_FAILURES: Final = _Failures()
 class Snapshots:
     """The node's snapshot service. :meth:`use` gives it a nursery.
 
-    Invariants: a range is in at most one of ``_receiving`` and ``_arrived``, and never in ``_waiting`` with either;
-    ``_waiting`` holds no more than may be received at once; a range in ``_waiting`` reserves no span.
+    Invariants: no more than twice as many streams go out as there are places; a range is in at most one of
+    ``_receiving`` and ``_arrived``, and never in ``_waiting`` with either; ``_waiting`` holds no more than may be
+    received at once; a range in ``_waiting`` reserves no span.
     """
 
     def __init__(
@@ -182,7 +202,7 @@ class Snapshots:
 
     def check(self) -> None:
         config = self._config
-        assert len(self._sending) <= config.snapshots_sending_max, f"{len(self._sending)} are being sent"
+        assert len(self._sending) <= 2 * config.snapshots_sending_max, f"{len(self._sending)} are being sent"
         assert len(self._waiting) <= config.snapshots_receiving_max, f"{len(self._waiting)} wait"
         for range_id in self._waiting:
             assert range_id not in self._receiving, f"range {range_id} waits and is received"
@@ -210,14 +230,23 @@ class Snapshots:
         metadata, descriptor = replica.machine.snapshot_metadata(), replica.machine.descriptor
         snapshot = self._engine.snapshot()
         outgoing = Outgoing(snapshot, descriptor)
-        self._sending[key] = _Sending(node_id, metadata.index, outgoing)
+        self._sending[key] = _Sending(node_id, metadata.index, outgoing, self._environment.clock.monotonic_ns())
         self._nursery.start_soon(self._send, replica, message.to, node_id, snapshot, outgoing, metadata, descriptor)
 
     def _has_place_for(self, node_id: NodeId) -> bool:
         """Whether a stream to the node may begin. The last place is for a node that has none, so that a slow one never
-        holds them all."""
-        left = self._config.snapshots_sending_max - len(self._sending)
-        return left > 1 or (left == 1 and all(sending.node_id != node_id for sending in self._sending.values()))
+        holds them all; and slow ones together hold none against further nodes, up to as many streams again."""
+        places = self._config.snapshots_sending_max
+        left = places - len(self._sending)
+        if left > 1:
+            return True
+        if left <= -places or any(sending.node_id == node_id for sending in self._sending.values()):
+            return False
+        now_ns = self._environment.clock.monotonic_ns()
+        for sending in self._sending.values():
+            # Where the bound on the rate is low and the places are many, none is slow that has its share.
+            sending.measure(now_ns, min(SLOW_BYTES_PER_SECOND, self.send_pace.bytes_per_second // (4 * places)))
+        return left + sum([sending.slow for sending in self._sending.values()]) > 0
 
     def receives(self, range_id: RangeId, replica_id: int) -> bool:
         """Whether a replica is being sent a snapshot, and some of it has arrived there."""

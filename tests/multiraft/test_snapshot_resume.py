@@ -412,7 +412,9 @@ async def test_trap_16_a_slow_stream_holds_up_no_group(autojump_clock: MockClock
 async def test_trap_16_a_group_that_finds_no_place_is_told_at_once_and_asks_again(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         leader, late = await far_behind(hosts)
-        full: dict[Any, Any] = {(RangeId(70 + n), 1): 1 for n in range(SnapshotsConfig().snapshots_sending_max)}
+        outgoing = Outgoing(leader.engine, leader.machine().descriptor)
+        one = snapshots._Sending(NodeId(70), 1, outgoing, leader.clock.monotonic_ns())
+        full = {(RangeId(70 + n), 1): one for n in range(SnapshotsConfig().snapshots_sending_max)}
         leader.snapshots._sending.update(full)
         cut = Cut(leader)
         hosts.heal()

@@ -9,8 +9,11 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.config import SnapshotsConfig
+from shardkv.machine.keys import user_key
 from shardkv.multiraft import snapshots
+from shardkv.multiraft.snapshot_parts import CHUNK_BYTES
 from shardkv.raft.messages import NONE, Message, MessageType
+from shardkv.storage.engine import WriteBatch
 from shardkv.types import NodeId, RangeId
 from tests.multiraft.scenes import Stream, behind, led_by_another, spelled
 from tests.multiraft.world import RANGE, world
@@ -111,7 +114,7 @@ async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_
         assert stream.answers[0][0] == "refused"
         late.snapshots._receiving.clear()
         outgoing = snapshots.Outgoing(leader.engine, leader.machine(1).descriptor)
-        under_way = snapshots._Sending(NodeId(70), 1, outgoing)
+        under_way = snapshots._Sending(NodeId(70), 1, outgoing, leader.clock.monotonic_ns())
         leader.snapshots._sending.update({(RangeId(70 + n), 1): under_way for n in range(limits.snapshots_sending_max)})
         hosts.heal()
         await trio.sleep(1)
@@ -147,6 +150,80 @@ async def test_trap_16_the_last_place_for_a_stream_is_never_a_nodes_second(
         await trio.sleep(0.1)
         assert sorted(dialled) == begun
         leader.snapshots.check()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "places", "begun"), [(5.0, 2, [2, 4]), (5.0, 1, [1, 2]), (5.0, 3, [3, 5]), (0.5, 2, [2, 2])]
+)
+async def test_trap_16_streams_that_are_slow_hold_no_place_against_further_nodes(
+    autojump_clock: MockClock, seconds: float, places: int, begun: list[int]
+) -> None:
+    """Two slow receivers held both places, and a third node was sent nothing for as long. They keep what they have."""
+    async with world(6) as hosts:
+        leader = hosts.leader()
+        batch = WriteBatch()
+        for number in range(80):
+            batch.put(user_key(b"row%04d" % number), bytes(CHUNK_BYTES))
+        leader.engine.write(batch)
+        dialled: list[NodeId] = []
+
+        class Trickle(Stream):
+            """A receiver that takes a chunk each ``seconds``."""
+
+            async def receive(self) -> list[Any]:
+                self.chunks = getattr(self, "chunks", -1) + 1
+                if not self.chunks:
+                    return ["from", 0, 0]
+                await trio.sleep(seconds)
+                return ["have", self.chunks]
+
+        @asynccontextmanager
+        async def dial(node_id: NodeId) -> AsyncIterator[Stream]:
+            dialled.append(node_id)
+            yield Trickle()
+
+        leader.snapshots._dial = dial
+        leader.snapshots._config = SnapshotsConfig(snapshots_sending_max=places)
+
+        async def ask() -> int:
+            """Every follower asks; to how many streams were begun."""
+            for host in hosts.values():
+                member = leader.machine().descriptor.replica_on(host.node_id)
+                assert member is not None
+                if host is not leader:
+                    leader.snapshots.send(leader.replica(), Message(MessageType.SNAP, to=member.replica_id))
+            await trio.sleep(0.1)
+            leader.snapshots.check()
+            return len(dialled)
+
+        assert await ask() == begun[0]
+        await trio.sleep(snapshots.RATE_SECONDS - 1)
+        assert await ask() == begun[0], "there is no telling yet"
+        await trio.sleep(1)
+        assert await ask() == begun[1]
+        await trio.sleep(snapshots.RATE_SECONDS)
+        assert await ask() == begun[1], "as many again, and no more"
+        assert len(set(dialled)) == len(dialled), "and none was broken off"
+
+
+@pytest.mark.parametrize(("bytes_per_second", "begins"), [(32 << 20, True), (1 << 20, False)])
+async def test_trap_16_streams_that_have_their_share_of_a_low_rate_are_not_slow(
+    autojump_clock: MockClock, bytes_per_second: int, begins: bool
+) -> None:
+    """Further ones would only take from them."""
+    async with world(3) as hosts:
+        leader = hosts.leader()
+        places = SnapshotsConfig().snapshots_sending_max * 2
+        leader.snapshots._config = SnapshotsConfig(snapshots_sending_max=places)
+        leader.snapshots.send_pace.bytes_per_second = bytes_per_second
+        for number in range(places):
+            outgoing = snapshots.Outgoing(leader.engine, leader.machine().descriptor)
+            under_way = snapshots._Sending(NodeId(70 + number), 1, outgoing, leader.clock.monotonic_ns())
+            leader.snapshots._sending[RangeId(70), number] = under_way
+            outgoing.acknowledged_max = 6
+        await trio.sleep(snapshots.RATE_SECONDS)
+        assert leader.snapshots._has_place_for(NodeId(2)) is begins
+        leader.snapshots._sending.clear()
 
 
 async def test_a_sender_whose_receiver_takes_nothing_gives_up(
