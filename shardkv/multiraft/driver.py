@@ -184,7 +184,10 @@ class Driver:
 
     def step(self, replica: Replica, message: Message) -> None:
         """Hand a peer's message to its group."""
-        if self.space.full and replica.range_id != PLACEMENT_RANGE:
+        # One that waits for its data can let go of nothing that it logs: it would fill the disk until there is no room
+        # for the snapshot that ends its wait.
+        crowded = self.space.full or (self.space.short and replica.needs_snapshot)
+        if crowded and replica.range_id != PLACEMENT_RANGE:
             taken = self.space.taken(message)
             if taken is None:
                 return  # as if it were lost: the leader tries again, and goes on with those that have room

@@ -7,11 +7,11 @@ what frees space; reads never ask.
 
 Four states. With one and a half times ``free_bytes_min`` free, or more, the node takes everything. Below, it is *short*
 of room: it still does, and says so to the placement leader, which gives its leaderships to nodes with room, so that
-while there are such nobody is refused anything. Below ``free_bytes_min`` it is *low*: it refuses writes, but not
-deletes, since they are how a user makes room. Below half of that, or once a call has failed for lack of room, it is
-*full*: it refuses deletes too, and takes no client data from other nodes' leaders. It leaves a state only when there is
-a quarter more than the state's bound, and counts as roomy only with three times ``free_bytes_min``, so that it does not
-flicker.
+while there are such nobody is refused anything; of ranges whose data it waits for it takes those and no more. Below
+``free_bytes_min`` it is *low*: it refuses writes, but not deletes, since they are how a user makes room. Below half of
+that, or once a call has failed for lack of room, it is *full*: it refuses deletes too, and takes no client data from
+other nodes' leaders. It leaves a state only when there is a quarter more than the state's bound, and counts as roomy
+only with three times ``free_bytes_min``, so that it does not flicker.
 """
 
 from dataclasses import replace
@@ -44,7 +44,7 @@ class Space:
         self._failed: dict[str, str] = {}
         """What was last tried in vain, by whom, and why it failed."""
         self.short = False
-        """Others should lead."""
+        """Others should lead, and replicas that wait for their data take no entries."""
         self.low = False
         """Refuse client writes that are not deletes."""
         self.full = False

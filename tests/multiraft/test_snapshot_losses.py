@@ -11,6 +11,7 @@ from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
 from shardkv.machine.snapshot import installing, replace_rows
 from shardkv.multiraft import snapshot_install
+from shardkv.multiraft.space import Space
 from shardkv.raft import Role
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.memory import MemoryEngine
@@ -19,6 +20,7 @@ from shardkv.types import RangeDescriptor, RangeId, ReplicaId
 from tests.multiraft.scenes import Stream, behind, compact, led_by_another, spelled, split_on_two
 from tests.multiraft.world import RANGE, world
 
+MIB = 1024 * 1024
 STEPS = ("after the mark", "after the flush", "after the ingest", "after the record", "after all")
 
 
@@ -207,4 +209,34 @@ async def test_a_replica_that_waits_for_its_data_keeps_what_it_logs_meanwhile_on
         kept = sum(len(entry.data) for entry in log.tail)
         assert kept <= 2 * log.applying_bytes_max, f"{kept} of {100 * len(value)} bytes are in memory"
         hosts.opens = lambda source, target: True
+        await hosts.agreed()
+
+
+async def test_a_replica_that_waits_for_its_data_leaves_the_disk_room_for_them(autojump_clock: MockClock) -> None:
+    """What it logs meanwhile it can let go of only once it has them. It logged until its node had no room to take them:
+    then it waited for ever.
+    """
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        await led_by_another(hosts, 3)
+        late = hosts[3]
+        await late.crash(power=True)
+        late.engine = MemoryEngine(crashable=True)
+        hosts.opens = lambda source, target: False
+        await late.start()
+        assert late.replica().needs_snapshot
+        await hosts.write(b"k", b"it takes part")
+        log = late.replica().raft.raft.log
+        await hosts.until(lambda: log.last_index == hosts.leader().replica().raft.last_index, "all that was written")
+        space = late.driver.space = Space(100 * MIB)
+        space.measured(149 * MIB)
+        assert (space.short, space.low) == (True, False)
+        before = log.last_index
+        for number in range(20):
+            await hosts.write(b"k%d" % number, b"v")
+        await trio.sleep(2)
+        assert log.last_index == before
+        hosts.opens = lambda source, target: True
+        await hosts.agreed()
+        await hosts.write(b"k", b"it takes part again")
         await hosts.agreed()
