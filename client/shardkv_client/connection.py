@@ -135,6 +135,10 @@ class Host:
             outputs, links.outputs = links.outputs, []
             for link in outputs:
                 self._send(link)
+        if links.warnings:
+            warnings, links.warnings = links.warnings, []
+            for warning in warnings:
+                _log.warning("%s", warning)
         if links.drops:
             drops, links.drops = links.drops, []
             for link in drops:

@@ -547,6 +547,41 @@ def test_nodes_of_another_cluster_are_not_spoken_to():
         world.run(call)
 
 
+def test_an_address_of_another_cluster_is_warned_of_once_with_both_ids():
+    """Which of two clusters a client speaks to is who answers first; calls go well, and nobody noticed."""
+    world = World(nodes=2, seeds=[1, 2])
+    world.cluster_ids[2] = b"x" * 16
+    world.greeting_seconds[2] = 0.01
+    world.run(world.put(b"k", b"v"))
+    world.pass_time(1.0)
+    (warning,) = world.core.links.warnings
+    address = world.cluster.nodes[2].address
+    assert warning.startswith(f"{address} belongs to cluster {(b'x' * 16).hex()}, this client to {(b'c' * 16).hex()}")
+    world.crash(1)
+    with pytest.raises(errors.Unavailable, match="connect to the nodes of one cluster only"):
+        world.run(world.get(b"k"))
+    assert world.core.links.warnings == [warning]
+
+
+def test_an_address_whose_node_refuses_a_client_of_another_cluster_is_warned_of():
+    """As when that cluster is the one that answers later."""
+    world = World(nodes=2, seeds=[1, 2], settings=Settings(cluster_id=b"c" * 16))
+    world.refusal = errors.WrongCluster("this one belongs to another")
+    with pytest.raises(errors.Unavailable, match="belongs to another"):
+        world.run(world.get(b"k", timeout=1.0))
+    warned = [warning.partition(" ")[0] for warning in world.core.links.warnings]
+    assert warned == [world.cluster.nodes[number].address for number in (1, 2)]
+    assert all("this one belongs to another" in warning for warning in world.core.links.warnings)
+
+
+def test_a_node_that_refuses_a_client_for_another_reason_is_not_warned_of():
+    world = World(nodes=1, seeds=[1])
+    world.refusal = errors.Busy("not now")
+    with pytest.raises(errors.Unavailable, match="not now"):
+        world.run(world.get(b"k", timeout=1.0))
+    assert not world.core.links.warnings
+
+
 def test_what_keeps_each_node_from_answering_is_named():
     """With two of three nodes down the last problem alone was that of the one that runs, or of either of the others."""
     world = World(nodes=3, seeds=[1, 2, 3])

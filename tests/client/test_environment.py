@@ -41,7 +41,7 @@ class MemoryStream:
         for kind, payload in self._decoder.feed(data):
             if kind is FrameKind.HELLO:
                 clock = self._node.cluster.clock
-                answer = encode_welcome(Welcome(1, b"c" * 16, NodeId(self._node.id), 1, clock, 100))
+                answer = encode_welcome(Welcome(1, self._node.cluster.cluster_id, NodeId(self._node.id), 1, clock, 100))
             elif kind is FrameKind.PING:
                 answer = encode_frame(FrameKind.PONG, payload)
             else:
@@ -122,6 +122,26 @@ async def test_an_exception_of_a_stream_is_a_broken_connection_whatever_its_clas
         await kv.put(b"k", b"w")
     assert "no stream raises this" in caplog.text
     assert len(environment.streams) == 2
+
+
+async def test_an_address_of_another_cluster_is_in_the_programs_log(autojump_clock, caplog):
+    environment, other = VirtualEnvironment(FakeCluster(nodes=1)), FakeCluster(nodes=2)
+    other.cluster_id = b"o" * 16
+    dial = environment.dial
+
+    async def dial_either(address: str) -> Any:
+        if address == "n1:1":
+            return await dial(address)
+        await trio.sleep(0.01)
+        return MemoryStream(other.nodes[2])
+
+    environment.dial = dial_either
+    async with connect("n1:1,n2:2", environment=environment) as kv:
+        await kv.put(b"k", b"v")
+        await trio.sleep(1)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1
+    assert all(part in warned[0] for part in ("n2:2", (b"o" * 16).hex(), (b"c" * 16).hex()))
 
 
 async def test_a_text_that_is_no_address_is_an_address_where_nobody_answers(autojump_clock, caplog):

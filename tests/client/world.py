@@ -45,6 +45,8 @@ class World:
         self._carried_at: dict[Link, float] = {}
         self.lose_requests = 0
         self.lose_answers = 0
+        self.cluster_ids: dict[int, bytes] = {}
+        """Of nodes of another cluster."""
         self.refusal: errors.ShardKVError | None = None
         self.inflight_max = 1_000
         self.frames: list[tuple[int, list[Request]]] = []
@@ -225,7 +227,8 @@ class World:
             if self.refusal is not None:
                 return encode_refused(self.refusal)
             clock = self.cluster.clock
-            return encode_welcome(Welcome(1, self.cluster.cluster_id, NodeId(node.id), 1, clock, self.inflight_max))
+            cluster_id = self.cluster_ids.get(node.id, self.cluster.cluster_id)
+            return encode_welcome(Welcome(1, cluster_id, NodeId(node.id), 1, clock, self.inflight_max))
         if kind is FrameKind.PING:
             return encode_frame(FrameKind.PONG, payload)
         asked = requests.decode_requests(payload)

@@ -2,7 +2,8 @@
 
 A *peer* is an address; a *link* is one connection to it, from the dial to its end. Here live dialling with backoff, the
 greeting, the question whether a silent node still lives, and the knowledge of which node is where. What travels over a
-link is the engine's. ``dials``, ``drops`` and ``outputs`` are orders to whoever does the I/O, who empties them.
+link is the engine's. ``dials``, ``drops`` and ``outputs`` are orders to whoever does the I/O, who empties them, and so
+are ``warnings``, which people should see although calls go well.
 """
 
 import errno
@@ -11,7 +12,7 @@ from enum import Enum
 from math import inf
 from typing import Final, NamedTuple
 
-from shardkv.errors import ProtocolError, ShardKVError
+from shardkv.errors import ProtocolError, ShardKVError, WrongCluster
 from shardkv.wire.frames import FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, Welcome, decode_refused, decode_welcome, encode_hello
 from shardkv_client.core.calls import Call, Sent
@@ -151,6 +152,9 @@ class Links:
         self.dials: list[Link] = []
         self.drops: list[Link] = []
         self.outputs: list[Link] = []
+        self.warnings: list[str] = []
+        self._foreign: set[str] = set()
+        """Addresses of which it was told that they are another cluster's."""
 
     @property
     def several_owe(self) -> bool:
@@ -284,8 +288,13 @@ class Links:
         elif kind is FrameKind.GOODBYE:
             self._drain(link)
         elif kind is FrameKind.REFUSED:
-            whom = "this client" if link.state is LinkState.GREETING else "to go on"
-            self.drop(link, f"refused {whom}: {decode_refused(payload).error}", now)
+            error = decode_refused(payload).error
+            if link.state is not LinkState.GREETING:
+                self.drop(link, f"refused to go on: {error}", now)
+            elif isinstance(error, WrongCluster):
+                self._drop_foreign(link, f"refused this client: {error}", now)
+            else:
+                self.drop(link, f"refused this client: {error}", now)
         elif link.state is not LinkState.GREETING:
             raise ProtocolError(f"a {kind.name} frame that no client expects")
         elif kind is FrameKind.WELCOME:
@@ -298,7 +307,8 @@ class Links:
             if self.cluster_id is None:
                 self.cluster_id = welcome.cluster_id
             elif self.cluster_id != welcome.cluster_id:
-                self.drop(link, "belongs to another cluster; connect to the nodes of one cluster only", now)
+                problem = f"belongs to cluster {welcome.cluster_id.hex()}, this client to {self.cluster_id.hex()}"
+                self._drop_foreign(link, problem, now)
                 return
         link.state = LinkState.READY
         link.inflight_max = welcome.inflight_max
@@ -316,6 +326,14 @@ class Links:
         # Its greeting may have waited until the node knew what it has to know, and says nothing of how near it is.
         self._ping(link, now)
         self._on_ready(link, welcome, now)
+
+    def _drop_foreign(self, link: Link, problem: str, now: float) -> None:
+        """Somebody of another cluster is there: which of the two this client speaks to is who answered first."""
+        problem = f"{problem}; connect to the nodes of one cluster only"
+        if link.address not in self._foreign and link.address in self._seeds:
+            self._foreign.add(link.address)
+            self.warnings.append(f"{link.address} {problem}")
+        self.drop(link, problem, now)
 
     def _ping(self, link: Link, now: float) -> None:
         link.pinged_at = now
