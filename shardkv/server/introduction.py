@@ -59,10 +59,15 @@ class Introduction:
         identity: NodeIdentity,
         directory_token: bytes,
         new: bool,
+        founding: bool,
         stop: Stop,
         log: Any,
     ) -> None:
-        """``new``: it was in this start that the directory became the node's, or nobody has heard of one yet."""
+        """
+        Args:
+            new: it was in this start that the directory became the node's, or nobody has heard of one yet.
+            founding: this may be the first node of a cluster, after it died amid making that.
+        """
         self._environment = environment
         self._catalog = catalog
         self._placement = placement
@@ -71,6 +76,7 @@ class Introduction:
         self._identity = identity
         self._directory_token = directory_token
         self._new = new
+        self._founding = founding
         self._stop = stop
         self._log = log
 
@@ -134,13 +140,18 @@ class Introduction:
         A node that comes back is ready as soon as it listens: there may be no placement group before others come back
         as well, and who starts a cluster again, one node after the other, waits for each.
         """
-        if self._new:
+        if self._is_awaited():
             with self._environment.clock.deadline(WAIT_SECONDS):
-                while not self._introduced():
+                while self._is_awaited() and not self._introduced():
                     if self._stop.asked.is_set():
                         return False
                     await self._environment.clock.sleep(POLL_SECONDS)
         return True
+
+    def _is_awaited(self) -> bool:
+        """Whether its introduction is. As long as the group has no other voter it needs no other node to come back."""
+        group = self._catalog.replicas.get(PLACEMENT_RANGE)
+        return self._new or (self._founding and group is not None and group.raft.raft.is_singleton)
 
     def _introduced(self) -> bool:
         first = self._catalog.replicas.get(FIRST_RANGE)

@@ -185,6 +185,7 @@ class Parts:
             directory_token=directory.identity.token,
             # Who has joined, and died before it was introduced, has heard of none of its own starts.
             new=membership.is_new or address_book.start_of(identity.node_id) == (0, b""),
+            founding=identity.node_id == FIRST_NODE and address_book.start_of(FIRST_NODE) is None,
             stop=self._stop,
             log=self._log,
         )

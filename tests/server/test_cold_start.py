@@ -201,6 +201,25 @@ async def being_made(first: SimulatedNode) -> PlacementService:
     return first.inside.placement
 
 
+@pytest.mark.parametrize("bootstrap", [True, False])
+async def test_a_first_node_that_died_amid_making_the_cluster_is_ready_no_sooner(
+    autojump_clock: MockClock, bootstrap: bool
+) -> None:
+    """Its directory is its own by then, and nobody has heard of it: it said `ready` before there was a cluster."""
+    async with empty("n1") as cluster:
+        node = cluster.nodes["n1"]
+        await being_made(node)
+        await node.kill()
+        node.config = replace(node.config, bootstrap=bootstrap)
+        await node.start()
+        assert node.inside.placement_extension.state.bootstrapped
+        assert node.inside.catalog.replicas[FIRST_RANGE].raft.committed_in_term
+        async with cluster.client() as kv:
+            status = await kv.call(Method.STATUS)
+            assert [(each["name"], each["state"]) for each in status["node_table"]] == [("n1", "live")]
+            assert all(each["leader"] is not None for each in await kv.call(Method.RANGES))
+
+
 async def test_a_cluster_that_is_just_being_made_does_not_describe_itself(autojump_clock: MockClock) -> None:
     """Its first node leads the placement group a moment before the group's state begins. An empty list of nodes then
     would make a client forget whom it is connected to.
