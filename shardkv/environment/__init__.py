@@ -181,6 +181,11 @@ class Stream(Protocol):
         """The other side's address, for messages to people."""
         ...
 
+    @property
+    def local(self) -> str:
+        """This side's address: what the other side has for ``remote``, unless something in between translates."""
+        ...
+
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
         """Hand over as much of ``data`` as fits without waiting; the count of bytes taken, 0 if none."""
         ...

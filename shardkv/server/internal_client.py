@@ -1,18 +1,17 @@
 """How a node reaches others as a client of theirs: by the client library, on the node's own environment."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
 import trio
 
-from shardkv.environment import Environment
-from shardkv.errors import RoutingError, ShardKVError, Unavailable
+from shardkv.environment import Clock, Environment, Stream
+from shardkv.errors import ConfigError, RoutingError, ShardKVError, Unavailable
 from shardkv.outage import UNANSWERED_SECONDS, Outage
 from shardkv.server.placement_service import Call
 from shardkv.wire.requests import Method
 from shardkv_client import Settings, connect
-from shardkv_client.environment import Stream
 
 JOIN_SECONDS: Final = 60.0
 """How long a new node tries to join before it gives up."""
@@ -42,9 +41,62 @@ class ClientEnvironment:
         return await self._environment.network.dial(address)
 
 
+class OwnAddresses:
+    """Which addresses lead back to this node, whatever their names: what it dials there comes in where it listens.
+
+    For the time of a start, in which nobody is greeted here.
+    """
+
+    def __init__(self) -> None:
+        self._dialled: dict[str, str] = {}
+        """The address that was dialled, by this side's address of the connection."""
+        self._accepted: set[str] = set()
+        """The other side's address of each connection that waits here."""
+        self.found: set[str] = set()
+        self._more = trio.Event()
+
+    def dialled(self, stream: Stream, address: str) -> None:
+        self._dialled[stream.local] = address
+        self._compare(stream.local)
+
+    @contextmanager
+    def accepted(self, stream: Stream) -> Iterator[None]:
+        """For as long as an incoming connection waits."""
+        self._accepted.add(stream.remote)
+        self._compare(stream.remote)
+        try:
+            yield
+        finally:
+            self._accepted.discard(stream.remote)
+
+    def _compare(self, place: str) -> None:
+        if place in self._dialled and place in self._accepted:
+            self.found.add(self._dialled[place])
+            self._more.set()
+
+    async def are_all(self, addresses: Collection[str]) -> None:
+        """Wait until each of these was found to be this node's."""
+        while not self.found.issuperset(addresses):
+            self._more = trio.Event()
+            await self._more.wait()
+
+
+class _JoiningEnvironment(ClientEnvironment):
+    """Of a client that tells the node what it dials."""
+
+    def __init__(self, environment: Environment, own: OwnAddresses) -> None:
+        super().__init__(environment)
+        self._own = own
+
+    async def dial(self, address: str) -> Stream:
+        stream = await super().dial(address)
+        self._own.dialled(stream, address)
+        return stream
+
+
 @asynccontextmanager
 async def connect_cluster(
-    environment: Environment, seeds: Sequence[str], cluster_id: bytes | None = None
+    environment: ClientEnvironment, seeds: Sequence[str], cluster_id: bytes | None = None
 ) -> AsyncIterator[Call]:
     """A way to ask other nodes, for as long as the context lasts.
 
@@ -52,7 +104,7 @@ async def connect_cluster(
     """
     addresses = ",".join(dict.fromkeys(seeds))
     settings = Settings(cluster_id=cluster_id)
-    async with connect(addresses, environment=ClientEnvironment(environment), settings=settings) as client:
+    async with connect(addresses, environment=environment, settings=settings) as client:
         yield client.call
 
 
@@ -61,11 +113,17 @@ Membership = tuple[bytes, int, list[list[Any]]]
 
 
 async def join_cluster(
-    environment: Environment, seeds: Sequence[str], arguments: list[Any], *, log: Any, stop: trio.Event
+    environment: Environment,
+    seeds: Sequence[str],
+    arguments: list[Any],
+    *,
+    own: OwnAddresses,
+    log: Any,
+    stop: trio.Event,
 ) -> Membership | None:
     """Ask for a node id, until ``stop``: then the result is None.
 
-    Raises the refusal, or Unavailable when nobody answered in time.
+    Raises the refusal, or Unavailable when nobody answered in time, or ConfigError when nobody else can.
     """
     membership: Membership | None = None
     refusal: ShardKVError | None = None
@@ -75,9 +133,17 @@ async def join_cluster(
             await stop.wait()
             nursery.cancel_scope.cancel()
 
+        async def find_out() -> None:
+            nonlocal refusal
+            await own.are_all(seeds)
+            refusal = own_address(seeds)
+            nursery.cancel_scope.cancel()
+
         nursery.start_soon(give_up)
+        nursery.start_soon(find_out)
         try:
-            membership = await _ask_to_join(environment, seeds, arguments, log)
+            client_environment = _JoiningEnvironment(environment, own)
+            membership = await _ask_to_join(client_environment, environment.clock, seeds, arguments, log)
         except ShardKVError as error:
             refusal = error
         nursery.cancel_scope.cancel()
@@ -86,8 +152,17 @@ async def join_cluster(
     return membership
 
 
-async def _ask_to_join(environment: Environment, seeds: Sequence[str], arguments: list[Any], log: Any) -> Membership:
-    clock = environment.clock
+def own_address(join: Iterable[str]) -> ConfigError:
+    """What is wrong where a node is to join itself."""
+    return ConfigError(
+        f"--join {', '.join(join)} is this node's own address: name another node, one of the cluster that it is to "
+        "join, or give --bootstrap to start a cluster"
+    )
+
+
+async def _ask_to_join(
+    environment: ClientEnvironment, clock: Clock, seeds: Sequence[str], arguments: list[Any], log: Any
+) -> Membership:
     async with connect_cluster(environment, seeds) as call:
         started = clock.monotonic_ns()
         outage = Outage(UNANSWERED_SECONDS)

@@ -15,7 +15,7 @@ from shardkv.address import Address, parse_address
 from shardkv.config import NodeConfig
 from shardkv.environment import Environment
 from shardkv.errors import ConfigError
-from shardkv.server.internal_client import join_cluster
+from shardkv.server.internal_client import OwnAddresses, join_cluster, own_address
 from shardkv.server.introduction import FIRST_NODE
 from shardkv.server.known_nodes import KnownNodesFile
 from shardkv.storage.directory import DataDirectory, Identity
@@ -49,13 +49,14 @@ async def become_member(
     address: str,
     listens_at: str,
     known_nodes: KnownNodesFile,
+    own: OwnAddresses,
     stop: trio.Event,
     log: Any,
 ) -> Membership | None:
     """Make sure that the directory belongs to a node of a cluster; None if told to stop before one lets it in.
 
     Whom the file ``known_nodes`` or the answer to a join names is in the address book then. ``address`` is where others
-    reach this node, ``listens_at`` where it listens.
+    reach this node, ``listens_at`` where it listens, and ``own`` is told of the connections that come in meanwhile.
     """
     identity, workers = directory.identity, environment.workers
     if identity.assigned:
@@ -71,6 +72,7 @@ async def become_member(
         environment,
         _others_to_join(config.join, {parse_address(address), parse_address(listens_at)}),
         [config.name, address, identity.token, labels],
+        own=own,
         log=log,
         stop=stop,
     )
@@ -88,8 +90,5 @@ def _others_to_join(join: Collection[str], own: Collection[Address]) -> list[str
     """Who may let this node in: it cannot itself, though a list for all nodes may name it, too."""
     others = [address for address in join if parse_address(address) not in own]
     if not others:
-        raise ConfigError(
-            f"--join {', '.join(join)} is this node's own address: name another node, one of the cluster that it is to "
-            "join, or give --bootstrap to start a cluster"
-        )
+        raise own_address(join)
     return others

@@ -20,7 +20,7 @@ from shardkv.errors import ConfigError, OutOfSpace, StorageError
 from shardkv.machine.clock import HybridClock
 from shardkv.server.draining import hand_over_leaderships
 from shardkv.server.garbage import Collector
-from shardkv.server.internal_client import connect_cluster
+from shardkv.server.internal_client import ClientEnvironment, OwnAddresses, connect_cluster
 from shardkv.server.known_nodes import KnownNodesFile
 from shardkv.server.membership import become_member, require_way_in
 from shardkv.server.missing_data import tell_of_missing_data
@@ -96,6 +96,7 @@ class _Node:
         self._log: Any = structlog.get_logger().bind(node=config.name)
         self._hybrid_clock = HybridClock(environment.clock, config.clock_offset_max_ms)
         self._serving = trio.Event()
+        self._own_addresses = OwnAddresses()
         self._admin: Admin | None = None
 
     # The start
@@ -132,7 +133,7 @@ class _Node:
 
     async def _handle(self, stream: Stream) -> None:
         """A connection; while the node is starting it waits."""
-        with self._environment.clock.deadline(START_SECONDS):
+        with self._environment.clock.deadline(START_SECONDS), self._own_addresses.accepted(stream):
             await self._serving.wait()
         if self._serving.is_set():
             await self._parts.listener.handle(stream)
@@ -157,6 +158,7 @@ class _Node:
             address=address,
             listens_at=listens_at,
             known_nodes=known_nodes,
+            own=self._own_addresses,
             stop=self._stop.asked,
             log=self._log,
         )
@@ -191,7 +193,8 @@ class _Node:
             await nursery.start(parts.pool.run)
             await nursery.start(parts.clock_health.run, others.ids)
             self._serving.set()
-            async with connect_cluster(self._environment, others.seeds(), parts.identity.cluster_id) as call:
+            client_environment = ClientEnvironment(self._environment)
+            async with connect_cluster(client_environment, others.seeds(), parts.identity.cluster_id) as call:
                 placement.call = call
                 nursery.start_soon(placement.run)
                 nursery.start_soon(parts.introduction.register)

@@ -33,11 +33,14 @@ FIRST_PORT: Final = 20_000
 class SimulatedStream:
     """Implements :class:`shardkv.environment.Stream`."""
 
-    __slots__ = ("_closed", "_network", "_remote", "incoming", "number", "outgoing", "owner")
+    __slots__ = ("_closed", "_local", "_network", "_remote", "incoming", "number", "outgoing", "owner")
 
-    def __init__(self, owner: "NodeNetwork", number: int, remote: str, outgoing: Pipe, incoming: Pipe) -> None:
+    def __init__(
+        self, owner: "NodeNetwork", number: int, local: str, remote: str, outgoing: Pipe, incoming: Pipe
+    ) -> None:
         self.owner = owner
         self._network = owner.network
+        self._local = local
         self._remote = remote
         self._closed = False
         self.number = number
@@ -47,6 +50,10 @@ class SimulatedStream:
     @property
     def remote(self) -> str:
         return self._remote
+
+    @property
+    def local(self) -> str:
+        return self._local
 
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
         if self.owner.fenced:
@@ -382,8 +389,9 @@ class SimulatedNetwork:
         for pipe in (outgoing, incoming):
             self._entrust(pipe)
         self._ports += 1
-        dialled = SimulatedStream(source, self._made, listener.address, outgoing, incoming)
-        accepted = SimulatedStream(target, self._made + 1, f"{source.name}:{self._ports}", incoming, outgoing)
+        here = f"{source.name}:{self._ports}"
+        dialled = SimulatedStream(source, self._made, here, listener.address, outgoing, incoming)
+        accepted = SimulatedStream(target, self._made + 1, listener.address, here, incoming, outgoing)
         self._made += 2
         self.streams[dialled.number] = dialled
         self.streams[accepted.number] = accepted

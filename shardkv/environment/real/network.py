@@ -50,7 +50,7 @@ a connection would stay deaf for as long again as a partition had lasted."""
 class RealStream:
     """Implements :class:`shardkv.environment.Stream` on a connected socket."""
 
-    __slots__ = ("_closed", "_drained", "_on_close", "_remote", "_socket")
+    __slots__ = ("_closed", "_drained", "_local", "_on_close", "_remote", "_socket")
 
     def __init__(self, connected: socket.socket, on_close: Callable[[], None] | None = None) -> None:
         connected.setblocking(False)
@@ -60,6 +60,7 @@ class RealStream:
         self._drained = False
         """The last read took all there was: the next one waits before it tries."""
         self._remote = _name_of(connected.getpeername) or "(gone)"
+        self._local = _name_of(connected.getsockname) or "(gone)"
         if connected.family in (socket.AF_INET, socket.AF_INET6):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -70,6 +71,10 @@ class RealStream:
     @property
     def remote(self) -> str:
         return self._remote
+
+    @property
+    def local(self) -> str:
+        return self._local
 
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
         try:

@@ -1,0 +1,69 @@
+"""A node that is told to join itself under another name than it listens at finds that out by what comes in."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from shardkv.config import NodeConfig, StorageConfig
+from shardkv.environment.real import real_environment
+from shardkv.errors import ConfigError
+from shardkv.server.internal_client import OwnAddresses
+from shardkv.server.node import run_node
+from shardkv.simulation import simulated_environment
+from shardkv.simulation.network import SimulatedNetwork, SimulatedStream
+
+
+async def test_a_node_that_joins_itself_by_another_name_says_so(tmp_path: Path) -> None:
+    """It dialled itself for a minute, and then advised to check that somebody runs there."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    config = NodeConfig(
+        name="n1",
+        data=str(tmp_path / "d"),
+        listen=f"127.0.0.1:{port}",
+        join=(f"localhost:{port}",),
+        storage=StorageConfig(engine="memory"),
+    )
+    stop = trio.Event()
+    with trio.fail_after(30), pytest.raises(ConfigError, match=f"^--join localhost:{port} is this node's own address"):
+        await run_node(config, real_environment(), ready=lambda name, address: None, stop=stop)
+
+
+@pytest.mark.parametrize("comes_in_first", [False, True])
+async def test_what_is_dialled_and_comes_in_here_is_this_nodes_own(
+    autojump_clock: MockClock, comes_in_first: bool
+) -> None:
+    """In whatever order the two ends are heard of. What is another's, or is over, is not."""
+    network = SimulatedNetwork(1)
+    own, one, two = OwnAddresses(), *(simulated_environment(name, seed=1, network=network) for name in ("n1", "n2"))
+    streams: list[SimulatedStream] = []
+
+    async def keep(stream: SimulatedStream) -> None:
+        streams.append(stream)
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        for environment, address in ((one, "n1:7000"), (two, "n2:7000")):
+            await nursery.start(environment.network.listen, address, keep)
+        dialled = {address: await one.network.dial(address) for address in ("n1:7000", "n2:7000")}
+        await trio.sleep(1)
+        mine = next(stream for stream in streams if stream.local == "n1:7000")
+        assert (mine.remote, mine.local) == (dialled["n1:7000"].local, dialled["n1:7000"].remote)
+        with own.accepted(await two.network.dial("n1:7000")):  # as from somebody else
+            own.dialled(dialled["n2:7000"], "n2:7000")
+        with own.accepted(mine):
+            if not comes_in_first:
+                own.dialled(dialled["n1:7000"], "n1:7000")
+                assert own.found == {"n1:7000"}
+        own.dialled(dialled["n1:7000"], "n1:7000")
+        if comes_in_first:
+            assert own.found == set(), "it was over"
+            with own.accepted(mine):
+                assert own.found == {"n1:7000"}
+        with trio.fail_after(1):
+            await own.are_all(["n1:7000"])
+        nursery.cancel_scope.cancel()
