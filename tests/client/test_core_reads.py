@@ -60,7 +60,7 @@ def test_a_stale_read_with_a_bound_ends_at_the_leader_where_every_other_replica_
     asked = [node for node, requests in world.frames if requests[0].method == Method.GET]
     assert asked[-1] == world.cluster.range_of(b"k").leader
     assert len(asked) <= 3
-    again = world.get(b"k", consistency=2)
+    again = world.get(b"k", consistency=2, age_us_max=1_000_000)
     world.run(again)
     assert again.age_us == 0, "and is asked from then on"
 
@@ -211,6 +211,54 @@ def test_follower_reads_that_nobody_serves_are_paced_and_turn_no_stale_read_away
         assert world.now - read_at < 0.01
     assert not waiting.done
     assert 25 < len(asked) < 150
+
+
+def test_stale_reads_with_a_bound_that_no_replica_meets_keep_none_from_the_others_without_one():
+    """They shared one backoff, and whoever was too old for the ones was passed over for the others as well."""
+    for seed in range(4):
+        world = World(seeds=[1, 2, 3], seed=seed)
+        world.seconds_away.update({2: 0.05, 3: 0.05})
+        world.run(world.put(b"k", b"v"))
+        world.run(world.get(b"k", consistency=2))
+        world.pass_time(1.0)
+        for node in world.cluster.nodes.values():
+            node.age_us = 5_000_000
+        world.cluster.range_of(b"k").leader = None
+        waiting = world.get(b"k", consistency=2, age_us_max=1_000_000, timeout=30.0)
+        for _ in range(50):
+            started = world.now
+            world.run(world.get(b"k", consistency=2))
+            assert world.now - started < 0.01, f"seed {seed}"
+            world.pass_time(0.05)
+        assert not waiting.done
+        world.cluster.range_of(b"k").leader = 3
+        world.run(waiting)
+        assert waiting.age_us == 0
+
+
+def test_stale_reads_of_a_range_that_nobody_serves_keep_none_of_other_ranges_waiting():
+    world = World(seeds=[1, 2, 3])
+    world.run(world.put(b"k", b"v"))
+    refusing = world.cluster.range_of(b"k")
+    world.cluster.split(b"m")
+    world.run(world.put(b"z", b"v"))
+    world.run(world.get(b"z", consistency=2))
+    world.pass_time(1.0)
+    range_id = refusing.descriptor.range_id
+
+    def refusal(request):
+        refused = request.method == Method.GET and request.range_id == range_id
+        return errors.Busy("this replica has nothing of the range yet") if refused else None
+
+    for node in world.cluster.nodes.values():
+        node.faults.append(refusal)
+    waiting = world.get(b"k", consistency=2, timeout=30.0)
+    for _ in range(50):
+        started = world.now
+        world.run(world.get(b"z", consistency=2))
+        assert world.now - started < 0.004
+        world.pass_time(0.05)
+    assert not waiting.done
 
 
 def test_what_waits_for_one_reason_is_not_let_go_for_another():

@@ -13,7 +13,8 @@ from shardkv.types import PLACEMENT_RANGE, RangeDescriptor, ReplicaRole
 
 
 class Reads:
-    """How a route's follower reads fare, or its stale ones: who cannot serve the ones may serve the others."""
+    """How a route's follower reads fare, its stale ones, or its stale ones with a bound on their age: who cannot serve
+    the ones may serve the others."""
 
     __slots__ = ("blocked_until", "failures", "refused")
 
@@ -58,7 +59,7 @@ class Route:
         self.reader: int | None = None
         """Which of several replicas serves this client's follower and stale reads; counted on, round and round."""
         self.reads: dict[int, Reads] = {}
-        """By consistency, for those that were asked for."""
+        """By what they are to routing (``calls.routed_as``), for those that were asked for."""
         self.mark = 0
         """Grows with every change of mind about where to send; answers to what was sent before it teach nothing."""
         self.failures = 0

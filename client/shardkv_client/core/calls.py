@@ -17,6 +17,8 @@ CALL_BYTES: Final = 64
 
 LINEARIZABLE: Final = int(Consistency.LINEARIZABLE)
 STALE: Final = int(Consistency.STALE)
+BOUNDED_STALE: Final = STALE + 1
+"""What stale reads with a bound on their age are to routing: replicas that are too old for them serve the others."""
 
 
 class Kind(IntEnum):
@@ -225,10 +227,15 @@ REPEATABLE_METHODS: Final = frozenset(
 """Methods that do nothing a second time: reads, a heartbeat, and a join, which names the node that joins."""
 
 
+def routed_as(calls: list[Any], consistency: int) -> int:
+    """What calls of one consistency and bound are to routing."""
+    return BOUNDED_STALE if consistency == STALE and calls[0].age_us_max is not None else consistency
+
+
 class Sent:
     """A request on a connection: the calls that its answer settles, and under which routing it was sent."""
 
-    __slots__ = ("calls", "consistency", "descriptor", "id", "kind", "mark", "route", "size")
+    __slots__ = ("calls", "consistency", "descriptor", "id", "kind", "mark", "route", "routed_as", "size")
 
     def __init__(
         self,
@@ -243,6 +250,7 @@ class Sent:
         self.calls = calls
         self.route = route
         self.consistency = consistency
+        self.routed_as = routed_as(calls, consistency)
         self.size = 0
         """Its bytes."""
         self.mark: int = route.mark if route is not None else 0

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from shardkv.errors import NotFound
 from shardkv_client.core.cache import Route
-from shardkv_client.core.calls import LINEARIZABLE, AdminCall, Kind, ReadCall, ScanCall
+from shardkv_client.core.calls import LINEARIZABLE, AdminCall, Kind, ReadCall, ScanCall, routed_as
 from shardkv_client.core.ledger import Ledger
 from shardkv_client.core.links import Links, LinkState
 from shardkv_client.core.packing import Packer
@@ -111,7 +111,7 @@ class Dispatcher:
             self._dispatch_alike(route, kind, consistency, group, now)
 
     def _dispatch_alike(self, route: Route, kind: Kind, consistency: int, calls: list[Any], now: float) -> None:
-        peer = self._router.peer_for(route, consistency, now)
+        peer = self._router.peer_for(route, routed_as(calls, consistency), now)
         if peer is None:
             route.pending.extend(calls)
             return

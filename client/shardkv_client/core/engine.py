@@ -221,7 +221,7 @@ class Core:
             self.router.want_nodes(now, known=True)
         for sent in requests:
             if sent.route is not None:
-                self.router.failed(sent.route, sent.mark, now, node_id=node_id, consistency=sent.consistency)
+                self.router.failed(sent.route, sent.mark, now, node_id=node_id, consistency=sent.routed_as)
             for call in sent.calls:
                 if call.done:
                     continue
@@ -320,7 +320,7 @@ class Core:
             except ValueError as problem:
                 raise ProtocolError(str(problem)) from problem
         if sent.route is not None:
-            self.router.succeeded(sent.route, link.peer.node_id, sent.consistency)
+            self.router.succeeded(sent.route, link.peer.node_id, sent.routed_as)
         if not call.done:
             self.ledger.finish(call, result, None)
 
@@ -361,7 +361,7 @@ class Core:
         if verdict is Verdict.ELSEWHERE:
             self._reroute(link, sent, call, error, now)
         else:
-            self.router.busy(sent.route, sent.mark, now, node_id=link.peer.node_id, consistency=sent.consistency)
+            self.router.busy(sent.route, sent.mark, now, node_id=link.peer.node_id, consistency=sent.routed_as)
         self.ledger.requeue([call])
 
     def _failed_anywhere(self, link: Link, call: AdminCall, error: ShardKVError, now: float) -> None:
@@ -388,11 +388,11 @@ class Core:
                 self._recut(link, call, error)
             if not any(news) and not route.evicted and route.descriptor is sent.descriptor:
                 # The node knows no better than we do: it lags behind, or the range is about to change.
-                router.busy(route, sent.mark, now, node_id=node_id, consistency=sent.consistency)
+                router.busy(route, sent.mark, now, node_id=node_id, consistency=sent.routed_as)
                 router.refresh(route, now)
             return
         hint = error.hint if isinstance(error, NotLeader) else None
-        router.failed(route, sent.mark, now, node_id=node_id, consistency=sent.consistency, hint=hint)
+        router.failed(route, sent.mark, now, node_id=node_id, consistency=sent.routed_as, hint=hint)
         if isinstance(error, RangeNotFound):
             router.refresh(route, now)
 
