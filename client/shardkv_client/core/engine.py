@@ -302,7 +302,7 @@ class Core:
                 or type(result[1]) is not int
             ):
                 raise ProtocolError(f"a get cannot be answered with {result!r:.40}")
-        self.router.succeeded(sent.route, link.peer.node_id, sent.consistency)
+        self.router.succeeded(sent.route, link.peer.node_id, sent.routed_as)
         finish = self.ledger.finish
         for call, result in zip(calls, results):
             if not call.done:
