@@ -1,5 +1,6 @@
 """Records: what goes in comes out, and what was not written by us is refused."""
 
+from itertools import product
 from zlib import crc32
 
 import pytest
@@ -108,3 +109,50 @@ def test_a_header_counts_only_with_its_token_segment_and_meta() -> None:
 def test_nonsense_under_a_right_checksum_is_malformed(meta: bytes) -> None:
     with pytest.raises(Malformed):
         decode_meta(meta)
+
+
+def decoded_as_update(update: LogUpdate, rewritten: bool = False) -> LogUpdate:
+    meta, pieces, _, _ = encode_turn([update], rewritten=rewritten)
+    decoded = decode_meta(meta)
+    assert not isinstance(decoded, Checkpoint)
+    (found,) = decoded
+    data = b"".join(pieces)
+    entries = tuple(
+        Entry(place.term, index, EntryType(place.type), data[place.offset : place.offset + place.bytes])
+        for index, place in enumerate(found.entries, found.entries_start)
+    )
+    assert found.rewritten == (rewritten and bool(entries))
+    return LogUpdate(
+        found.range_id,
+        found.hard_state,
+        entries,
+        found.create,
+        found.reset,
+        found.compact,
+        found.tombstone,
+        found.release,
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_every_shape_of_an_update_comes_out_whole(count: int) -> None:
+    """Two shapes have short forms of their own; whatever else an update says must not be lost for them."""
+    entries = tuple(Entry(3, 7 + each, EntryType.NORMAL, b"data") for each in range(count))
+    for hard_state, create, reset, compact, tombstone, release, rewritten in product(
+        (None, HardState(3, 1, 6)),
+        (None, CreateGroup(ReplicaId(1), 6, 2, ConfState((1, 2)), b"made")),
+        (None, ResetLog(6, 2, ConfState((1, 3)))),
+        (None, CompactLog(6, 2)),
+        (None, Tombstone(ReplicaId(1), b"over")),
+        (False, True),
+        (False, True),
+    ):
+        update = LogUpdate(RangeId(9), hard_state, entries, create, reset, compact, tombstone, release)
+        assert decoded_as_update(update, rewritten) == update
+
+
+def test_a_payload_that_ends_with_the_section_is_malformed() -> None:
+    meta, *_ = encode_turn([LogUpdate(RangeId(9), tombstone=Tombstone(ReplicaId(1), b"over"))])
+    for size in range(len(meta) - 4, len(meta)):
+        with pytest.raises(Malformed):
+            decode_meta(meta[:size])

@@ -464,6 +464,32 @@ def test_closing_a_log_without_room_closes_its_files_and_loses_nothing_acknowled
     assert state_of(wal) == driver.at(driver.acknowledged)
 
 
+def test_a_segment_that_finds_no_room_where_there_is_no_reserve_is_asked_for_again() -> None:
+    """Nothing is lost, and the log has not failed."""
+    disk = MemoryDisk()
+    wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
+    wal.append([LogUpdate(R1, create=CreateGroup(ReplicaId(1), 0, 0, ConfState()))])()
+    before = set(disk.names)
+    job = wal.append([LogUpdate(R1, HardState(1), (Entry(1, 1, EntryType.NORMAL, bytes(4000)),))])
+    for call in (1, 2):
+        writes: list[str] = []
+
+        def observe(operation: str, path: str, call: int = call, writes: list[str] = writes) -> None:
+            if operation == "pwrite":
+                writes.append(path)
+                if len(writes) == call:
+                    raise full(operation, path)
+
+        disk.observe = observe
+        with pytest.raises(OutOfSpace):
+            job()
+        assert not wal.statistics().failed
+        assert set(disk.names) == before, "its room is given back"
+    disk.observe = lambda operation, path: None
+    job()
+    assert Wal.open(disk.lost(), DIRECTORY, SMALL, token=TOKEN).groups[R1].last_index() == 1
+
+
 def test_closing_a_log_that_has_failed_closes_its_files_although_one_was_never_made() -> None:
     disk = MemoryDisk()
     wal = Wal.open(disk, DIRECTORY, SMALL, token=TOKEN)
