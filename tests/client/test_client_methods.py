@@ -12,7 +12,7 @@ import trio
 from shardkv import errors
 from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, Entry
 from shardkv.wire.requests import Method
-from shardkv_client import Client, Settings, connect
+from shardkv_client import Client, Settings, batches, connect
 from shardkv_client.batches import CHUNK_BYTES_MAX, Gathering
 from tests.client.loopback import with_client
 
@@ -401,6 +401,41 @@ def test_bad_input_in_put_many_sends_nothing_or_says_what_was_sent(backend, serv
         assert len(server.cluster.data) + len(caught.value.failed) == 3_000
 
     with_client(backend, server, body)
+
+
+@pytest.mark.parametrize(
+    ("pair", "error"),
+    [
+        ((b"", b"v"), errors.KeyTooLarge),
+        ((bytes(KEY_BYTES_MAX + 1), b"v"), errors.KeyTooLarge),
+        ((b"k", bytes(VALUE_BYTES_MAX + 1)), errors.ValueTooLarge),
+        (("k", b"v"), TypeError),
+        ((b"k", "v"), TypeError),
+        ((b"k", bytearray(b"v")), TypeError),
+        ((b"k",), TypeError),
+        (7, TypeError),
+    ],
+    ids=lambda value: f"{value!r:.30}",
+)
+def test_no_pair_that_a_node_would_refuse_is_taken(pair, error):
+    with pytest.raises(error):
+        batches.checked_pair(pair)
+    good = (bytes(KEY_BYTES_MAX), bytes(VALUE_BYTES_MAX))
+    assert batches.checked_pair(good) == good
+    chunk, problem = batches.read_chunk(iter([(b"k", b"v"), pair, (b"l", b"w")]))
+    assert chunk == [(b"k", b"v")]
+    assert isinstance(problem, error)
+
+
+def test_a_chunk_is_read_up_to_its_bounds_and_no_further(monkeypatch):
+    """What is read is in memory, whatever the input holds."""
+    monkeypatch.setattr(batches, "CHUNK_PAIRS_MAX", 10)
+    monkeypatch.setattr(batches, "CHUNK_BYTES_MAX", 1_000)
+    for value_bytes, count in ((1, 10), (299, 4), (5_000, 1)):
+        source = iter([(b"k", bytes(value_bytes))] * 30)
+        chunk, problem = batches.read_chunk(source)
+        assert (len(chunk), problem) == (count, None)
+        assert len(list(source)) == 30 - count
 
 
 @pytest.mark.parametrize("count", [1, 3_000])

@@ -64,6 +64,7 @@ async def test_who_waits_behind_one_that_gives_up_is_let_in_at_once(autojump_clo
         for name, size, scope in zip("abc", (HALF, ARRIVING_BYTES_MAX, 1), scopes, strict=True):
             nursery.start_soon(receive, name, size, scope)
             await trio.testing.wait_all_tasks_blocked()
+        assert order == ["a"], "a small one does not overtake a large one for ever"
         scopes[1].cancel()
         await trio.testing.wait_all_tasks_blocked()
         assert order == ["a", "c"]
@@ -97,6 +98,25 @@ async def test_who_goes_away_while_waiting_leaves_no_trace(autojump_clock: trio.
     assert turns.arriving_bytes == 0
     async with turns.turn(HALF):
         pass
+
+
+async def test_a_turn_that_comes_in_the_moment_in_which_who_waited_goes_away_is_given_back() -> None:
+    """Else its room would be lost for good, and in the end nobody could send a large frame."""
+    turns, scope = intake(), trio.CancelScope()
+
+    async def go_away() -> None:
+        with scope:
+            async with turns.turn(HALF):
+                raise AssertionError("it was cancelled before")
+
+    async with trio.open_nursery() as nursery:
+        async with turns.turn(ARRIVING_BYTES_MAX):
+            nursery.start_soon(go_away)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+        assert turns.arriving_bytes == HALF, "the turn was given"
+        await trio.testing.wait_all_tasks_blocked()
+    assert turns.arriving_bytes == 0
 
 
 @pytest.mark.parametrize("trickles", [False, True])
