@@ -11,7 +11,7 @@ from shardkv.errors import ProtocolError
 from shardkv.machine.clock import HybridClock
 from shardkv.server.clock_health import ASK_SECONDS, COMPARE_SECONDS, FRESH_SECONDS, ClockHealth
 from shardkv.simulation.clock import SimulationClock
-from shardkv.types import NodeId, timestamp_ms
+from shardkv.types import NodeId, timestamp_at, timestamp_ms
 from shardkv.wire.clock_reading import decode_answer, encode_answer, encode_question
 from shardkv.wire.requests import Method
 from tests.server.world import world
@@ -181,6 +181,20 @@ def test_a_time_that_no_stamp_can_hold_is_not_followed(ms: int) -> None:
     one.health.begin([NodeId(2)])
     one.answer(2, ms)
     assert one.clock.held
+
+
+def test_stamps_are_held_back_no_longer_once_others_confirm_them_although_the_wall_clock_is_late() -> None:
+    """What ranges here have applied agrees with them: there is nothing to wait for."""
+    one = World()
+    now_ms = one.hands.wall
+    one.clock.absorb(timestamp_at(now_ms))
+    one.clock.hold()
+    one.hands.wall -= 3_600_000
+    for node_id in (2, 3):
+        one.answer(node_id, now_ms + 100)
+    one.health.judge()
+    assert not one.clock.held
+    assert abs(one.clock.ms() - now_ms) <= 100
 
 
 def test_one_clock_of_three_that_is_wrong_moves_nobody() -> None:
