@@ -857,6 +857,50 @@ def test_a_node_that_is_known_by_another_name_than_it_tells_is_found_again_by_th
     assert call.error is None
 
 
+def test_what_is_meant_for_a_node_does_not_go_to_another_that_took_over_its_address():
+    world = World(seeds=[1, 2, 3])
+    world.run(world.put(b"k", b"v"))
+    for node_id in (2, 3):
+        assert world.run(world.admin(Method.NODE_STATUS, node_id=node_id))["node"] == node_id
+    two, three = world.cluster.nodes[2], world.cluster.nodes[3]
+    two.address, three.address = "elsewhere:1", two.address
+    for link in [link for link, node in world.open.items() if node in (two, three)]:
+        world.cut(link)
+    assert world.run(world.admin(Method.NODE_STATUS, node_id=2, repeatable=True))["node"] == 2
+    for node_id in (3, 2):
+        assert world.run(world.admin(Method.NODE_STATUS, node_id=node_id))["node"] == node_id
+
+
+def test_a_list_that_is_behind_sends_nothing_to_a_node_that_took_over_anothers_address():
+    """Who asks about a node must not be told about another; what is known of that one is not lost either."""
+    world = World(seeds=[1, 2, 3])
+    world.run(world.put(b"k", b"v"))
+    for node_id in (2, 3):
+        assert world.run(world.admin(Method.NODE_STATUS, node_id=node_id))["node"] == node_id
+    two, three = world.cluster.nodes[2], world.cluster.nodes[3]
+    world.cluster.told[2] = two.address
+    two.address, three.address = "elsewhere:1", two.address
+    for link in [link for link, node in world.open.items() if node in (two, three)]:
+        world.cut(link)
+    assert world.run(world.admin(Method.NODE_STATUS, node_id=3, repeatable=True))["node"] == 3
+    with pytest.raises(errors.Unavailable):
+        world.run(world.admin(Method.NODE_STATUS, node_id=2, timeout=2.0))
+    del world.cluster.told[2]
+    assert world.run(world.admin(Method.NODE_STATUS, node_id=2))["node"] == 2
+
+
+def test_a_node_that_had_no_id_when_it_greeted_is_found_by_its_address_once_it_is_listed():
+    """It had not joined yet; its connection stays."""
+    world = World(nodes=1)
+    world.run(world.put(b"k", b"v"))
+    links = world.core.links
+    peer = links.peer_of(1)
+    peer.node_id = None
+    links._by_node.clear()
+    links.learn_nodes(list(links.nodes.values()))
+    assert links.peer_of(1) is peer
+
+
 def test_addresses_of_nodes_that_are_gone_are_forgotten():
     """A client outlives any number of nodes; its seeds stay."""
     world = World(seeds=[1])

@@ -169,7 +169,9 @@ class Dispatcher:
 
     def _node_unknown(self, call: AdminCall, now: float) -> None:
         self._router.want_nodes(now)
-        if self._links.nodes and not self._router.asking_nodes:
+        nodes = self._links.nodes
+        # One that is listed has moved: another lives at its address, and the next list says where it is.
+        if nodes and call.node_id not in nodes and not self._router.asking_nodes:
             self._ledger.finish(call, None, NotFound(f"there is no node {call.node_id}; list the nodes"))
         else:
             self._timers.at(now + self._settings.backoff_seconds_min, lambda _: self._ledger.requeue([call]))

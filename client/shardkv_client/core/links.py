@@ -182,8 +182,12 @@ class Links:
             advertised = self.peers.get(node.address)
             if advertised is None:
                 advertised = self.peers[node.address] = Peer(node.address)
-            greeted = [peer for peer in self.peers.values() if peer.node_id == node.id]
-            self._by_node[node.id] = min((*greeted, advertised), key=lambda peer: peer.failures)
+            known = [peer for peer in self.peers.values() if peer.node_id == node.id]
+            connected = advertised.link is not None and advertised.link.greeted
+            if not connected or advertised.node_id in (None, node.id):
+                known.append(advertised)  # else another node lives there by now
+            if known:
+                self._by_node[node.id] = min(known, key=lambda peer: peer.failures)
         for node_id, peer in list(self._by_node.items()):
             # One that is connected is there, whatever a node says that is cut off from the others.
             if node_id not in self.nodes and (peer.link is None or not peer.link.greeted):
