@@ -9,14 +9,15 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.errors import OutOfSpace
+from shardkv.machine import keys
 from shardkv.machine.entries import encode_membership
 from shardkv.machine.machine import RangeMachine
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.snapshot_install import Arrived
 from shardkv.raft.messages import ConfChange, ConfChangeSingle, ConfChangeType, Message, MessageType
 from shardkv.storage.engine import WriteBatch
-from shardkv.types import NodeId
-from tests.multiraft.scenes import Stream, behind, led_by_another, spelled, with_log
+from shardkv.types import KeyRange, NodeId
+from tests.multiraft.scenes import Stream, behind, led_by_another, spelled, split_on_two, with_log
 from tests.multiraft.world import RANGE, Answer, Host, Hosts, descriptor_on, world
 
 
@@ -269,3 +270,18 @@ async def test_entries_dropped_during_an_install_do_not_count_as_under_way_for_g
         late.workers.release()
         await hosts.until(lambda: late.replica().machine and not late.replica().installing, "the install's end")
         assert late.replica().raft.raft.log.applying_bytes == 0
+
+
+async def test_a_range_that_has_shrunk_leaves_no_rows_where_it_was_before(autojump_clock: MockClock) -> None:
+    """They are the other half's now, whose replica here may come with a snapshot, or never."""
+    async with world(3) as hosts:
+        late = await split_on_two(hosts)
+        assert late.value(b"z") == b"2"
+        leader = hosts.leader()
+        stream = Stream(*spelled(leader, 3))
+        await late.snapshots.receive(stream, leader.node_id)
+        assert stream.answers == [["done"]]
+        await hosts.until(lambda: late.catalog.replica_for_key(b"z") is None, "the install")
+        assert late.machine().descriptor.span.end == b"m"
+        assert late.value(b"a") == b"1"
+        assert not list(late.engine.scan(*keys.user_span(KeyRange(b"m", None))))

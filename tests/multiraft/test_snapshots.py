@@ -56,6 +56,7 @@ async def test_a_replica_that_asks_again_while_it_is_sent_a_snapshot_is_sent_no_
     async with world(3) as hosts:
         late = await behind(hosts)
         leader = hosts.leader()
+        leader.snapshots._config = SnapshotsConfig(snapshots_sending_max=8)
         dialled: list[int] = []
         hosts.opens = lambda source, target: bool(dialled.append(target)) or True
         hosts.heal()

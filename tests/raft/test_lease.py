@@ -219,6 +219,20 @@ def test_whoever_promised_does_not_campaign_for_that_long() -> None:
     assert elapsed < 50
 
 
+def test_a_campaign_that_is_promised_away_begins_soon_after_the_promise_and_not_by_the_timeout() -> None:
+    """Its host has asked for it once and does not ask again."""
+    node = fresh(2, election_ticks=50)
+    start = 50 * TICK_NS
+    node.step(Message(M.HEARTBEAT, 2, 1, 1, lease_stamp=1, lease_promise=4 * TICK_NS), start)
+    node.campaign(start)
+    for elapsed in range(4):
+        node.tick(start + elapsed * TICK_NS)
+        assert node.role is Role.FOLLOWER
+    for elapsed in range(4, 10):
+        node.tick(start + elapsed * TICK_NS)
+    assert node.role is Role.CANDIDATE
+
+
 def test_a_heartbeat_of_an_earlier_term_is_promised_nothing() -> None:
     """A promise is made to the leader of the term only."""
     node = fresh(2)

@@ -211,6 +211,25 @@ def test_learners_do_not_confirm_reads() -> None:
     assert cluster.hosts[1].read_states == []
 
 
+def test_a_quorum_that_has_confirmed_less_than_the_one_before_it_confirms_nothing() -> None:
+    """The members have changed: what the new quorum says of earlier reads says nothing of those that came since."""
+    cluster = Cluster(voters=3, learners=1)
+    cluster.elect(1)
+    cluster.isolate(3)
+    cluster[1].read_index(b"before")
+    cluster.settle()
+    cluster[1].propose_conf_change(change("r2"))
+    cluster.tick(1)
+    assert cluster[1].configuration.voters == (1, 3)
+    for context in (b"first", b"second"):
+        cluster[1].read_index(context)
+    cluster.tick(1, count=2)
+    assert [state.context for state in cluster.hosts[1].read_states] == [b"before"]
+    cluster.heal()
+    cluster.tick(1)
+    assert [state.context for state in cluster.hosts[1].read_states] == [b"before", b"first", b"second"]
+
+
 def test_a_group_of_one_confirms_at_once() -> None:
     """There is nobody to ask."""
     cluster = led(voters=1)
