@@ -431,3 +431,28 @@ async def test_what_a_replaced_replica_had_synced_is_told_to_nobody(autojump_clo
         assert not follower.peers.frames
         driver._synced([(successor, Message(MessageType.STORAGE_APPEND, responses=(answer,)))])
         assert [node_id for node_id, _ in follower.peers.frames] == [hosts.leader().node_id]
+
+
+async def test_a_message_for_a_replica_whose_node_is_not_known_is_dropped(autojump_clock: MockClock) -> None:
+    """As if it were lost: Raft sends another, and whoever speaks for that replica makes its node known."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        host.driver._send([(host.replica(), Message(MessageType.HEARTBEAT, 77, 1, 1))])
+        assert host.peers.frames == []
+
+
+async def test_what_waits_for_a_sync_is_synced_whatever_comes_to_it(autojump_clock: MockClock) -> None:
+    """How much is committed may wait for the next record that somebody waits for, but makes no such record wait."""
+    async with world(1) as hosts:
+        host = await hosts.led()
+        await hosts.write(b"k", b"v")
+        await hosts.until(lambda: not host.driver.log_writer.syncing, "rest")
+        writer, append = host.driver.log_writer, (host.replica(), Message(MessageType.STORAGE_APPEND))
+        writer.add(Turn(appends=[append]))
+        writer.write()
+        assert not writer.syncing
+        writer.add(Turn(appends=[append], must_sync=True))
+        writer.add(Turn(appends=[append]))
+        writer.write()
+        assert writer.syncing
+        assert not writer.appends

@@ -30,7 +30,7 @@ from shardkv.raft.messages import ConfState
 from shardkv.storage.group_log import GroupLog
 from shardkv.storage.wal import CreateGroup, LogUpdate
 from shardkv.transport.groups import main_error
-from shardkv.types import SESSION_AGE_MS_MAX, RangeId, ReplicaId
+from shardkv.types import SESSION_AGE_MS_MAX, NodeId, RangeId, ReplicaId
 from tests.multiraft.scenes import led_by_another
 from tests.multiraft.world import PROMISE_NS, RANGE, Hosts, world
 
@@ -387,6 +387,21 @@ async def test_ranges_at_rest_are_told_so_now_and_then(
             await trio.sleep(SESSION_AGE_MS_MAX / 1000 + REST_SECONDS + 1)
             assert host.machine()._sessions is None
             nursery.cancel_scope.cancel()
+
+
+async def test_a_replica_without_state_is_left_alone(autojump_clock: MockClock) -> None:
+    """There is nothing of it to flush or to forget, and its log is all that it has."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.write(b"k", b"v")
+        replica = host.catalog.create(RangeId(7), ReplicaId(9), (8, NodeId(2)))
+        host.maintenance.kept = (0, 0)
+        before = host.replica().log.compact_index
+        await host.maintenance.flush_and_compact()
+        host.maintenance._rest()
+        assert host.replica().log.compact_index > before
+        assert host.catalog.replicas[RangeId(7)] is replica
+        assert replica.log.compact_index == 0
 
 
 async def test_what_a_replica_had_applied_is_not_said_of_the_one_in_its_place(

@@ -12,7 +12,7 @@ from shardkv import codec
 from shardkv.errors import ProtocolError
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_TERM
-from shardkv.machine.rows import AppliedState, pack_applied, pack_conf_state, unpack_applied
+from shardkv.machine.rows import AppliedState, InstallMark, pack_applied, pack_conf_state, pack_mark, unpack_applied
 from shardkv.machine.snapshot import snapshot_rows
 from shardkv.multiraft import snapshots
 from shardkv.multiraft.snapshot_install import Arrived
@@ -202,6 +202,10 @@ def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:
     count = len(body) // 2
     machine = leader.machine()
     narrow = machine.descriptor.with_span(KeyRange(b"a", b"b"), machine.descriptor.epoch).to_wire()
+    epoch = machine.descriptor.epoch
+    newer = machine.descriptor.with_span(machine.descriptor.span, epoch._replace(span=epoch.span + 1)).to_wire()
+    mark = pack_mark(InstallMark(machine.descriptor, begin[6], begin[7]))
+    marked = [mark if key == keys.applied_key(RANGE) else value for key, value in zip([b"", *body], body)]
     return {
         "not a begin": [["hello"]],
         "another range's descriptor": spelled(leader, 3, descriptor=descriptor_on(3, range_id=8).to_wire()),
@@ -214,6 +218,8 @@ def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:
         "a term of nothing": spelled(leader, 3, log_term=INITIAL_TERM - 1),
         "another index than its rows": spelled(leader, 3, index=begin[6] + 1),
         "another span than its rows": spelled(leader, 3, descriptor=narrow),
+        "another epoch than its rows": spelled(leader, 3, descriptor=newer),
+        "the mark of an install": [begin, *carried(marked)],
         "another id than an id": spelled(leader, 3, id=b"short"),
         "rows out of order": [begin, *carried([*body[2:4], *body[0:2], *body[4:]])],
         "rows twice": [begin, *carried([*body[:2], *body])],

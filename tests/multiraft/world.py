@@ -151,6 +151,7 @@ class FakePeers:
 
     def send(self, node_id: NodeId, frame: bytes, *, urgent: bool) -> None:
         host = self._host
+        assert node_id is not None, "a frame for nobody"
         ((kind, payload),) = FrameDecoder(64 << 20).feed(frame)
         assert kind is FrameKind.RAFT, kind
         messages = codec.loads(payload)
