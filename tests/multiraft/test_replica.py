@@ -120,6 +120,18 @@ def test_reads_whose_confirmation_was_lost_expire() -> None:
     assert not new.arrived
 
 
+def test_a_confirmed_read_waits_while_its_replica_has_no_state() -> None:
+    """Entries that were on their way to be applied when an install began are acknowledged in the middle of it."""
+    replica, answer = a_replica(), Answer()
+    replica.await_read(reading(answer))
+    context = replica.take_open_reads(0)
+    assert context is not None
+    replica.confirm_reads(context, 5)
+    replica.serve_confirmed()
+    assert not answer.arrived
+    assert replica.confirmed
+
+
 def test_a_confirmed_read_is_answered_once_however_often_its_replica_looks() -> None:
     """Its connection counts what it owes: a second answer would be one to nobody, and let too much in."""
 

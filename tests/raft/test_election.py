@@ -476,7 +476,9 @@ def test_a_transfer_waits_for_the_target_to_catch_up() -> None:
     cluster.settle()
     cluster.heal()
     cluster[1].transfer_leader(3)
-    assert not sent(cluster[1].ready(), M.TIMEOUT_NOW)
+    ready = cluster[1].ready()
+    assert not sent(ready, M.TIMEOUT_NOW)
+    assert [message.to for message in sent(ready, M.APP)] == [3], "it is asked at once where its log ends"
     cluster.tick(1, count=2)
     assert cluster.leaders() == [3]
     assert cluster.hosts[3].applied == [b"x"]

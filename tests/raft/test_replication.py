@@ -498,6 +498,14 @@ def test_a_membership_change_that_was_dropped_for_want_of_room_bars_no_other() -
     assert cluster[1].propose_conf_change(change("l4")) == (1, 3)
 
 
+def test_what_has_no_data_is_taken_however_much_is_uncommitted() -> None:
+    """Leaving a joint configuration must go in, though one entry was larger than the bound."""
+    cluster = led(uncommitted_bytes_max=10)
+    cluster.isolate(1)
+    cluster[1].propose(b"x" * 100)
+    assert cluster[1].propose(b"") == (1, 3)
+
+
 def test_a_proposal_larger_than_the_bound_is_taken_when_nothing_else_waits() -> None:
     """etcd-io/raft: else it could never be proposed."""
     cluster = led(uncommitted_bytes_max=10)
