@@ -446,6 +446,21 @@ async def test_a_log_whose_old_segments_cannot_be_removed_ends_the_node(autojump
         assert "the disk is broken" in repr(host.error)
 
 
+async def test_old_segments_are_removed_again_and_again_but_not_twice_at_once(autojump_clock: MockClock) -> None:
+    async with world(1) as hosts:
+        host = hosts[1]
+        removals: list[int] = []
+        host.wal.collect = lambda: lambda: removals.append(1)  # type: ignore[method-assign]
+        for before in range(2):
+            host.workers.hold_log()
+            host.maintenance._collect()
+            host.maintenance._collect()
+            host.workers.release()
+            await hosts.until(lambda count=before: len(removals) > count, "a removal")
+            await trio.sleep(0.1)
+            assert len(removals) == before + 1
+
+
 async def test_how_far_the_log_is_on_disk_is_noted_now_and_then_and_never_ahead_of_it(
     autojump_clock: MockClock,
 ) -> None:

@@ -206,6 +206,8 @@ def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:
     newer = machine.descriptor.with_span(machine.descriptor.span, epoch._replace(span=epoch.span + 1)).to_wire()
     mark = pack_mark(InstallMark(machine.descriptor, begin[6], begin[7]))
     marked = [mark if key == keys.applied_key(RANGE) else value for key, value in zip([b"", *body], body)]
+    user = next(at for at in range(0, len(body), 2) if body[at] >= keys.SYSTEM_END)
+    among = [*body[:user], keys.applied_key(RangeId(2)), b"x", *body[user:]]
     return {
         "not a begin": [["hello"]],
         "another range's descriptor": spelled(leader, 3, descriptor=descriptor_on(3, range_id=8).to_wire()),
@@ -225,6 +227,7 @@ def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:
         "rows twice": [begin, *carried([*body[:2], *body])],
         "rows of numbers": [begin, *carried([1, 2])],
         "rows of another range": [begin, *carried([*body, b"\x02" + bytes(7) + b"\x09a", b"x"])],
+        "a row of another range in the middle": [begin, *carried(among)],
         "rows of the node": [begin, *carried([b"\x01x", b"x", *body])],
         "rows missing": [begin, *carried(body, count=count + 1)],
         "a chunk missing": [begin, *carried(body, chunks=3)[1:]],

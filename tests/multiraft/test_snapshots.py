@@ -89,6 +89,30 @@ async def test_whoever_asks_the_wrong_replica_for_its_data_is_sent_none(autojump
         assert dialled == [asking.node_id]
 
 
+async def test_whoever_was_deposed_while_it_dialled_says_nothing_in_a_term_that_is_another_ones(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receiver would follow it, and refuse the one who leads that term."""
+    async with world(3) as hosts:
+        await behind(hosts)
+        leader = hosts.leader()
+        replica, own = leader.replica(), leader.replica().replica_id
+        dialled: list[int] = []
+        begun: list[Any] = []
+
+        def deposed(source: int, target: int) -> bool:
+            dialled.append(target)
+            replica.raft.step(Message(MessageType.HEARTBEAT, own, 3 - own, replica.raft.term + 1))
+            return True
+
+        monkeypatch.setattr(snapshots, "encode_begin", lambda *said: begun.append(said))
+        hosts.opens = deposed
+        leader.snapshots.send(replica, Message(MessageType.SNAP, 3, own, replica.raft.term))
+        await trio.sleep(0.2)
+        assert (dialled, replica.leads, begun) == ([3], False, [])
+        assert not leader.snapshots._sending
+
+
 async def test_a_snapshot_that_has_arrived_before_is_not_streamed_again(autojump_clock: MockClock) -> None:
     """Its sender may not know, for the answer may be lost: a gibibyte would be sent for nothing."""
     async with world(3) as hosts:
