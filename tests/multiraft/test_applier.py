@@ -84,3 +84,12 @@ async def test_a_read_that_waits_for_what_is_never_applied_is_refused_in_time(au
         with pytest.raises(Busy, match="did not come in time"):
             await answer.wait()
         assert host.replica().confirmed is None
+
+
+async def test_whoever_has_applied_a_write_gives_no_stamp_below_its_version(autojump_clock: MockClock) -> None:
+    """DESIGN 4.4: else what it answers from that state would be told to be older than what is in it."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        await hosts.agreed()
+        for host in hosts.values():
+            assert host.hybrid_clock.last >= host.machine().last_timestamp

@@ -117,6 +117,7 @@ async def test_trap_19_a_replica_whose_install_ended_half_way_serves_nothing_and
         hosts.opens = lambda source, target: True
         await hosts.until(lambda: not late.replica().needs_snapshot, "the snapshot it asked for")
         await hosts.agreed()
+        assert late.snapshots.statistics().installing == 0, "it could never be sent another"
 
 
 async def test_trap_20_a_split_that_was_lost_and_will_not_be_replayed_leaves_a_group_that_asks_for_its_data(

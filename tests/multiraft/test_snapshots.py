@@ -29,6 +29,7 @@ async def test_a_follower_that_fell_behind_the_log_gets_a_snapshot_and_goes_on(a
         assert late.driver.hybrid_clock.last >= late.machine().last_timestamp, "whoever reads there is told no less"
         await hosts.write(b"after", b"3")
         await hosts.agreed()
+        assert late.snapshots.statistics().installing == 0, "it could never be sent another"
 
 
 async def test_no_second_snapshot_of_a_range_is_begun_before_the_first_is_in_place(autojump_clock: MockClock) -> None:
