@@ -437,7 +437,7 @@ async def test_a_message_for_a_replica_whose_node_is_not_known_is_dropped(autoju
     """As if it were lost: Raft sends another, and whoever speaks for that replica makes its node known."""
     async with world(1) as hosts:
         host = hosts[1]
-        host.driver._send([(host.replica(), Message(MessageType.HEARTBEAT, 77, 1, 1))])
+        host.driver._outgoing.messages([(host.replica(), Message(MessageType.HEARTBEAT, 77, 1, 1))])
         assert host.peers.frames == []
 
 
