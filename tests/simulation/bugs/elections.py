@@ -226,7 +226,7 @@ _CRASHES = ("turncoat", "slow-disk")
 _SPLIT_BRAINS = ("depose",)
 
 BUGS = (
-    Bug("vote-not-synced", "a vote is on disk before it is told (trap 10)", vote_without_sync, _CRASHES, 3),
+    Bug("vote-not-synced", "a vote is on disk before it is told (trap 10)", vote_without_sync, _CRASHES, 1),
     Bug(
         "vote-before-sync",
         "hard state before the message (trap 10)",
@@ -243,7 +243,7 @@ BUGS = (
         ("amnesia",),
         1,
     ),
-    Bug("vote-not-logged", "term and vote survive a restart (Raft, figure 2)", vote_not_logged, _CRASHES, 1),
+    Bug("vote-not-logged", "term and vote survive a restart (Raft, figure 2)", vote_not_logged, _CRASHES, 4),
     Bug(
         "acknowledged-before-fsync",
         "an append is on disk before it is acknowledged (trap 10)",
@@ -251,7 +251,7 @@ BUGS = (
         ("stall", "blackout", "sudden"),
         3,
     ),
-    Bug("two-votes-in-a-term", "one vote a term (Raft, 5.2)", double_vote, ("relay", "slow"), 3),
+    Bug("two-votes-in-a-term", "one vote a term (Raft, 5.2)", double_vote, ("relay", "slow"), 4),
     Bug("vote-for-a-shorter-log", "election restriction (Raft, 5.4.1)", vote_for_a_shorter_log, ("depose", "kill"), 3),
     Bug("commit-without-quorum", "a majority commits (Raft, 5.3)", commit_by_one, ("depose", "kill"), 1),
     Bug(
@@ -272,7 +272,7 @@ BUGS = (
         1,
         rate=100,
     ),
-    Bug("append-without-a-match", "log matching (Raft, 5.3)", append_anywhere, ("depose", "loss", "reorder"), 3),
+    Bug("append-without-a-match", "log matching (Raft, 5.3)", append_anywhere, ("depose", "loss", "reorder"), 1),
     Bug("commit-beyond-the-match", "a heartbeat commits what is there", commit_what_is_not_there, ("kill",), 1),
     Bug(
         "lease-past-its-end",
@@ -306,7 +306,7 @@ BUGS = (
         "no votes for the length of a promise after a start (trap 7)",
         no_refusal_after_a_restart,
         ("usurp",),
-        2,
+        1,
         workload="registers",
         rate=100,
     ),
@@ -324,7 +324,7 @@ BUGS = (
         "a new leader confirms no read before an entry of its term is committed (trap 8)",
         read_index_of_an_old_term,
         ("depose", "slow", "transfer", "heal"),
-        1,
+        10,
         workload="registers",
         rate=100,
     ),
