@@ -48,30 +48,33 @@ class OwnAddresses:
     """
 
     def __init__(self) -> None:
-        self._dialled: dict[str, str] = {}
-        """The address that was dialled, by this side's address of the connection."""
-        self._accepted: set[str] = set()
-        """The other side's address of each connection that waits here."""
+        self._dialled: dict[tuple[str, str], str] = {}
+        """The address that was dialled, by the connection's ends: who dialled, who was dialled. One end alone would not
+        do: the system gives its port to others who dial from the same machine."""
+        self._accepted: set[tuple[str, str]] = set()
+        """The ends of each connection that waits here."""
         self.found: set[str] = set()
         self._more = trio.Event()
 
     def dialled(self, stream: Stream, address: str) -> None:
-        self._dialled[stream.local] = address
-        self._compare(stream.local)
+        ends = (stream.local, stream.remote)
+        self._dialled[ends] = address
+        self._compare(ends)
 
     @contextmanager
     def accepted(self, stream: Stream) -> Iterator[None]:
         """For as long as an incoming connection waits."""
-        self._accepted.add(stream.remote)
-        self._compare(stream.remote)
+        ends = (stream.remote, stream.local)
+        self._accepted.add(ends)
+        self._compare(ends)
         try:
             yield
         finally:
-            self._accepted.discard(stream.remote)
+            self._accepted.discard(ends)
 
-    def _compare(self, place: str) -> None:
-        if place in self._dialled and place in self._accepted:
-            self.found.add(self._dialled[place])
+    def _compare(self, ends: tuple[str, str]) -> None:
+        if ends in self._dialled and ends in self._accepted:
+            self.found.add(self._dialled[ends])
             self._more.set()
 
     async def are_all(self, addresses: Collection[str]) -> None:

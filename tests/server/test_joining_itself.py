@@ -2,6 +2,8 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -67,3 +69,19 @@ async def test_what_is_dialled_and_comes_in_here_is_this_nodes_own(
         with trio.fail_after(1):
             await own.are_all(["n1:7000"])
         nursery.cancel_scope.cancel()
+
+
+def test_an_address_that_somebody_else_had_before_shows_nothing() -> None:
+    """On one machine the system gives the same port to several who dial, if they dial different addresses.
+
+    What this node dialled is known by both ends: of two connections at a time only one has the same two.
+    """
+    own = OwnAddresses()
+    ours: Any = SimpleNamespace(local="127.0.0.1:40000", remote="127.0.0.1:7001")
+    of_another: Any = SimpleNamespace(local="127.0.0.1:7002", remote="127.0.0.1:40000")
+    back_here: Any = SimpleNamespace(local="127.0.0.1:7001", remote="127.0.0.1:40000")
+    own.dialled(ours, "n1:7001")
+    with own.accepted(of_another):
+        assert own.found == set()
+    with own.accepted(back_here):
+        assert own.found == {"n1:7001"}
