@@ -17,6 +17,9 @@ JOIN_SECONDS: Final = 60.0
 """How long a new node tries to join before it gives up."""
 ATTEMPT_SECONDS: Final = 5.0
 RETRY_SECONDS: Final = 0.25
+DIALS_MIN: Final = 5
+"""So often must an address have led back to this node, and nowhere else, to pass for its own: a name may stand for all
+nodes, or a load balancer, which leads elsewhere the next time. A client dials again after some two seconds."""
 
 
 class ClientEnvironment:
@@ -50,7 +53,11 @@ class OwnAddresses:
     def __init__(self) -> None:
         self._dialled: dict[tuple[str, str], str] = {}
         """The address that was dialled, by the connection's ends: who dialled, who was dialled. One end alone would not
-        do: the system gives its port to others who dial from the same machine."""
+        do: the system gives its port to others who dial from the same machine. Those that came in here are gone."""
+        self._dials: dict[str, int] = {}
+        """How often each address was dialled."""
+        self._back: dict[str, int] = {}
+        """How often that led back here."""
         self._accepted: set[tuple[str, str]] = set()
         """The ends of each connection that waits here."""
         self.found: set[str] = set()
@@ -59,6 +66,7 @@ class OwnAddresses:
     def dialled(self, stream: Stream, address: str) -> None:
         ends = (stream.local, stream.remote)
         self._dialled[ends] = address
+        self._dials[address] = self._dials.get(address, 0) + 1
         self._compare(ends)
 
     @contextmanager
@@ -74,8 +82,11 @@ class OwnAddresses:
 
     def _compare(self, ends: tuple[str, str]) -> None:
         if ends in self._dialled and ends in self._accepted:
-            self.found.add(self._dialled[ends])
-            self._more.set()
+            address = self._dialled.pop(ends)
+            self._back[address] = self._back.get(address, 0) + 1
+            if self._back[address] == self._dials[address] >= DIALS_MIN:
+                self.found.add(address)
+                self._more.set()
 
     async def are_all(self, addresses: Collection[str]) -> None:
         """Wait until each of these was found to be this node's."""
