@@ -1029,3 +1029,26 @@ def test_a_reverse_scan_is_routed_by_the_greatest_key_below_its_end(end, other):
     assert found < end
     assert not found < other < end
     assert len(found) <= KEY_BYTES_MAX
+
+
+def test_a_list_that_is_behind_and_comes_while_who_took_over_an_address_is_away_sends_it_nothing_meant_for_another():
+    """The address is taken for the other's again only until it is seen, once more, who is there."""
+    world = World(seeds=[1, 2, 3])
+    world.run(world.put(b"k", b"v"))
+    for node_id in (2, 3):
+        assert world.run(world.admin(Method.NODE_STATUS, node_id=node_id))["node"] == node_id
+    two, three = world.cluster.nodes[2], world.cluster.nodes[3]
+    world.cluster.told[2] = two.address
+    two.address, three.address = "elsewhere:1", two.address
+    for link in [link for link, node in world.open.items() if node in (two, three)]:
+        world.cut(link)
+    assert world.run(world.admin(Method.NODE_STATUS, node_id=3, repeatable=True))["node"] == 3
+    for link in [link for link, node in world.open.items() if node is three]:
+        world.cut(link)
+    links = world.core.links
+    links.learn_nodes(list(links.nodes.values()))
+    assert world.run(world.admin(Method.NODE_STATUS, node_id=3, repeatable=True))["node"] == 3
+    with pytest.raises(errors.Unavailable):
+        world.run(world.admin(Method.NODE_STATUS, node_id=2, timeout=2.0))
+    del world.cluster.told[2]
+    assert world.run(world.admin(Method.NODE_STATUS, node_id=2))["node"] == 2

@@ -319,9 +319,10 @@ class Links:
         peer = link.peer
         peer.failures = 0
         peer.problem = None
-        if welcome.node_id is not None and peer.node_id != welcome.node_id:
+        if welcome.node_id is not None:
             for node_id in [known for known, other in self._by_node.items() if other is peer]:
-                del self._by_node[node_id]  # another node lives at this address now
+                if node_id != welcome.node_id:
+                    del self._by_node[node_id]  # another node lives at this address
             peer.node_id = welcome.node_id
         if peer.node_id is not None:
             current = self._by_node.get(peer.node_id)
@@ -441,8 +442,10 @@ class Links:
                 assert link.state is not LinkState.CLOSED, f"{address} keeps a closed link"
                 assert not link.draining, f"{address} keeps a link that drains"
                 assert link.state is LinkState.READY or not link.inflight, f"{address} owes before it was greeted"
-        for peer in self._by_node.values():
+        for node_id, peer in self._by_node.items():
             assert self.peers.get(peer.address) is peer, f"{peer.address} serves a node but is no peer"
+            here = peer.link is not None and peer.link.greeted
+            assert not here or peer.node_id in (None, node_id), f"{peer.address} is node {peer.node_id}, not {node_id}"
 
 
 def describe(error: BaseException) -> str:
