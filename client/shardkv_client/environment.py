@@ -118,6 +118,9 @@ class RealEnvironment:
             infos = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except UnicodeError as error:
             raise OSError(f"{host} is no name of a host: {error}") from error
+        except socket.gaierror:
+            socket.socket().close()  # without a file to look it up in no name is known either: then this raises why
+            raise
         for position, (family, kind, protocol, _, target) in enumerate(infos, 1):
             # Often the first address is of a family that some firewall on the way drops without a word.
             with anyio.CancelScope(deadline=inf if position == len(infos) else anyio.current_time() + ADDRESS_SECONDS):

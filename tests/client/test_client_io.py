@@ -200,16 +200,24 @@ def test_nobody_there_is_unavailable_in_time(backend):
     run(backend, main)
 
 
-def test_a_client_whose_process_may_open_no_more_files_is_told_so(backend, server, monkeypatch):
-    """It was told to check the addresses, which were right, and of too many open files, which may be the node's."""
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_client_whose_process_may_open_no_more_files_is_told_so(backend, server, monkeypatch, by_name):
+    """It was told to check the addresses, which were right, and of too many open files, which may be the node's. To
+    look up a name takes files, too, and without them none is known."""
+    addresses = server.addresses.replace("127.0.0.1", "localhost") if by_name else server.addresses
 
     def no_files(*_: object) -> socket.socket:
         raise OSError(errno.EMFILE, "Too many open files")
 
+    def no_names(*_: object, **__: object) -> list[Any]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
     async def main() -> None:
-        async with connect(server.addresses) as kv:
+        async with connect(addresses) as kv:
             with monkeypatch.context() as short:
                 short.setattr(socket, "socket", no_files)
+                if by_name:
+                    short.setattr(socket, "getaddrinfo", no_names)
                 with pytest.raises(errors.Unavailable, match=r"this process may open no more files.*ulimit -n") as told:
                     await kv.put(b"k", b"v", timeout=0.2)
             assert "addresses" not in str(told.value)
