@@ -1,4 +1,4 @@
-"""Checks of what callers pass in: types first, then limits, before anything is sent.
+"""Checks of what callers pass in, before anything is sent.
 
 A wrong type is a TypeError, everything else one of shardkv's RequestErrors; each says what is allowed.
 """
