@@ -18,7 +18,7 @@ from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.wal import CreateGroup, LogUpdate
 from shardkv.types import RangeDescriptor, RangeId, ReplicaId
 from tests.multiraft.scenes import Stream, behind, compact, led_by_another, spelled, split_on_two
-from tests.multiraft.world import RANGE, world
+from tests.multiraft.world import RANGE, Host, Hosts, world
 
 MIB = 1024 * 1024
 STEPS = ("after the mark", "after the flush", "after the ingest", "after the record", "after all")
@@ -189,19 +189,25 @@ async def test_trap_20_a_split_applied_behind_a_snapshot_does_not_revive_a_right
         assert late.value(b"a", 1) == b"1"
 
 
+async def that_waits_for_its_data(hosts: Hosts) -> Host:
+    """The third of three hosts, which has lost its engine; no stream of a snapshot begins."""
+    await hosts.write(b"k", b"v")
+    await led_by_another(hosts, 3)
+    late = hosts[3]
+    await late.crash(power=True)
+    late.engine = MemoryEngine(crashable=True)
+    hosts.opens = lambda source, target: False
+    await late.start()
+    assert late.replica().needs_snapshot
+    return late
+
+
 async def test_a_replica_that_waits_for_its_data_keeps_what_it_logs_meanwhile_on_disk_and_not_in_memory(
     autojump_clock: MockClock,
 ) -> None:
     """Its snapshot may be hours away: its node lacks room, or waits for those of a thousand other ranges."""
     async with world(3) as hosts:
-        await hosts.write(b"k", b"v")
-        await led_by_another(hosts, 3)
-        late = hosts[3]
-        await late.crash(power=True)
-        late.engine = MemoryEngine(crashable=True)
-        hosts.opens = lambda source, target: False
-        await late.start()
-        assert late.replica().needs_snapshot
+        late = await that_waits_for_its_data(hosts)
         log = late.replica().raft.raft.log
         value = bytes(250_000)
         for _ in range(100):
@@ -218,14 +224,7 @@ async def test_a_replica_that_waits_for_its_data_leaves_the_disk_room_for_them(a
     then it waited for ever.
     """
     async with world(3) as hosts:
-        await hosts.write(b"k", b"v")
-        await led_by_another(hosts, 3)
-        late = hosts[3]
-        await late.crash(power=True)
-        late.engine = MemoryEngine(crashable=True)
-        hosts.opens = lambda source, target: False
-        await late.start()
-        assert late.replica().needs_snapshot
+        late = await that_waits_for_its_data(hosts)
         await hosts.write(b"k", b"it takes part")
         log = late.replica().raft.raft.log
         await hosts.until(lambda: log.last_index == hosts.leader().replica().raft.last_index, "all that was written")
