@@ -361,14 +361,7 @@ async def test_trap_24_a_copy_that_was_heard_is_held_against_nobody_after_a_rest
             n1, Hello(Role.PEER, mine.cluster_id, NodeId(3), NodeId(1), mine.boot + 2, n3.address, b"c" * 16, earlier)
         )
         await n1.kill()
-        cluster.heal()
-        await n1.start()
-        await trio.sleep(30)
-        await n3.kill()
-        await n3.start()
-        await trio.sleep(10)
-        assert n3.alive
-        assert n3.inside.pool.connected(NodeId(1))
+        await n1_is_started_and_n3_is_let_in(cluster)
 
 
 async def test_trap_24_a_copy_that_was_met_by_join_is_held_against_nobody_after_a_restart_of_who_met_it(
