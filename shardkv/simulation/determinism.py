@@ -206,7 +206,7 @@ async def sleep_until(moment: float) -> None:
             timer.cancel()
             return trio.lowlevel.Abort.SUCCEEDED
 
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        await scheduler.park(abort)
 
 
 async def until(happens: Callable[[], bool], end: float, look_seconds: float = LOOK_SECONDS) -> bool:
@@ -237,7 +237,7 @@ async def until(happens: Callable[[], bool], end: float, look_seconds: float = L
         return trio.lowlevel.Abort.SUCCEEDED
 
     timer = clock.call_at(clock.now + look_seconds, look)
-    await trio.lowlevel.wait_task_rescheduled(abort)
+    await scheduler.park(abort)
     return so
 
 
@@ -248,7 +248,7 @@ async def sleep_uncancelled(seconds: float) -> None:
             await sleep(seconds)
     else:
         _clock.call_at(now() + seconds, _nothing, trio.lowlevel.current_task())
-        await trio.lowlevel.wait_task_rescheduled(_not_aborted)
+        await scheduler.park(_not_aborted)
 
 
 def _not_aborted(_: object) -> trio.lowlevel.Abort:

@@ -11,7 +11,7 @@ from typing import Final
 
 import trio
 
-from shardkv.simulation import determinism
+from shardkv.simulation import determinism, scheduler
 from shardkv.simulation.frames import WaywardCarrier
 
 RETRANSMIT_SECONDS: Final = 0.2
@@ -78,7 +78,7 @@ class Signal:
             self._waiting.remove(task)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        await scheduler.park(abort)
 
 
 class Pipe:
