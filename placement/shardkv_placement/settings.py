@@ -35,9 +35,9 @@ class Settings:
     """Voters of the placement group, which grows 1, 3, 5, ... with the number of live nodes up to this."""
     split_bytes: int = _whole(64 * 1024 * 1024, 4 * 1024, 16 * 1024 * 1024 * 1024, for_nodes=True)
     """A range that holds more than this is split."""
-    heartbeat_ms: int = _whole(500, 50, 60_000, for_nodes=True)
-    """How often a node reports to the placement leader."""
-    node_suspect_ms: int = _whole(2_000, 100, 600_000)
+    heartbeat_ms: int = _whole(1_000, 50, 60_000, for_nodes=True)
+    """How often a node reports to the placement leader. What is new it reports at once, or at the next look."""
+    node_suspect_ms: int = _whole(3_000, 100, 600_000)
     """A node silent for this long gets nothing new."""
     node_down_ms: int = _whole(10_000, 200, 3_600_000)
     """A node silent for this long is taken for down."""

@@ -112,7 +112,7 @@ def nodes(session: Session, as_json: bool) -> None:
 
     The placement group's replicas count like those of ranges.
 
-    A node is live; suspect, when it has been silent for 2 s; down, after 10 s; draining, while it stops; or its disk
+    A node is live; suspect, when it has been silent for 3 s; down, after 10 s; draining, while it stops; or its disk
     stalls (slow disk) or has little room left (nearly full): others lead its ranges then.
     """
 

@@ -37,6 +37,8 @@ from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId
 ROUNDS_PER_TURN_MAX: Final = 8
 """How often one turn goes round the ready groups before it lets the connections run again."""
 CAMPAIGNS_MAX: Final = 20
+_FOR_THE_LOG: Final = frozenset({MessageType.APP, MessageType.PROP, MessageType.SNAP, MessageType.VOTE})
+"""What may leave something to be logged. The others' work is done as soon as it is there."""
 ASKS_AGAIN_NS: Final = 1_000_000_000
 ASKS_AGAIN_TICKS: Final = 3
 """A replica that waits for its data asks for them with every tick; one that has not for so long has them."""
@@ -112,6 +114,8 @@ class Driver:
         """Groups that may have work, in the order in which they got it."""
         self._eager: dict[RangeId, int] = {}
         """Groups that this node should lead before anybody's election timeout, and how often it still campaigns."""
+        self._prompt = False
+        """Groups were stepped that have work which need not wait for others'."""
         self._turning = False
         self.space = space or Space()
         """How much room there is; whoever takes writes asks it first."""
@@ -183,7 +187,7 @@ class Driver:
         self._awake.set()
 
     def step(self, replica: Replica, message: Message) -> None:
-        """Hand a peer's message to its group."""
+        """Hand a peer's message to its group. Once a frame's are handed over, :meth:`settle`."""
         # One that waits for its data can let go of nothing that it logs: it would fill the disk until there is no room
         # for the snapshot that ends its wait.
         crowded = self.space.full or (self.space.short and replica.needs_snapshot)
@@ -196,7 +200,22 @@ class Driver:
             return  # nothing leaves its group until it is done, so what this made ready would only pile up
         replica.raft.step(message, self.environment.clock.monotonic_ns())
         if replica.raft.has_ready():
-            self.touch(replica)
+            self._ready[replica.range_id] = replica
+            if message.type in _FOR_THE_LOG:
+                self._awake.set()
+            else:
+                self._prompt = True
+
+    def settle(self) -> None:
+        """All that a frame of a peer held has been stepped: do at once what followed from it, but what the log wants.
+
+        A record is shared by all that comes within a round of the loop; an acknowledgement or a heartbeat has nothing
+        to share, and another task's turn would cost two wakes more.
+        """
+        if self._prompt:
+            self._prompt = False
+            if not self._awake.is_set():  # else there is a turn soon, which takes this too
+                self._turn_here()
 
     def doubt_node(self, node_id: NodeId) -> None:
         """The connections to a node broke: groups that it leads campaign as soon as their promise has run out."""
@@ -244,15 +263,25 @@ class Driver:
         self.peers.flush()
         self.hooks.flush()
 
+    def _turn_here(self) -> None:
+        """A turn in the task that found the work: waking another costs more. What goes wrong in it is :meth:`run`'s."""
+        try:
+            if self._failure is None:
+                self._turn()
+        except Exception as error:  # noqa: BLE001  # the task that found the work is not to blame, and may forgive much
+            self._failure = error
+        if self._failure is not None:
+            self._awake.set()
+
     def _perform(self, turn: Turn) -> None:
         log = self.log_writer
         log.add(turn)
-        at_once = log.at_once
+        at_once = log.must_sync and log.at_once
         if not at_once:
             log.write()  # the sync runs while everything else is done
         if turn.messages:
             self._outgoing.messages(turn.messages)
-        if at_once and log.must_sync:
+        if at_once:
             self.peers.flush()  # what may leave before the sync does, so that others sync at the same time
             log.write(at_once=True)
             self.peers.flush()  # whoever waits for the record need not wait for what is applied
@@ -389,11 +418,7 @@ class Driver:
                     self._ready[replica.range_id] = replica
             self.log_writer.tick()
             if self.applier.tick() or self.applier.held or wanted or self._ready or self.proposer.groups:
-                # Here and now, as another task's turn would cost a wake more. Most ticks at rest find nothing to do.
-                if self._failure is None:
-                    self._turn()
-                if self._failure is not None:
-                    self._awake.set()
+                self._turn_here()  # most ticks at rest find nothing to do
 
     def _campaign_for_own(self) -> None:
         """After a start, let one voter of each group campaign at once, a different one for different ranges.

@@ -5,8 +5,8 @@ only after an engine flush that covers the batch in which it was applied; what a
 but only within a bound (trap 11).
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import trio
@@ -21,9 +21,10 @@ from shardkv.storage.wal import CompactLog, LogUpdate
 
 INTERVAL_SECONDS: Final = 0.25
 IDLE_MEASURES: Final = 4
-"""While nothing is applied or logged, only one look in so many asks how much room is left: it costs a thread's hop."""
-MARK_LOOKS: Final = 40
-"""Every so many looks it is noted how far the log is on disk. What is lost of it beyond that, a start takes for what a
+MEASURED_BYTES: Final = 1024 * 1024
+"""While less than this was logged, only one look in so many asks how much room is left: it costs a thread's hop."""
+MARK_SECONDS: Final = 10.0
+"""At most so often it is noted how far the log is on disk. What is lost of it beyond that, a start takes for what a
 crash left unfinished."""
 FULL_DISK_FLUSH_SECONDS: Final = 2.0
 """After a flush that found no room, the next one waits this long."""
@@ -73,8 +74,8 @@ class Maintenance:
         self._directory = directory
         self._note_log_mark = note_log_mark
         self._marked = -1
-        self._looks = 0
-        """Since it was noted up to which record the log is on disk."""
+        self._marked_ns = 0
+        """Up to which record the log was noted to be on disk, and when."""
         self._driver = driver
         self._environment = environment
         self._log = log
@@ -84,9 +85,10 @@ class Maintenance:
         self._flushed_ns = 0
         self._flushed_segment = -1
         """The newest segment at the last flush: flushing again before there is another frees none."""
-        self._measured: tuple[int, int] | None = None
-        """The driver's entries and syncs when the room was last measured."""
+        self._measured_bytes = -1
+        """What the log had written when the room was last measured."""
         self._unmeasured = 0
+        """Looks since then."""
         self._room = (False, False, False)
         """What was last said of it: short, low, full."""
         self._rested_ns = 0
@@ -95,9 +97,10 @@ class Maintenance:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         clock = self._environment.clock
-        self._flushed_ns = self._rested_ns = clock.monotonic_ns()
+        self._flushed_ns = self._rested_ns = self._marked_ns = clock.monotonic_ns()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_room)
+            nursery.start_soon(self._keep_spares)
             task_status.started()
             while True:
                 await clock.sleep(INTERVAL_SECONDS)
@@ -117,19 +120,23 @@ class Maintenance:
 
     async def _watch_room(self) -> None:
         """Also while a flush takes long: the log goes on meanwhile, and others fill the disk."""
-        log_writer = self._driver.log_writer
         while True:
-            with self._environment.clock.deadline(INTERVAL_SECONDS):
-                await log_writer.spare_taken.wait()
-            log_writer.spare_taken = trio.Event()
-            try:
+            await self._environment.clock.sleep(INTERVAL_SECONDS)
+            with _in_place():
                 await self._measure()
-                await self._prepare()
-            except FileNotFoundError as error:
-                raise StorageError(
-                    f"a part of the data directory is not there any more ({error}), so nothing that is written now can "
-                    "be kept: put it back as it was, or start a node under another name with an empty data directory"
-                ) from error
+
+    async def _keep_spares(self) -> None:
+        """Have the next log segment's file ready before it is needed, and the reserve."""
+        log_writer = self._driver.log_writer
+        prepared = False
+        while True:
+            if prepared:
+                await log_writer.spare_taken.wait()
+            else:
+                await self._environment.clock.sleep(INTERVAL_SECONDS)
+            log_writer.spare_taken = trio.Event()
+            with _in_place():
+                prepared = await self._prepare()
 
     async def _measure(self) -> None:
         """Look how much room is left, and say when what the node takes changes by it."""
@@ -167,23 +174,20 @@ class Maintenance:
 
     def _mark(self) -> None:
         """Note, now and then, how far the log is on disk; in a worker thread."""
-        self._looks += 1
-        synced = self._driver.wal.synced_sequence
-        if self._looks >= MARK_LOOKS and synced != self._marked:
+        synced, now = self._driver.wal.synced_sequence, self._environment.clock.monotonic_ns()
+        if now - self._marked_ns >= MARK_SECONDS * 1e9 and synced != self._marked:
             with suppress(OutOfSpace):  # the old note stays true
                 self._note_log_mark(synced)
-                self._marked, self._looks = synced, 0
+                self._marked, self._marked_ns = synced, now
 
     def _worth_measuring(self) -> bool:
-        """At every look while this node writes or lacks room; what others write, it may learn of a little later."""
-        done = self._driver.statistics()
-        written = (done.entries_applied, done.syncs)
-        space = self._driver.space
+        """At every look while this node writes much or lacks room; what others write it may learn of a little later."""
+        written = self._driver.wal.statistics().written_bytes
         self._unmeasured += 1
-        idle = written == self._measured and not space.short
-        if idle and self._unmeasured < IDLE_MEASURES:
+        busy = written - self._measured_bytes >= MEASURED_BYTES or self._driver.space.short
+        if not busy and self._unmeasured < IDLE_MEASURES:
             return False
-        self._measured, self._unmeasured = written, 0
+        self._measured_bytes, self._unmeasured = written, 0
         return True
 
     def _due(self) -> bool:
@@ -275,8 +279,8 @@ class Maintenance:
                     needed = min(needed, max(begins, peer.match))
         return needed
 
-    async def _prepare(self) -> None:
-        """Have the next log segment's file ready before it is needed, and the reserve."""
+    async def _prepare(self) -> bool:
+        """Make what is missing; whether there was room for it."""
         space = self._driver.space
         while (job := self._driver.wal.prepare()) is not None:
             try:
@@ -285,8 +289,9 @@ class Maintenance:
                 if not space.full:
                     self._log.error("no room for the next log segment", reason=str(error))
                 space.failed("spare", error)
-                return
+                return False
         space.succeeded("spare")
+        return True
 
     def _collect(self) -> None:
         if self._collecting:
@@ -302,6 +307,18 @@ class Maintenance:
                 self._driver.fail(error)
 
         self._driver.log_writer.submit(job, collected)
+
+
+@contextmanager
+def _in_place() -> Iterator[None]:
+    """Ends the node, in words for its user, when a file that it needs is gone."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"a part of the data directory is not there any more ({error}), so nothing that is written now can be "
+            "kept: put it back as it was, or start a node under another name with an empty data directory"
+        ) from error
 
 
 def _needed(replica: Replica, heard_since_ns: int) -> int:

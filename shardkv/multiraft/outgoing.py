@@ -65,7 +65,7 @@ class Outgoing:
             else:
                 parts.append(encoded)
         for (node_id, urgent), parts in frames.items():
-            for piece in _pieces(parts):
+            for piece in _pieces(parts) if len(parts) > 1 else (parts,):
                 self._peers.send(node_id, encode_frame(FrameKind.RAFT, raft_codec.join(piece)), urgent=urgent)
 
     def snapshot_wanted(self, replica: Replica) -> None:

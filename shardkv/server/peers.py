@@ -84,6 +84,7 @@ def receive_messages(
             driver.step(replica, message)
         except Inconsistent as error:
             contradicted(range_id, error)
+    driver.settle()
 
 
 class FrameStream:

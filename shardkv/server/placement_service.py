@@ -8,6 +8,7 @@ group down, keys are read and written as before; only splits and moves wait.
 
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
+from math import inf
 from typing import Any, Final
 
 import trio
@@ -41,17 +42,23 @@ from shardkv_placement.commands import Command, FinishOperator, ReportRanges
 from shardkv_placement.controller import Controller, Propose
 from shardkv_placement.heartbeat import Capacity, HeartbeatReply, Progress, RangeReport, Reporter
 from shardkv_placement.operators import ChangeReplicas, Operator, Outcome
+from shardkv_placement.settings import Settings
 from shardkv_placement.state import PlacementState
 from shardkv_placement.statistics import Statistics
 from shardkv_placement.view import ClusterView, ViewBuilder
 
 LEADER_TICK_SECONDS: Final = 0.1
+LEADER_IDLE_SECONDS: Final = 0.25
+"""Instead, while nothing is under way."""
 OUTCOME_SECONDS: Final = 5.0
 CALL_SECONDS: Final = 5.0
 RETRY_SECONDS: Final = 0.25
 POLL_SECONDS: Final = 0.02
 HEARTBEAT_SECONDS_MIN: Final = 0.1
 """Changes are reported at once, but not more often than this."""
+DEFAULTS: Final = Settings()
+LOOKS_PER_HEARTBEAT: Final = 2
+"""So often a node looks whether there is something new to tell; one with nothing new says just that it lives."""
 REPORTS_AT_ONCE_MAX: Final = 512
 """Descriptors in one report: 4 MiB with the largest keys, where a call may have 8, and no more items than it may."""
 REQUESTS_AT_ONCE_MAX: Final = 64
@@ -216,33 +223,43 @@ class PlacementService:
             # The first one would wait for the group and then say what was true before there was one.
             await self._clock.sleep(POLL_SECONDS)
         outage = Outage(UNANSWERED_SECONDS)
+        answered = -inf
         while True:
-            outage.begin(self._now())
-            self._beat_wanted = trio.Event()
-            interval = self.settings.get("heartbeat_ms", 500) / 1000
+            interval = self.settings.get("heartbeat_ms", DEFAULTS.heartbeat_ms) / 1000
             self._observe_replicas()
-            beat = self._reporter.heartbeat(
-                draining=self.draining,
-                capacity=self._capacity(),
-                slow_disk=self.slow_disk(),
-                fullness=self._driver.space.fullness,
-            )
-            try:
-                answer = await self.call(
-                    Method.HEARTBEAT, heartbeat.encode(beat), range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS
-                )
-                self._acknowledged(beat, heartbeat.decode_reply(answer))
-                if outage.end():
-                    self._log.info("the placement group answers this node again")
-            except WrongCluster as error:
-                self._stop.for_good(error)
-            except ShardKVError as error:
-                self._log.debug("heartbeat not answered", reason=str(error))
-                if outage.lasts(self._now()):
-                    self._log.warning("the placement group does not answer this node's heartbeats", reason=str(error))
+            if self._beat_wanted.is_set() or self._reporter.urgent or self._now() - answered >= interval:
+                self._beat_wanted = trio.Event()
+                outage.begin(self._now())
+                if await self._beat(outage):
+                    answered = self._now()
             await self._clock.sleep(min(HEARTBEAT_SECONDS_MIN, interval))
-            with self._clock.deadline(interval):
+            with self._clock.deadline(interval / LOOKS_PER_HEARTBEAT):
                 await self._beat_wanted.wait()
+
+    async def _beat(self, outage: Outage) -> bool:
+        """Report to the placement group; whether it answered."""
+        beat = self._reporter.heartbeat(
+            draining=self.draining,
+            capacity=self._capacity(),
+            slow_disk=self.slow_disk(),
+            fullness=self._driver.space.fullness,
+        )
+        try:
+            answer = await self.call(
+                Method.HEARTBEAT, heartbeat.encode(beat), range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS
+            )
+            self._acknowledged(beat, heartbeat.decode_reply(answer))
+        except WrongCluster as error:
+            self._stop.for_good(error)
+        except ShardKVError as error:
+            self._log.debug("heartbeat not answered", reason=str(error))
+            if outage.lasts(self._now()):
+                self._log.warning("the placement group does not answer this node's heartbeats", reason=str(error))
+        else:
+            if outage.end():
+                self._log.info("the placement group answers this node again")
+            return True
+        return False
 
     def _acknowledged(self, beat: heartbeat.Heartbeat, reply: HeartbeatReply) -> None:
         self._reporter.acknowledged(beat, reply)
@@ -301,7 +318,7 @@ class PlacementService:
     async def _lead(self) -> None:
         """While this node leads the group: keep statistics, schedule, carry operators on."""
         while True:
-            await self._clock.sleep(LEADER_TICK_SECONDS)
+            await self._clock.sleep(LEADER_TICK_SECONDS if self._state.operators else LEADER_IDLE_SECONDS)
             if not self.leads or not self._state.bootstrapped:
                 self._statistics = self._views = self._controller = None
                 replica = self._replica

@@ -19,7 +19,9 @@ from shardkv.types import PLACEMENT_RANGE, RangeId
 
 INTERVAL_SECONDS: Final = 0.1
 IDLE_SECONDS: Final = 0.5
-"""The interval while nothing is applied: then no range grows. At most this late is what a burst of writes begins."""
+"""The interval while little is applied: no range grows much. At most this late is what a burst of writes begins."""
+BUSY_ENTRIES: Final = 8
+"""So many entries applied between two looks are not little."""
 SLICE_KEYS: Final = 1_000
 """About a millisecond of the loop's time."""
 RETRY_SECONDS: Final = 2.0
@@ -49,9 +51,10 @@ class Splitter:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         task_status.started()
-        applied = -1
+        applied = 0
         while True:
-            idle = applied == (applied := self._driver.statistics().entries_applied)
+            before, applied = applied, self._driver.statistics().entries_applied
+            idle = applied - before < BUSY_ENTRIES
             await self._clock.sleep(IDLE_SECONDS if idle else INTERVAL_SECONDS)
             self._forget()
             for replica in list(self._driver.catalog.replicas.values()):

@@ -6,17 +6,18 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from shardkv.errors import Busy, EpochMismatch, NotLeader, OutOfSpace
+from shardkv.errors import Busy, EpochMismatch, NotLeader, OutOfSpace, StorageError
 from shardkv.machine.machine import INITIAL_TERM
 from shardkv.multiraft.applier import APPLIES_LATER_MAX
 from shardkv.multiraft.driver import Driver, DriverHooks
 from shardkv.multiraft.log_writer import FULL_DISK_RETRY_TICKS
 from shardkv.multiraft.replica import CONFIRMATIONS_MAX, Proposal, Replica, WaitingRead, WriteGroup
 from shardkv.multiraft.turn import Turn
+from shardkv.program import leaf
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
 from shardkv.raft.messages import Entry, EntryType, Message, MessageType
 from shardkv.types import PLACEMENT_RANGE, KeyRange
-from tests.multiraft.world import RANGE, SESSION, TICK_SECONDS, Answer, descriptor_on, world
+from tests.multiraft.world import RANGE, SESSION, TICK_SECONDS, Answer, Host, descriptor_on, world
 
 
 async def test_a_confirmed_read_of_an_idle_range_is_served_at_once(autojump_clock: MockClock) -> None:
@@ -456,3 +457,53 @@ async def test_what_waits_for_a_sync_is_synced_whatever_comes_to_it(autojump_clo
         writer.write()
         assert writer.syncing
         assert not writer.appends
+
+
+def from_leader(leader: Host, follower: Host, kind: MessageType, entries: tuple[Entry, ...] = ()) -> Message:
+    """What the leader could send next."""
+    own, other = leader.replica(), follower.replica()
+    last, term = other.raft.last_index, own.raft.term
+    return Message(
+        kind, from_=own.replica_id, to=other.replica_id, term=term, log_term=term, index=last, entries=entries
+    )
+
+
+async def test_a_heartbeat_is_answered_where_it_is_read_and_an_append_shares_a_turn(autojump_clock: MockClock) -> None:
+    """A heartbeat has nothing to share, and another task's turn costs two wakes more."""
+    async with world(3) as hosts:
+        await hosts.agreed()
+        leader, follower = hosts.leader(), hosts.follower()
+        driver = follower.driver
+        frames, turns = len(follower.peers.frames), driver.statistics().turns
+        driver.step(follower.replica(), from_leader(leader, follower, MessageType.HEARTBEAT))
+        driver.settle()
+        assert follower.peers.frames[frames:] == [(leader.node_id, 1)]
+        assert driver.statistics().turns == turns + 1
+        driver.settle()
+        entry = Entry(leader.replica().raft.term, follower.replica().raft.last_index + 1)
+        driver.step(follower.replica(), from_leader(leader, follower, MessageType.APP, (entry,)))
+        driver.step(follower.replica(), from_leader(leader, follower, MessageType.HEARTBEAT))
+        driver.settle()
+        assert driver.statistics().turns == turns + 1, "the turn of the append answers the heartbeat, too"
+        await trio.testing.wait_all_tasks_blocked()
+        assert driver.statistics().turns == turns + 2
+
+
+async def test_what_fails_in_a_turn_ends_the_node_and_not_the_connection_that_gave_cause(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads from a peer forgives errors of the peer's."""
+    async with world(3) as hosts:
+        await hosts.agreed()
+        leader, follower = hosts.leader(), hosts.follower()
+
+        def broken() -> None:
+            raise StorageError("the engine is broken")
+
+        hosts.tolerant = True
+        monkeypatch.setattr(follower.driver, "_turn", broken)
+        follower.driver.step(follower.replica(), from_leader(leader, follower, MessageType.HEARTBEAT))
+        follower.driver.settle()
+        await follower.ended.wait()
+        with pytest.raises(StorageError, match="the engine is broken"):
+            raise leaf(follower.error)

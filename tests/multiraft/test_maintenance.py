@@ -20,7 +20,8 @@ from shardkv.multiraft.maintenance import (
     KEEPING_SEGMENTS_MAX,
     KEPT_BYTES_MAX,
     LOG_SEGMENTS_MAX,
-    MARK_LOOKS,
+    MARK_SECONDS,
+    MEASURED_BYTES,
     REST_SECONDS,
     Maintenance,
 )
@@ -74,8 +75,11 @@ async def test_room_is_measured_at_every_look_while_the_node_writes_or_lacks_roo
             await trio.sleep(2.1 * INTERVAL_SECONDS)
             assert await during(10 * IDLE_MEASURES) <= 10 + 1, "at rest"
             for number in range(20):
+                await hosts.write(b"k%d" % number, bytes(MEASURED_BYTES))
+                assert await during(1) >= 1, "it writes much"
+            for number in range(20):
                 await hosts.write(b"k%d" % number, b"v")
-                assert await during(1) >= 1, "it writes"
+            assert await during(10 * IDLE_MEASURES) <= 10 + 1, "it has written little"
             free = 1 << 29
             await trio.sleep((IDLE_MEASURES + 1) * INTERVAL_SECONDS)
             assert driver.space.low
@@ -474,11 +478,16 @@ async def test_how_far_the_log_is_on_disk_is_noted_now_and_then_and_never_ahead_
         write = host.wal.append([LogUpdate(RangeId(5), create=create)])
         before = host.wal.synced_sequence
         assert before < host.wal.statistics().sequence
-        for _ in range(3 * MARK_LOOKS):
+        await trio.sleep(MARK_SECONDS)
+        for _ in range(3):
             maintenance._look("/")
         assert noted == [before]
         write()
         maintenance._look("/")
+        assert noted == [before], "so soon after the last one"
+        await trio.sleep(MARK_SECONDS)
+        for _ in range(3):
+            maintenance._look("/")
         assert noted == [before, host.wal.synced_sequence]
 
 

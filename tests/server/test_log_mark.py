@@ -7,12 +7,12 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.errors import Corruption, OutOfSpace
-from shardkv.multiraft.maintenance import IDLE_MEASURES, INTERVAL_SECONDS, MARK_LOOKS
+from shardkv.multiraft.maintenance import IDLE_MEASURES, INTERVAL_SECONDS, MARK_SECONDS
 from shardkv.simulation.disk import SimulatedDisk
 from shardkv.simulation.node import SimulatedNode
 from tests.server.world import world
 
-NOTED_SECONDS = (MARK_LOOKS + 1) * IDLE_MEASURES * INTERVAL_SECONDS
+NOTED_SECONDS = MARK_SECONDS + 2 * IDLE_MEASURES * INTERVAL_SECONDS
 """After this what was written is noted, also by a node with nothing more to do."""
 LOG, MARK = "/n1/wal", "/n1/log-mark"
 

@@ -15,7 +15,9 @@ from shardkv.multiraft.space import Space
 from shardkv.server import placement_service
 from shardkv.server.placement_service import (
     HEARTBEAT_SECONDS_MIN,
+    LEADER_IDLE_SECONDS,
     LEADER_TICK_SECONDS,
+    LOOKS_PER_HEARTBEAT,
     REPORTS_AT_ONCE_MAX,
     REQUESTS_AT_ONCE_MAX,
     RETRY_SECONDS,
@@ -42,6 +44,8 @@ from shardkv_placement.fields import REPLICAS_MAX
 from shardkv_placement.heartbeat import HeartbeatReply, Reporter
 from shardkv_placement.operators import Transfer
 from tests.placement.worlds import Group
+
+HEARTBEAT_SECONDS = 0.5
 
 
 class World:
@@ -82,6 +86,7 @@ class World:
             stop=Stop(trio.Event()),
             log=log,
         )
+        self._beaten = trio.Event()
         self.service.call = self._call
         self.service.propose = self._propose  # type: ignore[method-assign]
 
@@ -89,7 +94,11 @@ class World:
         if method is Method.HEARTBEAT:
             await trio.lowlevel.checkpoint()
             self.beats.append(trio.current_time())
-            return heartbeat.encode_reply(HeartbeatReply(False, 1, None, {"heartbeat_ms": 500}, ()))
+            self._beaten.set()
+            self._beaten = trio.Event()
+            return heartbeat.encode_reply(
+                HeartbeatReply(False, 1, None, {"heartbeat_ms": int(HEARTBEAT_SECONDS * 1000)}, ())
+            )
         self.calls.append((method, *arguments))
         self.under_way += 1
         self.under_way_max = max(self.under_way_max, self.under_way)
@@ -100,6 +109,11 @@ class World:
         finally:
             self.under_way -= 1
         return None
+
+    async def beat_after(self, count: int) -> None:
+        """Wait until there have been more than ``count``."""
+        while len(self.beats) <= count:
+            await self._beaten.wait()
 
     async def _propose(self, command: Any) -> None:
         encoded = encode(command)
@@ -266,11 +280,11 @@ async def test_operators_have_a_bound_on_requests_under_way(
     monkeypatch.setattr(placement_service, "Controller", Restless)
     async with running() as world:
         world.add(PLACEMENT_RANGE)
-        await trio.sleep(LEADER_TICK_SECONDS * 3)
+        await trio.sleep(LEADER_IDLE_SECONDS * 3)
         assert world.under_way == world.under_way_max == REQUESTS_AT_ONCE_MAX
         assert len(world.calls) == REQUESTS_AT_ONCE_MAX
         world.call_gate.set()
-        await trio.sleep(LEADER_TICK_SECONDS * 2.5)
+        await trio.sleep(LEADER_IDLE_SECONDS * 2.5)
         assert world.under_way_max == REQUESTS_AT_ONCE_MAX
         assert len(world.calls) >= 2 * REQUESTS_AT_ONCE_MAX, "a place is given back, after an error too"
         assert world.service._requests == world.under_way
@@ -282,13 +296,53 @@ async def test_a_node_that_does_not_lead_the_group_starts_nothing(
     monkeypatch.setattr(placement_service, "Controller", Restless)
     async with running() as world:
         replica = world.add(PLACEMENT_RANGE, leads=False)
-        await trio.sleep(LEADER_TICK_SECONDS * 3)
+        await trio.sleep(LEADER_IDLE_SECONDS * 3)
         assert not world.calls
         replica.leads = True
         replica.raft.committed_in_term = False
         world.service.leadership_changed(replica)
-        await trio.sleep(LEADER_TICK_SECONDS * 3)
+        await trio.sleep(LEADER_IDLE_SECONDS * 3)
         assert not world.calls, "trap 15: a fresh leader does not schedule before its own term's entry is committed"
         replica.raft.committed_in_term = True
-        await trio.sleep(LEADER_TICK_SECONDS * 2)
+        await trio.sleep(LEADER_IDLE_SECONDS * 2)
         assert world.calls, "it waits for that, not for its next change of leader"
+
+
+async def test_the_leader_looks_more_often_while_something_is_under_way(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    class Looking(Restless):
+        def tick(self, view: Any) -> list[Any]:
+            looks.append(trio.current_time())
+            return []
+
+    monkeypatch.setattr(placement_service, "Controller", Looking)
+    async with running() as world:
+        world.add(PLACEMENT_RANGE)
+        await trio.sleep(4.5 * LEADER_IDLE_SECONDS)
+        assert len(looks) == 4
+        world.service._state.operators[RangeId(7)] = SimpleNamespace()  # type: ignore[assignment]
+        await trio.sleep(LEADER_IDLE_SECONDS)
+        looks.clear()
+        await trio.sleep(4.5 * LEADER_TICK_SECONDS)
+        assert len(looks) >= 4
+
+
+async def test_a_node_with_nothing_new_reports_once_an_interval_and_what_is_new_at_the_next_look(
+    autojump_clock: MockClock,
+) -> None:
+    async with running() as world:
+        replica = world.add(5)
+        await trio.sleep(5)
+        world.beats.clear()
+        await trio.sleep(10)
+        assert 10 <= len(world.beats) <= 10 / HEARTBEAT_SECONDS, "it lives"
+        count = len(world.beats)
+        with trio.fail_after(2):
+            await world.beat_after(count)
+        replica.raft.term += 1  # nobody says so
+        await trio.sleep((HEARTBEAT_SECONDS_MIN + HEARTBEAT_SECONDS / LOOKS_PER_HEARTBEAT) * 1.01)
+        assert len(world.beats) == count + 2
+        assert world.beats[-1] - world.beats[-2] < HEARTBEAT_SECONDS
