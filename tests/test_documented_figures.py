@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shardkv.config import NodeConfig
-from shardkv.multiraft import maintenance, replica, snapshot_parts, snapshots
+from shardkv.multiraft import maintenance, replica, snapshot_parts, snapshot_sender, snapshot_stream
 from shardkv.raft import election
 from shardkv.server import answer_budget, disk_health, garbage, intake, missing_leaders, requests
 from shardkv.server.admin import serving
@@ -74,9 +74,10 @@ FIGURES = {
     "internals/snapshots.md": (
         f"{snapshot_parts.CHUNK_BYTES // KIB} KiB, {snapshot_parts.CHUNK_ROWS_MAX} rows, or one larger row",
         f"at most {snapshot_parts.WINDOW_CHUNKS} chunks are on their way",
-        f"is silent for {snapshots.SILENCE_SECONDS_MAX:g} seconds",
-        f"got no further for {snapshots.RESUME_SECONDS_MAX:g} seconds",
-        f"{snapshots.RETRY_SECONDS_MIN:g} seconds, which double each time up to {snapshots.RETRY_SECONDS_MAX:g}",
+        f"is silent for {snapshot_stream.SILENCE_SECONDS_MAX:g} seconds",
+        f"got no further for {snapshot_stream.RESUME_SECONDS_MAX:g} seconds",
+        f"{snapshot_sender.RETRY_SECONDS_MIN:g} seconds, which double each time up to "
+        f"{snapshot_sender.RETRY_SECONDS_MAX:g}",
         f"cuts that at {INGEST_FILE_BYTES // MIB} MiB",
         f"no more than {maintenance.KEEPING_SEGMENTS_MAX} segments",
         f"the {maintenance.LAG_ENTRIES_MAX:,} entries or {maintenance.LAG_BYTES_MAX // MIB} MiB that are kept",

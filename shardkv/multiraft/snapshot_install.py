@@ -1,10 +1,10 @@
 """What the install of a snapshot does to the engine: the rows of one replica go, those of a file come.
 
 Lives here: the order of the steps, and waiting for room. Does not live here: how the file came, and what becomes of the
-group's log (``snapshots``), nor which rows make up a range (``machine.snapshot``). The rule (trap 19): an ingested file
-is durable at once while batches written before it are not; hence the install first deletes the old data and leaves a
-mark, flushes, and then ingests a file that holds the range's applied state and overwrites the mark. A crash before the
-ingest leaves the mark, by which the replica knows that it needs the snapshot again.
+group's log (``snapshot_receiver``), nor which rows make up a range (``machine.snapshot``). The rule (trap 19): an
+ingested file is durable at once while batches written before it are not; hence the install first deletes the old data
+and leaves a mark, flushes, and then ingests a file that holds the range's applied state and overwrites the mark. A
+crash before the ingest leaves the mark, by which the replica knows that it needs the snapshot again.
 """
 
 from collections.abc import Awaitable, Callable

@@ -1,7 +1,8 @@
 """What a snapshot's stream is made of, and the state of either end of it. Pure: no connection, no task.
 
 Lives here: the messages, cutting a range into chunks, what each end must remember so that a stream that broke can go
-on, the check of every row, and the pace. Does not live here: when to do what (``snapshots``).
+on, the check of every row, and the pace. Does not live here: when to do what (``snapshot_sender`` and
+``snapshot_receiver``).
 
 The messages, each the payload of one SNAPSHOT frame:
 

@@ -88,7 +88,7 @@ def receive_messages(
 
 
 class FrameStream:
-    """A connection of the SNAPSHOT role as a stream of messages. See ``multiraft.snapshots``."""
+    """A connection of the SNAPSHOT role as a stream of messages. See ``multiraft.snapshot_stream``."""
 
     def __init__(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], workers: Workers) -> None:
         self._connection = connection

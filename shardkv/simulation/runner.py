@@ -188,9 +188,9 @@ class Run:
         self._slow_bytes_per_second = determinism.seeded_random("snapshots", self.settings.seed).choice(SLOW_SNAPSHOTS)
 
         def slow(node: SimulatedNode, inside: Parts) -> None:
-            snapshots = inside.snapshots
-            snapshots.send_pace = _SlowPace(
-                node.environment.clock, snapshots.send_pace.bytes_per_second, lambda: self._slow_bytes_per_second
+            sender = inside.snapshots.sender
+            sender.pace = _SlowPace(
+                node.environment.clock, sender.pace.bytes_per_second, lambda: self._slow_bytes_per_second
             )
 
         _for_each_start(cluster, slow)

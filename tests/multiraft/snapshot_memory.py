@@ -55,7 +55,7 @@ async def measure(directory: Path, mib: int, value_bytes: int) -> tuple[int, int
     world_module.MemoryEngine = open_engine  # type: ignore[assignment,attr-defined]
     async with world(3) as hosts:
         for host in hosts.values():
-            host.snapshots._directory = str(directory)
+            host.snapshots.receiver._directory = str(directory)
         late = await behind(hosts)
         for host in (hosts[1], hosts[2]):
             engine: Any = host.engine

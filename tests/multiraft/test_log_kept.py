@@ -17,7 +17,7 @@ async def test_trap_11_the_log_keeps_what_the_receiver_of_a_snapshot_needs_next(
         leader = hosts.leader()
         late.workers.hold_others()
         hosts.heal()
-        await hosts.until(lambda: late.snapshots._receiving, "the stream")
+        await hosts.until(lambda: late.snapshots.receiver._receiving, "the stream")
         await trio.sleep(0.05)
         for number in range(maintenance.ENTRIES_KEPT + 50):
             leader.put(b"more%d" % (number % 7), b"3")

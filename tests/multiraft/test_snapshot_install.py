@@ -36,7 +36,7 @@ async def test_an_install_writes_nothing_while_the_engine_is_stalled(
         monkeypatch.setattr(late.engine, "write", checked)
         late.engine.stall = True
         hosts.heal()
-        await hosts.until(lambda: late.snapshots._receiving, "the snapshot")
+        await hosts.until(lambda: late.snapshots.receiver._receiving, "the snapshot")
         await trio.sleep(2)
         assert not late.replica().installing, "the group rests only when it can be quick"
         leader = hosts.leader()
@@ -55,11 +55,11 @@ async def test_a_disk_that_fills_up_while_an_install_waits_for_the_engine_gets_n
         late = await behind(hosts)
         late.engine.stall = True
         hosts.heal()
-        await hosts.until(lambda: late.snapshots._receiving, "the snapshot")
+        await hosts.until(lambda: late.snapshots.receiver._receiving, "the snapshot")
         await trio.sleep(2)
         late.driver.space.failed("somebody", OutOfSpace("nothing is left"))
         late.engine.stall = False
-        await hosts.until(lambda: not late.snapshots._receiving, "a refusal")
+        await hosts.until(lambda: not late.snapshots.receiver._receiving, "a refusal")
         await trio.sleep(1)
         assert late.value(b"new4") is None, "nothing is installed"
         assert not late.replica().installing
@@ -73,13 +73,13 @@ async def test_an_engine_that_stalls_once_an_install_has_begun_holds_up_that_alo
 ) -> None:
     async with world(3) as hosts:
         late = await behind(hosts)
-        install = late.snapshots._install
+        install = late.snapshots.receiver._install
 
         async def stalled(*arguments: Any) -> None:
             late.engine.stall = True
             await install(*arguments)
 
-        monkeypatch.setattr(late.snapshots, "_install", stalled)
+        monkeypatch.setattr(late.snapshots.receiver, "_install", stalled)
         hosts.heal()
         await hosts.until(lambda: late.replica().installing, "the snapshot")
         await trio.sleep(2)
@@ -138,9 +138,9 @@ async def test_a_reinstalled_replica_keeps_the_log_behind_its_state_only_if_that
         async def replace_data(replica: Replica, arrived: Arrived) -> None:
             replica.machine = RangeMachine.create(arrived.descriptor, applied_index=arrived.index, applied_term=term)
 
-        monkeypatch.setattr(host.snapshots._installer, "replace_data", replace_data)
-        host.snapshots._arrived[RANGE] = Arrived("/ingest/incoming", descriptor_on(1), 25, term)
-        await host.snapshots._reinstall(replica)
+        monkeypatch.setattr(host.snapshots.receiver._installer, "replace_data", replace_data)
+        host.snapshots.receiver._arrived[RANGE] = Arrived("/ingest/incoming", descriptor_on(1), 25, term)
+        await host.snapshots.receiver._reinstall(replica)
         log = host.wal.groups[RANGE]
         assert (log.compact_index, log.compact_term, log.last_index()) == (25, term, kept)
         assert host.replica() is not replica

@@ -14,7 +14,7 @@ from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_TERM
 from shardkv.machine.rows import AppliedState, InstallMark, pack_applied, pack_conf_state, pack_mark, unpack_applied
 from shardkv.machine.snapshot import snapshot_rows
-from shardkv.multiraft import snapshots
+from shardkv.multiraft import snapshot_stream
 from shardkv.multiraft.snapshot_install import Arrived
 from shardkv.raft.messages import Message, MessageType
 from shardkv.storage.wal import CompactLog, LogUpdate
@@ -164,7 +164,7 @@ async def test_trap_19_a_replica_that_has_lost_its_data_takes_no_state_below_wha
         host.snapshots.use(nursery)
         arrived = Arrived("/ingest/incoming", descriptor_on(1), index, 6)
         message = Message(MessageType.SNAP, 1, 2, 6)
-        assert host.snapshots._take(replica, message, arrived) is taken
+        assert host.snapshots.receiver._take(replica, message, arrived) is taken
         assert (len(begun), replica.installing) == (taken, taken)
 
 
@@ -176,8 +176,8 @@ async def test_what_arrives_for_a_replica_that_was_replaced_meanwhile_is_not_tak
         replica.needs_snapshot = True
         del host.catalog.replicas[RANGE]
         arrived = Arrived("/ingest/incoming", descriptor_on(1), 40, 6)
-        assert not host.snapshots._take(replica, Message(MessageType.SNAP, 1, 2, 6), arrived)
-        assert not host.snapshots._arrived
+        assert not host.snapshots.receiver._take(replica, Message(MessageType.SNAP, 1, 2, 6), arrived)
+        assert not host.snapshots.receiver._arrived
 
 
 async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_nothing(autojump_clock: MockClock) -> None:
@@ -192,7 +192,7 @@ async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_not
         assert stream.answers == [["refused", "the replica did not need it"]]
         assert late.catalog.spans.overlapping(KeyRange(b"", None)) == [1]
         assert not late.catalog.spans._reserved.by_range
-        assert not late.snapshots._arrived
+        assert not late.snapshots.receiver._arrived
         assert not late.engine._built, "the file of a refused snapshot is still there"
 
 
@@ -248,7 +248,7 @@ async def test_a_snapshot_that_is_none_ends_its_stream_and_changes_nothing(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a peer sends is a protocol error: no assertion, no half-written range, no lost span."""
-    monkeypatch.setattr(snapshots, "SILENCE_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(snapshot_stream, "SILENCE_SECONDS_MAX", 0.5)
     async with world(3) as hosts:
         late = await behind(hosts, writes=2)
         leader = hosts.leader()
@@ -257,7 +257,7 @@ async def test_a_snapshot_that_is_none_ends_its_stream_and_changes_nothing(
             with pytest.raises(ProtocolError):
                 await late.snapshots.receive(Stream(*parts), leader.node_id)
             assert late.rows() == rows, name
-            assert not late.snapshots._receiving, name
+            assert not late.snapshots.receiver._receiving, name
             assert late.catalog.spans.overlapping(KeyRange(b"", None)) == [1], name
         late.check()
 
@@ -275,4 +275,4 @@ async def test_a_damaged_chunk_is_found_when_it_comes_and_its_file_is_not_kept(a
         stream.more.set()
         with pytest.raises(ProtocolError, match="damaged"):
             await late.snapshots.receive(stream, leader.node_id)
-        assert not late.snapshots._waiting
+        assert not late.snapshots.receiver._waiting

@@ -13,9 +13,9 @@ from trio.testing import MockClock
 from shardkv.config import SnapshotsConfig
 from shardkv.errors import Corruption, ProtocolError
 from shardkv.machine.keys import user_key
-from shardkv.multiraft import maintenance, snapshots
+from shardkv.multiraft import maintenance, snapshot_sender
 from shardkv.multiraft.snapshot_parts import CHUNK_BYTES, WINDOW_CHUNKS, Outgoing, Pace
-from shardkv.multiraft.snapshots import StreamBroken
+from shardkv.multiraft.snapshot_stream import RESUME_SECONDS_MAX, StreamBroken
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.memory import MemoryEngine
 from shardkv.types import KeyRange, NodeId, RangeId
@@ -30,7 +30,7 @@ class Cut:
     """What a leader dials its snapshots with: each connection ends after so many messages either way."""
 
     def __init__(self, host: Host, *after: int | None) -> None:
-        self._dial = host.snapshots._dial
+        self._dial = host.snapshots.sender._dial
         self._after = list(after)
         self.dialled = 0
         self.begins: list[list[Any]] = []
@@ -38,7 +38,7 @@ class Cut:
         self.rows = 0
         self.last = 0
         """The highest number of a chunk that was sent."""
-        host.snapshots._dial = self.dial
+        host.snapshots.sender._dial = self.dial
 
     @asynccontextmanager
     async def dial(self, node_id: NodeId) -> AsyncIterator[Any]:
@@ -105,11 +105,11 @@ async def test_a_stream_that_breaks_anywhere_goes_on_with_the_first_chunk_that_i
         hosts.heal()
         await hosts.until(arrived(late), "the snapshot", 60)
         await hosts.agreed()
-        await hosts.until(lambda: not leader.snapshots._sending, "the news of it", 5)
+        await hosts.until(lambda: not leader.snapshots.sender._sending, "the news of it", 5)
         assert late.snapshots.statistics().chunks_received == cut.last, "a chunk arrived twice"
         if after >= 3:
             assert len({begin[1] for begin in cut.begins}) == 1, "another stream was begun"
-        assert not late.snapshots._waiting
+        assert not late.snapshots.receiver._waiting
         assert not leader.engine._snapshots, "the engine snapshot is still held"
 
 
@@ -173,7 +173,7 @@ async def test_an_unfinished_file_goes_after_a_while_and_holds_no_span(autojump_
         assert late.catalog.spans._reserved.by_range == {}
         late.snapshots.check()
         with trio.CancelScope():
-            await trio.sleep(snapshots.RESUME_SECONDS_MAX - 1)
+            await trio.sleep(RESUME_SECONDS_MAX - 1)
             assert late.snapshots.statistics().waiting == 1
             await trio.sleep(2)
         assert late.snapshots.statistics().waiting == 0
@@ -191,7 +191,7 @@ async def test_a_connection_that_breaks_at_once_costs_nothing_of_what_had_arrive
         begin = spelled(leader, 3)[0]
         with pytest.raises(StreamBroken):
             await late.snapshots.receive(Deaf(begin), leader.node_id)
-        assert late.snapshots._waiting[RANGE].chunks == 3
+        assert late.snapshots.receiver._waiting[RANGE].chunks == 3
         stream = Stream(begin)
         stream.more.set()
         with pytest.raises(StreamBroken):
@@ -203,13 +203,13 @@ async def test_another_stream_of_the_range_takes_the_place_of_an_unfinished_one(
     """Its leader has changed, or has begun anew: rows of two states must not come together."""
     async with world(3) as hosts:
         leader, late, _ = await broken(hosts)
-        first = late.snapshots._waiting[RANGE]
+        first = late.snapshots.receiver._waiting[RANGE]
         await hosts[3].driver.all_logged(late.replica())
         stream = Stream(*spelled(leader, 3, id=b"another stream ."))
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.progress[0] == ["from", 0, 0], "it went on with another stream's rows"
         assert stream.answers == [["done"]]
-        assert not late.snapshots._waiting
+        assert not late.snapshots.receiver._waiting
         assert first.chunks == 3
         hosts.heal()
         await hosts.agreed()
@@ -230,13 +230,15 @@ async def test_the_same_id_with_another_state_is_another_stream(autojump_clock: 
 async def test_no_more_unfinished_files_are_kept_than_may_be_received_at_once(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         _, late, _ = await broken(hosts)
-        first = late.snapshots._waiting[RANGE]
+        first = late.snapshots.receiver._waiting[RANGE]
         for number in range(2):
             other = descriptor_on(3, range_id=70 + number, span=KeyRange(b"x%d" % number, b"x%d0" % number))
             path = f"/ingest/other-{number}"
-            late.snapshots._keep(type(first)(b"i" * 16, other, first.metadata, path, late.engine.builder(path)))
+            late.snapshots.receiver._keep(
+                type(first)(b"i" * 16, other, first.metadata, path, late.engine.builder(path))
+            )
             late.snapshots.check()
-        assert list(late.snapshots._waiting) == [70, 71]
+        assert list(late.snapshots.receiver._waiting) == [70, 71]
 
 
 async def test_where_both_ends_differ_on_what_was_sent_the_stream_begins_anew(autojump_clock: MockClock) -> None:
@@ -244,13 +246,13 @@ async def test_where_both_ends_differ_on_what_was_sent_the_stream_begins_anew(au
     async with world(3) as hosts:
         leader, late = await far_behind(hosts)
         cut = Cut(leader, 16)
-        original = late.snapshots._keep
+        original = late.snapshots.receiver._keep
 
         def spoil(incoming: Any) -> None:
             incoming.checksum ^= 1
             original(incoming)
 
-        late.snapshots._keep = spoil  # type: ignore[method-assign]
+        late.snapshots.receiver._keep = spoil  # type: ignore[method-assign]
         hosts.heal()
         await hosts.until(arrived(late), "the snapshot", 60)
         assert len({begin[1] for begin in cut.begins}) == 2
@@ -263,7 +265,7 @@ async def test_a_file_that_differs_from_what_was_sent_is_never_offered_to_the_gr
     """The whole is compared at its end, as if there had been no break."""
     async with world(3) as hosts:
         leader, late, stream = await broken(hosts)
-        incoming = late.snapshots._waiting[RANGE]
+        incoming = late.snapshots.receiver._waiting[RANGE]
         outgoing = Outgoing(leader.engine.snapshot(), leader.machine().descriptor)
         rest = []
         while (chunk := outgoing.next_chunk()) is not None:
@@ -279,7 +281,7 @@ async def test_a_file_that_differs_from_what_was_sent_is_never_offered_to_the_gr
             again = Stream(begin, *rest[incoming.chunks :], ["end", chunks, rows, checksum, 9])
             with pytest.raises(ProtocolError):
                 await late.snapshots.receive(again, leader.node_id)
-            assert not late.snapshots._arrived
+            assert not late.snapshots.receiver._arrived
             assert late.value(b"old") == b"1"
             incoming.chunks = 0  # the next one begins anew
         del stream
@@ -293,16 +295,16 @@ async def test_a_sender_that_gets_no_further_lets_go_of_its_engine_snapshot(auto
         leader, late = await far_behind(hosts)
         cut = Cut(leader, 16)
         hosts.heal()
-        await hosts.until(lambda: cut.dialled == 1 and late.snapshots._waiting, "the break")
+        await hosts.until(lambda: cut.dialled == 1 and late.snapshots.receiver._waiting, "the break")
         hosts.isolate(3)
         hosts.opens = lambda source, target: False
         assert leader.engine._snapshots
-        await trio.sleep(snapshots.RESUME_SECONDS_MAX - 5)
+        await trio.sleep(RESUME_SECONDS_MAX - 5)
         assert leader.engine._snapshots
         await trio.sleep(10)
         assert not leader.engine._snapshots
-        assert not leader.snapshots._sending
-        assert not late.snapshots._waiting
+        assert not leader.snapshots.sender._sending
+        assert not late.snapshots.receiver._waiting
         hosts.opens = lambda source, target: True
         hosts.heal()
         await hosts.agreed()
@@ -330,7 +332,7 @@ async def test_a_sender_that_cannot_read_its_range_says_so_and_lets_go_of_its_en
         monkeypatch.setattr(leader.engine, "snapshot", lambda: Damaged(snapshot()))
         structlog.reset_defaults()
         with capture_logs() as lines:
-            leader.snapshots._log = structlog.get_logger()
+            leader.snapshots.sender._log = structlog.get_logger()
             hosts.heal()
             await hosts.until(lambda: lines, "a snapshot that is not sent")
             await hosts.until(lambda: not leader.snapshots.statistics().sending, "its end", 1)
@@ -345,14 +347,14 @@ async def test_a_sender_that_no_longer_leads_stops(autojump_clock: MockClock) ->
     """The new leader sends its own; two streams for one replica would be one too many."""
     async with world(3) as hosts:
         leader, late = await far_behind(hosts, chunks=40)
-        leader.snapshots.send_pace = Pace(leader.clock, 1024 * 1024)
+        leader.snapshots.sender.pace = Pace(leader.clock, 1024 * 1024)
         hosts.heal()
-        await hosts.until(lambda: late.snapshots._receiving, "the stream")
+        await hosts.until(lambda: late.snapshots.receiver._receiving, "the stream")
         other = next(host for host in hosts.values() if host not in (leader, late))
         leader.replica().raft.transfer_leader(other.replica().replica_id)
         leader.driver.touch(leader.replica())
         await hosts.until(lambda: other.replica().leads, "another leader")
-        await hosts.until(lambda: not leader.snapshots._sending, "the end of the old stream", 1)
+        await hosts.until(lambda: not leader.snapshots.sender._sending, "the end of the old stream", 1)
         assert not arrived(late)(), "the old stream has come to its end"
         await hosts.until(arrived(late), "the snapshot", 60)
         assert leader.snapshots.statistics().chunks_sent < other.snapshots.statistics().chunks_sent
@@ -366,13 +368,13 @@ async def test_each_end_keeps_all_its_streams_under_its_rate(autojump_clock: Moc
         host = leader if end == "sender" else late
         pace = Pace(host.clock, 1024 * 1024)
         if end == "sender":
-            leader.snapshots.send_pace = pace
+            leader.snapshots.sender.pace = pace
         else:
-            late.snapshots.receive_pace = pace
+            late.snapshots.receiver.pace = pace
         hosts.heal()
-        await hosts.until(lambda: late.snapshots._receiving, "the stream")
+        await hosts.until(lambda: late.snapshots.receiver._receiving, "the stream")
         began = trio.current_time()
-        await hosts.until(lambda: not leader.snapshots._sending, "its end", 60)
+        await hosts.until(lambda: not leader.snapshots.sender._sending, "its end", 60)
         seconds = trio.current_time() - began
         assert 2.5 < seconds < 4, seconds
         await hosts.agreed()
@@ -395,15 +397,15 @@ async def test_trap_16_a_slow_stream_holds_up_no_group(autojump_clock: MockClock
     """Writes of the very range that is being sent are acknowledged as fast as ever; and there is no further stream."""
     async with world(3) as hosts:
         leader, late = await far_behind(hosts, chunks=40)
-        leader.snapshots.send_pace = Pace(leader.clock, 1024 * 1024)
+        leader.snapshots.sender.pace = Pace(leader.clock, 1024 * 1024)
         cut = Cut(leader)
         hosts.heal()
-        await hosts.until(lambda: late.snapshots._receiving, "the stream")
+        await hosts.until(lambda: late.snapshots.receiver._receiving, "the stream")
         for number in range(100):
             began = trio.current_time()
             await hosts.leader().put(b"during%d" % number, b"3").wait()
             assert trio.current_time() - began < 0.05
-        assert leader.snapshots._sending, "the stream was over before it could hold up anything"
+        assert leader.snapshots.sender._sending, "the stream was over before it could hold up anything"
         assert cut.dialled == 1
         await hosts.until(arrived(late), "the snapshot", 60)
         await hosts.agreed()
@@ -413,9 +415,9 @@ async def test_trap_16_a_group_that_finds_no_place_is_told_at_once_and_asks_agai
     async with world(3) as hosts:
         leader, late = await far_behind(hosts)
         outgoing = Outgoing(leader.engine, leader.machine().descriptor)
-        one = snapshots._Sending(NodeId(70), 1, outgoing, leader.clock.monotonic_ns())
+        one = snapshot_sender._Sending(NodeId(70), 1, outgoing, leader.clock.monotonic_ns())
         full = {(RangeId(70 + n), 1): one for n in range(SnapshotsConfig().snapshots_sending_max)}
-        leader.snapshots._sending.update(full)
+        leader.snapshots.sender._sending.update(full)
         cut = Cut(leader)
         hosts.heal()
         for number in range(20):
@@ -424,7 +426,7 @@ async def test_trap_16_a_group_that_finds_no_place_is_told_at_once_and_asks_agai
             assert trio.current_time() - began < 0.05
             await trio.sleep(0.05)
         assert cut.dialled == 0
-        leader.snapshots._sending.clear()
+        leader.snapshots.sender._sending.clear()
         await hosts.until(arrived(late), "the snapshot", 5)
         await hosts.agreed()
 
@@ -434,11 +436,11 @@ async def test_trap_16_what_is_installed_counts_as_received(autojump_clock: Mock
     async with world(3) as hosts:
         leader, late = await far_behind(hosts)
         count = SnapshotsConfig().snapshots_receiving_max
-        late.snapshots._arrived.update({RangeId(70 + n): None for n in range(count)})  # type: ignore[misc]
+        late.snapshots.receiver._arrived.update({RangeId(70 + n): None for n in range(count)})  # type: ignore[misc]
         stream = Stream(*spelled(leader, 3))
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.answers[0][0] == "refused"
-        late.snapshots._arrived.clear()
+        late.snapshots.receiver._arrived.clear()
         hosts.heal()
         await hosts.agreed()
 
@@ -451,24 +453,24 @@ async def test_trap_11_a_range_that_grows_while_it_is_sent_needs_no_second_snaps
     monkeypatch.setattr(maintenance, "LAG_ENTRIES_MAX", 20)
     async with world(3) as hosts:
         leader, late = await far_behind(hosts, chunks=40)
-        leader.snapshots.send_pace = Pace(leader.clock, 1024 * 1024)
+        leader.snapshots.sender.pace = Pace(leader.clock, 1024 * 1024)
         cut = Cut(leader)
         gate = trio.Event()
-        install = late.snapshots._install
+        install = late.snapshots.receiver._install
 
         async def slow_install(*args: Any) -> None:
             await gate.wait()
             await install(*args)
 
-        monkeypatch.setattr(late.snapshots, "_install", slow_install)
+        monkeypatch.setattr(late.snapshots.receiver, "_install", slow_install)
         hosts.heal()
-        await hosts.until(lambda: late.snapshots._receiving, "the stream")
+        await hosts.until(lambda: late.snapshots.receiver._receiving, "the stream")
         for number in range(100):
             await leader.put(b"during%d" % (number % 9), b"3").wait()
             if number % 10 == 0:
                 await leader.maintenance.flush_and_compact()
-        assert leader.snapshots._sending
-        await hosts.until(lambda: not leader.snapshots._sending, "the end of the stream", 60)
+        assert leader.snapshots.sender._sending
+        await hosts.until(lambda: not leader.snapshots.sender._sending, "the end of the stream", 60)
         for number in range(100):
             await leader.put(b"after%d" % (number % 9), b"3").wait()
             if number % 10 == 0:
@@ -494,18 +496,18 @@ async def test_trap_11_the_log_is_kept_for_a_receiver_only_within_bounds(
         leader, late = await far_behind(hosts)
         hosts.heal()
         late.workers.hold_others()
-        await hosts.until(lambda: late.snapshots._receiving, "the stream")
-        leader.snapshots._keep_log((RANGE, 3), leader.machine().applied_index)
+        await hosts.until(lambda: late.snapshots.receiver._receiving, "the stream")
+        leader.snapshots.sender._keep_log((RANGE, 3), leader.machine().applied_index)
         hosts.isolate(3)
         hosts.opens = lambda source, target: False
-        await hosts.until(lambda: not leader.snapshots._sending, "the end of the stream", 120)
-        leader.snapshots._keep_log((RANGE, 3), held := leader.machine().applied_index)
+        await hosts.until(lambda: not leader.snapshots.sender._sending, "the end of the stream", 120)
+        leader.snapshots.sender._keep_log((RANGE, 3), held := leader.machine().applied_index)
         for number in range(100):
             await leader.put(b"after%d" % (number % 9), b"3").wait()
         await leader.maintenance.flush_and_compact()
         assert leader.wal.groups[RANGE].compact_index <= held
         if bound == "time":
-            await trio.sleep(snapshots.CATCH_UP_SECONDS + 1)
+            await trio.sleep(snapshot_sender.CATCH_UP_SECONDS + 1)
         else:
             monkeypatch.setattr(maintenance, "KEEPING_SEGMENTS_MAX", 0)
         await leader.maintenance.flush_and_compact()

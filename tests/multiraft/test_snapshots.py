@@ -10,8 +10,8 @@ from trio.testing import MockClock
 
 from shardkv.config import SnapshotsConfig
 from shardkv.machine.keys import user_key
-from shardkv.multiraft import snapshots
-from shardkv.multiraft.snapshot_parts import CHUNK_BYTES
+from shardkv.multiraft import snapshot_sender, snapshot_stream
+from shardkv.multiraft.snapshot_parts import CHUNK_BYTES, Outgoing
 from shardkv.raft.messages import NONE, Message, MessageType
 from shardkv.storage.engine import WriteBatch
 from shardkv.types import NodeId, RangeId
@@ -57,7 +57,7 @@ async def test_a_replica_that_asks_again_while_it_is_sent_a_snapshot_is_sent_no_
     async with world(3) as hosts:
         late = await behind(hosts)
         leader = hosts.leader()
-        leader.snapshots._config = SnapshotsConfig(snapshots_sending_max=8)
+        leader.snapshots.sender._config = SnapshotsConfig(snapshots_sending_max=8)
         dialled: list[int] = []
         hosts.opens = lambda source, target: bool(dialled.append(target)) or True
         hosts.heal()
@@ -67,7 +67,7 @@ async def test_a_replica_that_asks_again_while_it_is_sent_a_snapshot_is_sent_no_
         await hosts.agreed()
         assert late.value(b"new4") == b"2"
         assert dialled == [3]
-        assert not leader.snapshots._sending
+        assert not leader.snapshots.sender._sending
 
 
 async def test_whoever_asks_the_wrong_replica_for_its_data_is_sent_none(autojump_clock: MockClock) -> None:
@@ -106,12 +106,12 @@ async def test_whoever_was_deposed_while_it_dialled_says_nothing_in_a_term_that_
             replica.raft.step(Message(MessageType.HEARTBEAT, own, 3 - own, replica.raft.term + 1))
             return True
 
-        monkeypatch.setattr(snapshots, "encode_begin", lambda *said: begun.append(said))
+        monkeypatch.setattr(snapshot_sender, "encode_begin", lambda *said: begun.append(said))
         hosts.opens = deposed
         leader.snapshots.send(replica, Message(MessageType.SNAP, 3, own, replica.raft.term))
         await trio.sleep(0.2)
         assert (dialled, replica.leads, begun) == ([3], False, [])
-        assert not leader.snapshots._sending
+        assert not leader.snapshots.sender._sending
 
 
 async def test_a_snapshot_that_has_arrived_before_is_not_streamed_again(autojump_clock: MockClock) -> None:
@@ -134,18 +134,22 @@ async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_
         late = await behind(hosts)
         leader = hosts.leader()
         limits = SnapshotsConfig()
-        late.snapshots._receiving.update({RangeId(70 + n): None for n in range(limits.snapshots_receiving_max)})
+        late.snapshots.receiver._receiving.update(
+            {RangeId(70 + n): None for n in range(limits.snapshots_receiving_max)}
+        )
         stream = Stream(*spelled(leader, 3))
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.answers[0][0] == "refused"
-        late.snapshots._receiving.clear()
-        outgoing = snapshots.Outgoing(leader.engine, leader.machine(1).descriptor)
-        under_way = snapshots._Sending(NodeId(70), 1, outgoing, leader.clock.monotonic_ns())
-        leader.snapshots._sending.update({(RangeId(70 + n), 1): under_way for n in range(limits.snapshots_sending_max)})
+        late.snapshots.receiver._receiving.clear()
+        outgoing = Outgoing(leader.engine, leader.machine(1).descriptor)
+        under_way = snapshot_sender._Sending(NodeId(70), 1, outgoing, leader.clock.monotonic_ns())
+        leader.snapshots.sender._sending.update(
+            {(RangeId(70 + n), 1): under_way for n in range(limits.snapshots_sending_max)}
+        )
         hosts.heal()
         await trio.sleep(1)
         assert late.value(b"new4") is None
-        leader.snapshots._sending.clear()
+        leader.snapshots.sender._sending.clear()
         await hosts.agreed()
 
 
@@ -167,8 +171,8 @@ async def test_trap_16_the_last_place_for_a_stream_is_never_a_nodes_second(
             await trio.sleep_forever()
             yield Stream()
 
-        leader.snapshots._dial = dial
-        leader.snapshots._config = SnapshotsConfig(snapshots_sending_max=places)
+        leader.snapshots.sender._dial = dial
+        leader.snapshots.sender._config = SnapshotsConfig(snapshots_sending_max=places)
         for range_id, node_id in ((1, slow), (2, slow), (3, slow), (3, other)):
             member = leader.machine(range_id).descriptor.replica_on(node_id)
             assert member is not None
@@ -208,8 +212,8 @@ async def test_trap_16_streams_that_are_slow_hold_no_place_against_further_nodes
             dialled.append(node_id)
             yield Trickle()
 
-        leader.snapshots._dial = dial
-        leader.snapshots._config = SnapshotsConfig(snapshots_sending_max=places)
+        leader.snapshots.sender._dial = dial
+        leader.snapshots.sender._config = SnapshotsConfig(snapshots_sending_max=places)
 
         async def ask() -> int:
             """Every follower asks; to how many streams were begun."""
@@ -223,11 +227,11 @@ async def test_trap_16_streams_that_are_slow_hold_no_place_against_further_nodes
             return len(dialled)
 
         assert await ask() == begun[0]
-        await trio.sleep(snapshots.RATE_SECONDS - 1)
+        await trio.sleep(snapshot_sender.RATE_SECONDS - 1)
         assert await ask() == begun[0], "there is no telling yet"
         await trio.sleep(1)
         assert await ask() == begun[1]
-        await trio.sleep(snapshots.RATE_SECONDS)
+        await trio.sleep(snapshot_sender.RATE_SECONDS)
         assert await ask() == begun[1], "as many again, and no more"
         assert len(set(dialled)) == len(dialled), "and none was broken off"
 
@@ -240,23 +244,23 @@ async def test_trap_16_streams_that_have_their_share_of_a_low_rate_are_not_slow(
     async with world(3) as hosts:
         leader = hosts.leader()
         places = SnapshotsConfig().snapshots_sending_max * 2
-        leader.snapshots._config = SnapshotsConfig(snapshots_sending_max=places)
-        leader.snapshots.send_pace.bytes_per_second = bytes_per_second
+        leader.snapshots.sender._config = SnapshotsConfig(snapshots_sending_max=places)
+        leader.snapshots.sender.pace.bytes_per_second = bytes_per_second
         for number in range(places):
-            outgoing = snapshots.Outgoing(leader.engine, leader.machine().descriptor)
-            under_way = snapshots._Sending(NodeId(70 + number), 1, outgoing, leader.clock.monotonic_ns())
-            leader.snapshots._sending[RangeId(70), number] = under_way
+            outgoing = Outgoing(leader.engine, leader.machine().descriptor)
+            under_way = snapshot_sender._Sending(NodeId(70 + number), 1, outgoing, leader.clock.monotonic_ns())
+            leader.snapshots.sender._sending[RangeId(70), number] = under_way
             outgoing.acknowledged_max = 6
-        await trio.sleep(snapshots.RATE_SECONDS)
-        assert leader.snapshots._has_place_for(NodeId(2)) is begins
-        leader.snapshots._sending.clear()
+        await trio.sleep(snapshot_sender.RATE_SECONDS)
+        assert leader.snapshots.sender._has_place_for(NodeId(2)) is begins
+        leader.snapshots.sender._sending.clear()
 
 
 async def test_a_sender_whose_receiver_takes_nothing_gives_up(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream that hangs would keep one of the few places for ever."""
-    monkeypatch.setattr(snapshots, "SILENCE_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(snapshot_stream, "SILENCE_SECONDS_MAX", 0.5)
     async with world(3) as hosts:
         late = await behind(hosts)
         leader = hosts.leader()
@@ -276,11 +280,11 @@ async def test_a_sender_whose_receiver_takes_nothing_gives_up(
             finally:
                 closed += 1
 
-        original = leader.snapshots._dial
-        leader.snapshots._dial = dial
+        original = leader.snapshots.sender._dial
+        leader.snapshots.sender._dial = dial
         hosts.heal()
         await hosts.until(lambda: opened, "a stream")
-        leader.snapshots._dial = original
+        leader.snapshots.sender._dial = original
         assert closed == 0
         await hosts.until(lambda: late.value(b"new4") == b"2", "another try", 60)
         assert closed == opened
@@ -290,7 +294,7 @@ async def test_who_leads_no_longer_does_not_end_a_snapshot(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end names a term, and the receiver follows whoever sends it as that term's leader."""
-    monkeypatch.setattr(snapshots, "WINDOW_CHUNKS", 1)
+    monkeypatch.setattr(snapshot_sender, "WINDOW_CHUNKS", 1)
     async with world(3) as hosts:
         await behind(hosts)
         leader = hosts.leader()
@@ -312,9 +316,9 @@ async def test_who_leads_no_longer_does_not_end_a_snapshot(
         async def dial(node_id: NodeId) -> AsyncIterator[Deposing]:
             yield Deposing()
 
-        leader.snapshots._dial = dial
+        leader.snapshots.sender._dial = dial
         hosts.heal()
         await hosts.until(lambda: said, "a stream")
-        await hosts.until(lambda: not leader.snapshots._sending, "the end of the stream")
+        await hosts.until(lambda: not leader.snapshots.sender._sending, "the end of the stream")
         assert not leader.replica().leads
         assert [message[0] for message in said] == ["begin", "rows"]

@@ -9,8 +9,8 @@ from trio.testing import MockClock
 
 from shardkv import codec
 from shardkv.errors import OutOfSpace
-from shardkv.multiraft import snapshots
-from shardkv.multiraft.snapshots import StreamBroken
+from shardkv.multiraft.snapshot_sender import RETRY_SECONDS_MAX, RETRY_SECONDS_MIN
+from shardkv.multiraft.snapshot_stream import RESUME_SECONDS_MAX, StreamBroken
 from shardkv.raft.messages import MessageType
 from tests.multiraft.scenes import Stream, behind, carried, led_by_another, spelled, split_on_two
 from tests.multiraft.world import RANGE, world
@@ -66,8 +66,8 @@ async def test_a_snapshot_that_finds_no_room_half_way_is_refused_and_its_file_go
         assert [answer[:1] for answer in stream.answers] == [["refused"]]
         assert "free space" in stream.answers[0][1]
         assert len(stream.progress) <= (2 if how == "the node is full" else 5)
-        assert not late.snapshots._waiting
-        assert not late.snapshots._receiving
+        assert not late.snapshots.receiver._waiting
+        assert not late.snapshots.receiver._receiving
         assert late.catalog.spans._reserved.by_range == {}
         monkeypatch.undo()
         late.driver.space.succeeded("log")
@@ -85,13 +85,13 @@ async def test_an_unfinished_file_that_a_full_disk_does_not_let_go_of_ends_no_no
         stream.more.set()
         with pytest.raises(StreamBroken):
             await late.snapshots.receive(stream, leader.node_id)
-        incoming = late.snapshots._waiting[RANGE]
+        incoming = late.snapshots.receiver._waiting[RANGE]
         late.disk.make_directory("/ingest")
         late.disk.open(incoming.path, create=True)
         incoming.builder.paths = (incoming.path,)  # type: ignore[misc]
         late.disk.fail("unlink", FULL, path_part="/ingest")
-        await trio.sleep(snapshots.RESUME_SECONDS_MAX + 1)
-        assert not late.snapshots._waiting
+        await trio.sleep(RESUME_SECONDS_MAX + 1)
+        assert not late.snapshots.receiver._waiting
         assert late.disk.exists(incoming.path)
         assert late.alive
         hosts.heal()
@@ -141,24 +141,24 @@ async def test_trap_16_a_snapshot_that_is_refused_again_and_again_is_offered_and
         late = await behind(hosts)
         late.driver.space.failed("log", FULL)
         leader = hosts[hosts.leader().node_id]
-        leader.snapshots._log = said = Said()
+        leader.snapshots.sender._log = said = Said()
         offered: list[float] = []
         hosts.opens = lambda source, target: bool(target == 3 and (offered.append(trio.current_time()) or True))
         hosts.heal()
         await trio.sleep(60)
         pauses = [round(after - before, 3) for before, after in pairwise(offered)]
-        expected = snapshots.RETRY_SECONDS_MIN
+        expected = RETRY_SECONDS_MIN
         for pause in pauses:
             assert expected <= pause <= expected + 0.3  # Raft asks after a heartbeat
-            expected = min(2 * expected, snapshots.RETRY_SECONDS_MAX)
-        assert expected == snapshots.RETRY_SECONDS_MAX
+            expected = min(2 * expected, RETRY_SECONDS_MAX)
+        assert expected == RETRY_SECONDS_MAX
         assert 32 <= len(offered) < 64
         refused = [level for level, event in said.lines if event == "snapshot refused"]
         assert len(refused) == len(offered)
         assert [number for number, level in enumerate(refused, 1) if level != "debug"] == [1, 2, 4, 8, 16, 32]
         late.driver.space.succeeded("log")
         await hosts.agreed()
-        assert not leader.snapshots._failures
+        assert not leader.snapshots.sender._failures
 
 
 async def test_a_full_node_that_refuses_the_snapshot_of_a_range_which_it_has_says_how_far_its_log_goes(

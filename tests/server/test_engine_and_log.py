@@ -16,7 +16,7 @@ from trio.testing import MockClock
 from shardkv.errors import Busy, Corruption, RequestError
 from shardkv.machine.keys import user_key
 from shardkv.multiraft import maintenance
-from shardkv.multiraft.snapshots import Snapshots
+from shardkv.multiraft.snapshot_receiver import Receiver
 from shardkv.server import missing_data
 from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.disk import Call
@@ -133,7 +133,7 @@ async def test_no_leadership_is_moved_to_a_replica_that_waits_for_its_data(
     """It acknowledges whatever it is sent, so it seems to follow closely. It cannot lead, nor does it answer the offer:
     the range took no writes for an election timeout, again and again, and had no lease for the rest of the term."""
 
-    def refuse(self: Snapshots, begin: Any, sender: Any) -> Any:
+    def refuse(self: Receiver, begin: Any, sender: Any) -> Any:
         raise Busy("others are received")
 
     async with world(3) as cluster, cluster.client() as kv:
@@ -143,7 +143,7 @@ async def test_no_leadership_is_moved_to_a_replica_that_waits_for_its_data(
         target = node.inside.catalog.node_id
         await node.power_off()
         lose_engine(node)
-        monkeypatch.setattr(Snapshots, "_admit", refuse)
+        monkeypatch.setattr(Receiver, "_admit", refuse)
         await node.start()
         await cluster.sleep(2)
         stateless = node.inside.catalog.replicas[FIRST_RANGE]

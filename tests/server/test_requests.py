@@ -32,7 +32,7 @@ from shardkv.errors import (
     WrongCluster,
 )
 from shardkv.multiraft.replica import Replica
-from shardkv.multiraft.snapshots import Snapshots
+from shardkv.multiraft.snapshot_receiver import Receiver
 from shardkv.raft.messages import Message, MessageType
 from shardkv.server import node as node_module
 from shardkv.server.clock_health import ASK_SECONDS
@@ -509,7 +509,7 @@ async def test_a_replica_gets_no_vote_while_it_waits_for_its_data(
     """It has lost its engine and kept its log, so it acknowledges what it is sent and seems to follow closely. Whoever
     asked has seen it when it had its data still."""
 
-    def refuse(self: Snapshots, begin: Any, sender: Any) -> Any:
+    def refuse(self: Receiver, begin: Any, sender: Any) -> Any:
         raise Busy("others are received")
 
     async with world(1) as cluster:
@@ -522,7 +522,7 @@ async def test_a_replica_gets_no_vote_while_it_waits_for_its_data(
         await trio.sleep(2)
         await learner.power_off()
         lose_engine(learner)
-        monkeypatch.setattr(Snapshots, "_admit", refuse)
+        monkeypatch.setattr(Receiver, "_admit", refuse)
         await learner.start()
         await trio.sleep(2)
         peer = replica.raft.status().progress[70]

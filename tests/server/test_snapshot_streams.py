@@ -11,7 +11,8 @@ from trio.testing import MockClock
 from shardkv.config import SnapshotsConfig
 from shardkv.errors import OutOfSpace, ProtocolError, ShardKVError
 from shardkv.multiraft import maintenance
-from shardkv.multiraft.snapshots import Snapshots, StreamBroken
+from shardkv.multiraft.snapshot_stream import StreamBroken, hear
+from shardkv.multiraft.snapshots import Snapshots
 from shardkv.server.peers import DIAL_SECONDS_MAX, FrameStream
 from shardkv.types import FIRST_RANGE
 from shardkv.wire.frames import Frame, FrameDecoder
@@ -106,7 +107,7 @@ async def test_a_dial_that_nobody_answers_is_given_up_soon(autojump_clock: MockC
     async with world(3) as cluster:
         one, two, _ = cluster.nodes.values()
         cluster.network.partition([one.name], [two.name])
-        dial = service(one)._dial(two.inside.catalog.node_id)
+        dial = service(one).sender._dial(two.inside.catalog.node_id)
         with trio.fail_after(2 * DIAL_SECONDS_MAX), pytest.raises(TimeoutError, match="no answer from n2"):
             await dial.__aenter__()
 
@@ -163,4 +164,4 @@ async def test_a_receiver_that_cannot_keep_a_snapshot_ends_it_and_one_that_break
     stream = FrameStream(nothing, FrameDecoder(), [Frame(kind, payload)], nothing)
     async with simulated_hosts(1) as hosts:
         with pytest.raises(expected, match=str(refusal)):
-            await hosts[1].snapshots._hear(stream)
+            await hear(hosts[1].clock, stream)
