@@ -4,8 +4,9 @@
 nodes, ``patience`` how long is waited. ``determinism`` makes a run repeat from its seed, with a ``scheduler`` for the
 tasks of trio; ``trace`` digests what happened in it.
 
-* A node's world is its ``environment``: ``clock``, ``workers``, ``disk`` (on ``files``), ``network`` (of ``pipes``, in
-  some of which ``frames`` are repeated or overtaken). ``calls`` numbers what it asks of that world, to crash it there.
+* A node's world is its ``environment``: ``clock``, ``workers``, ``disk`` (on ``files``, of which ``crash_choosers``
+  choose what a crash leaves), ``network`` (of ``pipes``, in some of which ``frames`` are repeated or overtaken).
+  ``calls`` numbers what it asks of that world, to crash it there.
 * A run is ``runner``'s: ``faults`` and ``sequences`` of them, some with ``bad_disks``, a ``workload`` with ``errands``,
   ``observing`` what nodes hold, and the ``checkers`` that judge it. ``swarm`` does it for many seeds, ``command`` from
   the command line.
@@ -21,17 +22,9 @@ if TYPE_CHECKING:
     from shardkv.simulation.checkers.violation import Violation
     from shardkv.simulation.clock import SimulatedIds, SimulatedRandom, SimulationClock
     from shardkv.simulation.cluster import Cluster, simulated_cluster
+    from shardkv.simulation.crash_choosers import ChooseAtRandom, CrashChooser, KeepAll, LoseAll, TearLast
     from shardkv.simulation.determinism import run_deterministically, seeded_random
-    from shardkv.simulation.disk import (
-        Call,
-        ChooseAtRandom,
-        CrashChooser,
-        KeepAll,
-        LoseAll,
-        PowerCut,
-        SimulatedDisk,
-        TearLast,
-    )
+    from shardkv.simulation.disk import Call, PowerCut, SimulatedDisk
     from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
     from shardkv.simulation.files import Unsynced
     from shardkv.simulation.network import NodeNetwork, SimulatedNetwork
@@ -76,11 +69,9 @@ _MODULES = {
     "checkers.violation": ("Violation",),
     "clock": ("SimulatedIds", "SimulatedRandom", "SimulationClock"),
     "cluster": ("Cluster", "simulated_cluster"),
+    "crash_choosers": ("ChooseAtRandom", "CrashChooser", "KeepAll", "LoseAll", "TearLast"),
     "determinism": ("run_deterministically", "seeded_random"),
-    "disk": (
-        *("Call", "ChooseAtRandom", "CrashChooser", "KeepAll", "LoseAll"),
-        *("PowerCut", "SimulatedDisk", "TearLast"),
-    ),
+    "disk": ("Call", "PowerCut", "SimulatedDisk"),
     "environment": ("SimulatedEnvironment", "simulated_environment"),
     "files": ("Unsynced",),
     "network": ("NodeNetwork", "SimulatedNetwork"),

@@ -11,7 +11,8 @@ import trio
 from shardkv.errors import ShardKVError
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.violation import Violation
-from shardkv.simulation.disk import CAPACITY_BYTES, LoseAll, SimulatedDisk
+from shardkv.simulation.crash_choosers import LoseAll
+from shardkv.simulation.disk import CAPACITY_BYTES, SimulatedDisk
 from shardkv.simulation.node import SimulatedNode
 from shardkv.storage.memory import MemoryEngine
 from shardkv.storage.record import HEADER_BYTES, Header, unpack_header

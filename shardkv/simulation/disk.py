@@ -1,4 +1,4 @@
-"""A disk in memory that loses what was not synced: the files of one simulated node, and what a crash leaves of them.
+"""A disk in memory that loses what was not synced: a node's calls, their faults, and the end of a life.
 
 The model is as hostile as POSIX allows. Each unsynced write survives a crash whole, torn or not at all, independently
 of the others, and the size that it gave its file may survive without its bytes; a name is new, renamed or removed for
@@ -8,20 +8,18 @@ successor. The rule: nothing survives that the chooser did not choose or a sync 
 """
 
 import posixpath
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import trio
 
 from shardkv.errors import DataDirectoryError, OutOfSpace, StorageError
 from shardkv.simulation.calls import Calls
-from shardkv.simulation.determinism import SeededRandom
+from shardkv.simulation.crash_choosers import CrashChooser, LoseAll
 from shardkv.simulation.files import Content, Directory, Entry, Inode, Unsynced
 from shardkv.simulation.trace import Trace
 
-SECTOR_BYTES: Final = 512
-"""A torn write is torn at multiples of this offset: what a disk writes as one."""
 CAPACITY_BYTES: Final = 1 << 40
 
 OPERATIONS: Final = frozenset(
@@ -43,82 +41,6 @@ class Call(NamedTuple):
     path: str
     offset: int = 0
     size: int = 0
-
-
-class CrashChooser(Protocol):
-    """Decides what a crash leaves of what was not synced."""
-
-    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
-        """Which parts ``start, end`` of a write's bytes survive. Of an empty one there are no bytes, but the file has
-        grown up to it. A truncation survives if there is any span at all."""
-        ...
-
-    def entries(self, directory: str, count: int) -> Collection[int]:
-        """Which of ``count`` unsynced changes of a directory survive, by position from 0: any of them."""
-        ...
-
-
-class LoseAll:
-    """Nothing survives that was not synced."""
-
-    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
-        return []
-
-    def entries(self, directory: str, count: int) -> Collection[int]:
-        return ()
-
-
-class KeepAll:
-    """Everything survives."""
-
-    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
-        return [(0, len(change.data) if change.data is not None else 1)]
-
-    def entries(self, directory: str, count: int) -> Collection[int]:
-        return range(count)
-
-
-class TearLast:
-    """All that was written survives, but of the last write only the first ``keep_bytes``."""
-
-    def __init__(self, keep_bytes: int) -> None:
-        self.keep_bytes = keep_bytes
-
-    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
-        size = len(change.data) if change.data is not None else 1
-        return [(0, min(size, self.keep_bytes) if change.last else size)]
-
-    def entries(self, directory: str, count: int) -> Collection[int]:
-        return range(count)
-
-
-class ChooseAtRandom:
-    """Each write survives whole, in part (any of its sectors) or not at all; of each directory any of its changes."""
-
-    def __init__(self, random: SeededRandom) -> None:
-        self._random = random
-
-    def spans(self, change: Unsynced) -> list[tuple[int, int]]:
-        size = len(change.data) if change.data is not None else 1
-        match self._random.randrange(4):
-            case 0:
-                return []
-            case 1:
-                return [(0, size)]
-            case 2:
-                return [(0, self._random.randrange(size + 1))]
-        spans = []
-        start = 0
-        while start < size:
-            end = min(size, start + SECTOR_BYTES - (change.offset + start) % SECTOR_BYTES)
-            if self._random.random() < 0.5:
-                spans.append((start, end))
-            start = end
-        return [*spans, (size, size)]
-
-    def entries(self, directory: str, count: int) -> Collection[int]:
-        chosen = self._random.randrange(1 << count)
-        return [position for position in range(count) if chosen >> position & 1]
 
 
 @dataclass(slots=True)

@@ -12,7 +12,8 @@ from shardkv.environment import Environment
 from shardkv.simulation import determinism
 from shardkv.simulation.calls import Calls
 from shardkv.simulation.clock import SimulatedIds, SimulatedRandom, SimulationClock
-from shardkv.simulation.disk import CrashChooser, SimulatedDisk
+from shardkv.simulation.crash_choosers import CrashChooser
+from shardkv.simulation.disk import SimulatedDisk
 from shardkv.simulation.network import NodeNetwork, SimulatedNetwork
 from shardkv.simulation.workers import SimulatedWorkers
 

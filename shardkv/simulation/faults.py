@@ -14,7 +14,8 @@ from shardkv.errors import Corruption, OutOfSpace, ShardKVError, StorageError
 from shardkv.simulation import determinism
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.cluster import Cluster
-from shardkv.simulation.disk import CAPACITY_BYTES, OPERATIONS, ChooseAtRandom
+from shardkv.simulation.crash_choosers import ChooseAtRandom
+from shardkv.simulation.disk import CAPACITY_BYTES, OPERATIONS
 from shardkv.simulation.node import SimulatedNode
 from shardkv.simulation.sequences import SEQUENCES
 from shardkv.wire.requests import Method

@@ -1,8 +1,8 @@
 """What one simulated disk holds: the content of files and the names in directories, each as it is and as it is synced.
 
 Lives here: what a write, a change of a name, a sync and a crash make of the two states. Does not live here: the calls
-of a node, their faults, and what a crash chooses to leave (``disk``). The rule: what is present is what is durable plus
-what was done since, in order.
+of a node and their faults (``disk``), and what a crash chooses to leave (``crash_choosers``). The rule: what is present
+is what is durable plus what was done since, in order.
 """
 
 from collections.abc import Callable, Collection, Iterable

@@ -13,7 +13,8 @@ from shardkv.config import NodeConfig
 from shardkv.multiraft.snapshots import Snapshots
 from shardkv.server.node import run_node
 from shardkv.server.parts import Parts
-from shardkv.simulation.disk import CrashChooser, SimulatedDisk
+from shardkv.simulation.crash_choosers import CrashChooser
+from shardkv.simulation.disk import SimulatedDisk
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
 from shardkv.simulation.patience import FORMING_SECONDS, within
 from shardkv.simulation.scheduler import Process

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from shardkv.errors import Corruption
 from shardkv.simulation import determinism
 from shardkv.simulation.bad_disks import reborn, rot, slow_disk
-from shardkv.simulation.disk import LoseAll
+from shardkv.simulation.crash_choosers import LoseAll
 from shardkv.simulation.node import SimulatedNode
 from shardkv.types import PLACEMENT_RANGE, RangeId
 

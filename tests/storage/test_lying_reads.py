@@ -4,7 +4,8 @@ import pytest
 
 from shardkv.errors import StorageError
 from shardkv.raft.messages import ConfState, Entry, EntryType, HardState
-from shardkv.simulation.disk import LoseAll, SimulatedDisk
+from shardkv.simulation.crash_choosers import LoseAll
+from shardkv.simulation.disk import SimulatedDisk
 from shardkv.storage.record import CreateGroup, LogUpdate
 from shardkv.storage.wal import Wal, WalSettings
 from shardkv.types import RangeId, ReplicaId
