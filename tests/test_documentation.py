@@ -216,7 +216,7 @@ def test_what_the_simulator_can_do_is_in_its_guide() -> None:
     )[0]
     assert set(re.findall(r"`(\w+)`", workloads)) == set(WORKLOADS)
     assert faults.split(", ") == list(KINDS)
-    helpers = {"failing_window", "violation"}
+    helpers = {"failing_window", "linearizability", "violation"}
     assert first_cells("simulation.md", "checker") == modules_of("shardkv/simulation/checkers") - helpers
 
 

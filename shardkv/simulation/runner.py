@@ -320,7 +320,7 @@ class Run:
         assert workload is not None, "judged before there is a workload"
         assert observing is not None, "judged before anybody observes"
         async with cluster.client() as kv:
-            for key in list(workload.histories):
+            for key in list(workload.registers.histories):
                 await self._surely(workload.register_call(kv, key, Operation("get")), key)
             for generation in range(workload.generation + 1):
                 for key in workload.keys("c", COUNTERS, generation):

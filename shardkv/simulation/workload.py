@@ -26,8 +26,8 @@ from shardkv.errors import (
 from shardkv.simulation import determinism, errands
 from shardkv.simulation.checkers.acknowledged import NoWriteLost
 from shardkv.simulation.checkers.counters import ExactlyOnce
-from shardkv.simulation.checkers.failing_window import explain_result
-from shardkv.simulation.checkers.linearizability import REGISTER, Operation, Outcome, Verdict, check
+from shardkv.simulation.checkers.linearizability import Operation, Outcome
+from shardkv.simulation.checkers.registers import Registers
 from shardkv.simulation.checkers.staleness import NoOlderThanSaid
 from shardkv.simulation.checkers.violation import Violation
 from shardkv.simulation.cluster import Cluster
@@ -93,16 +93,11 @@ class Workload:
 
     def __init__(self, cluster: Cluster, seed: int | str, name: str, rate: float) -> None:
         self.cluster = cluster
+        self.registers = Registers()
         self.counters = ExactlyOnce()
         self.ledger = NoWriteLost()
         self.staleness = NoOlderThanSaid()
-        self.histories: dict[bytes, list[Operation]] = {}
-        """Of the registers that are not judged yet."""
-        self.batches: dict[bytes, list[Operation]] = {}
-        """Of the bulk keys that are not judged yet: what was put, and what scans showed."""
-        self.lasting: dict[bytes, tuple[Operation, ...]] = {}
-        """Of those that were judged: the writes of which one is what the key holds from then on; none: it is absent."""
-        self.calls = self.answered = self.unknown = self.refused = self.judged = 0
+        self.calls = self.answered = self.unknown = self.refused = 0
         self.stopped = False
         self._seed = seed
         weights = WORKLOADS[name]
@@ -219,7 +214,7 @@ class Workload:
 
     async def register_call(self, kv: Client, key: bytes, operation: Operation, near: bool = False) -> bool:
         """Make a call of a register and remember it; whether it was answered."""
-        history = self.histories.setdefault(key, [])
+        history = self.registers.history(key)
         operation.key = key
         operation.called = self.cluster.now
         how, result = await self.call(operation.kind, key, _perform(kv, key, operation, near))
@@ -267,27 +262,18 @@ class Workload:
 
     def _version(self, key: bytes, chance: determinism.SeededRandom) -> int:
         """One that a register has had lately; 0 is an absent key's."""
-        recent = self.histories.get(key, [])[-8:]
-        known = [each.outcome.result for each in recent if each.kind == "put" and each.outcome and each.outcome.result]
-        version: int = chance.choice([0, *known])
-        return version
+        return chance.choice([0, *self.registers.versions(key)])
 
     def judge(self, *, everything: bool = False) -> None:
-        """Look for an order of the calls of every register and bulk key whose generation is over, and forget them."""
+        """Have every register and bulk key judged whose generation is over."""
         now = self.generation
         settled = (self.cluster.now - self._began) % GENERATION_SECONDS > SETTLED_SECONDS
-        for histories, key in [(each, key) for each in (self.histories, self.batches) for key in each]:
+
+        def over(key: bytes) -> bool:
             generation = int(key.split(b"-")[1])
-            if not everything and not (generation < now - 1 or (generation < now and settled)):
-                continue
-            history = histories.pop(key)
-            self.judged += len(history)
-            self.lasting[key] = _lasting(history)
-            result = check(history, REGISTER)
-            if result.verdict is not Verdict.LINEARIZABLE:
-                raise Violation(
-                    "linearizability", f"{key!r}: {result.verdict.value}\n{explain_result(result, REGISTER)}"
-                )
+            return everything or generation < now - 1 or (generation < now and settled)
+
+        self.registers.judge(over)
 
     # Counters
 
@@ -401,7 +387,7 @@ class Workload:
             operation = Operation("put", pairs[key], key=key, called=called)
             if key not in doubtful:
                 operation.outcome, operation.returned = Outcome(), self.cluster.now
-            self.batches.setdefault(key, []).append(operation)
+            self.registers.put_in_bulk(key, operation)
 
     async def _many(self, kv: Client, chance: determinism.SeededRandom) -> None:
         generation = chance.randint(max(0, self.generation - 1), self.generation)
@@ -425,7 +411,7 @@ class Workload:
         called = self.cluster.now
         floors = {key: self.ledger.floor(key) for key in self.ledger.keys}
         counted = {key: self.counters.floor(key) for key in self.counters.keys}
-        lasting = list(self.lasting)
+        judged = list(self.registers.lasting)
 
         async def walk(page: Callable[[float], object]) -> list[Any]:
             found = []
@@ -457,14 +443,7 @@ class Workload:
         for key, floor in counted.items():
             if covered(key):
                 self.counters.saw_total(key, int(found[key].value) if key in found else 0, floor)
-        for key, history in (*self.histories.items(), *self.batches.items()):
-            if covered(key):
-                entry = found.get(key)
-                outcome = Outcome((entry.value, entry.version) if entry is not None else None)
-                history.append(Operation("get", called=called, returned=self.cluster.now, outcome=outcome, key=key))
-        for key in lasting:
-            if covered(key) and not _may_last(self.lasting[key], found.get(key)):
-                raise Violation("linearizability", f"{key!r}: is {found.get(key)}, long after {self.lasting[key]}")
+        self.registers.scanned(found, covered, judged, called, self.cluster.now)
         return True
 
     async def _errand(self, kv: Client, chance: determinism.SeededRandom) -> None:
@@ -491,23 +470,6 @@ class Workload:
         if silent > PAGE_SECONDS + LATE_SECONDS:
             raise Violation("every-call-ends", f"the next page of a scan has not come {silent:.2f} s later")
         raise Unavailable("the scan took too long")
-
-
-def _lasting(history: list[Operation]) -> tuple[Operation, ...]:
-    """The writes that no other write certainly came after."""
-    writes = [
-        each for each in history if each.kind != "get" and (each.outcome is None or each.outcome.mismatch is None)
-    ]
-    latest = max((each.called for each in writes if each.outcome is not None), default=0.0)
-    return tuple(each for each in writes if each.returned >= latest)
-
-
-def _may_last(lasting: tuple[Operation, ...], entry: Any) -> bool:
-    """Whether a key may be found so, that was written last by any one of these."""
-    if entry is None:
-        return any(each.kind != "put" for each in lasting) or all(each.outcome is None for each in lasting)
-    puts = [each for each in lasting if each.kind == "put" and each.argument == entry.value]
-    return any(each.outcome is None or each.outcome.result in (None, entry.version) for each in puts)
 
 
 def _check(kv: Client) -> None:

@@ -11,9 +11,11 @@ from shardkv.simulation.checkers.acknowledged import NoWriteLost
 from shardkv.simulation.checkers.counters import ExactlyOnce
 from shardkv.simulation.checkers.growth import NothingGrows
 from shardkv.simulation.checkers.leaders import Leader, OneLeaderPerTerm
+from shardkv.simulation.checkers.linearizability import UNKNOWN, Operation, Outcome
 from shardkv.simulation.checkers.logs import LogMatching, Seen
 from shardkv.simulation.checkers.machines import IdenticalMachines
 from shardkv.simulation.checkers.ranges import RangesTile, Span
+from shardkv.simulation.checkers.registers import Registers
 from shardkv.simulation.checkers.sessions import SessionsBounded
 from shardkv.simulation.checkers.staleness import NoOlderThanSaid
 from shardkv.simulation.checkers.violation import Violation
@@ -273,6 +275,56 @@ def test_what_grows_past_its_limit_is_seen_and_the_highest_is_kept() -> None:
     assert_refused(lambda: growth.saw_size("queue", 11, "n1"), "nothing-grows")
     with pytest.raises(AssertionError, match="no limit"):
         growth.saw_size("something else", 1, "n1")
+
+
+def written(key: bytes) -> list[Operation]:
+    """``one`` with version 7, then ``two`` with version 8."""
+    values = enumerate((b"one", b"two"))
+    return [Operation("put", value, None, 2 * at, 2 * at + 1, Outcome(7 + at), key) for at, value in values]
+
+
+def shown(**keys: tuple[bytes, int]) -> dict[bytes, Any]:
+    return {key.encode(): SimpleNamespace(value=value, version=version) for key, (value, version) in keys.items()}
+
+
+@pytest.mark.parametrize("in_bulk", [False, True])
+def test_what_a_scan_shows_of_a_key_is_what_it_held(in_bulk: bool) -> None:
+    for found, right in (shown(k=(b"two", 8)), True), (shown(k=(b"one", 7)), False), (shown(), False):
+        registers = Registers()
+        for operation in written(b"k"):
+            if in_bulk:
+                registers.put_in_bulk(b"k", operation)
+            else:
+                registers.history(b"k").append(operation)
+        registers.scanned({}, lambda key: key != b"k", (), 4, 5)
+        registers.scanned(found, lambda key: key == b"k", (), 4, 5)
+        registers.judge(lambda key: key != b"k")
+        assert not registers.lasting, "judged before its time"
+        if right:
+            registers.judge(lambda key: key == b"k")
+            assert list(registers.lasting) == [b"k"]
+        else:
+            assert_refused(lambda registers=registers: registers.judge(lambda key: key == b"k"), "linearizability")
+
+
+def test_a_key_that_was_judged_stays_as_it_was_written_last() -> None:
+    registers = Registers()
+    doubtful = Operation("put", b"three", called=2.5, outcome=UNKNOWN, key=b"k")
+    delete = Operation("delete", called=4, returned=5, outcome=Outcome(True), key=b"gone")
+    registers.history(b"k").extend([*written(b"k"), doubtful])
+    registers.history(b"gone").extend([*written(b"gone"), delete])
+    registers.judge(lambda key: True)
+
+    def scan(found: dict[bytes, Any], *covered: bytes) -> None:
+        registers.scanned(found, covered.__contains__, list(registers.lasting), 9, 10)
+
+    scan(shown(k=(b"two", 8)), b"k", b"gone")
+    scan(shown(k=(b"three", 9)), b"k", b"gone")
+    scan(shown(), b"gone")
+    assert_refused(lambda: scan(shown(k=(b"two", 9)), b"k"), "linearizability")
+    assert_refused(lambda: scan(shown(k=(b"one", 7)), b"k"), "linearizability")
+    assert_refused(lambda: scan(shown(), b"k"), "linearizability")
+    assert_refused(lambda: scan(shown(gone=(b"two", 8)), b"gone"), "linearizability")
 
 
 def test_an_answer_is_no_older_than_it_says() -> None:

@@ -239,9 +239,9 @@ def test_what_becomes_of_a_register_after_it_was_judged_is_seen_by_scans(
     judge = Workload.judge
 
     def judged(workload: Workload, *, everything: bool = False) -> None:
-        before = set(workload.lasting)
+        before = set(workload.registers.lasting)
         judge(workload, everything=everything)
-        for key in sorted(set(workload.lasting) - before):
+        for key in sorted(set(workload.registers.lasting) - before):
             for node in workload.cluster.nodes.values() if not everything else ():
                 envelope = node.engine.get(USER_PREFIX + key)
                 if lost and envelope is not None:
