@@ -8,9 +8,10 @@ makes it one of a cluster, and ``parts`` puts together the rest, which is:
   ``operations`` is what takes several steps, each with a ``reply`` to wait for.
 * Other nodes: ``other_nodes`` is what becomes of their news, ``address_book`` knows where they are and ``known_nodes``
   writes that down, ``peers`` connects driver and transport, ``internal_client`` asks them as a client would,
-  ``draining`` leaves them the leaderships at a stop. ``placement_service`` is this node's part in placement,
-  ``introduction`` how that learns of a start, ``overview`` what people are told of it, and ``splitter`` splits what has
-  grown.
+  ``draining`` leaves them the leaderships at a stop.
+* Placement: ``placement_service`` is this node's part in it, ``placement_group`` the way to the group that decides,
+  ``reporting`` what that is told of this node, ``introduction`` how it learns of a start, ``placement_leader`` what its
+  leader does, and ``overview`` what people are told; ``splitter`` splits what has grown.
 * Health: ``disk_health``, ``clock_health``, ``loop_health``; ``garbage`` chooses when the process collects. The log is
   told of ``missing_leaders``, ``missing_data`` and ``shared_addresses``. ``admin`` shows the node over HTTP.
 

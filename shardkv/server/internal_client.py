@@ -9,7 +9,7 @@ import trio
 from shardkv.environment import Clock, Environment, Stream
 from shardkv.errors import ConfigError, RoutingError, ShardKVError, Unavailable
 from shardkv.outage import UNANSWERED_SECONDS, Outage
-from shardkv.server.placement_service import Call
+from shardkv.server.placement_group import Call
 from shardkv.wire.requests import Method
 from shardkv_client import Settings, connect
 

@@ -2,7 +2,7 @@
 
 Lives here: telling the group of the start, beginning the group's state on the first node of a new cluster, and waiting
 until a new node is in what the cluster says of itself. Does not live here: joining, which comes before a node has an id
-(``membership``), and the heartbeats that follow (``placement_service``).
+(``membership``), and the heartbeats that follow (``reporting``).
 """
 
 from typing import Any, Final
@@ -88,7 +88,7 @@ class Introduction:
         while True:
             try:
                 while identity.node_id == FIRST_NODE and not self._state.bootstrapped:
-                    if self._placement.leads:
+                    if self._placement.group.leads:
                         await self._bootstrap()
                     await self._environment.clock.sleep(POLL_SECONDS)
                 started = NodeStarted(
@@ -99,7 +99,7 @@ class Introduction:
                     labels=self._config.label,
                     earlier_tokens=identity.earlier_tokens,
                 )
-                await self._placement.propose(started)
+                await self._placement.group.propose(started)
                 if outage.end():
                     self._log.info("the placement group has taken note of this node's start")
                 return
@@ -119,7 +119,7 @@ class Introduction:
         config, identity = self._config, self._identity
         defaults = Settings()
         wanted = (("split_bytes", config.ranges.split_bytes), ("replication_factor", config.ranges.replicas))
-        await self._placement.propose(
+        await self._placement.group.propose(
             Bootstrap(
                 identity.cluster_id,
                 name=config.name,
@@ -156,6 +156,6 @@ class Introduction:
     def _introduced(self) -> bool:
         first = self._catalog.replicas.get(FIRST_RANGE)
         if not self._config.bootstrap or first is None:
-            return self._placement.introduced(None)
+            return self._placement.reporting.introduced(None)
         made = first.raft.committed_in_term and self._state.bootstrapped
-        return made and self._placement.introduced(FIRST_RANGE if first.leads else None)
+        return made and self._placement.reporting.introduced(FIRST_RANGE if first.leads else None)

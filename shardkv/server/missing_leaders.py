@@ -2,7 +2,7 @@
 
 Does not live here: why there is none, which elections (``raft``) and connections (``transport``) tell. The rule: what
 this node's own replicas know counts, and however many ranges it are, it is one line. They are looked at with each
-heartbeat, which looks at every replica anyway (``placement_service``).
+heartbeat, which looks at every replica anyway (``reporting``).
 """
 
 from collections.abc import Iterable

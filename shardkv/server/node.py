@@ -195,7 +195,7 @@ class _Node:
             self._serving.set()
             client_environment = ClientEnvironment(self._environment)
             async with connect_cluster(client_environment, others.seeds(), parts.identity.cluster_id) as call:
-                placement.call = call
+                placement.group.call = call
                 nursery.start_soon(placement.run)
                 nursery.start_soon(parts.introduction.register)
                 nursery.start_soon(others.known_nodes.run)
@@ -204,7 +204,7 @@ class _Node:
                 await nursery.start(parts.maintenance.run)
                 await nursery.start(parts.splitter.run)
                 await nursery.start(parts.probe.run)
-                await nursery.start(parts.disk_health.run, parts.driver, placement.beat_soon)
+                await nursery.start(parts.disk_health.run, parts.driver, placement.reporting.beat_soon)
                 if self._admin is not None:
                     self._admin.observe(parts)
                 self._log.info("started", address=parts.identity.address, boot=parts.identity.boot)
@@ -228,7 +228,7 @@ class _Node:
         """Hand every leadership to a follower that is up to date, then send the clients there."""
         parts = self._parts
         self._log.info("draining")
-        parts.placement.draining = True
+        parts.placement.reporting.draining = True
         await hand_over_leaderships(parts.driver, self._environment.clock)
         parts.listener.goodbye()
         with suppress(OutOfSpace):  # the log has what is not flushed

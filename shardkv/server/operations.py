@@ -150,7 +150,7 @@ class Operations:
             raise InvalidRange("there is a range that starts at this key already")
         nodes = [member.node_id for member in machine.descriptor.replicas]
         try:
-            first_range, first_replica = await self._placement.propose(placement_commands.Allocate(1, len(nodes)))
+            first_range, first_replica = await self._placement.group.propose(placement_commands.Allocate(1, len(nodes)))
         except OutcomeUnknown as error:
             # Ids that nobody uses do no harm, and the range is as it was.
             raise Unavailable(f"no ids for the new range: {error}") from error

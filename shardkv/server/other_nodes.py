@@ -19,7 +19,7 @@ from shardkv.multiraft.catalog import Catalog
 from shardkv.server.clock_health import ClockHealth
 from shardkv.server.known_nodes import KnownNodesFile
 from shardkv.server.peers import who_is_at
-from shardkv.server.placement_service import PlacementService
+from shardkv.server.reporting import Reporting
 from shardkv.server.stop import Stop
 from shardkv.transport.handshake import KnownBoots, NodeIdentity
 from shardkv.transport.pool import PeerPool
@@ -35,7 +35,7 @@ LOOK_AGAIN_SECONDS: Final = 1.0
 
 
 class OtherNodes:
-    """This node's view of the others. ``placement`` is set before any of them is heard.
+    """This node's view of the others. ``reporting`` is set before any of them is heard.
 
     Args:
         founded_ns: when this start made the cluster, if it did.
@@ -64,7 +64,7 @@ class OtherNodes:
         self._founded_ns = founded_ns
         self._stop = stop
         self._log = log
-        self.placement: PlacementService
+        self.reporting: Reporting
         self._told_of_address = False
         self.known_boots = KnownBoots()
         self._learn_boots()
@@ -162,7 +162,7 @@ class OtherNodes:
         left = [address for address in self._config.join if address != self._identity.address]
         while left:
             await self._environment.clock.sleep(LOOK_AGAIN_SECONDS)
-            if self.placement.introduced(None):
+            if self.reporting.introduced(None):
                 return  # the table does say where the others are
             for address in list(left):
                 try:

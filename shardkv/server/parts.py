@@ -29,7 +29,8 @@ from shardkv.server.missing_data import require_other_copies
 from shardkv.server.operations import Operations
 from shardkv.server.other_nodes import OtherNodes
 from shardkv.server.peers import PoolPeers, SnapshotDialler
-from shardkv.server.placement_service import PlacementExtension, PlacementService
+from shardkv.server.placement_group import PlacementExtension
+from shardkv.server.placement_service import PlacementService
 from shardkv.server.requests import Requests
 from shardkv.server.splitter import Splitter
 from shardkv.server.stop import Stop
@@ -130,7 +131,7 @@ class Parts:
             peers=PoolPeers(self.pool),
             hooks=DriverHooks(
                 leadership=lambda replica: self.placement.leadership_changed(replica),
-                descriptor=lambda replica: self.placement.descriptor_changed(replica),
+                descriptor=lambda replica: self.placement.reporting.descriptor_changed(replica),
                 flush=self._flush,
             ),
             space=Space(config.storage.free_bytes_min, directory.path),
@@ -159,10 +160,10 @@ class Parts:
             self.driver,
             environment.clock,
             split=lambda range_id, key: self.operations.split(range_id, key),
-            split_bytes=lambda: self.placement.settings.get("split_bytes", config.ranges.split_bytes),
+            split_bytes=lambda: self.placement.reporting.settings.get("split_bytes", config.ranges.split_bytes),
             log=self._log,
         )
-        self.placement = self.others.placement = PlacementService(
+        self.placement = PlacementService(
             self.driver,
             environment,
             extension=self.placement_extension,
@@ -174,7 +175,8 @@ class Parts:
             stop=self._stop,
             log=self._log,
         )
-        self.placement.slow_disk = self.disk_health.is_slow
+        self.others.reporting = self.placement.reporting
+        self.placement.reporting.slow_disk = self.disk_health.is_slow
         self.introduction = Introduction(
             environment,
             self.catalog,
@@ -224,7 +226,7 @@ class Parts:
         """Why this node should not be sent requests; empty when it should."""
         if not self.ready.is_set():
             return STARTING
-        return "the node is draining" if self.placement.draining else ""
+        return "the node is draining" if self.placement.reporting.draining else ""
 
     def _reluctant(self) -> bool:
         """Whether others should lead what this node could: its disk is slow, or it would refuse what clients write."""

@@ -47,7 +47,7 @@ class FakeDriver:
 
 class FakePlacement:
     def __init__(self) -> None:
-        self.draining = False
+        self.reporting = SimpleNamespace(draining=False)
         self.seconds = 0.0
         self.asked = 0
         self.error: Exception | None = None
@@ -131,7 +131,7 @@ async def test_a_starting_node_is_neither_healthy_nor_ready_and_its_page_says_so
 
 
 async def test_a_draining_node_is_healthy_but_not_ready(world: World, autojump_clock: Any) -> None:
-    world.placement.draining = True
+    world.placement.reporting.draining = True
     assert (await world.get("/healthz")).status == 200
     unready = await world.get("/readyz")
     assert (unready.status, unready.body) == (503, b"the node is draining\n")

@@ -196,7 +196,7 @@ async def test_a_new_node_whose_first_start_came_to_nothing_is_ready_no_sooner(
 async def being_made(first: SimulatedNode) -> PlacementService:
     """Start the first node of a cluster, until it leads a placement group without a state."""
     first.start_soon()
-    while not (first.composed and first.inside.placement.leads):
+    while not (first.composed and first.inside.placement.group.leads):
         await first.cluster.sleep(0.001)
     return first.inside.placement
 
@@ -298,7 +298,8 @@ async def _joins_and_crashes(at_call: int | None, moments: list[int]) -> None:
             node.start_soon()
             await cluster.sleep(5)
         assert node.composed, "it does not start"
-        assert node.inside.placement.introduced(None), f"the cluster has not heard of it, after a crash at {at_call}"
+        heard = node.inside.placement.reporting.introduced(None)
+        assert heard, f"the cluster has not heard of it, after a crash at {at_call}"
 
 
 async def test_a_crash_at_any_moment_of_joining_leaves_a_node_that_finds_its_cluster(
@@ -342,4 +343,4 @@ async def test_a_node_that_joined_and_died_before_anybody_had_heard_of_it_is_rea
             await cluster.sleep(0.0005)
         await node.kill()
         await node.start()
-        assert node.inside.placement.introduced(None)
+        assert node.inside.placement.reporting.introduced(None)

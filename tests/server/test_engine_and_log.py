@@ -159,7 +159,7 @@ async def test_no_leadership_is_moved_to_a_replica_that_waits_for_its_data(
         successors = [replica_id for replica_id, _ in replica.successors(now_ns)]
         assert len(successors) == 1
         assert stateless.replica_id not in successors
-        report = leader.inside.placement._report_of(replica)
+        report = leader.inside.placement.reporting._report_of(replica)
         assert {each.replica_id: each.active for each in report.progress}[stateless.replica_id] is False
         monkeypatch.undo()
         await cluster.sleep(5)

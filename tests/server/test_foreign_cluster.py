@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from shardkv.errors import DataDirectoryError, WrongCluster
 from shardkv.server.other_nodes import YOUNG_SECONDS
-from shardkv.server.placement_service import PlacementExtension
+from shardkv.server.placement_group import PlacementExtension
 from shardkv.simulation.cluster import Cluster
 from shardkv.simulation.network import SimulatedNetwork
 from shardkv.simulation.pipes import Link

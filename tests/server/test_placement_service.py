@@ -12,16 +12,14 @@ from trio.testing import MockClock
 from shardkv.errors import NotLeader, Unavailable
 from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.space import Space
-from shardkv.server import placement_service
-from shardkv.server.placement_service import (
+from shardkv.server import placement_leader
+from shardkv.server.placement_leader import LEADER_IDLE_SECONDS, LEADER_TICK_SECONDS, REQUESTS_AT_ONCE_MAX
+from shardkv.server.placement_service import PlacementService
+from shardkv.server.reporting import (
     HEARTBEAT_SECONDS_MIN,
-    LEADER_IDLE_SECONDS,
-    LEADER_TICK_SECONDS,
     LOOKS_PER_HEARTBEAT,
     REPORTS_AT_ONCE_MAX,
-    REQUESTS_AT_ONCE_MAX,
     RETRY_SECONDS,
-    PlacementService,
 )
 from shardkv.server.stop import Stop
 from shardkv.simulation.clock import SimulationClock
@@ -62,9 +60,8 @@ class World:
         self.calls: list[tuple[Any, ...]] = []
         self.under_way = self.under_way_max = 0
         self.call_gate = trio.Event()
-        environment: Any = SimpleNamespace(
-            clock=SimulationClock(), disk=SimpleNamespace(free_bytes=lambda path: 1_000_000)
-        )
+        self.disk = SimpleNamespace(free_bytes=lambda path: 1_000_000)
+        environment: Any = SimpleNamespace(clock=SimulationClock(), disk=self.disk)
         driver: Any = SimpleNamespace(
             catalog=SimpleNamespace(replicas=self.replicas),
             hybrid_clock=HybridClock(environment.clock),
@@ -87,8 +84,8 @@ class World:
             log=log,
         )
         self._beaten = trio.Event()
-        self.service.call = self._call
-        self.service.propose = self._propose  # type: ignore[method-assign]
+        self.service.group.call = self._call
+        self.service.group.propose = self._propose  # type: ignore[method-assign]
 
     async def _call(self, method: Method, *arguments: Any, **how: Any) -> Any:
         if method is Method.HEARTBEAT:
@@ -96,9 +93,8 @@ class World:
             self.beats.append(trio.current_time())
             self._beaten.set()
             self._beaten = trio.Event()
-            return heartbeat.encode_reply(
-                HeartbeatReply(False, 1, None, {"heartbeat_ms": int(HEARTBEAT_SECONDS * 1000)}, ())
-            )
+            settings = {"heartbeat_ms": int(HEARTBEAT_SECONDS * 1000)}
+            return heartbeat.encode_reply(HeartbeatReply(False, 1, None, settings, ()))
         self.calls.append((method, *arguments))
         self.under_way += 1
         self.under_way_max = max(self.under_way_max, self.under_way)
@@ -169,12 +165,12 @@ async def running() -> AsyncIterator[World]:
 async def test_changes_that_come_while_a_report_is_under_way_go_together(autojump_clock: MockClock) -> None:
     async with running() as world:
         world.report_gate = trio.Event()
-        world.service.descriptor_changed(world.add(10))
+        world.service.reporting.descriptor_changed(world.add(10))
         await trio.sleep(0.01)
         for range_id in (11, 12, 13):
-            world.service.descriptor_changed(world.add(range_id))
+            world.service.reporting.descriptor_changed(world.add(range_id))
         for generation in (3, 4, 5):
-            world.service.descriptor_changed(world.add(12, generation=generation))
+            world.service.reporting.descriptor_changed(world.add(12, generation=generation))
         world.report_gate.set()
         await trio.sleep(0.1)
         first, second = world.reports
@@ -188,7 +184,7 @@ async def test_more_changes_than_a_report_holds_go_in_several(autojump_clock: Mo
     async with running() as world:
         count = 2 * REPORTS_MAX + 7
         for range_id in range(10, 10 + count):
-            world.service.descriptor_changed(world.add(range_id))
+            world.service.reporting.descriptor_changed(world.add(range_id))
         await trio.sleep(0.1)
         assert sorted(world.reported) == list(range(10, 10 + count))
         assert max(len(each.descriptors) for each in world.reports) <= REPORTS_MAX
@@ -199,7 +195,8 @@ async def test_a_report_is_no_larger_than_a_call_whatever_the_keys_and_replicas(
     async with running() as world:
         count = 2 * REPORTS_AT_ONCE_MAX + 7
         for range_id in range(10, 10 + count):
-            world.service.descriptor_changed(world.add(range_id, key_bytes=KEY_BYTES_MAX, replicas=REPLICAS_MAX))
+            replica = world.add(range_id, key_bytes=KEY_BYTES_MAX, replicas=REPLICAS_MAX)
+            world.service.reporting.descriptor_changed(replica)
         await trio.sleep(0.1)
         assert sorted(world.reported) == list(range(10, 10 + count))
 
@@ -207,11 +204,11 @@ async def test_a_report_is_no_larger_than_a_call_whatever_the_keys_and_replicas(
 async def test_a_report_that_failed_is_tried_again_with_what_has_changed_since(autojump_clock: MockClock) -> None:
     async with running() as world:
         world.report_error = NotLeader("an election is under way")
-        world.service.descriptor_changed(world.add(10))
+        world.service.reporting.descriptor_changed(world.add(10))
         await trio.sleep(RETRY_SECONDS * 0.5)
         world.report_error = None
-        world.service.descriptor_changed(world.add(10, generation=7))
-        world.service.descriptor_changed(world.add(11))
+        world.service.reporting.descriptor_changed(world.add(10, generation=7))
+        world.service.reporting.descriptor_changed(world.add(11))
         await trio.sleep(RETRY_SECONDS)
         (report,) = world.reports
         assert {each.range_id: each.epoch.span for each in report.descriptors} == {10: 7, 11: 2}
@@ -219,10 +216,10 @@ async def test_a_report_that_failed_is_tried_again_with_what_has_changed_since(a
 
 async def test_only_who_leads_reports_or_who_knows_of_no_leader(autojump_clock: MockClock) -> None:
     async with running() as world:
-        world.service.descriptor_changed(world.add(10, leads=False, leader=2))
-        world.service.descriptor_changed(world.add(11, leads=False, leader=0))
+        world.service.reporting.descriptor_changed(world.add(10, leads=False, leader=2))
+        world.service.reporting.descriptor_changed(world.add(11, leads=False, leader=0))
         gone = world.add(12)
-        world.service.descriptor_changed(gone)
+        world.service.reporting.descriptor_changed(gone)
         del world.replicas[12]
         await trio.sleep(0.1)
         assert world.reported == [11]
@@ -236,7 +233,7 @@ async def test_a_heartbeat_asks_the_disk_for_nothing(autojump_clock: MockClock) 
         raise FileNotFoundError(2, "No such file or directory", path)
 
     async with running() as world:
-        world.service._environment.disk.free_bytes = gone  # type: ignore[method-assign]
+        world.disk.free_bytes = gone
         before = len(world.beats)
         await trio.sleep(2.0)
         assert len(world.beats) > before
@@ -277,7 +274,7 @@ async def test_operators_have_a_bound_on_requests_under_way(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Past it nothing is started; the controller's next tick asks again."""
-    monkeypatch.setattr(placement_service, "Controller", Restless)
+    monkeypatch.setattr(placement_leader, "Controller", Restless)
     async with running() as world:
         world.add(PLACEMENT_RANGE)
         await trio.sleep(LEADER_IDLE_SECONDS * 3)
@@ -287,13 +284,13 @@ async def test_operators_have_a_bound_on_requests_under_way(
         await trio.sleep(LEADER_IDLE_SECONDS * 2.5)
         assert world.under_way_max == REQUESTS_AT_ONCE_MAX
         assert len(world.calls) >= 2 * REQUESTS_AT_ONCE_MAX, "a place is given back, after an error too"
-        assert world.service._requests == world.under_way
+        assert world.service.leader._requests == world.under_way
 
 
 async def test_a_node_that_does_not_lead_the_group_starts_nothing(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement_service, "Controller", Restless)
+    monkeypatch.setattr(placement_leader, "Controller", Restless)
     async with running() as world:
         replica = world.add(PLACEMENT_RANGE, leads=False)
         await trio.sleep(LEADER_IDLE_SECONDS * 3)
@@ -318,12 +315,12 @@ async def test_the_leader_looks_more_often_while_something_is_under_way(
             looks.append(trio.current_time())
             return []
 
-    monkeypatch.setattr(placement_service, "Controller", Looking)
+    monkeypatch.setattr(placement_leader, "Controller", Looking)
     async with running() as world:
         world.add(PLACEMENT_RANGE)
         await trio.sleep(4.5 * LEADER_IDLE_SECONDS)
         assert len(looks) == 4
-        world.service._state.operators[RangeId(7)] = SimpleNamespace()  # type: ignore[assignment]
+        world.service.group.state.operators[RangeId(7)] = SimpleNamespace()  # type: ignore[assignment]
         await trio.sleep(LEADER_IDLE_SECONDS)
         looks.clear()
         await trio.sleep(4.5 * LEADER_TICK_SECONDS)

@@ -104,13 +104,13 @@ async def test_a_split_that_got_no_ids_is_tried_again(
     """Whatever became of the ids, the range is as it was."""
     async with world(3) as cluster, cluster.client() as kv:
         await cluster.formed(kv)
-        placement = (await cluster.leader_of(kv, b"m")).inside.placement
+        group = (await cluster.leader_of(kv, b"m")).inside.placement.group
 
         async def lose_the_answer(command: object) -> None:
             monkeypatch.undo()
             raise OutcomeUnknown("the placement group changed its leader")
 
-        monkeypatch.setattr(placement, "propose", lose_the_answer)
+        monkeypatch.setattr(group, "propose", lose_the_answer)
         assert len(await kv.call(Method.SPLIT, b"m", key=b"m")) == 2
 
 
