@@ -230,6 +230,11 @@ class Network(Protocol):
         """Connect to ``host:port``. Raises OSError when nobody answers."""
         ...
 
+    def connections_max(self) -> int:
+        """How many connections can stand at once, dialled ones and those of others. Beyond, what others open is ended
+        at once."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Environment:

@@ -25,6 +25,7 @@ from shardkv.server.peers import FrameStream, receive_messages
 from shardkv.server.requests import Requests
 from shardkv.transport.connection import Connection
 from shardkv.transport.handshake import KnownBoots, NodeIdentity, accept
+from shardkv.transport.pool import Purpose
 from shardkv.types import NodeId, RangeId
 from shardkv.wire.frames import FRAME_BYTES_MAX, Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, encode_refused
@@ -34,6 +35,11 @@ PEER_FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
 OTHER_CONNECTIONS_MAX: Final = 2_048
 """Beside those of clients: two of each other node, of which a cluster may have a thousand, and those still greeting.
 Only its greeting tells which a connection is, and clients, however many there are, must not keep other nodes out."""
+CONNECTIONS_PER_NODE: Final = 2 * len(Purpose)
+"""With each other node: those that it has dialled, and those that this node has."""
+CONNECTIONS_KEPT_SHARE: Final = 8
+"""Where the system has room for few connections: this part of them, at least, is for nodes and whoever greets, and this
+part for clients."""
 ANSWER_BUFFER_BYTES_MAX: Final = 32 * 1024 * 1024
 """Answers to one client that are not sent yet. Its requests stop being looked at long before this."""
 
@@ -58,6 +64,7 @@ class Listener:
         known_boots: shared with the pool of outgoing connections.
         on_peer: called with each greeting of another node that is taken.
         on_foreign: called with each greeting of a node of another cluster.
+        peers: how many other nodes there are.
         connections_max: of clients; see :data:`OTHER_CONNECTIONS_MAX` for the rest.
         inflight_max: unanswered requests of one client, above which its connection is not read.
     """
@@ -76,6 +83,7 @@ class Listener:
         on_peer: Callable[[Hello], None],
         on_foreign: Callable[[Hello], None],
         log: Any,
+        peers: Callable[[], int],
         connections_max: int,
         inflight_max: int,
     ) -> None:
@@ -91,6 +99,7 @@ class Listener:
         self._on_foreign = on_foreign
         self._foreign_again_ns = 0
         self._log = log
+        self._peers = peers
         self._connections_max = connections_max
         self._inflight_max = inflight_max
         self._intake = Intake(environment.clock)
@@ -170,8 +179,16 @@ class Listener:
         """Raises Busy when there are clients enough. A client is told the time, so this node must know it."""
         if hello.role is Role.CLIENT:
             await self._clock_health.settled()
-            if len(self._clients) >= self._connections_max:
-                raise Busy(f"this node has {self._connections_max} clients already; try another")
+            clients_max = self._clients_max()
+            if len(self._clients) >= clients_max:
+                raise Busy(f"this node has {clients_max} clients already; try another")
+
+    def _clients_max(self) -> int:
+        """Where the system has room for few connections, clients leave what those with other nodes take."""
+        room = self._environment.network.connections_max()
+        share = room // CONNECTIONS_KEPT_SHARE
+        kept = min(max(CONNECTIONS_PER_NODE * self._peers(), share), room - share)
+        return min(self._connections_max, room - kept)
 
     async def _serve_client(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
         client = ClientConnection(

@@ -210,6 +210,7 @@ class Parts:
             on_peer=self.others.on_peer,
             on_foreign=self.others.on_foreign,
             log=self._log,
+            peers=lambda: self.pool.peers,
             connections_max=config.limits.connections_max,
             inflight_max=config.limits.connection_requests_max,
         )

@@ -6,6 +6,7 @@ sees of a fault only what its own sockets would show.
 """
 
 import errno
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
@@ -204,6 +205,9 @@ class NodeNetwork:
         if self.fenced:
             await determinism.hang()
         return stream
+
+    def connections_max(self) -> int:
+        return sys.maxsize
 
 
 class SimulatedNetwork:

@@ -200,6 +200,11 @@ class PeerPool:
             for link in peer.links:
                 link.retry.set()
 
+    @property
+    def peers(self) -> int:
+        """How many nodes it dials."""
+        return len(self._peers)
+
     def connected(self, node_id: NodeId) -> bool:
         peer = self._peers.get(node_id)
         return peer is not None and peer.connected

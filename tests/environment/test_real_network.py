@@ -336,7 +336,7 @@ async def test_accepting_goes_on_after_an_error(
 )
 def test_connections_leave_files_for_what_is_none(most: int, connections: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (most, most))
-    assert connection_files_max() == connections
+    assert connection_files_max() == RealNetwork(ENVIRONMENT.clock).connections_max() == connections
 
 
 async def test_so_many_connections_are_taken_as_there_is_said_to_be_room_for(

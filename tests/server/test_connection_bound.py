@@ -17,10 +17,11 @@ from shardkv.server.client_connection import ClientConnection
 from shardkv.server.listener import Listener
 from shardkv.server.peers import SnapshotDialler
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
-from shardkv.simulation.network import WINDOW_BYTES
+from shardkv.simulation.network import WINDOW_BYTES, NodeNetwork
 from shardkv.simulation.node import SimulatedNode
 from shardkv.transport.connection import Connection
 from shardkv.transport.handshake import KnownBoots, greet
+from shardkv.transport.pool import PeerPool
 from shardkv.types import NodeId
 from shardkv.wire.frames import FRAME_BYTES_MAX, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Hello, Role, encode_hello
@@ -29,10 +30,12 @@ from tests.server.world import world
 CONNECTIONS_MAX = 12
 
 
-async def crowd(node: SimulatedNode, environment: SimulatedEnvironment) -> tuple[list[Connection], str]:
+async def crowd(
+    node: SimulatedNode, environment: SimulatedEnvironment, most: int = CONNECTIONS_MAX
+) -> tuple[list[Connection], str]:
     """Connect clients that ask for nothing until the node takes no more; why it takes no more."""
     taken: list[Connection] = []
-    while len(taken) <= CONNECTIONS_MAX:
+    while len(taken) <= most:
         connection = Connection(await environment.network.dial(node.address), clock=environment.clock)
         try:
             await greet(
@@ -59,6 +62,27 @@ async def test_clients_that_fill_a_node_do_not_keep_other_nodes_out(autojump_clo
                 await cluster.sleep(0.1)
         assert away.inside.pool.connected(NodeId(1))
         assert crowded.inside.listener.statistics().clients == CONNECTIONS_MAX
+
+
+@pytest.mark.parametrize(
+    ("room", "nodes", "clients"),
+    [(400, 2, 350), (400, 20, 320), (400, 99, 50), (400, 500, 50), (16, 2, 8), (4096, 2, 400)],
+)
+async def test_where_few_connections_fit_clients_leave_the_room_that_those_of_nodes_take(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, room: int, nodes: int, clients: int
+) -> None:
+    """Idlers had used it up, and no other node got in again, nor could be dialled. Each takes two connections each way.
+    Something is left for those that are new, and for clients."""
+    monkeypatch.setattr(NodeNetwork, "connections_max", lambda self: room)
+    async with world(3, limits=LimitsConfig(connections_max=400)) as cluster:
+        crowded, *_ = cluster.nodes.values()
+        assert crowded.inside.pool.peers == 2
+        monkeypatch.setattr(PeerPool, "peers", nodes)
+        network = simulated_environment("idlers", seed=1, network=cluster.network)
+        idlers, why = await crowd(crowded, network, most=400)
+        assert crowded.inside.listener.statistics().clients == clients
+        assert len(idlers) <= clients
+        assert f"has {clients} clients already; try another" in why
 
 
 async def test_a_frame_that_begins_behind_the_greeting_has_the_bound_of_clients(autojump_clock: MockClock) -> None:

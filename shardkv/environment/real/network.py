@@ -269,6 +269,9 @@ class RealNetwork:
                 dialling.close()
         raise problem or OSError(errno.EHOSTUNREACH, f"{host} has no address")
 
+    def connections_max(self) -> int:
+        return connection_files_max()
+
     def _hung_up(self) -> None:
         self._dialled -= 1
 
