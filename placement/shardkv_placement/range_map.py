@@ -9,11 +9,13 @@ Only the map lives here; rows and commands are :mod:`.state`'s.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedDict, SortedList
 
 from shardkv.types import KeyRange, RangeDescriptor, RangeId
+
+_ABOVE_RANGES: Final = RangeId(1 << 63)
 
 
 class Segment(NamedTuple):
@@ -49,6 +51,8 @@ class RangeMap:
         self._segments: SortedDict[bytes, Segment] = SortedDict()
         self._starts: dict[RangeId, list[bytes]] = {}
         self._newest: dict[RangeId, RangeDescriptor] = {}
+        self._in_order: SortedList[tuple[bytes, RangeId]] = SortedList()
+        """Where the newest descriptor of each range starts."""
         for segment in segments:
             self._add(segment)
 
@@ -67,6 +71,12 @@ class RangeMap:
     def descriptors(self) -> Iterator[RangeDescriptor]:
         """The newest descriptor of each range, in no particular order (that of first sight)."""
         return iter(self._newest.values())
+
+    def descriptors_above(self, start: bytes | None) -> Iterator[RangeDescriptor]:
+        """The newest descriptor of each range that starts above ``start``, or of each if that is None, in the order of
+        their keys. What is not taken costs nothing; the map must not change meanwhile."""
+        first = 0 if start is None else self._in_order.bisect_right((start, _ABOVE_RANGES))
+        return (self._newest[range_id] for _, range_id in self._in_order.islice(first))
 
     def segments_from(self, start: bytes, limit: int) -> list[Segment]:
         """Up to ``limit`` segments in key order, beginning with the one that holds ``start``."""
@@ -115,6 +125,8 @@ class RangeMap:
             for start in starts:
                 assert _rank(self._segments[start].descriptor) <= _rank(newest), (self._segments[start], newest)
             assert any(self._segments[start].descriptor == newest for start in starts), (newest, starts)
+        in_order = sorted((newest.span.start, range_id) for range_id, newest in self._newest.items())
+        assert list(self._in_order) == in_order, (self._in_order, in_order)
 
     def _index_at(self, key: bytes) -> int:
         """The position of the segment that holds ``key``, or of the first above it."""
@@ -137,7 +149,7 @@ class RangeMap:
         self._starts.setdefault(range_id, []).append(start)
         newest = self._newest.get(range_id)
         if newest is None or _rank(descriptor) > _rank(newest):
-            self._newest[range_id] = descriptor
+            self._set_newest(range_id, descriptor)
 
     def _remove(self, segment: Segment) -> None:
         start, descriptor = segment.span.start, segment.descriptor
@@ -147,10 +159,20 @@ class RangeMap:
         starts.remove(start)
         if not starts:
             del self._starts[range_id]
-            del self._newest[range_id]
+            self._set_newest(range_id, None)
         elif self._newest[range_id] == descriptor:
             left = [self._segments[other].descriptor for other in starts]
-            self._newest[range_id] = max(left, key=_rank)
+            self._set_newest(range_id, max(left, key=_rank))
+
+    def _set_newest(self, range_id: RangeId, descriptor: RangeDescriptor | None) -> None:
+        before = self._newest.get(range_id)
+        if before is not None:
+            self._in_order.remove((before.span.start, range_id))
+        if descriptor is None:
+            del self._newest[range_id]
+        else:
+            self._newest[range_id] = descriptor
+            self._in_order.add((descriptor.span.start, range_id))
 
 
 def _rank(descriptor: RangeDescriptor) -> tuple[object, ...]:

@@ -4,10 +4,11 @@ Lives here: the shape of the two answers, plain CBOR values. Does not live here:
 another node (``placement_service``). The rule: fields are added, never changed, for tools read them.
 """
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import shardkv
-from shardkv.types import PLACEMENT_RANGE, NodeId, RangeDescriptor, ReplicaRole
+from shardkv.types import NodeId, RangeDescriptor, ReplicaRole
 from shardkv_placement.schedulers import why_unsettled
 from shardkv_placement.view import ClusterView, NodeState, NodeView, RangeView
 
@@ -47,32 +48,21 @@ def status(view: ClusterView, placement_leader: NodeId | None) -> dict[str, Any]
     }
 
 
-def ranges(view: ClusterView) -> list[dict[str, Any]]:
-    """Every range of keys, in their order. ``learners`` names those of ``replicas`` that are."""
-    return [_row(item) for item in _from(view, None)]
+def ranges(items: Iterable[RangeView]) -> list[dict[str, Any]]:
+    """All of them. ``learners`` names those of ``replicas`` that are."""
+    return [_row(item) for item in items]
 
 
-def ranges_page(view: ClusterView, after: bytes | None) -> list[Any]:
-    """The answer to RANGES: ranges that start above ``after``, as many as a page holds, and whether more follow."""
+def ranges_page(items: Iterable[RangeView]) -> list[Any]:
+    """The answer to RANGES: as many of them as a page holds, and whether more follow."""
     rows: list[dict[str, Any]] = []
     size = 0
-    for item in _from(view, after):
+    for item in items:
         size += ROW_BYTES + len(item.descriptor.span.start) + len(item.descriptor.span.end or b"")
         if rows and size > PAGE_BYTES_MAX:
             return [rows, True]
         rows.append(_row(item))
     return [rows, False]
-
-
-def _from(view: ClusterView, after: bytes | None) -> list[RangeView]:
-    """The ranges of keys that start above ``after``, in the order of their keys."""
-    found = [
-        item
-        for item in view.ranges.values()
-        if item.range_id != PLACEMENT_RANGE and (after is None or item.descriptor.span.start > after)
-    ]
-    found.sort(key=lambda each: each.descriptor.span.start)
-    return found
 
 
 def _row(item: RangeView) -> dict[str, Any]:

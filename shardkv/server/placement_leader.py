@@ -5,6 +5,7 @@ what is said of those that fail. Does not live here: what is decided (``shardkv_
 leadership ends all that was heard in it (trap 15); what must survive is in the group's state.
 """
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import trio
@@ -22,7 +23,7 @@ from shardkv_placement.controller import Controller, Propose
 from shardkv_placement.heartbeat import Heartbeat, HeartbeatReply
 from shardkv_placement.operators import ChangeReplicas, Operator, Outcome
 from shardkv_placement.statistics import Statistics
-from shardkv_placement.view import ClusterView, ViewBuilder
+from shardkv_placement.view import ClusterView, RangeView, ViewBuilder
 
 LEADER_TICK_SECONDS: Final = 0.1
 LEADER_IDLE_SECONDS: Final = 0.25
@@ -109,6 +110,12 @@ class PlacementLeader:
         self._heard(now)
         assert self._views is not None, "views come with statistics"
         return self._views.build(now, self._driver.hybrid_clock.ms())
+
+    def ranges_above(self, start: bytes | None) -> Iterator[RangeView]:
+        """The ranges of keys that start above ``start``, in the order of their keys. No view: that looks at all."""
+        reported = self._heard(self._now()).ranges
+        for descriptor in self._group.state.ranges.descriptors_above(start):
+            yield RangeView(descriptor, reported.get(descriptor.range_id))
 
     async def _perform(self, action: Any, controller: Controller) -> None:
         try:

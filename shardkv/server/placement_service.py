@@ -169,7 +169,7 @@ class PlacementService:
             case [bytes() | None as after, *passed_on]:
                 return await self._ranges_page(after, bool(passed_on))
         if self.group.leads:
-            return overview.ranges(self.leader.view())
+            return overview.ranges(self.leader.ranges_above(None))
         if request.arguments:
             return await self._from_leader(request)
         listing = RangesListing()
@@ -179,7 +179,7 @@ class PlacementService:
 
     async def _ranges_page(self, after: bytes | None, passed_on: bool) -> Any:
         if self.group.leads:
-            return overview.ranges_page(self.leader.view(), after)
+            return overview.ranges_page(self.leader.ranges_above(after))
         if passed_on:
             self.group.require_leader()
             raise NotLeader("the placement group has just got a new leader")

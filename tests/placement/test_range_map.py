@@ -80,6 +80,10 @@ def test_any_reports_in_any_order_give_each_key_the_newest_descriptor_reported_f
         found = ranges.segments_from(key, 1)[0]
         assert found.span.contains(key)
         assert found.descriptor == newest
+    for start in (None, *KEYS):
+        above = [each for each in ranges.descriptors() if start is None or each.span.start > start]
+        above.sort(key=lambda each: (each.span.start, each.range_id))
+        assert list(ranges.descriptors_above(start)) == above
 
 
 @given(history=HISTORIES, data=st.data())

@@ -5,7 +5,7 @@ from trio.testing import MockClock
 
 from shardkv.cli.cluster import fetch_ranges
 from shardkv.errors import MalformedRequest
-from shardkv.server import overview
+from shardkv.server import overview, placement_service
 from shardkv.server.answer_budget import ANSWER_BYTES_MAX
 from shardkv.types import (
     KEY_BYTES_MAX,
@@ -21,6 +21,8 @@ from shardkv.types import (
 from shardkv.wire.requests import Method, RangesListing, Request
 from shardkv_placement.commands import ReportRanges, encode
 from shardkv_placement.router import ROUTES_MAX
+from shardkv_placement.statistics import RangeStatistics
+from shardkv_placement.view import RangeView, ViewBuilder
 from tests.placement.worlds import a_view
 from tests.server.world import Cluster, world
 
@@ -66,19 +68,46 @@ async def test_a_cluster_of_more_ranges_than_one_answer_holds_is_listed_by_every
             assert whole == rows, f"what the admin endpoint of {name} shows"
 
 
+async def test_a_page_looks_at_no_more_ranges_than_it_holds(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each page put all ranges in order anew: with 100,000 of them a node's loop stood still for longer at each than
+    the page took."""
+    async with world(nodes=1, seed=1) as cluster:
+        (node,) = cluster.nodes.values()
+        made = halves()[:REPORTED_AT_ONCE]
+        await report(cluster, made)
+        looked_at: list[RangeId] = []
+
+        class Seen(RangeView):
+            def __init__(self, descriptor: RangeDescriptor, statistics: RangeStatistics | None) -> None:
+                super().__init__(descriptor, statistics)
+                looked_at.append(descriptor.range_id)
+
+        request = Request(1, Method.RANGES, 0, 0, 0, [made[9].span.start])
+        with monkeypatch.context() as patch:
+            patch.setattr(ViewBuilder, "build", None)  # a view is of all ranges
+            patch.setattr(placement_service, "RangeView", Seen)
+            patch.setattr(overview, "PAGE_BYTES_MAX", 3 * (overview.ROW_BYTES + 2 * KEY_BYTES_MAX))
+            rows, more = await node.inside.placement.ranges(request)
+        assert ([row["id"] for row in rows], more) == ([each.range_id for each in made[10:13]], True)
+        assert looked_at == [each.range_id for each in made[10:14]], "the next tells that there is more"
+
+
 def test_pages_hold_every_range_once_in_the_order_of_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    view = a_view(3, {0: "1* 2 3"} | dict.fromkeys(range(1, 8), "1* 2 3"))
+    items = [item for range_id, item in a_view(3, dict.fromkeys(range(1, 8), "1* 2 3")).ranges.items() if range_id]
     monkeypatch.setattr(overview, "PAGE_BYTES_MAX", 2 * (overview.ROW_BYTES + 12))
-    listing, pages = RangesListing(), 1
-    while listing.take(overview.ranges_page(view, listing.after)):
+    listing, pages, left = RangesListing(), 1, items
+    while listing.take(overview.ranges_page(left)):
+        left = [item for item in items if item.descriptor.span.start > (listing.after or b"")]
         pages += 1
-    assert (pages, listing.rows) == (4, overview.ranges(view))
+    assert (pages, listing.rows) == (4, overview.ranges(items))
 
 
 def test_a_range_that_alone_is_more_than_a_page_is_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    view = a_view(3, {1: "1* 2 3", 2: "1* 2 3"})
+    items = list(a_view(3, {1: "1* 2 3", 2: "1* 2 3"}).ranges.values())
     monkeypatch.setattr(overview, "PAGE_BYTES_MAX", 1)
-    first, second = overview.ranges_page(view, None), overview.ranges_page(view, b"")
+    first, second = overview.ranges_page(items), overview.ranges_page(items[1:])
     assert ([row["id"] for row in first[0]], first[1]) == ([1], True)
     assert ([row["id"] for row in second[0]], second[1]) == ([2], False)
 
