@@ -179,7 +179,8 @@ def _suspended_together(workers: "list[_Worker]") -> Iterator[None]:
     """Meanwhile, what suspends this process from its terminal (^Z) suspends ``workers`` with it.
 
     Each is in a process group of its own, so the terminal does not, and they would go on with their load. When this
-    process goes on, WorkerFailed is raised: the suspension stands in what they measure.
+    process goes on, whatever stopped it, WorkerFailed is raised: the suspension stands in what they measure, or they
+    went on while nobody looked.
     """
 
     def suspend(number: int, frame: object) -> None:
@@ -187,17 +188,23 @@ def _suspended_together(workers: "list[_Worker]") -> Iterator[None]:
             worker.suspend()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)
-        raise WorkerFailed("the run was suspended, and its client processes with it: it is void; start it again")
 
+    def go_on(number: int, frame: object) -> None:
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        raise WorkerFailed("the run was suspended: it is void; start it again")
+
+    handlers = {signal.SIGTSTP: suspend, signal.SIGCONT: go_on}
     mine = threading.current_thread() is threading.main_thread()  # no other can say what a signal does
-    if not mine or signal.getsignal(signal.SIGTSTP) is not signal.SIG_DFL:
+    if not mine or any(signal.getsignal(number) is not signal.SIG_DFL for number in handlers):
         yield
         return
-    signal.signal(signal.SIGTSTP, suspend)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Worker:

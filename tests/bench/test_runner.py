@@ -213,8 +213,12 @@ except runner.WorkerFailed as failed:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux's")
-def test_a_run_that_is_suspended_suspends_its_client_processes_and_is_void() -> None:
-    """The terminal's ^Z reached the one process that only waits; the load went on without it."""
+@pytest.mark.parametrize(("number", "clients_are"), [(signal.SIGTSTP, "stopped"), (signal.SIGSTOP, "at work")])
+def test_a_run_that_is_suspended_suspends_its_client_processes_and_is_void(
+    number: signal.Signals, clients_are: str
+) -> None:
+    """The terminal's ^Z reached the one process that only waits; the load went on without it. That goes unseen when the
+    process is stopped by force, but it sees that it goes on."""
     with serving() as server:
         endless = json.loads(task(server.address, seconds=3_600.0).to_json())
         command = [sys.executable, "-c", RUN, repr(list(endless.values()))]
@@ -222,10 +226,11 @@ def test_a_run_that_is_suspended_suspends_its_client_processes_and_is_void() -> 
             try:
                 assert run.stdout is not None
                 clients = [int(run.stdout.readline()) for _ in range(2)]
-                run.send_signal(signal.SIGTSTP)
+                run.send_signal(number)
                 _, status = os.waitpid(run.pid, os.WUNTRACED)
                 assert os.WIFSTOPPED(status)
-                assert [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] for pid in clients] == ["T", "T"]
+                stopped = {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] == "T" for pid in clients}
+                assert stopped == {clients_are == "stopped"}
                 run.send_signal(signal.SIGCONT)
                 assert "void; start it again" in run.stdout.read()
                 assert run.wait(SECONDS) == 0
