@@ -188,9 +188,7 @@ class Catalog:
         No crash leaves that: a range's first batch is flushed before the log knows the range, or comes with the batch
         of the range that it was split from.
         """
-        start, end = keys.SYSTEM_PREFIX, keys.SYSTEM_END
-        had = any(not log.ended and log.last_index() > 0 for log in self._wal.groups.values())
-        return had and next(self._engine.scan(start, end), None) is None
+        return _is_gone(self._wal, self._engine)
 
     def note_promise(self, promise_ns: int) -> None:
         """Put on record how long promises are from now on. Blocks. Raises OutOfSpace."""
@@ -428,12 +426,21 @@ class Catalog:
                 assert owner == range_id, f"{machine.descriptor.span} of range {range_id} is owned by {owner}"
 
 
-def require_reaching(wal: Wal, reader: Reader) -> None:
-    """Raise Corruption where the state of a range in ``reader``, an engine's, ends before its log begins."""
+def admit_engine(wal: Wal, reader: Reader) -> bool:
+    """Whether an engine, which ``reader`` shows, holds a range, if the log tells of any that had data.
+
+    Raises Corruption where the state of a range ends before its log begins.
+    """
     for range_id, log in wal.groups.items():
         applied = None if log.ended else read_applied(reader, range_id)
         if isinstance(applied, AppliedState):
             _require_reaching(log, applied.index)
+    return not _is_gone(wal, reader)
+
+
+def _is_gone(wal: Wal, reader: Reader) -> bool:
+    had = any(not log.ended and log.last_index() > 0 for log in wal.groups.values())
+    return had and next(reader.scan(keys.SYSTEM_PREFIX, keys.SYSTEM_END), None) is None
 
 
 def _require_reaching(log: GroupLog, applied: int) -> None:

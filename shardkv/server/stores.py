@@ -16,7 +16,7 @@ import trio
 from shardkv.config import NodeConfig, StorageConfig
 from shardkv.environment import Disk, Environment, Workers
 from shardkv.errors import OutOfSpace
-from shardkv.multiraft.catalog import require_reaching
+from shardkv.multiraft.catalog import admit_engine
 from shardkv.storage.directory import DataDirectory
 from shardkv.storage.engine import Engine, Reader
 from shardkv.storage.memory import MemoryEngine
@@ -26,8 +26,9 @@ from shardkv.storage.wal import Wal, WalSettings
 LOG_CACHE_BYTES_MAX: Final = 8 * 1024 * 1024
 """Log entries in memory, of all ranges: followers that are further behind are served from the disk."""
 
-OpenEngine = Callable[[NodeConfig, str, Callable[[Reader], None]], Engine]
-"""Of the configuration, the path, and what is shown the engine's state before it is changed, and may refuse it."""
+OpenEngine = Callable[[NodeConfig, str, Callable[[Reader], bool]], Engine]
+"""Of the configuration, the path, and what is shown the engine's state before it is changed, and may refuse it, or tell
+that nothing of what must be is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Stores:
     engine: Engine
 
 
-def open_engine(config: NodeConfig, path: str, admit: Callable[[Reader], None]) -> Engine:
+def open_engine(config: NodeConfig, path: str, admit: Callable[[Reader], bool]) -> Engine:
     """The engine that the configuration asks for. Blocks."""
     if config.storage.engine == "memory":
         return MemoryEngine(in_loop=trio.from_thread.run_sync)
@@ -61,7 +62,7 @@ async def open_stores(
     opened: list[tuple[str, Callable[[], None]]] = [("log", wal.close), ("log mark", note_log_mark)]
     try:
         await workers.run(note_log_mark)
-        engine = await workers.run(open_engine, config, directory.engine_path, partial(require_reaching, wal))
+        engine = await workers.run(open_engine, config, directory.engine_path, partial(admit_engine, wal))
         opened.append(("engine", engine.close))
         yield Stores(wal, engine)
     except Exception:

@@ -142,7 +142,7 @@ class SimulatedNode:
             observe=self._observe,
         )
 
-    def _open_engine(self, config: NodeConfig, path: str, admit: Callable[[Reader], None]) -> Engine:
+    def _open_engine(self, config: NodeConfig, path: str, admit: Callable[[Reader], bool]) -> Engine:
         admit(self.engine)
         return self.engine
 

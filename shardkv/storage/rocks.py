@@ -20,8 +20,8 @@ What rocksdict 0.3.29 and its RocksDB do otherwise than they say; a test stands 
   tells whether it is over; the property ``background-errors`` only counts.
 * Where the file CURRENT is missing, the first opening fails, but leaves a new one, by which the next finds an empty
   store and removes what the old one held. So none is opened where there are tables without it.
-* Where the end of the file MANIFEST is missing, the store is an older one without a word, and the opening removes the
-  tables that are newer. So whoever can tell sees what there is, read only, before it is opened.
+* Where the end of the file MANIFEST is missing, the store is an older one without a word, or an empty one, and the
+  opening removes the tables that are newer. So whoever can tell sees what there is, read only, before it is opened.
 """
 
 import os
@@ -138,7 +138,7 @@ def _translated(error: Exception, what: str) -> StorageError:
 def _require_current(path: str) -> None:
     """Raise Corruption if what says which of the files are the store is gone and tables of it are not."""
     try:
-        tables = [name for name in os.listdir(path) if name.endswith(".sst")]
+        tables = _tables(path)
     except OSError:
         return  # RocksDB makes it, or says why it cannot be read
     if tables and not os.path.exists(f"{path}/CURRENT"):
@@ -148,8 +148,13 @@ def _require_current(path: str) -> None:
         )
 
 
-def _show(path: str, options: rocksdict.Options, admit: Callable[[Reader], None]) -> None:
-    """Show ``admit`` what the store at ``path`` holds, and leave it as it is."""
+def _tables(path: str) -> list[str]:
+    return [name for name in os.listdir(path) if name.endswith(".sst")]
+
+
+def _show(path: str, options: rocksdict.Options, admit: Callable[[Reader], bool]) -> None:
+    """Show ``admit`` what the store at ``path`` holds, and leave it as it is. Raises Corruption if nothing is there of
+    what must be, and there are tables that the store does not know."""
     read_only = rocksdict.AccessType.read_only()
     try:
         database: Any = rocksdict.Rdict(
@@ -159,7 +164,14 @@ def _show(path: str, options: rocksdict.Options, admit: Callable[[Reader], None]
         raise _translated(error, f"opening {path}") from error
     store = RocksSnapshot(database.snapshot(), database.iter())
     try:
-        admit(store)
+        if not admit(store):
+            known = {file["name"].lstrip("/") for file in database.live_files()}
+            unknown = sorted(set(_tables(path)) - known)
+            if unknown:
+                raise Corruption(
+                    f"engine: {path} holds {unknown[0]}, of which its file MANIFEST tells nothing, nor of any range: "
+                    f"its end was lost; put that one file back, or {REPLACE_ADVICE}"
+                )
     finally:
         store.close()
         database.close()
@@ -169,11 +181,12 @@ class RocksEngine:
     """See :class:`shardkv.storage.engine.Engine`."""
 
     def __init__(
-        self, path: str, settings: RocksSettings = RocksSettings(), admit: Callable[[Reader], None] | None = None
+        self, path: str, settings: RocksSettings = RocksSettings(), admit: Callable[[Reader], bool] | None = None
     ) -> None:
         """Open the store in the directory ``path``, or make it. Blocks. Raises StorageError or Corruption.
 
-        ``admit`` is shown a store that is there before anything in it is changed; what it raises ends the opening.
+        ``admit`` is shown a store that is there before anything in it is changed, and tells whether it holds anything
+        of what it must; what it raises ends the opening.
         """
         _require_current(path)
         self._options = _options(settings)

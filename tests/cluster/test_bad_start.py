@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from shardkv.cli.root import shardkv
 from shardkv.multiraft.maintenance import ENTRIES_KEPT
+from shardkv.storage.rocks import RocksEngine
 from shardkv_bench.local_cluster import free_ports
 from shardkv_client import connect_blocking
 from tests.cluster.harness import SECONDS_MAX, LocalCluster, started
@@ -109,6 +110,28 @@ def test_an_engine_that_has_lost_what_the_log_let_go_of_is_refused_and_left_as_i
     manifest.write_bytes(whole[: sizes[1]])
     with started(tmp_path, nodes=1) as world, connect_blocking(world.connect) as kv:
         assert kv.increment(b"n", 0) == ENTRIES_KEPT + 52
+
+
+def test_an_engine_that_has_lost_sight_of_all_its_tables_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    """Nothing but the beginning of its MANIFEST is there. It was opened as an empty store, which removed them."""
+    new = RocksEngine(str(tmp_path / "new"))
+    beginning = next((tmp_path / "new").glob("MANIFEST-*")).stat().st_size
+    new.close()
+    engine = tmp_path / "n1" / "engine"
+    with started(tmp_path, nodes=1) as world, connect_blocking(world.connect) as kv:
+        kv.put(b"a", b"1")
+    (manifest,) = engine.glob("MANIFEST-*")
+    whole, tables = manifest.read_bytes(), sorted(engine.glob("*.sst"))
+    os.truncate(manifest, beginning)
+    for _ in range(2):
+        code, message = start(*flags(tmp_path / "n1", "--join", "127.0.0.1:1", name="n1"))
+        assert code == 1
+        assert tables[0].name in message
+        assert "move the folder engine out" in message
+        assert sorted(engine.glob("*.sst")) == tables
+    manifest.write_bytes(whole)
+    with started(tmp_path, nodes=1) as world, connect_blocking(world.connect) as kv:
+        assert kv.increment(b"a", 0) == 1
 
 
 def test_a_port_in_use_is_named_and_the_node_that_has_it_goes_on(world: LocalCluster, tmp_path: Path) -> None:

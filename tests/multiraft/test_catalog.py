@@ -10,6 +10,7 @@ from trio.testing import MockClock
 from shardkv.errors import Corruption, ProtocolError
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
+from shardkv.multiraft.catalog import admit_engine
 from shardkv.raft.messages import NONE, ConfState, Entry, HardState, Message, MessageType
 from shardkv.raft.node import Role
 from shardkv.storage.engine import WriteBatch
@@ -453,12 +454,15 @@ async def test_a_node_that_has_only_been_asked_for_its_vote_has_lost_no_engine(a
         host = hosts[1]
         host.wal.append([LogUpdate(RIGHT, create=CreateGroup(ReplicaId(101), 0, 0, ConfState()))])()
         assert not host.catalog.engine_is_gone()
+        assert admit_engine(host.wal, host.engine)
         host.wal.append(
             [LogUpdate(RANGE, create=CreateGroup(ReplicaId(1), INITIAL_INDEX, INITIAL_TERM, ConfState()))]
         )()
         assert host.catalog.engine_is_gone()
+        assert not admit_engine(host.wal, host.engine)
         host.begin(descriptor_on(1, range_id=3))
         assert not host.catalog.engine_is_gone()
+        assert admit_engine(host.wal, host.engine)
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -269,10 +269,11 @@ def test_a_store_that_has_lost_the_end_of_its_manifest_is_shown_before_anything_
     os.truncate(manifest, size)
     seen = []
 
-    def admit(reader: Reader) -> None:
+    def admit(reader: Reader) -> bool:
         seen.append((reader.get(b"number"), list(reader.scan(LOW, HIGH))))
         if not fits:
             raise Corruption("older than what was logged")
+        return True
 
     before = sorted(os.listdir(path))
     if fits:
@@ -285,10 +286,43 @@ def test_a_store_that_has_lost_the_end_of_its_manifest_is_shown_before_anything_
                 RocksEngine(path, admit=admit)
             assert sorted(os.listdir(path)) == before
         manifest.write_bytes(whole)
-        engine = RocksEngine(path, admit=lambda reader: None)
+        engine = RocksEngine(path, admit=lambda reader: True)
         assert engine.get(b"number") == b"2"
         engine.close()
     assert seen == [(b"0", [(b"number", b"0")])] * len(seen) != []
+
+
+@pytest.mark.parametrize("missed", [True, False])
+def test_a_store_whose_manifest_has_lost_all_its_tables_is_refused_where_something_is_missed(
+    path: str, missed: bool
+) -> None:
+    """To RocksDB it is an empty one, and its tables are remains. Which they are where a crash came into the first
+    flush; then nothing is missed."""
+    engine = RocksEngine(path)
+    (manifest,) = Path(path).glob("MANIFEST-*")
+    empty = manifest.stat().st_size
+    batch = WriteBatch()
+    batch.put(b"k", b"v")
+    engine.write(batch)
+    engine.close()
+    whole, before = manifest.read_bytes(), sorted(os.listdir(path))
+    os.truncate(manifest, empty)
+    if missed:
+        for _ in range(2):
+            with pytest.raises(Corruption, match=r"000008\.sst.*MANIFEST.*move the folder engine out"):
+                RocksEngine(path, admit=lambda reader: False)
+            assert sorted(os.listdir(path)) == before
+        manifest.write_bytes(whole)
+    engine = RocksEngine(path, admit=lambda reader: not missed or reader.get(b"k") is not None)
+    assert engine.get(b"k") == (b"v" if missed else None)
+    engine.close()
+
+
+def test_a_store_that_holds_nothing_yet_is_admitted_though_something_is_missed(path: str) -> None:
+    """It was moved out, and made anew: others bring what it held. What tables it has are its own."""
+    RocksEngine(path).close()
+    assert list(Path(path).glob("*.sst"))
+    RocksEngine(path, admit=lambda reader: False).close()
 
 
 def test_a_store_that_is_not_there_yet_is_shown_to_nobody(path: str) -> None:
