@@ -17,7 +17,22 @@ from shardkv.program import leaf
 from shardkv.raft.election import CAMPAIGN_TRANSFER as TRANSFER
 from shardkv.raft.messages import Entry, EntryType, Message, MessageType
 from shardkv.types import PLACEMENT_RANGE, KeyRange
-from tests.multiraft.world import RANGE, SESSION, TICK_SECONDS, Answer, Host, descriptor_on, world
+from tests.multiraft.world import ELECTION_TICKS, RANGE, SESSION, TICK_SECONDS, Answer, Host, descriptor_on, world
+
+
+async def test_nodes_that_start_together_lead_their_shares_before_any_election_timeout(
+    autojump_clock: MockClock,
+) -> None:
+    """Only what the processes before them may have promised is waited for."""
+    async with world(3, replicas=0, started=False) as hosts:
+        ranges = {1: KeyRange(b"", b"h"), 2: KeyRange(b"h", b"p"), 3: KeyRange(b"p", None)}
+        for host in hosts.values():
+            for range_id, span in ranges.items():
+                host.begin(descriptor_on(3, range_id=range_id, span=span, first_replica=10 * range_id))
+        for host in hosts.values():
+            await host.start()
+        await trio.sleep((ELECTION_TICKS - 1) * TICK_SECONDS)
+        assert sorted(hosts.leader(range_id).node_id for range_id in ranges) == [1, 2, 3]
 
 
 async def test_a_confirmed_read_of_an_idle_range_is_served_at_once(autojump_clock: MockClock) -> None:

@@ -176,12 +176,17 @@ async def test_trap_20_a_split_applied_behind_a_snapshot_does_not_revive_a_right
             assert hosts[node_id].engine.get(keys.applied_key(2)) is None, "the split is flushed"
             hosts[node_id].engine.stall = True
             await hosts[node_id].start()
+        hosts.passes = lambda source, target, range_id, message: 3 not in (source, target) or range_id == 1
         await late.start()
         assert late.replica(1).needs_snapshot
         assert late.replica(2).needs_snapshot
         await hosts.until(lambda: late.replica(1).machine is not None, "the left half")
+        assert late.engine.get(keys.user_key(b"z")), "not split yet"
         for node_id in (1, 2):
             hosts[node_id].engine.stall = False
+        await hosts.until(lambda: late.machine(1).descriptor.span.end == b"m", "the split")
+        assert late.engine.get(keys.user_key(b"z")) is None, "nobody's"
+        hosts.passes = lambda source, target, range_id, message: True
         await hosts.write(b"z", b"new", 2)
         await hosts.agreed(1)
         await hosts.agreed(2)

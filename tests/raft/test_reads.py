@@ -72,6 +72,18 @@ def test_trap_08_a_new_leader_answers_no_read_before_its_first_commit() -> None:
     assert cluster.hosts[2].read_states == [ReadState(1, b"from a follower")]
 
 
+def test_a_read_that_waits_for_the_first_commit_is_confirmed_by_a_change_that_needs_fewer_votes_for_it() -> None:
+    """Nothing else may be committed for a long time."""
+    cluster = Cluster(voters=2)
+    elected_but_nothing_committed(cluster)
+    cluster[1].read_index(b"r")
+    cluster.settle()
+    assert cluster.hosts[1].read_states == []
+    cluster[1].apply_conf_change(change("r2"))
+    cluster.settle()
+    assert cluster.hosts[1].read_states == [ReadState(1, b"r")]
+
+
 def test_trap_08_pending_reads_are_dropped_when_the_leader_changes() -> None:
     """A read that was not confirmed in the term it came in must not be confirmed in another."""
     cluster = Cluster()

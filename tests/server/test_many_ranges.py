@@ -87,7 +87,7 @@ async def test_a_page_looks_at_no_more_ranges_than_it_holds(
         request = Request(1, Method.RANGES, 0, 0, 0, [made[9].span.start])
         with monkeypatch.context() as patch:
             patch.setattr(ViewBuilder, "build", None)  # a view is of all ranges
-            patch.setattr(placement_service, "RangeView", Seen)
+            patch.setattr(placement_leader, "RangeView", Seen)
             patch.setattr(overview, "PAGE_BYTES_MAX", 3 * (overview.ROW_BYTES + 2 * KEY_BYTES_MAX))
             rows, more = await node.inside.placement.ranges(request)
         assert ([row["id"] for row in rows], more) == ([each.range_id for each in made[10:13]], True)
