@@ -43,6 +43,10 @@ CHUNK_ROWS_MAX: Final = 500
 WINDOW_CHUNKS: Final = 8
 """So many chunks may be on their way without having been acknowledged."""
 ID_BYTES: Final = 16
+SLOW_BYTES_PER_SECOND: Final = 128 * 1024
+"""A stream that is slower takes no other's place: its other end is behind a slow link, or a slow disk."""
+RATE_SECONDS: Final = 10.0
+"""Over which a stream's rate is measured."""
 PACE_CREDIT_NS: Final = 50_000_000
 """Who was late may catch up on this much."""
 
@@ -62,6 +66,32 @@ class Pace:
         now = self._clock.monotonic_ns()
         self._due_ns = max(self._due_ns, now - PACE_CREDIT_NS) + count * 1_000_000_000 // self.bytes_per_second
         await self._clock.sleep(max(0, self._due_ns - now) / 1e9)
+
+
+class Rate:
+    """How fast a stream gets on."""
+
+    __slots__ = ("_measured", "_slow")
+
+    def __init__(self, now_ns: int) -> None:
+        self._slow = False
+        self._measured = (now_ns, 0)
+        """When it was measured last, and how many chunks had arrived."""
+
+    def is_slow(self, arrived: int, now_ns: int, bytes_per_second_min: int) -> bool:
+        """Whether it is, so many chunks having arrived; as it was last measured, until it can be told anew."""
+        measured_ns, chunks = self._measured
+        seconds = (now_ns - measured_ns) / 1e9
+        if seconds >= RATE_SECONDS:
+            self._slow = (arrived - chunks) * CHUNK_BYTES < bytes_per_second_min * seconds
+            self._measured = (now_ns, arrived)
+        return self._slow
+
+
+def slow_rate(pace: Pace, places: int) -> int:
+    """Below how many bytes in a second a stream is slow. Where the bound on the rate is low and the places are many,
+    none is that has its share."""
+    return min(SLOW_BYTES_PER_SECOND, pace.bytes_per_second // (4 * places))
 
 
 class Chunk(NamedTuple):

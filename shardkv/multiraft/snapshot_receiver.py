@@ -7,7 +7,7 @@ an install does to the engine (``snapshot_install``). The rules: what is on its 
 """
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
@@ -19,7 +19,7 @@ from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.snapshot_install import Arrived, Installer
-from shardkv.multiraft.snapshot_parts import Begin, Incoming, Pace, decode_begin
+from shardkv.multiraft.snapshot_parts import Begin, Incoming, Pace, Rate, decode_begin, slow_rate
 from shardkv.multiraft.snapshot_stream import RESUME_SECONDS_MAX, SnapshotStream, StreamBroken, hear, say
 from shardkv.multiraft.turn import hard_state_of
 from shardkv.raft.messages import Message
@@ -29,11 +29,23 @@ from shardkv.storage.wal import CompactLog, LogUpdate, ResetLog
 from shardkv.types import PLACEMENT_RANGE, NodeId, RangeId
 
 
+@dataclass(slots=True)
+class _Receiving:
+    """A snapshot that arrives, by one connection."""
+
+    sender: NodeId
+    rate: Rate
+    chunks: int = 0
+    whole: bool = False
+    """What it still waits for is this node's own doing."""
+
+
 class Receiver:
     """Takes snapshots in, and puts them in place in tasks of :meth:`use`'s nursery.
 
-    Invariants: a range is in at most one of ``_receiving`` and ``_arrived``, and never in ``_waiting`` with either;
-    ``_waiting`` holds no more than may be received at once; a range in ``_waiting`` reserves no span.
+    Invariants: no more than twice as many streams come in as there are places; a range is in at most one of
+    ``_receiving`` and ``_arrived``, and never in ``_waiting`` with either; ``_waiting`` holds no more than there are
+    places; a range in ``_waiting`` reserves no span.
     """
 
     def __init__(
@@ -49,7 +61,7 @@ class Receiver:
         self._log = log
         self._config = config
         self._nursery: trio.Nursery
-        self._receiving: dict[RangeId, None] = {}
+        self._receiving: dict[RangeId, _Receiving] = {}
         self._waiting: dict[RangeId, Incoming] = {}
         """Snapshots whose stream broke, oldest first."""
         self._arrived: dict[RangeId, Arrived] = {}
@@ -74,7 +86,9 @@ class Receiver:
         return len(self._arrived)
 
     def check(self) -> None:
-        assert self.waiting <= self._config.snapshots_receiving_max, f"{self.waiting} wait"
+        places = self._config.snapshots_receiving_max
+        assert self.receiving + self.installing <= 2 * places, f"{self.receiving + self.installing} are being received"
+        assert self.waiting <= places, f"{self.waiting} wait"
         for range_id in self._waiting:
             assert range_id not in self._receiving, f"range {range_id} waits and is received"
             assert range_id not in self._arrived, f"range {range_id} waits and is installed"
@@ -96,7 +110,7 @@ class Receiver:
             self._catalog.spans.cancel(range_id)
             await stream.send(["done"])
             return
-        self._receiving[range_id] = None
+        receiving = self._receiving[range_id] = _Receiving(sender, Rate(self._clock.monotonic_ns()))
         incoming: Incoming | None = None
         taken = False
         try:
@@ -104,7 +118,8 @@ class Receiver:
             if incoming is None:
                 incoming = self._new_file(begin)
             await say(self._clock, stream, ["from", incoming.chunks, incoming.checksum])
-            term = await self._fill(stream, incoming)
+            term = await self._fill(stream, incoming, receiving)
+            receiving.whole = True
             await self._environment.workers.run(incoming.builder.finish)
             # Once it is offered the group rests, and neither votes nor hears its leader until all is in the engine.
             await self._installer.until_writable()
@@ -130,8 +145,8 @@ class Receiver:
         range_id, descriptor = begin.range_id, begin.descriptor
         if self._driver.space.low:
             raise self._driver.space.refusal()
-        if len(self._receiving) + len(self._arrived) >= self._config.snapshots_receiving_max:
-            raise Busy(f"{len(self._receiving) + len(self._arrived)} snapshots are being received already")
+        if not self._has_place_from(sender):
+            raise Busy(f"{self.receiving + self.installing} snapshots are being received already")
         if range_id in self._receiving or range_id in self._arrived:
             raise Busy(f"a snapshot of range {range_id} is on its way already")
         if range_id != PLACEMENT_RANGE:
@@ -143,6 +158,19 @@ class Receiver:
         if replica is None:
             raise Busy(f"range {range_id} has no replica {begin.message.to} here")
         return replica
+
+    def _has_place_from(self, sender: NodeId) -> bool:
+        """Whether a stream from the node may begin. Slow ones together hold no place against further nodes, up to as
+        many streams again."""
+        places = self._config.snapshots_receiving_max
+        left = places - self.receiving - self.installing
+        if left > 0:
+            return True
+        if left <= -places or any(receiving.sender == sender for receiving in self._receiving.values()):
+            return False
+        now_ns, least = self._clock.monotonic_ns(), slow_rate(self.pace, places)
+        streams = [receiving for receiving in self._receiving.values() if not receiving.whole]
+        return left + sum([each.rate.is_slow(each.chunks, now_ns, least) for each in streams]) > 0
 
     def _answer_leader(self, begin: Begin, sender: NodeId) -> None:
         """What is not taken may not be needed: a split brought the state, and the sender's log goes on from there."""
@@ -187,7 +215,7 @@ class Receiver:
         incoming.builder.abandon()
         await self._environment.workers.run(_remove, self._environment.disk, list(incoming.builder.paths))
 
-    async def _fill(self, stream: SnapshotStream, incoming: Incoming) -> int:
+    async def _fill(self, stream: SnapshotStream, incoming: Incoming, receiving: _Receiving) -> int:
         """Put the rows that come into the file, to the end; the sender's term then.
 
         Raises ProtocolError unless they are that range's, in that state, StreamBroken when they end before, and
@@ -200,6 +228,7 @@ class Receiver:
                 case ["rows", int(number), bytes(rows), int(checksum)]:
                     incoming.absorb(number, rows, checksum)
                     self.chunks_received += 1
+                    receiving.chunks += 1
                     await self.pace.spend(len(rows))
                     await say(self._clock, stream, ["have", number])
                 case ["end", int(chunks), int(rows), int(checksum), int(term)]:

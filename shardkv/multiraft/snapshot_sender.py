@@ -8,6 +8,7 @@ snapshot failed, and asks again.
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import trio
@@ -18,7 +19,7 @@ from shardkv.errors import ProtocolError, StorageError
 from shardkv.multiraft.catalog import Catalog
 from shardkv.multiraft.driver import Driver
 from shardkv.multiraft.replica import Replica
-from shardkv.multiraft.snapshot_parts import CHUNK_BYTES, ID_BYTES, WINDOW_CHUNKS, Outgoing, Pace, encode_begin
+from shardkv.multiraft.snapshot_parts import ID_BYTES, WINDOW_CHUNKS, Outgoing, Pace, Rate, encode_begin, slow_rate
 from shardkv.multiraft.snapshot_stream import (
     BREAKS,
     RESUME_SECONDS_MAX,
@@ -41,10 +42,6 @@ RETRY_SECONDS_MIN: Final = 0.1
 RETRY_SECONDS_MAX: Final = 2.0
 """After a break, and after each snapshot in a row that one replica did not take: the first pause, and the bound up to
 which it doubles. Raft asks again with every heartbeat, and a receiver without room may refuse for days."""
-SLOW_BYTES_PER_SECOND: Final = 128 * 1024
-"""A stream that is slower takes no other's place: its receiver is behind a slow link, or a slow disk."""
-RATE_SECONDS: Final = 10.0
-"""Over which a stream's rate is measured."""
 CATCH_UP_SECONDS: Final = 60.0
 """For this long after its snapshot, the log keeps what a receiver needs next, however much that is (trap 11)."""
 
@@ -55,27 +52,14 @@ class StreamsDiffer(ProtocolError):
     """The two ends do not agree on what was sent before the break."""
 
 
+@dataclass(frozen=True, slots=True)
 class _Sending:
     """A snapshot under way."""
 
-    __slots__ = ("_measured", "index", "node_id", "outgoing", "slow")
-
-    def __init__(self, node_id: NodeId, index: int, outgoing: Outgoing, now_ns: int) -> None:
-        self.node_id = node_id
-        self.index = index
-        self.outgoing = outgoing
-        self.slow = False
-        """Whether it was when its rate was last measured."""
-        self._measured = (now_ns, 0)
-        """When that was, and how many chunks had arrived."""
-
-    def measure(self, now_ns: int, bytes_per_second_min: int) -> None:
-        measured_ns, chunks = self._measured
-        seconds = (now_ns - measured_ns) / 1e9
-        if seconds >= RATE_SECONDS:
-            arrived = self.outgoing.acknowledged_max
-            self.slow = (arrived - chunks) * CHUNK_BYTES < bytes_per_second_min * seconds
-            self._measured = (now_ns, arrived)
+    node_id: NodeId
+    index: int
+    outgoing: Outgoing
+    rate: Rate
 
 
 class _Failures(NamedTuple):
@@ -146,7 +130,7 @@ class Sender:
         metadata, descriptor = replica.machine.snapshot_metadata(), replica.machine.descriptor
         snapshot = self._engine.snapshot()
         outgoing = Outgoing(snapshot, descriptor)
-        self._sending[key] = _Sending(node_id, metadata.index, outgoing, self._clock.monotonic_ns())
+        self._sending[key] = _Sending(node_id, metadata.index, outgoing, Rate(self._clock.monotonic_ns()))
         self._nursery.start_soon(self._send, replica, message.to, node_id, snapshot, outgoing, metadata, descriptor)
 
     def _has_place_for(self, node_id: NodeId) -> bool:
@@ -158,11 +142,9 @@ class Sender:
             return True
         if left <= -places or any(sending.node_id == node_id for sending in self._sending.values()):
             return False
-        now_ns = self._clock.monotonic_ns()
-        for sending in self._sending.values():
-            # Where the bound on the rate is low and the places are many, none is slow that has its share.
-            sending.measure(now_ns, min(SLOW_BYTES_PER_SECOND, self.pace.bytes_per_second // (4 * places)))
-        return left + sum([sending.slow for sending in self._sending.values()]) > 0
+        now_ns, least = self._clock.monotonic_ns(), slow_rate(self.pace, places)
+        slow = [each.rate.is_slow(each.outgoing.acknowledged_max, now_ns, least) for each in self._sending.values()]
+        return left + sum(slow) > 0
 
     def receives(self, range_id: RangeId, replica_id: int) -> bool:
         """Whether a replica is being sent a snapshot, and some of it has arrived there."""

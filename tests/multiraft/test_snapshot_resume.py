@@ -14,7 +14,7 @@ from shardkv.config import SnapshotsConfig
 from shardkv.errors import Corruption, ProtocolError
 from shardkv.machine.keys import user_key
 from shardkv.multiraft import maintenance, snapshot_sender
-from shardkv.multiraft.snapshot_parts import CHUNK_BYTES, WINDOW_CHUNKS, Outgoing, Pace
+from shardkv.multiraft.snapshot_parts import CHUNK_BYTES, WINDOW_CHUNKS, Outgoing, Pace, Rate
 from shardkv.multiraft.snapshot_stream import RESUME_SECONDS_MAX, StreamBroken
 from shardkv.storage.engine import WriteBatch
 from shardkv.storage.memory import MemoryEngine
@@ -415,7 +415,7 @@ async def test_trap_16_a_group_that_finds_no_place_is_told_at_once_and_asks_agai
     async with world(3) as hosts:
         leader, late = await far_behind(hosts)
         outgoing = Outgoing(leader.engine, leader.machine().descriptor)
-        one = snapshot_sender._Sending(NodeId(70), 1, outgoing, leader.clock.monotonic_ns())
+        one = snapshot_sender._Sending(NodeId(70), 1, outgoing, Rate(leader.clock.monotonic_ns()))
         full = {(RangeId(70 + n), 1): one for n in range(SnapshotsConfig().snapshots_sending_max)}
         leader.snapshots.sender._sending.update(full)
         cut = Cut(leader)

@@ -9,14 +9,15 @@ import trio
 from trio.testing import MockClock
 
 from shardkv.config import SnapshotsConfig
-from shardkv.machine.keys import user_key
-from shardkv.multiraft import snapshot_sender, snapshot_stream
-from shardkv.multiraft.snapshot_parts import CHUNK_BYTES, Outgoing
-from shardkv.raft.messages import NONE, Message, MessageType
+from shardkv.machine.keys import applied_key, descriptor_key, user_key
+from shardkv.machine.rows import pack_applied, pack_conf_state, pack_descriptor
+from shardkv.multiraft import snapshot_receiver, snapshot_sender, snapshot_stream
+from shardkv.multiraft.snapshot_parts import CHUNK_BYTES, RATE_SECONDS, Outgoing, Rate, encode_begin
+from shardkv.raft.messages import NONE, ConfState, Message, MessageType, SnapshotMetadata
 from shardkv.storage.engine import WriteBatch
-from shardkv.types import NodeId, RangeId
-from tests.multiraft.scenes import Stream, behind, led_by_another, spelled
-from tests.multiraft.world import RANGE, world
+from shardkv.types import KeyRange, NodeId, RangeId
+from tests.multiraft.scenes import Stream, behind, carried, led_by_another, spelled
+from tests.multiraft.world import RANGE, Hosts, descriptor_on, world
 
 
 async def test_a_follower_that_fell_behind_the_log_gets_a_snapshot_and_goes_on(autojump_clock: MockClock) -> None:
@@ -134,15 +135,16 @@ async def test_trap_16_a_node_sends_and_receives_few_snapshots_at_once(autojump_
         late = await behind(hosts)
         leader = hosts.leader()
         limits = SnapshotsConfig()
+        arriving = snapshot_receiver._Receiving(NodeId(70), Rate(late.clock.monotonic_ns()))
         late.snapshots.receiver._receiving.update(
-            {RangeId(70 + n): None for n in range(limits.snapshots_receiving_max)}
+            {RangeId(70 + n): arriving for n in range(limits.snapshots_receiving_max)}
         )
         stream = Stream(*spelled(leader, 3))
         await late.snapshots.receive(stream, leader.node_id)
         assert stream.answers[0][0] == "refused"
         late.snapshots.receiver._receiving.clear()
         outgoing = Outgoing(leader.engine, leader.machine(1).descriptor)
-        under_way = snapshot_sender._Sending(NodeId(70), 1, outgoing, leader.clock.monotonic_ns())
+        under_way = snapshot_sender._Sending(NodeId(70), 1, outgoing, Rate(leader.clock.monotonic_ns()))
         leader.snapshots.sender._sending.update(
             {(RangeId(70 + n), 1): under_way for n in range(limits.snapshots_sending_max)}
         )
@@ -227,11 +229,11 @@ async def test_trap_16_streams_that_are_slow_hold_no_place_against_further_nodes
             return len(dialled)
 
         assert await ask() == begun[0]
-        await trio.sleep(snapshot_sender.RATE_SECONDS - 1)
+        await trio.sleep(RATE_SECONDS - 1)
         assert await ask() == begun[0], "there is no telling yet"
         await trio.sleep(1)
         assert await ask() == begun[1]
-        await trio.sleep(snapshot_sender.RATE_SECONDS)
+        await trio.sleep(RATE_SECONDS)
         assert await ask() == begun[1], "as many again, and no more"
         assert len(set(dialled)) == len(dialled), "and none was broken off"
 
@@ -248,12 +250,96 @@ async def test_trap_16_streams_that_have_their_share_of_a_low_rate_are_not_slow(
         leader.snapshots.sender.pace.bytes_per_second = bytes_per_second
         for number in range(places):
             outgoing = Outgoing(leader.engine, leader.machine().descriptor)
-            under_way = snapshot_sender._Sending(NodeId(70 + number), 1, outgoing, leader.clock.monotonic_ns())
+            rate = Rate(leader.clock.monotonic_ns())
+            under_way = snapshot_sender._Sending(NodeId(70 + number), 1, outgoing, rate)
             leader.snapshots.sender._sending[RangeId(70), number] = under_way
             outgoing.acknowledged_max = 6
-        await trio.sleep(snapshot_sender.RATE_SECONDS)
+        await trio.sleep(RATE_SECONDS)
         assert leader.snapshots.sender._has_place_for(NodeId(2)) is begins
         leader.snapshots.sender._sending.clear()
+
+
+class Incoming:
+    """Snapshots, each of a range of its own, that several nodes send to one that holds nothing."""
+
+    def __init__(self, hosts: Hosts, nursery: trio.Nursery, *, seconds: float) -> None:
+        self.leader, self.newcomer = hosts.leader(), hosts[6]
+        self._nursery = nursery
+        self._seconds = seconds
+        """From one chunk to the next."""
+        self._ranges = 9
+
+    async def offer(self, sender: int, *, whole: bool = False) -> bool:
+        """Whether a further stream of this node is taken. It goes on without end, or is sent at once."""
+        self._ranges += 1
+        number, first = self._ranges, 100 * self._ranges
+        span = KeyRange(bytes([number]), bytes([number + 1]))
+        descriptor = descriptor_on(6, range_id=number, span=span, first_replica=first)
+        metadata = SnapshotMetadata(12, 6, ConfState(tuple(range(first + 1, first + 7))))
+        begin = encode_begin(bytes(16), first + 6, first + sender, 6, metadata, descriptor)
+        state = pack_applied(*metadata[:2], 0, pack_conf_state(metadata.conf_state))
+        rows = [(applied_key(number), state), (descriptor_key(number), pack_descriptor(descriptor))]
+        rows += [(user_key(bytes([number, row])), b"") for row in range(0 if whole else 100)]
+        parts = carried([item for row in sorted(rows) for item in row], chunks=len(rows))
+        stream = Trickle(0 if whole else self._seconds, begin, *parts)
+        self._nursery.start_soon(self.newcomer.snapshots.receive, stream, NodeId(sender))
+        await trio.sleep(0.1)
+        self.newcomer.snapshots.check()
+        return stream.progress[:1] == [["from", 0, 0]]
+
+
+class Trickle(Stream):
+    """A sender of a chunk each ``seconds``."""
+
+    def __init__(self, seconds: float, *parts: list[Any]) -> None:
+        super().__init__(*parts)
+        self._seconds = seconds
+
+    async def receive(self) -> list[Any]:
+        if self.parts[0][0] == "rows":
+            await trio.sleep(self._seconds)
+        return await super().receive()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "places", "mib_per_second", "taken"),
+    [(5.0, 2, 32, 4), (5.0, 1, 32, 2), (5.0, 3, 32, 5), (0.5, 2, 32, 2), (1.6, 4, 32, 5), (1.6, 4, 1, 4)],
+)
+async def test_trap_16_streams_that_arrive_slowly_hold_no_place_against_further_nodes(
+    autojump_clock: MockClock, seconds: float, places: int, mib_per_second: int, taken: int
+) -> None:
+    """Two slow senders held both places, and the ranges of all others waited for as long. They keep what they have.
+    None is slow that has its share of a low rate."""
+    async with world(6, replicas=5) as hosts, trio.open_nursery() as nursery:
+        incoming = Incoming(hosts, nursery, seconds=seconds)
+        incoming.newcomer.snapshots.receiver._config = SnapshotsConfig(snapshots_receiving_max=places)
+        incoming.newcomer.snapshots.receiver.pace.bytes_per_second = mib_per_second << 20
+        taking = [sender for sender in range(1, 6) if await incoming.offer(sender)]
+        assert taking == [*range(1, places + 1)]
+        await trio.sleep(RATE_SECONDS - 1)
+        others = [sender for sender in range(1, 6) if sender not in taking]
+        assert not any([await incoming.offer(sender) for sender in others]), "there is no telling yet"
+        await trio.sleep(1)
+        assert not any([await incoming.offer(sender) for sender in taking]), "the same link would carry both"
+        taking += [sender for sender in others if await incoming.offer(sender)]
+        assert taking == [*range(1, taken + 1)]
+        await trio.sleep(RATE_SECONDS)
+        assert not any([await incoming.offer(sender) for sender in range(taken + 1, 6)]), "as many again, and no more"
+        assert incoming.newcomer.snapshots.statistics().receiving == taken, "and none was broken off"
+        nursery.cancel_scope.cancel()
+
+
+async def test_trap_16_what_has_arrived_and_waits_for_the_disk_is_not_slow(autojump_clock: MockClock) -> None:
+    """A further one would only make it wait for longer."""
+    async with world(6, replicas=5) as hosts, trio.open_nursery() as nursery:
+        incoming = Incoming(hosts, nursery, seconds=5)
+        incoming.newcomer.workers.hold_others()
+        assert await incoming.offer(1, whole=True)
+        assert await incoming.offer(2, whole=True)
+        await trio.sleep(RATE_SECONDS)
+        assert not await incoming.offer(3)
+        assert incoming.newcomer.snapshots.statistics().receiving == 2
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_sender_whose_receiver_takes_nothing_gives_up(

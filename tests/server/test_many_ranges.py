@@ -5,7 +5,7 @@ from trio.testing import MockClock
 
 from shardkv.cli.cluster import fetch_ranges
 from shardkv.errors import MalformedRequest
-from shardkv.server import overview, placement_service
+from shardkv.server import overview, placement_leader
 from shardkv.server.answer_budget import ANSWER_BYTES_MAX
 from shardkv.types import (
     KEY_BYTES_MAX,
