@@ -116,6 +116,8 @@ class Driver:
         """Groups that this node should lead before anybody's election timeout, and how often it still campaigns."""
         self._prompt = False
         """Groups were stepped that have work which need not wait for others'."""
+        self._timed = False
+        """:meth:`run` does not only wait to be woken, but also for the end of a time for gathering."""
         self._turning = False
         self.space = space or Space()
         """How much room there is; whoever takes writes asks it first."""
@@ -160,12 +162,16 @@ class Driver:
             nursery.start_soon(self._tick)
             task_status.started()
             while True:
+                awake = self._awake
+                self._timed = proposer.gather_until_ns is not None
                 if proposer.gather_until_ns is None:
-                    await self._awake.wait()
+                    await awake.wait()
+                    if awake is not self._awake:
+                        continue  # a turn elsewhere has set a time
                 else:
                     left_ns = proposer.gather_until_ns - self.environment.clock.monotonic_ns()
                     with self.environment.clock.deadline(max(0, left_ns) / 1e9) as waiting:
-                        await self._awake.wait()
+                        await awake.wait()
                     if waiting.cancelled_caught:
                         proposer.gather_until_ns = None
                         if not proposer.groups:
@@ -272,6 +278,10 @@ class Driver:
             self._failure = error
         if self._failure is not None:
             self._awake.set()
+        elif self.proposer.gather_until_ns is not None and not self._timed and not self._awake.is_set():
+            # Not for a turn: another event stands for that from now on.
+            awake, self._awake = self._awake, trio.Event()
+            awake.set()
 
     def _perform(self, turn: Turn) -> None:
         log = self.log_writer

@@ -522,3 +522,46 @@ async def test_what_fails_in_a_turn_ends_the_node_and_not_the_connection_that_ga
         await follower.ended.wait()
         with pytest.raises(StorageError, match="the engine is broken"):
             raise leaf(follower.error)
+
+
+async def test_a_turn_where_work_was_found_may_ask_for_another_and_set_a_time_for_gathering(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for either waits for both."""
+    async with world(1) as hosts:
+        await hosts.agreed()
+        driver, replica = hosts[1].driver, hosts[1].replica()
+        turn = driver._turn
+
+        def busy() -> None:
+            turn()
+            driver.wake()
+            replica.answered(30, driver.environment.clock.monotonic_ns())
+            driver.proposer.gather(replica)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(driver, "_turn", busy)
+            driver._turn_here()
+        turns = driver.statistics().turns
+        await trio.testing.wait_all_tasks_blocked()
+        assert driver.statistics().turns == turns + 1
+
+
+async def test_a_time_for_gathering_that_is_set_where_work_was_found_costs_no_turn(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(1) as hosts:
+        await hosts.agreed()
+        driver, replica = hosts[1].driver, hosts[1].replica()
+
+        def answering() -> None:
+            replica.answered(30, driver.environment.clock.monotonic_ns())
+            driver.proposer.gather(replica)
+
+        turns = driver.statistics().turns
+        for _ in range(3):
+            with monkeypatch.context() as patched:
+                patched.setattr(driver, "_turn", answering)
+                driver._turn_here()
+            await trio.testing.wait_all_tasks_blocked()
+        assert driver.statistics().turns == turns

@@ -491,3 +491,21 @@ async def test_what_arrives_a_moment_later_shares_the_turn(autojump_clock: MockC
             await first.wait()
             await second.wait()
             assert leader.driver.statistics().entries_applied == applied + 1
+
+
+async def test_one_of_those_just_answered_waits_for_the_others_no_longer_than_they_are_given(
+    autojump_clock: MockClock,
+) -> None:
+    """Also where a follower's acknowledgement was what let them be answered."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = hosts.leader()
+        waited = 0.0
+        for _ in range(5):
+            await trio.sleep(5 * GATHER_NS / 1e9)
+            for answer in [leader.put(b"k", b"%d" % number) for number in range(10)]:
+                await answer.wait()
+            began = trio.current_time()
+            await leader.put(b"alone", b"1").wait()
+            waited += trio.current_time() - began
+        assert waited < TICK_SECONDS, "each waited for the next tick"
