@@ -193,7 +193,7 @@ class Driver:
         self._awake.set()
 
     def step(self, replica: Replica, message: Message) -> None:
-        """Hand a peer's message to its group. Once a frame's are handed over, :meth:`settle`."""
+        """Hand a peer's message to its group. Once all that has come is handed over, :meth:`settle`."""
         # One that waits for its data can let go of nothing that it logs: it would fill the disk until there is no room
         # for the snapshot that ends its wait.
         crowded = self.space.full or (self.space.short and replica.needs_snapshot)
@@ -213,7 +213,7 @@ class Driver:
                 self._prompt = True
 
     def settle(self) -> None:
-        """All that a frame of a peer held has been stepped: do at once what followed from it, but what the log wants.
+        """All that has come from a peer has been stepped: do at once what followed from it, but what the log wants.
 
         A record is shared by all that comes within a round of the loop; an acknowledgement or a heartbeat has nothing
         to share, and another task's turn would cost two wakes more.

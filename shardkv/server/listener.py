@@ -225,6 +225,7 @@ class Listener:
                     connection.flush()
                 else:
                     receive_messages(self._driver, node_id, frame, contradicted)
+            self._driver.settle()
             data = await connection.receive()
             if not data:
                 return

@@ -59,7 +59,9 @@ class PoolPeers:
 def receive_messages(
     driver: Driver, sender: NodeId, frame: Frame, contradicted: Callable[[RangeId, Inconsistent], None]
 ) -> None:
-    """Hand the Raft messages of a peer's frame to their groups. Raises ProtocolError or MalformedRequest.
+    """Hand the Raft messages of a peer's frame to their groups; the caller settles them, with those of further frames.
+
+    Raises ProtocolError or MalformedRequest.
 
     ``contradicted`` is told of each that cannot be true by the log here. It is dropped, and other ranges go on.
     """
@@ -84,7 +86,6 @@ def receive_messages(
             driver.step(replica, message)
         except Inconsistent as error:
             contradicted(range_id, error)
-    driver.settle()
 
 
 class FrameStream:

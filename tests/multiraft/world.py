@@ -292,6 +292,7 @@ class Host:
                 frame_payload = raft_codec.join([item])
                 frame = FrameDecoder().feed(_frame(frame_payload))[0]
                 receive_messages(self.driver, sender, frame, _must_not_contradict)
+            self.driver.settle()
 
     @asynccontextmanager
     async def _dial(self, node_id: NodeId) -> AsyncIterator[Any]:

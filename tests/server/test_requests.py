@@ -2,6 +2,7 @@
 
 import random
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +46,8 @@ from shardkv.storage.wal import Wal
 from shardkv.transport.pool import Purpose
 from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, NodeId, RangeId, ReplicaId, timestamp_at
 from shardkv.wire import commands, raft_codec
-from shardkv.wire.frames import Frame, FrameKind, encode_frame
+from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
+from shardkv.wire.handshake import Role
 from shardkv.wire.requests import GET_KEYS_MAX, Consistency, Method, Request
 from shardkv_placement.fields import ID_MAX, REPLICAS_MAX
 from tests.multiraft.world import descriptor_on
@@ -581,6 +583,27 @@ async def _one_bad_message(cluster: Cluster, chance: random.Random) -> None:
         )
     except (ProtocolError, MalformedRequest):
         pass
+
+
+async def test_what_a_peer_has_sent_meanwhile_shares_a_turn(autojump_clock: MockClock) -> None:
+    """A node that was held up finds hundreds of frames; a turn for each would hold it up for as long again."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await cluster.formed(kv)
+        leading = await cluster.leader_of(kv, b"k")
+        node = next(each for each in cluster.nodes.values() if each is not leading)
+        mine, theirs = (each.inside.catalog.replicas[RangeId(1)] for each in (node, leading))
+        heartbeat = Message(MessageType.HEARTBEAT, mine.replica_id, theirs.replica_id, theirs.raft.term)
+        frame = Frame(FrameKind.RAFT, raft_codec.join([raft_codec.encode_message(RangeId(1), heartbeat)]))
+        identity, listener = leading.inside.listener._identity, node.inside.listener
+
+        async def receive() -> bytes:
+            return b""
+
+        connection: Any = SimpleNamespace(receive=receive)
+        turns = node.inside.driver.statistics().turns
+        hello = identity.hello(Role.PEER, listener._identity.node_id)
+        await listener._serve_peer(connection, FrameDecoder(), [frame] * 100, hello)
+        assert node.inside.driver.statistics().turns == turns + 1
 
 
 async def test_a_proposal_of_a_peer_is_refused(autojump_clock: MockClock) -> None:
