@@ -8,7 +8,7 @@ has changed is told soon, and what changes all the time no more often than heart
 from collections.abc import Callable
 from itertools import islice
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import trio
 
@@ -20,7 +20,7 @@ from shardkv.outage import UNANSWERED_SECONDS, Outage
 from shardkv.server.missing_leaders import MissingLeaders
 from shardkv.server.placement_group import CALL_SECONDS, PlacementGroup
 from shardkv.server.stop import Stop
-from shardkv.types import PLACEMENT_RANGE, RangeDescriptor, RangeId, ReplicaId
+from shardkv.types import PLACEMENT_RANGE, Fullness, RangeDescriptor, RangeId, ReplicaId
 from shardkv.wire.requests import Method
 from shardkv_placement import heartbeat
 from shardkv_placement.commands import ReportRanges
@@ -36,6 +36,14 @@ LOOKS_PER_HEARTBEAT: Final = 2
 DEFAULTS: Final = Settings()
 REPORTS_AT_ONCE_MAX: Final = 512
 """Descriptors in one report: 4 MiB with the largest keys, where a call may have 8, and no more items than it may."""
+
+
+class _Health(NamedTuple):
+    """What of a node itself is told soon."""
+
+    draining: bool
+    slow_disk: bool
+    fullness: Fullness
 
 
 class Reporting:
@@ -72,6 +80,8 @@ class Reporting:
         """Whether this node's disk is slow; set before the first heartbeat."""
         self.settings: dict[str, int] = {}
         """What the last heartbeat's reply said."""
+        self._told: _Health | None = None
+        """What the group has heard of this node's health."""
         self._unreported: dict[RangeId, RangeDescriptor] = {}
         self._report_wanted = trio.Event()
         self._beat_wanted = trio.Event()
@@ -135,7 +145,8 @@ class Reporting:
         while True:
             interval = self.settings.get("heartbeat_ms", DEFAULTS.heartbeat_ms) / 1000
             self._observe_replicas()
-            if self._beat_wanted.is_set() or self._reporter.urgent or self._now() - answered >= interval:
+            urgent = self._beat_wanted.is_set() or self._reporter.urgent or self._health() != self._told
+            if urgent or self._now() - answered >= interval:
                 self._beat_wanted = trio.Event()
                 outage.begin(self._now())
                 if await self._beat(outage):
@@ -146,17 +157,14 @@ class Reporting:
 
     async def _beat(self, outage: Outage) -> bool:
         """Say once how this node is; whether the group has answered."""
-        beat = self._reporter.heartbeat(
-            draining=self.draining,
-            capacity=self._capacity(),
-            slow_disk=self.slow_disk(),
-            fullness=self._driver.space.fullness,
-        )
+        health = self._health()
+        beat = self._reporter.heartbeat(capacity=self._capacity(), **health._asdict())
         try:
             answer = await self._group.call(
                 Method.HEARTBEAT, heartbeat.encode(beat), range_id=PLACEMENT_RANGE, timeout=CALL_SECONDS
             )
             self._acknowledged(beat, heartbeat.decode_reply(answer))
+            self._told = health
         except WrongCluster as error:
             self._stop.for_good(error)
         except ShardKVError as error:
@@ -205,6 +213,9 @@ class Reporting:
         return RangeReport(
             replica.range_id, epoch.membership, epoch.span, replica.leads, raft.term, self._bytes_of(replica), progress
         )
+
+    def _health(self) -> _Health:
+        return _Health(self.draining, self.slow_disk(), self._driver.space.fullness)
 
     def _capacity(self) -> Capacity:
         return Capacity(disk_free_bytes=self._driver.space.free_bytes)

@@ -1,6 +1,6 @@
 """The bounds of a node's part in placement: requests under way, reports together and in pieces, heartbeats."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from shardkv.errors import NotLeader, Unavailable
+from shardkv.errors import NotLeader, OutOfSpace, Unavailable
 from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.space import Space
 from shardkv.server import placement_leader
@@ -62,10 +62,11 @@ class World:
         self.call_gate = trio.Event()
         self.disk = SimpleNamespace(free_bytes=lambda path: 1_000_000)
         environment: Any = SimpleNamespace(clock=SimulationClock(), disk=self.disk)
+        self.space = Space()
         driver: Any = SimpleNamespace(
             catalog=SimpleNamespace(replicas=self.replicas),
             hybrid_clock=HybridClock(environment.clock),
-            space=Space(),
+            space=self.space,
         )
         extension: Any = SimpleNamespace(state=self.group.state)
         log: Any = SimpleNamespace(
@@ -327,11 +328,28 @@ async def test_the_leader_looks_more_often_while_something_is_under_way(
         assert len(looks) >= 4
 
 
+def _new_term(world: World) -> None:
+    world.replicas[5].raft.term += 1
+
+
+def _draining(world: World) -> None:
+    world.service.reporting.draining = True
+
+
+def _slow_disk(world: World) -> None:
+    world.service.reporting.slow_disk = lambda: True
+
+
+def _full_disk(world: World) -> None:
+    world.space.failed("log", OutOfSpace("full"))
+
+
+@pytest.mark.parametrize("become", [_new_term, _draining, _slow_disk, _full_disk])
 async def test_a_node_with_nothing_new_reports_once_an_interval_and_what_is_new_at_the_next_look(
-    autojump_clock: MockClock,
+    autojump_clock: MockClock, become: Callable[[World], None]
 ) -> None:
     async with running() as world:
-        replica = world.add(5)
+        world.add(5)
         await trio.sleep(5)
         world.beats.clear()
         await trio.sleep(10)
@@ -339,7 +357,7 @@ async def test_a_node_with_nothing_new_reports_once_an_interval_and_what_is_new_
         count = len(world.beats)
         with trio.fail_after(2):
             await world.beat_after(count)
-        replica.raft.term += 1  # nobody says so
+        become(world)  # nobody says so
         await trio.sleep((HEARTBEAT_SECONDS_MIN + HEARTBEAT_SECONDS / LOOKS_PER_HEARTBEAT) * 1.01)
         assert len(world.beats) == count + 2
         assert world.beats[-1] - world.beats[-2] < HEARTBEAT_SECONDS
