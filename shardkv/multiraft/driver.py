@@ -179,8 +179,7 @@ class Driver:
                 # Once round the loop: what has arrived meanwhile on other connections shares the turn and its sync.
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 self._awake = trio.Event()
-                if self._failure is None:
-                    self._turn()
+                self._try_turn()
                 if self._failure is not None:
                     raise self._failure
 
@@ -269,13 +268,20 @@ class Driver:
         self.peers.flush()
         self.hooks.flush()
 
-    def _turn_here(self) -> None:
-        """A turn in the task that found the work: waking another costs more. What goes wrong in it is :meth:`run`'s."""
+    def _try_turn(self) -> None:
+        """A turn, unless one has failed: what that applied and did not write would be missing below the next one's."""
         try:
             if self._failure is None:
                 self._turn()
-        except Exception as error:  # noqa: BLE001  # the task that found the work is not to blame, and may forgive much
+        except Exception as error:  # noqa: BLE001  # for :meth:`run`, which may not be the task that is in here
             self._failure = error
+
+    def _turn_here(self) -> None:
+        """A turn in the task that found the work: waking another costs more.
+
+        What goes wrong in it is :meth:`run`'s, for this task is not to blame, and may forgive much.
+        """
+        self._try_turn()
         if self._failure is not None:
             self._awake.set()
         elif self.proposer.gather_until_ns is not None and not self._timed and not self._awake.is_set():

@@ -565,3 +565,33 @@ async def test_a_time_for_gathering_that_is_set_where_work_was_found_costs_no_tu
                 driver._turn_here()
             await trio.testing.wait_all_tasks_blocked()
         assert driver.statistics().turns == turns
+
+
+async def test_nothing_is_done_after_a_turn_that_failed_while_the_log_still_ends(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had applied and not written would be missing below whatever the next one writes."""
+    async with world(3) as hosts:
+        await hosts.agreed()
+        hosts.tolerant = True
+        leader, follower = hosts.leader(), hosts.follower()
+        driver = follower.driver
+        turns = []
+
+        def broken() -> None:
+            turns.append(driver.statistics().turns)
+            raise StorageError("the engine is broken")
+
+        monkeypatch.setattr(driver, "_turn", broken)
+        follower.workers.hold_log()
+        driver.log_writer.append([])
+        driver.wake()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(turns) == 1
+        driver.step(follower.replica(), from_leader(leader, follower, MessageType.HEARTBEAT))
+        driver.settle()
+        assert len(turns) == 1
+        follower.workers.release()
+        await follower.ended.wait()
+        with pytest.raises(StorageError, match="the engine is broken"):
+            raise leaf(follower.error)
