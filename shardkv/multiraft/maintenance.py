@@ -85,8 +85,8 @@ class Maintenance:
         self._flushed_ns = 0
         self._flushed_segment = -1
         """The newest segment at the last flush: flushing again before there is another frees none."""
-        self._measured_bytes = -1
-        """What the log had written when the room was last measured."""
+        self._measured_bytes = -MEASURED_BYTES
+        """What the log had written when the room was last measured; so much less at first that it is at once."""
         self._unmeasured = 0
         """Looks since then."""
         self._room = (False, False, False)
