@@ -253,3 +253,19 @@ class World:
 
     def requests_to(self, node_id: int, method: Method) -> list[Request]:
         return [each for each in self.cluster.nodes[node_id].requests if each.method == method]
+
+
+IN_DOUBT = [errors.NotLeader(logged=True), errors.OutcomeUnknown("stepped down"), errors.RangeNotFound("gone")]
+"""Refusals of a write that may be applied all the same."""
+CAME_TO_NOTHING = [errors.NotLeader(), errors.Busy("full"), errors.Unavailable("check the clocks")]
+"""Refusals of one that is certainly not."""
+
+
+def refusing(*refusals: errors.ShardKVError) -> World:
+    """Nodes that refuse the next writes so, whoever is asked; after those they take them."""
+    world = World()
+    world.run(world.put(b"k", b"v"))
+    left = list(refusals)
+    for node in world.cluster.nodes.values():
+        node.faults.append(lambda request: left.pop(0) if request.method == Method.WRITE and left else None)
+    return world
