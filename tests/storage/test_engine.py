@@ -277,6 +277,15 @@ def test_a_snapshot_stays_while_the_engine_moves_on_under_its_scan(engine: Engin
         before = dict(engine.scan(LOW, HIGH))
 
 
+def test_a_scan_of_a_snapshot_has_its_start_and_not_its_end(engine: Engine) -> None:
+    engine.write(put(a=b"1", b=b"2", c=b"3", d=b"4"))
+    snapshot = engine.snapshot()
+    for reverse in (False, True):
+        found = list(snapshot.scan(b"b", b"d", reverse=reverse))
+        assert found == sorted([(b"b", b"2"), (b"c", b"3")], reverse=reverse)
+    snapshot.close()
+
+
 def test_two_scans_of_one_snapshot_do_not_disturb_each_other(engine: Engine) -> None:
     batch = WriteBatch()
     for number in range(600):
