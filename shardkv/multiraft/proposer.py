@@ -146,33 +146,29 @@ class Proposer:
     def split(self, replica: Replica, split: SplitCommand, requester: Requester, request_id: int) -> None:
         """Raises NotLeader or Busy."""
         assert replica.machine is not None, f"a split of range {replica.range_id}, which is not initialised"
-        self._propose_entry(replica, encode_split_entry(split, self._hybrid_clock.now()), ((requester, request_id),))
+        data = encode_split_entry(split, self._hybrid_clock.now())
+        self._propose(replica, lambda: replica.raft.propose(data), requester, request_id)
 
     def extension(self, replica: Replica, command: Any, requester: Requester, request_id: int) -> None:
         """Propose a command of the range's extension. Raises NotLeader or Busy."""
         assert replica.machine is not None, f"a command for range {replica.range_id}, which is not initialised"
         data = replica.machine.encode_extension_entry(command, self._hybrid_clock.now())
-        self._propose_entry(replica, data, ((requester, request_id),))
+        self._propose(replica, lambda: replica.raft.propose(data), requester, request_id)
 
     def membership(self, replica: Replica, change: ConfChange, requester: Requester, request_id: int) -> None:
         """Propose a change of the replica set. Raises NotLeader or Busy."""
+        self._propose(replica, lambda: replica.raft.propose_conf_change(change), requester, request_id)
+
+    def _propose(
+        self, replica: Replica, propose: Callable[[], tuple[int, int]], requester: Requester, request_id: int
+    ) -> None:
         if not replica.leads:
             raise replica.not_leader()
         try:
-            term, index = replica.raft.propose_conf_change(change)
+            term, index = propose()
         except ProposalDropped as dropped:
             raise _refusal(replica, dropped) from dropped
         replica.proposals[index] = Proposal(term, ((requester, request_id),))
-        self._touch(replica)
-
-    def _propose_entry(self, replica: Replica, data: bytes, waiting: tuple[tuple[Requester, int], ...]) -> None:
-        if not replica.leads:
-            raise replica.not_leader()
-        try:
-            term, index = replica.raft.propose(data)
-        except ProposalDropped as dropped:
-            raise _refusal(replica, dropped) from dropped
-        replica.proposals[index] = Proposal(term, waiting)
         self._touch(replica)
 
 
