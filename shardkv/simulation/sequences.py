@@ -201,17 +201,24 @@ async def _usurp(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> No
 
 
 async def _sleeper(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:
-    """A leader sleeps until others lead, and wakes amid the requests of clients that have not heard of them."""
+    """A leader sleeps until others lead, and wakes amid the requests of clients that have not heard of them; perhaps
+    they are all that it hears at first, and nothing of those who lead now."""
     leader = _leading(faults)
     if leader is None or leader.paused:
         return
     starts, rivalled = leader.starts, _rivalled(faults, leader)
     leader.pause()
+    deaf = faults.chance.random() < 0.5 and not faults.healing
+    if deaf:
+        _cut_off(faults, leader)
     await determinism.until(rivalled, determinism.now() + SLEEPING_SECONDS_MAX, NOTICING_SECONDS)
     _send_clients_away(faults, leader)
     await determinism.sleep(faults.chance.uniform(0, WAKING_SECONDS_MAX))
     if leader.starts == starts:
         leader.resume()
+    if deaf:
+        await determinism.sleep(faults.chance.uniform(0, WAKING_SECONDS_MAX))
+        _reconnect(faults, leader)
 
 
 async def _relay(faults: "Faults", one: SimulatedNode, two: SimulatedNode) -> None:

@@ -50,6 +50,9 @@ BURST_MAX: Final = 5
 """Calls that a client makes together,"""
 APART_SECONDS: Final = (0.0, 0.001, 0.01, 0.1)
 """each so long after the first."""
+LINGERING_SHARE: Final = 0.04
+"""Of the pauses between a client's calls. After one the client turns to the leaders that it knew before it:"""
+LINGERING_SECONDS_MAX: Final = 2.5
 GENERATION_SECONDS: Final = 20.0
 REGISTERS, COUNTERS, LEDGERS, BULK = 6, 2, 4, 24
 """Keys of each family in a generation."""
@@ -145,7 +148,10 @@ class Workload:
                 else:
                     await self._one(kv, chance, kind)
                 _check(kv)
-                await determinism.sleep(calls * chance.expovariate(1 / self._pause_seconds))
+                pause = calls * chance.expovariate(1 / self._pause_seconds)
+                if chance.random() < LINGERING_SHARE:
+                    pause += chance.uniform(0, LINGERING_SECONDS_MAX)
+                await determinism.sleep(pause)
 
     async def _one(self, kv: Client, chance: determinism.SeededRandom, kind: str) -> None:
         """A call, or what belongs together; some callers do not wait for it to end."""

@@ -288,7 +288,7 @@ BUGS = (
         "the clock is read after the request came, also by a process that slept meanwhile (trap 7)",
         lease_by_an_old_look,
         ("sleeper",),
-        85,
+        2,
         workload="registers",
         rate=100,
     ),
