@@ -10,6 +10,7 @@ from shardkv.environment import Clock, Environment, Stream
 from shardkv.errors import ConfigError, RoutingError, ShardKVError, Unavailable
 from shardkv.outage import UNANSWERED_SECONDS, Outage
 from shardkv.server.placement_group import Call
+from shardkv.types import NodeId
 from shardkv.wire.requests import Method
 from shardkv_client import Settings, connect
 
@@ -110,14 +111,17 @@ class _JoiningEnvironment(ClientEnvironment):
 
 @asynccontextmanager
 async def connect_cluster(
-    environment: ClientEnvironment, seeds: Sequence[str], cluster_id: bytes | None = None
+    environment: ClientEnvironment,
+    seeds: Sequence[str],
+    cluster_id: bytes | None = None,
+    node_id: NodeId | None = None,
 ) -> AsyncIterator[Call]:
     """A way to ask other nodes, for as long as the context lasts.
 
-    A node of ``cluster_id`` asks that one's nodes only: an address may have gone to another cluster meanwhile.
+    Node ``node_id`` of ``cluster_id`` asks that one's nodes only: an address may have gone to another cluster.
     """
     addresses = ",".join(dict.fromkeys(seeds))
-    settings = Settings(cluster_id=cluster_id)
+    settings = Settings(cluster_id=cluster_id, node_id=node_id)
     async with connect(addresses, environment=environment, settings=settings) as client:
         yield client.call
 

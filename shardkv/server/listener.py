@@ -4,6 +4,7 @@ Lives here: what becomes of a connection from accept to close, and the bound on 
 requests and messages mean. Each connection has its own task; whatever goes wrong with it ends it alone.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,11 +33,14 @@ from shardkv.wire.handshake import Hello, Role, encode_refused
 
 PEER_FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
 """A turn's messages for one peer; peers are trusted further than clients."""
-OTHER_CONNECTIONS_MAX: Final = 2_048
-"""Beside those of clients: two of each other node, of which a cluster may have a thousand, and those still greeting.
+OTHER_CONNECTIONS_MAX: Final = 4_096
+"""Beside those of clients: three of each other node, of which a cluster may have a thousand, and those still greeting.
 Only its greeting tells which a connection is, and clients, however many there are, must not keep other nodes out."""
-CONNECTIONS_PER_NODE: Final = 2 * len(Purpose)
-"""With each other node: those that it has dialled, and those that this node has."""
+CALLS_PER_NODE: Final = 4
+"""Connections on which a node makes calls of its own, as clients do: one for as long as it runs, others while it looks
+for somebody. Its earlier ones may not be found to be over yet."""
+CONNECTIONS_PER_NODE: Final = 2 * (len(Purpose) + 1)
+"""With each other node: those that it has dialled, and those that this node has, each with one for calls."""
 CONNECTIONS_KEPT_SHARE: Final = 8
 """Where the system has room for few connections: this part of them, at least, is for nodes and whoever greets, and this
 part for clients."""
@@ -54,6 +58,7 @@ class ListenerStatistics:
     connections: int
     """All: clients, nodes, and those still greeting."""
     clients: int
+    """Those that nodes make their own calls on are none."""
 
 
 class Listener:
@@ -104,7 +109,10 @@ class Listener:
         self._inflight_max = inflight_max
         self._intake = Intake(environment.clock)
         self._budget = AnswerBudget(environment.clock)
-        self._clients: dict[ClientConnection, None] = {}
+        self._clients: dict[ClientConnection, NodeId | None] = {}
+        """Each with the node whose own calls it carries."""
+        self._calling: Counter[NodeId] = Counter()
+        """How many of them each node has; the rest are clients'."""
         self._count = 0
         self.dirty: dict[ClientConnection, None] = {}
         """Clients with answers to flush."""
@@ -158,7 +166,7 @@ class Listener:
             foreign=self._foreign,
         )
         if hello.role is Role.CLIENT:
-            await self._serve_client(connection, decoder, frames)
+            await self._serve_client(connection, decoder, frames, hello.node_id)
             return
         decoder.frame_bytes_max = PEER_FRAME_BYTES_MAX
         assert hello.node_id is not None, "a peer's greeting names its node"
@@ -176,12 +184,22 @@ class Listener:
             connection.flush()
 
     async def _admit(self, hello: Hello) -> None:
-        """Raises Busy when there are clients enough. A client is told the time, so this node must know it."""
-        if hello.role is Role.CLIENT:
-            await self._clock_health.settled()
-            clients_max = self._clients_max()
-            if len(self._clients) >= clients_max:
-                raise Busy(f"this node has {clients_max} clients already; try another")
+        """Raises Busy when there are clients enough. A client is told the time, so this node must know it.
+
+        What a node asks for itself takes no places of clients: idlers could fill them, and it would pass for dead.
+        """
+        if hello.role is not Role.CLIENT:
+            return
+        await self._clock_health.settled()
+        if hello.node_id is not None:
+            if self._calling[hello.node_id] >= CALLS_PER_NODE:
+                raise Busy(f"node {hello.node_id} has {CALLS_PER_NODE} connections for its calls here already")
+        elif self._client_count >= (clients_max := self._clients_max()):
+            raise Busy(f"this node has {clients_max} clients already; try another")
+
+    @property
+    def _client_count(self) -> int:
+        return len(self._clients) - self._calling.total()
 
     def _clients_max(self) -> int:
         """Where the system has room for few connections, clients leave what those with other nodes take."""
@@ -190,7 +208,9 @@ class Listener:
         kept = min(max(CONNECTIONS_PER_NODE * self._peers(), share), room - share)
         return min(self._connections_max, room - kept)
 
-    async def _serve_client(self, connection: Connection, decoder: FrameDecoder, frames: list[Frame]) -> None:
+    async def _serve_client(
+        self, connection: Connection, decoder: FrameDecoder, frames: list[Frame], caller: NodeId | None
+    ) -> None:
         client = ClientConnection(
             connection,
             hybrid_clock=self._hybrid_clock,
@@ -201,11 +221,16 @@ class Listener:
             budget=self._budget,
             clock=self._environment.clock,
         )
-        self._clients[client] = None
+        self._clients[client] = caller
+        if caller is not None:
+            self._calling[caller] += 1
         try:
             await client.serve(decoder, frames)
         finally:
             del self._clients[client]
+            if caller is not None:
+                self._calling[caller] -= 1
+                self._calling = +self._calling
             self.dirty.pop(client, None)
             self._budget.forget(client)
 
@@ -260,7 +285,7 @@ class Listener:
             )
 
     def statistics(self) -> ListenerStatistics:
-        return ListenerStatistics(self._count, len(self._clients))
+        return ListenerStatistics(self._count, self._client_count)
 
     def goodbye(self) -> None:
         """Send every client elsewhere, and take no more."""

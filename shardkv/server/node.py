@@ -194,7 +194,10 @@ class _Node:
             await nursery.start(parts.clock_health.run, others.ids)
             self._serving.set()
             client_environment = ClientEnvironment(self._environment)
-            async with connect_cluster(client_environment, others.seeds(), parts.identity.cluster_id) as call:
+            identity = parts.identity
+            async with connect_cluster(
+                client_environment, others.seeds(), identity.cluster_id, identity.node_id
+            ) as call:
                 placement.group.call = call
                 nursery.start_soon(placement.run)
                 nursery.start_soon(parts.introduction.register)

@@ -166,7 +166,7 @@ class OtherNodes:
                 return  # the table does say where the others are
             for address in list(left):
                 try:
-                    found = await who_is_at(self._environment, self._identity.cluster_id, address)
+                    found = await who_is_at(self._environment, self._identity, address)
                 except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ShardKVError) as error:
                     self._log.debug("nobody of the cluster there yet", address=address, reason=str(error))
                     continue

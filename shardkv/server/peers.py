@@ -132,14 +132,14 @@ async def _connect(environment: Environment, address: str) -> Connection:
     return Connection(stream, clock=environment.clock)
 
 
-async def who_is_at(environment: Environment, cluster_id: bytes, address: str) -> Welcome:
-    """Greet whoever listens at an address, of whom nothing is known, as a client would.
+async def who_is_at(environment: Environment, identity: NodeIdentity, address: str) -> Welcome:
+    """Greet whoever listens at an address, of whom nothing is known, for this node's own calls.
 
     Raises OSError, trio.BrokenResourceError or ShardKVError.
     """
     connection = await _connect(environment, address)
     try:
-        hello = Hello(Role.CLIENT, cluster_id=cluster_id)
+        hello = Hello(Role.CLIENT, cluster_id=identity.cluster_id, node_id=identity.node_id)
         decoder = FrameDecoder(GREETING_BYTES_MAX)
         welcome, _ = await greet(connection, decoder, hello, clock=environment.clock, known_boots=KnownBoots())
         return welcome

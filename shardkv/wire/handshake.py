@@ -37,11 +37,12 @@ class Role(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The dialler's greeting. A client has no node id, and may not know the cluster yet; a peer names everything."""
+    """The dialler's greeting. A client may not know the cluster yet; a peer names everything."""
 
     role: Role
     cluster_id: bytes | None = None
     node_id: NodeId | None = None
+    """Of a client: the node whose own calls these are; None for everybody else's."""
     destination_node_id: NodeId | None = None
     boot: int = 0
     """How often the sender's data directory has been started; a lower one than seen before is a restored disk."""

@@ -14,7 +14,7 @@ from shardkv.config import LimitsConfig
 from shardkv.errors import Busy
 from shardkv.server.answer_budget import AnswerBudget
 from shardkv.server.client_connection import ClientConnection
-from shardkv.server.listener import Listener
+from shardkv.server.listener import CALLS_PER_NODE, Listener
 from shardkv.server.peers import SnapshotDialler
 from shardkv.simulation.environment import SimulatedEnvironment, simulated_environment
 from shardkv.simulation.network import WINDOW_BYTES, NodeNetwork
@@ -28,19 +28,21 @@ from shardkv.wire.handshake import Hello, Role, encode_hello
 from tests.server.world import world
 
 CONNECTIONS_MAX = 12
+IDLER = Hello(Role.CLIENT)
 
 
 async def crowd(
-    node: SimulatedNode, environment: SimulatedEnvironment, most: int = CONNECTIONS_MAX
+    node: SimulatedNode,
+    environment: SimulatedEnvironment,
+    most: int = CONNECTIONS_MAX,
+    hello: Hello = IDLER,
 ) -> tuple[list[Connection], str]:
     """Connect clients that ask for nothing until the node takes no more; why it takes no more."""
     taken: list[Connection] = []
     while len(taken) <= most:
         connection = Connection(await environment.network.dial(node.address), clock=environment.clock)
         try:
-            await greet(
-                connection, FrameDecoder(), Hello(Role.CLIENT), clock=environment.clock, known_boots=KnownBoots()
-            )
+            await greet(connection, FrameDecoder(), hello, clock=environment.clock, known_boots=KnownBoots())
         except Busy as error:
             return taken, str(error)
         taken.append(connection)
@@ -64,15 +66,48 @@ async def test_clients_that_fill_a_node_do_not_keep_other_nodes_out(autojump_clo
         assert crowded.inside.listener.statistics().clients == CONNECTIONS_MAX
 
 
+async def test_clients_that_fill_every_node_do_not_keep_a_node_from_asking(autojump_clock: MockClock) -> None:
+    """One that is restarted reports that it lives as a client of the others: idlers made it pass for dead, and its
+    replicas would have been made anew elsewhere."""
+    async with world(3, limits=LimitsConfig(connections_max=CONNECTIONS_MAX)) as cluster:
+        *others, away = cluster.nodes.values()
+        await away.kill()
+        network = simulated_environment("idlers", seed=1, network=cluster.network)
+        for node in others:
+            idlers, why = await crowd(node, network)
+            assert idlers
+            assert f"has {CONNECTIONS_MAX} clients already" in why
+        await away.start()
+        await cluster.sleep(10)
+        assert away.inside.placement.reporting.introduced(None), "the group has heard of it since its start"
+        assert all(node.inside.listener.statistics().clients == CONNECTIONS_MAX for node in others)
+
+
+async def test_a_node_has_few_places_for_its_own_calls(autojump_clock: MockClock) -> None:
+    """Whoever claims to be one would else get in without end."""
+    async with world(1, limits=LimitsConfig(connections_max=CONNECTIONS_MAX)) as cluster:
+        (node,) = cluster.nodes.values()
+        network = simulated_environment("claimant", seed=1, network=cluster.network)
+        for claimed in (7, 8):
+            claimants, why = await crowd(node, network, hello=Hello(Role.CLIENT, node_id=NodeId(claimed)))
+            assert len(claimants) == CALLS_PER_NODE
+            assert f"node {claimed} has {CALLS_PER_NODE} connections for its calls here already" in why
+        assert node.inside.listener.statistics().clients == 0
+        claimants[0].close_now()
+        await cluster.sleep(1)
+        claimants, _ = await crowd(node, network, hello=Hello(Role.CLIENT, node_id=NodeId(8)))
+        assert len(claimants) == 1
+
+
 @pytest.mark.parametrize(
     ("room", "nodes", "clients"),
-    [(400, 2, 350), (400, 20, 320), (400, 99, 50), (400, 500, 50), (16, 2, 8), (4096, 2, 400)],
+    [(400, 2, 350), (400, 20, 280), (400, 99, 50), (400, 500, 50), (16, 2, 4), (4096, 2, 400)],
 )
 async def test_where_few_connections_fit_clients_leave_the_room_that_those_of_nodes_take(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, room: int, nodes: int, clients: int
 ) -> None:
-    """Idlers had used it up, and no other node got in again, nor could be dialled. Each takes two connections each way.
-    Something is left for those that are new, and for clients."""
+    """Idlers had used it up, and no other node got in again, nor could be dialled. Each takes three connections each
+    way. Something is left for those that are new, and for clients."""
     monkeypatch.setattr(NodeNetwork, "connections_max", lambda self: room)
     async with world(3, limits=LimitsConfig(connections_max=400)) as cluster:
         crowded, *_ = cluster.nodes.values()

@@ -273,7 +273,7 @@ class Links:
             return  # given up in the meantime
         link.state = LinkState.GREETING
         link.received_at = now
-        self.write(link, encode_hello(Hello(Role.CLIENT, cluster_id=self.cluster_id)))
+        self.write(link, encode_hello(Hello(Role.CLIENT, cluster_id=self.cluster_id, node_id=self._settings.node_id)))
 
     def write(self, link: Link, frame: bytes) -> None:
         if not link.output:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from shardkv.errors import ConfigError
-from shardkv.types import CLUSTER_ID_BYTES
+from shardkv.types import CLUSTER_ID_BYTES, NodeId
 
 TIMEOUT_SECONDS: Final = 10.0
 """How long a call may take when the caller does not say."""
@@ -65,6 +65,8 @@ class Settings:
     ranges_cached_max: int = 100_000
     cluster_id: bytes | None = None
     """Only nodes of this cluster are spoken to; None: of that which the first node that answers belongs to."""
+    node_id: NodeId | None = None
+    """The node whose own calls these are, which take no places of clients; None: a client's."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a bound or delay that no client could work with."""
@@ -73,6 +75,9 @@ class Settings:
             if field.name == "cluster_id":
                 if value is not None and not (isinstance(value, bytes) and len(value) == CLUSTER_ID_BYTES):
                     raise ConfigError(f"cluster_id must be {CLUSTER_ID_BYTES} bytes or None, not {value!r:.60}")
+            elif field.name == "node_id":
+                if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                    raise ConfigError(f"node_id must be a whole number from 1 on or None, not {value!r:.60}")
             elif field.type is int:
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise ConfigError(f"{field.name} must be a whole number from 1 on, not {value!r:.60}")
