@@ -187,7 +187,7 @@ BUGS = (
         "a follower's reads are linearizable, however many keys are asked for (DESIGN 2.3)",
         followers_answer_many_keys_at_once,
         ("slow", "slow-disk"),
-        1,
+        2,
         workload="bulk",
     ),
     Bug(
