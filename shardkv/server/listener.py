@@ -36,9 +36,9 @@ PEER_FRAME_BYTES_MAX: Final = 64 * 1024 * 1024
 OTHER_CONNECTIONS_MAX: Final = 4_096
 """Beside those of clients: three of each other node, of which a cluster may have a thousand, and those still greeting.
 Only its greeting tells which a connection is, and clients, however many there are, must not keep other nodes out."""
-CALLS_PER_NODE: Final = 4
+CALLS_PER_NODE: Final = 16
 """Connections on which a node makes calls of its own, as clients do: one for as long as it runs, others while it looks
-for somebody. Its earlier ones may not be found to be over yet."""
+for somebody. Those of half a minute before may not be found to be over yet, where the network comes and goes."""
 CONNECTIONS_PER_NODE: Final = 2 * (len(Purpose) + 1)
 """With each other node: those that it has dialled, and those that this node has, each with one for calls."""
 CONNECTIONS_KEPT_SHARE: Final = 8

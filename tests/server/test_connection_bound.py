@@ -89,13 +89,13 @@ async def test_a_node_has_few_places_for_its_own_calls(autojump_clock: MockClock
         (node,) = cluster.nodes.values()
         network = simulated_environment("claimant", seed=1, network=cluster.network)
         for claimed in (7, 8):
-            claimants, why = await crowd(node, network, hello=Hello(Role.CLIENT, node_id=NodeId(claimed)))
+            claimants, why = await crowd(node, network, CALLS_PER_NODE, Hello(Role.CLIENT, node_id=NodeId(claimed)))
             assert len(claimants) == CALLS_PER_NODE
             assert f"node {claimed} has {CALLS_PER_NODE} connections for its calls here already" in why
         assert node.inside.listener.statistics().clients == 0
         claimants[0].close_now()
         await cluster.sleep(1)
-        claimants, _ = await crowd(node, network, hello=Hello(Role.CLIENT, node_id=NodeId(8)))
+        claimants, _ = await crowd(node, network, CALLS_PER_NODE, Hello(Role.CLIENT, node_id=NodeId(8)))
         assert len(claimants) == 1
 
 
