@@ -1,8 +1,8 @@
-"""What is committed becomes state: entries of all groups, in as few engine batches as possible, and then the answers.
+"""What is committed becomes state: entries of all groups, in as few engine batches as possible, and the answers.
 
 Lives here: when entries are applied, and in which batch. Does not live here: what a command does (``machine``), nor
 when a group's work is looked at (``driver``). The rule: a batch holds a range's data together with its applied index,
-and nobody is answered before the batch is in the engine.
+and between what a batch does to the machines and the engine's having it nobody reads. Answers leave in between.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,7 @@ class Applier:
     """Applies committed entries to the machines of the groups in ``catalog``.
 
     Args:
+        flush: called when there are answers, to send them.
         applied: called once a group's entries are in the engine and answered.
         divided: called when a split was applied, with both halves; the right one is None if it has ended here before.
         changed: called when a replica's descriptor has changed, or the replica is new.
@@ -43,6 +44,7 @@ class Applier:
         clock: Clock,
         *,
         hybrid_clock: HybridClock,
+        flush: Callable[[], None],
         applied: Callable[[Replica, Message], None],
         divided: Callable[[Replica, Replica | None], None],
         changed: Callable[[Replica], None],
@@ -52,6 +54,7 @@ class Applier:
         self._space = space
         self._clock = clock
         self._hybrid_clock = hybrid_clock
+        self._flush = flush
         self._applied = applied
         self._divided = divided
         self._changed = changed
@@ -107,7 +110,11 @@ class Applier:
         self._apply(later)
 
     def _apply(self, applies: list[tuple[Replica, Message]]) -> None:
-        """Apply committed entries of all groups in as few engine batches as the bound allows, then answer."""
+        """Apply committed entries of all groups in as few engine batches as the bound allows, and answer.
+
+        What is committed is in the logs of a majority, so an answer need not wait for the engine, and whoever gets it
+        works while the engine does. Whoever asks next finds the batch there: the loop does nothing else until then.
+        """
         if self.held or self._must_hold():
             self.held += applies
             return
@@ -137,11 +144,16 @@ class Applier:
                     answers.append((proposal, outcome))
                     answered[replica] = answered.get(replica, 0) + proposal.commands
                 if len(batch) >= BATCH_KEYS_MAX:
-                    batch = self._write(batch, touched)
-                    touched = {replica.range_id: replica}
-        self._write(batch, touched)
+                    self._finish(batch, touched)
+                    self._engine.write(batch)
+                    batch, touched = WriteBatch(), {replica.range_id: replica}
+        self._finish(batch, touched)
         for proposal, outcome in answers:
             _answer(proposal, outcome)
+        if answers:
+            self._flush()
+        if batch:
+            self._engine.write(batch)
         now = self._clock.monotonic_ns()
         for replica, count in answered.items():
             replica.answered(count, now)
@@ -150,16 +162,13 @@ class Applier:
             if replica.machine is not None or replica.installing:
                 self._applied(replica, message)
 
-    def _write(self, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:
-        """Write a batch together with the applied state of every range in it; the next, empty batch."""
+    def _finish(self, batch: WriteBatch, touched: dict[RangeId, Replica]) -> None:
+        """Put the applied state of every range that a batch touches into it, too."""
         for replica in touched.values():
             if replica.machine is not None:
                 replica.machine.finish(batch)
                 # Whoever answers from this state does so with a stamp no lower than the versions in it.
                 self._hybrid_clock.absorb(replica.machine.last_timestamp)
-        if batch:
-            self._engine.write(batch)
-        return WriteBatch()
 
     def _apply_entry(self, replica: Replica, entry: Entry, batch: WriteBatch, proposal: Proposal | None) -> Any:
         """Apply one entry; its outcome for the proposer: a list with one item for each that waits, or an error."""

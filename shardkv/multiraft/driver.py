@@ -139,6 +139,7 @@ class Driver:
             self.space,
             environment.clock,
             hybrid_clock=hybrid_clock,
+            flush=lambda: self.hooks.flush(),
             applied=self._applied,
             divided=self._divided,
             changed=lambda replica: self.hooks.descriptor(replica),

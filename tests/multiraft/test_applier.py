@@ -93,3 +93,43 @@ async def test_whoever_has_applied_a_write_gives_no_stamp_below_its_version(auto
         await hosts.agreed()
         for host in hosts.values():
             assert host.hybrid_clock.last >= host.machine().last_timestamp
+
+
+async def test_answers_leave_before_the_engine_is_written_and_the_write_is_there_before_the_next_read(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was committed needs no engine to last; whoever is answered works while the engine does."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        host.catalog.recover()
+        replica = host.replica()
+        entry = put_entry(host, 1, b"k")
+        answer = Answer()
+        replica.proposals[entry.index] = Proposal(entry.term, ((answer, 0),))
+        at_flush: list[tuple[bool, bool, bytes | None]] = []
+
+        def flush() -> None:
+            stamped = host.hybrid_clock.last >= host.machine().last_timestamp
+            at_flush.append((answer.arrived, stamped, host.value(b"k")))
+
+        monkeypatch.setattr(host.driver.applier, "_flush", flush)
+        host.driver.applier._apply([(replica, committed(replica, entry))])
+        assert at_flush == [(True, True, None)]
+        assert host.value(b"k") == b"v"
+        host.driver.applier._apply([(replica, committed(replica, put_entry(host, 1, b"l")))])
+        assert len(at_flush) == 1, "nobody waits for this one"
+
+
+async def test_a_node_that_dies_between_an_answer_and_the_engine_has_the_write_when_it_is_back(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the log, from which the next start applies it."""
+    async with world(1) as hosts:
+        host = await hosts.led()
+        await hosts.write(b"k", b"v")
+        monkeypatch.setattr(host.engine, "write", lambda batch: None)
+        await host.put(b"k", b"w").wait()
+        assert host.value(b"k") == b"v"
+        await host.restart()
+        host = await hosts.led()
+        assert await host.read(b"k").wait() == b"w"

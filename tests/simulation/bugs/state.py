@@ -139,27 +139,19 @@ def epoch_checked_only_when_proposed() -> Patches:
 
 
 def applied_index_apart() -> Patches:
-    def write(self: Applier, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:
+    def finish(self: Applier, batch: WriteBatch, touched: dict[RangeId, Replica]) -> None:
         indices = WriteBatch()
         for replica in touched.values():
             if replica.machine is not None:
                 replica.machine.finish(indices)
         if indices:
             self._engine.write(indices)
-        if batch:
-            self._engine.write(batch)
-        return WriteBatch()
 
-    return [patch.object(Applier, "_write", write)]
+    return [patch.object(Applier, "_finish", finish)]
 
 
 def applied_index_left_out() -> Patches:
-    def write(self: Applier, batch: WriteBatch, touched: dict[RangeId, Replica]) -> WriteBatch:
-        if batch:
-            self._engine.write(batch)
-        return WriteBatch()
-
-    return [patch.object(Applier, "_write", write)]
+    return [patch.object(Applier, "_finish", lambda applier, batch, touched: None)]
 
 
 def versions_as_proposed() -> Patches:
