@@ -63,23 +63,21 @@ class Applier:
         self.later: list[tuple[Replica, Message]] = []
         """Committed entries of followers that wait for company, in the order in which they must be applied."""
         self._later_bytes = 0
-        self._later_due = False
-        """A tick has passed over ``later``."""
+        self.later_due = False
+        """A tick has passed over ``later``: it has waited long enough for company."""
         self.entries = 0
         """How many have been applied since the start."""
 
     def tick(self) -> bool:
         """What waits for company has waited long enough; whether there is any."""
-        self._later_due = bool(self.later)
-        return self._later_due
+        self.later_due = bool(self.later)
+        return self.later_due
 
     def catch_up(self) -> None:
-        """At the begin of a turn: what has waited for the engine, or long enough for company."""
+        """At the begin of a turn: what has waited for the engine."""
         if self.held and not self._must_hold():
             held, self.held = self.held, []
             self._apply(held)
-        if self._later_due:
-            self.apply_later()
 
     def _must_hold(self) -> bool:
         """Whether the engine would make the loop wait.
@@ -106,7 +104,7 @@ class Applier:
 
     def apply_later(self) -> None:
         """Apply what waits for company."""
-        later, self.later, self._later_bytes, self._later_due = self.later, [], 0, False
+        later, self.later, self._later_bytes, self.later_due = self.later, [], 0, False
         self._apply(later)
 
     def _apply(self, applies: list[tuple[Replica, Message]]) -> None:

@@ -256,7 +256,10 @@ class Driver:
         self.applier.catch_up()
         for _ in range(ROUNDS_PER_TURN_MAX):
             if not self._ready:
-                break
+                if not self.applier.later_due:
+                    break
+                self.applier.apply_later()  # not before: others wait for what is acknowledged above
+                continue
             ready, self._ready = self._ready, {}
             turn, unfinished = gather(ready.values())
             for replica in unfinished:

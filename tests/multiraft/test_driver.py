@@ -325,8 +325,9 @@ async def test_a_follower_applies_a_change_of_the_members_at_once(autojump_clock
         hosts.tolerant = True
 
 
+@pytest.mark.parametrize("applies", ["apply", "apply_later"], ids=["takes", "applies what is due"])
 async def test_a_follower_acknowledges_before_it_applies_what_was_committed_before(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    applies: str, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a quick disk both are done in one turn; the leader, and all its clients, wait for the first only."""
     async with world(3) as hosts:
@@ -348,17 +349,18 @@ async def test_a_follower_acknowledges_before_it_applies_what_was_committed_befo
             (driver, "_turn"),
             (driver.peers, "send"),
             (driver.peers, "flush"),
-            (driver.applier, "apply"),
+            (driver.applier, applies),
         ):
             noted(owner, name)
         monkeypatch.setattr(driver.environment.workers, "at_once", lambda: True)
         for number in range(5):
+            driver.applier.tick()
             await leader.put(b"k", b"%d" % number).wait()
-        turns = " ".join(done).split("_turn")
-        both = [turn.split() for turn in turns if "send" in turn and "apply" in turn]
+        turns = [turn.split() for turn in " ".join(done).split("_turn")]
+        both = [turn for turn in turns if "send" in turn and applies in turn]
         assert both
         for turn in both:
-            assert "flush" in turn[turn.index("send") : turn.index("apply")], turn
+            assert "flush" in turn[turn.index("send") : turn.index(applies)], turn
 
 
 async def test_only_ranges_that_the_lost_node_leads_doubt_their_leader(autojump_clock: MockClock) -> None:
