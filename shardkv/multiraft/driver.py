@@ -147,7 +147,8 @@ class Driver:
         for replica in catalog.replicas.values():
             if replica.machine is not None:
                 hybrid_clock.absorb(replica.machine.last_timestamp)
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
+        """What ends this node in a moment. Until then nobody reads: the engine may lack what was answered already."""
         self._turns = 0
 
     # What others call
@@ -181,8 +182,8 @@ class Driver:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 self._awake = trio.Event()
                 self._try_turn()
-                if self._failure is not None:
-                    raise self._failure
+                if self.failure is not None:
+                    raise self.failure
 
     def wake(self) -> None:
         self._awake.set()
@@ -275,10 +276,10 @@ class Driver:
     def _try_turn(self) -> None:
         """A turn, unless one has failed: what that applied and did not write would be missing below the next one's."""
         try:
-            if self._failure is None:
+            if self.failure is None:
                 self._turn()
         except Exception as error:  # noqa: BLE001  # for :meth:`run`, which may not be the task that is in here
-            self._failure = error
+            self.failure = error
 
     def _turn_here(self) -> None:
         """A turn in the task that found the work: waking another costs more.
@@ -286,7 +287,7 @@ class Driver:
         What goes wrong in it is :meth:`run`'s, for this task is not to blame, and may forgive much.
         """
         self._try_turn()
-        if self._failure is not None:
+        if self.failure is not None:
             self._awake.set()
         elif self.proposer.gather_until_ns is not None and not self._timed and not self._awake.is_set():
             # Not for a turn: another event stands for that from now on.
@@ -380,7 +381,7 @@ class Driver:
 
         A failed read ends the node too: it leads, or may, and has not what its followers lack.
         """
-        self._failure = error if isinstance(error, StorageError) else StorageError(f"the log failed: {error!r}")
+        self.failure = error if isinstance(error, StorageError) else StorageError(f"the log failed: {error!r}")
         self._awake.set()
 
     def _found_no_room(self) -> None:

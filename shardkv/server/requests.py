@@ -113,6 +113,8 @@ class Requests:
     def dispatch(self, requester: Asker, request: Request) -> None:
         """Answer a request, now or later. Raises NoRoom for a read that must be handed on again."""
         try:
+            if self._driver.failure is not None:
+                raise Unavailable("this node's log or engine has failed, and it ends")
             if not self._hybrid_clock.observe(request.timestamp):
                 # Not the caller's mistake: some node's clock is wrong, and this one's gets there in time.
                 raise Unavailable(

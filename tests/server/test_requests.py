@@ -41,7 +41,7 @@ from shardkv.server.listener import Listener
 from shardkv.server.operations import _membership_changes
 from shardkv.server.peers import receive_messages
 from shardkv.server.requests import COMMANDS_PER_REQUEST_MAX, GET_BYTES_MAX, GET_SLICE_KEYS
-from shardkv.storage.engine import Engine
+from shardkv.storage.engine import Engine, WriteBatch
 from shardkv.storage.wal import Wal
 from shardkv.transport.pool import Purpose
 from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, NodeId, RangeId, ReplicaId, timestamp_at
@@ -197,6 +197,41 @@ async def test_trap_04_what_belongs_to_another_range_is_refused_before_it_is_log
             asked = Request(1, Method.GET, 1, generation - 1, 0, [int(consistency), [b"z"]])
             node.inside.listener._requests.dispatch(recorder, asked)
             assert isinstance(recorder.error, EpochMismatch), "the key is with the other half now"
+
+
+async def test_a_node_whose_engine_has_failed_reads_nothing_from_it_until_it_ends(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have answered what the engine did not take; its connections end a moment after the turn that failed."""
+    async with world(1) as cluster, cluster.client() as kv:
+        await kv.put(b"k", b"v")
+        cluster.tolerant = True
+        node = cluster.nodes["n1"]
+        driver, requests = node.inside.driver, node.inside.listener._requests
+        generation = node.inside.catalog.replicas[RangeId(1)].machine.descriptor.epoch.span
+        put, reads = Recorder(), [Recorder() for _ in Consistency]
+        write, try_turn = node.inside.driver.engine.write, driver._try_turn
+
+        def broken(batch: WriteBatch) -> None:
+            if put.count:
+                raise StorageError("the engine is broken")
+            write(batch)
+
+        def turn_and_reads() -> None:
+            try_turn()
+            if put.count and not reads[0].count:
+                for consistency, read in zip(Consistency, reads, strict=True):
+                    requests.dispatch(read, Request(1, Method.GET, 1, generation, 0, [int(consistency), [b"k"]]))
+
+        monkeypatch.setattr(driver.engine, "write", broken)
+        monkeypatch.setattr(driver, "_try_turn", turn_and_reads)
+        blob = commands.seal(commands.Op.PUT, commands.pack_put(b"k", b"w"), 1, node.environment.clock.wall_ms(), 1)
+        arguments = [b"another session.", commands.join([blob])]
+        requests.dispatch(put, Request(1, Method.WRITE, 1, generation, 0, arguments))
+        await node.ended.wait()
+        assert put.error is None
+        for read in reads:
+            assert isinstance(read.error, Unavailable), read.result
 
 
 async def test_a_command_that_could_not_be_applied_is_refused_before_it_is_logged(autojump_clock: MockClock) -> None:
