@@ -43,9 +43,9 @@ class _Receiving:
 class Receiver:
     """Takes snapshots in, and puts them in place in tasks of :meth:`use`'s nursery.
 
-    Invariants: no more than twice as many streams come in as there are places; a range is in at most one of
-    ``_receiving`` and ``_arrived``, and never in ``_waiting`` with either; ``_waiting`` holds no more than there are
-    places; a range in ``_waiting`` reserves no span.
+    Invariants: no more than twice as many streams come in as there are places; a range is in ``_receiving`` and in
+    ``_arrived`` only until its sender is told, and never in ``_waiting`` with either; ``_waiting`` holds no more than
+    there are places; a range in ``_waiting`` reserves no span.
     """
 
     def __init__(
@@ -85,9 +85,13 @@ class Receiver:
     def installing(self) -> int:
         return len(self._arrived)
 
+    @property
+    def _places_taken(self) -> int:
+        return len(self._receiving.keys() | self._arrived.keys())
+
     def check(self) -> None:
         places = self._config.snapshots_receiving_max
-        assert self.receiving + self.installing <= 2 * places, f"{self.receiving + self.installing} are being received"
+        assert self._places_taken <= 2 * places, f"{self._places_taken} are being received"
         assert self.waiting <= places, f"{self.waiting} wait"
         for range_id in self._waiting:
             assert range_id not in self._receiving, f"range {range_id} waits and is received"
@@ -146,7 +150,7 @@ class Receiver:
         if self._driver.space.low:
             raise self._driver.space.refusal()
         if not self._has_place_from(sender):
-            raise Busy(f"{self.receiving + self.installing} snapshots are being received already")
+            raise Busy(f"{self._places_taken} snapshots are being received already")
         if range_id in self._receiving or range_id in self._arrived:
             raise Busy(f"a snapshot of range {range_id} is on its way already")
         if range_id != PLACEMENT_RANGE:
@@ -163,7 +167,7 @@ class Receiver:
         """Whether a stream from the node may begin. Slow ones together hold no place against further nodes, up to as
         many streams again."""
         places = self._config.snapshots_receiving_max
-        left = places - self.receiving - self.installing
+        left = places - self._places_taken
         if left > 0:
             return True
         if left <= -places or any(receiving.sender == sender for receiving in self._receiving.values()):

@@ -342,6 +342,33 @@ async def test_trap_16_what_has_arrived_and_waits_for_the_disk_is_not_slow(autoj
         nursery.cancel_scope.cancel()
 
 
+async def test_a_snapshot_that_is_put_in_place_before_its_sender_knows_takes_one_place(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted twice, with slow ones beside it there would be more than may ever be."""
+    async with world(6, replicas=5) as hosts, trio.open_nursery() as nursery:
+        incoming = Incoming(hosts, nursery, seconds=5)
+        receiver = incoming.newcomer.snapshots.receiver
+        receiver._config = SnapshotsConfig(snapshots_receiving_max=1)
+        assert await incoming.offer(1)
+        await trio.sleep(RATE_SECONDS)
+
+        async def unfinished(*_: Any) -> None:
+            await trio.sleep_forever()
+
+        async def unheard(stream: Trickle, message: list[Any]) -> None:
+            if message == ["done"]:
+                await trio.sleep_forever()
+            await Stream.send(stream, message)
+
+        monkeypatch.setattr(receiver._installer, "replace_data", unfinished)
+        monkeypatch.setattr(Trickle, "send", unheard)
+        incoming.newcomer.workers.hold_log()
+        assert await incoming.offer(2, whole=True)
+        assert (receiver.receiving, receiver.installing) == (2, 1)
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_sender_whose_receiver_takes_nothing_gives_up(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
