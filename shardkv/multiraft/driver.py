@@ -7,8 +7,8 @@ what a group wants (``turn``), who waits for it (``replica``), what is proposed 
 a frame (``outgoing``).
 
 One turn steps in this order: propose what waits, take every ready group's work, hand the log record to the writer
-thread and let it have the interpreter, send what may leave, apply what is committed as one engine batch, answer, and
-flush each connection once.
+thread and let it have the interpreter, send what may leave, apply what is committed, answer, flush the connections, and
+write one engine batch.
 """
 
 from collections.abc import Callable, Iterable

@@ -177,7 +177,7 @@ class ClientConnection:
         self._connection.write(encode_frame(FrameKind.RESPONSE, codec.array_head(len(answers)), *answers))
 
     def flush(self) -> None:
-        """Send what has been answered. Called once a turn, and by the reader."""
+        """Send what has been answered. Called in turns, and by the reader."""
         connection = self._connection
         if self._answers:
             self._frame()

@@ -121,7 +121,7 @@ class Listener:
         """When to speak again of a range whose messages contradict its log. Empty as long as no disk loses anything."""
 
     def flush(self) -> None:
-        """Send every client what was answered since the last time: once a turn."""
+        """Send every client what was answered meanwhile: before the engine is written, and at a turn's end."""
         if self.dirty:
             dirty = list(self.dirty)
             self.dirty.clear()
