@@ -246,6 +246,7 @@ def _allow_open_files(config: NodeConfig) -> None:
     import structlog
 
     from shardkv.environment.real.network import connection_files_max
+    from shardkv.server.listener import CONNECTIONS_KEPT_SHARE
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # some systems name a limit that they do not grant
@@ -256,12 +257,13 @@ def _allow_open_files(config: NodeConfig) -> None:
             f"the system lets this process open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} files, too few for a "
             "node's own and its connections: raise the hard limit (ulimit -Hn, LimitNOFILE= of systemd), best to 10,000"
         )
-    if room < wanted:
+    clients = room - room // CONNECTIONS_KEPT_SHARE  # or fewer, where there are many other nodes
+    if clients < wanted:
         structlog.get_logger().warning(
             "few open files",
             node=config.name,
             advice=f"the system lets this process open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} files, enough "
-            f"for {room:,} connections of the {wanted:,} that --connections-max allows: raise the hard limit "
+            f"for {clients:,} clients of the {wanted:,} that --connections-max allows: raise the hard limit "
             "(ulimit -Hn, LimitNOFILE= of systemd), or lower the option to hear no more of it",
         )
 

@@ -59,7 +59,7 @@ def test_a_node_takes_all_open_files_that_it_may_have(tmp_path: Path, processes:
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux's")
-@pytest.mark.parametrize(("clients", "told"), [("501", True), ("500", False)])
+@pytest.mark.parametrize(("clients", "told"), [("439", True), ("438", False)])
 def test_a_node_with_few_open_files_says_at_its_start_how_many_clients_fit(
     tmp_path: Path, processes: list[Process], clients: str, told: bool
 ) -> None:
@@ -73,7 +73,7 @@ def test_a_node_with_few_open_files_says_at_its_start_how_many_clients_fit(
     assert process.terminate(SECONDS) == 0
     said = log.read_text()
     assert ("few open files" in said) is told, said
-    assert ("enough for 500 connections of the 501" in said) is told
+    assert ("enough for 438 clients of the 439" in said) is told
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux's")
