@@ -345,7 +345,7 @@ async def test_trap_16_what_has_arrived_and_waits_for_the_disk_is_not_slow(autoj
 async def test_a_snapshot_that_is_put_in_place_before_its_sender_knows_takes_one_place(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted twice, with slow ones beside it there would be more than may ever be."""
+    """Counted twice, with slow ones beside it there would be more than may ever be, and a further one is refused."""
     async with world(6, replicas=5) as hosts, trio.open_nursery() as nursery:
         incoming = Incoming(hosts, nursery, seconds=5)
         receiver = incoming.newcomer.snapshots.receiver
@@ -366,6 +366,8 @@ async def test_a_snapshot_that_is_put_in_place_before_its_sender_knows_takes_one
         incoming.newcomer.workers.hold_log()
         assert await incoming.offer(2, whole=True)
         assert (receiver.receiving, receiver.installing) == (2, 1)
+        receiver._config = SnapshotsConfig(snapshots_receiving_max=2)
+        assert await incoming.offer(3), "one of the two is slow"
         nursery.cancel_scope.cancel()
 
 
