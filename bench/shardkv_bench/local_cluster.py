@@ -273,7 +273,7 @@ class LocalCluster:
             process = self.processes[name]
             if process.wait_for_line("ready ", max(0.0, deadline - time.monotonic())) is None:
                 # Its output ends a moment before it does.
-                code = process.wait(1.0)
+                code = process.wait(max(1.0, deadline - time.monotonic()))
                 what = f"does not serve after {seconds:g} s" if code is None else f"ended with {code}"
                 raise NodeFailed(f"node {name} {what}\n{process.stderr_tail()}", code)
 
@@ -291,8 +291,11 @@ class LocalCluster:
         self.wait_ready([name], seconds)
 
     def pause(self, name: str) -> None:
-        """Freeze a node with SIGSTOP: alive to the kernel, silent to its peers."""
-        self.processes[name].signal(signal.SIGSTOP)
+        """Freeze a node with SIGSTOP: alive to the kernel, silent to its peers. Returns once it stands still."""
+        process = self.processes[name]
+        process.signal(signal.SIGSTOP)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self, name: str) -> None:
         self.processes[name].signal(signal.SIGCONT)

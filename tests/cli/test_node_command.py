@@ -511,6 +511,8 @@ def test_a_cluster_starts_kills_restarts_and_stops_its_own_processes_only(tmp_pa
         assert world.terminate("n2", SECONDS) == 0
         assert world.cpu_seconds() >= 0.0
         world.pause("n3")
+        threads = Path(f"/proc/{world.processes['n3'].pid}/task").iterdir()
+        assert {(thread / "stat").read_text().rpartition(")")[2][1] for thread in threads} == {"T"}
         assert world.stop(SECONDS) == {"n1": 0, "n3": 0}
         assert world.running == []
     assert "--bootstrap" in world.processes["n1"].command
