@@ -7,17 +7,18 @@ shown. No test sleeps to let something happen: it waits until it can be seen to 
 
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partialmethod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 
-from shardkv.errors import OutcomeUnknown, Unavailable
+from shardkv.errors import OutcomeUnknown, RequestError, Unavailable
 from shardkv.types import RangeDescriptor, ReplicaRole
 from shardkv.wire.requests import Method
 from shardkv_bench.local_cluster import LocalCluster
-from shardkv_client import connect
+from shardkv_client import Environment, Settings
 from shardkv_client.client import Client
 
 __all__ = [
@@ -38,9 +39,10 @@ __all__ = [
     "started",
     "started_and_settled",
     "terminate",
+    "transfer",
 ]
 
-SECONDS_MAX = 180.0
+SECONDS_MAX = 600.0
 """What a condition, a start or a stop may take, on however slow a machine: it only ends tests that would hang."""
 POLL_SECONDS = 0.05
 
@@ -100,11 +102,35 @@ def logs_on_failure(world: LocalCluster) -> Iterator[None]:
         raise
 
 
+class PatientClient(Client):
+    """A client whose calls may take as long as anything in a test, unless they say otherwise: the ten seconds that a
+    program waits are no measure of a machine that has much else to do."""
+
+    put = partialmethod(Client.put, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    get = partialmethod(Client.get, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    delete = partialmethod(Client.delete, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    increment = partialmethod(Client.increment, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    get_many = partialmethod(Client.get_many, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    put_many = partialmethod(Client.put_many, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    delete_range = partialmethod(Client.delete_range, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    scan = partialmethod(Client.scan, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    call = partialmethod(Client.call, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    status = partialmethod(Client.status, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    nodes = partialmethod(Client.nodes, timeout=SECONDS_MAX)  # type: ignore[assignment]
+    ranges = partialmethod(Client.ranges, timeout=SECONDS_MAX)  # type: ignore[assignment]
+
+
 @asynccontextmanager
-async def client(world: LocalCluster, **options: Any) -> AsyncIterator[Client]:
-    """A client of the cluster. When the test fails inside, the nodes' logs are shown."""
+async def client(
+    world: LocalCluster,
+    *,
+    addresses: str | None = None,
+    environment: Environment | None = None,
+    settings: Settings | None = None,
+) -> AsyncIterator[Client]:
+    """A patient client of the cluster. When the test fails inside, the nodes' logs are shown."""
     with logs_on_failure(world):
-        async with connect(options.pop("addresses", world.connect), **options) as kv:
+        async with PatientClient(addresses or world.connect, environment=environment, settings=settings) as kv:
             yield kv
 
 
@@ -176,6 +202,26 @@ async def leader_of(kv: Client, key: bytes) -> str:
         return None
 
     return str(await eventually(f"{key!r} has a leader", known))
+
+
+async def transfer(kv: Client, key: bytes, to: str | None = None) -> None:
+    """Have another node lead the key's range, or the node called ``to``; wait until it does."""
+    first = await leader_of(kv, key)
+    if to is None:
+        to = next(name for name in sorted((await node_names(kv)).values()) if name != first)
+    number = next(node.id for node in await kv.nodes() if node.name == to)
+
+    async def leads() -> bool:
+        if await leader_of(kv, key) == to:
+            return True
+        for descriptor, _ in await kv.ranges():
+            if descriptor.span.contains(key):
+                # A node that has no time to answer its leader is not given the range.
+                with suppress(RequestError):
+                    await kv.call(Method.TRANSFER, descriptor.range_id, number, range_id=descriptor.range_id)
+        return False
+
+    await eventually(f"{to} leads {key!r}", leads)
 
 
 def resident_bytes(pid: int) -> int:

@@ -64,7 +64,7 @@ async def _stop_once(
 ) -> None:
     """``patient`` waits for a node that stands still, so what it reads is what that node says when it goes on."""
     key = workload.key(chance)
-    await patient.get(key, timeout=30)
+    await patient.get(key)
     leader = await leader_of(kv, key)
     victims = [leader]
     if chance.random() < 0.2:

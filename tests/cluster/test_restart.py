@@ -45,7 +45,7 @@ async def test_a_second_start_carries_on_with_or_without_bootstrap_and_join(tmp_
             start_with(world, name, *more)
             await trio.to_thread.run_sync(world.wait_ready, [name], SECONDS_MAX)
             await settled(kv)
-            entry = await kv.get(b"kept", timeout=30)
+            entry = await kv.get(b"kept")
             assert entry is not None
             assert entry.value == b"1"
         status = await kv.status()
@@ -101,7 +101,7 @@ async def test_a_node_keeps_its_data_when_its_address_changes(tmp_path: Path) ->
         async with client(world) as again:
             await settled(again)
             await kill(world, "n3")
-            entry = await again.get(b"kept", timeout=30)
+            entry = await again.get(b"kept")
             assert entry is not None
 
             async def known() -> bool:

@@ -15,10 +15,10 @@ from tests.cluster.harness import (
     eventually,
     kill,
     leader_of,
-    node_names,
     restart,
     settled,
     started,
+    transfer,
 )
 from tests.cluster.proxy import Proxies, ThroughProxies, Way, proxies_of
 
@@ -213,14 +213,7 @@ async def test_a_retry_after_a_split_finds_its_outcome_on_the_other_side(world: 
 
 async def test_a_retry_after_a_transfer_finds_its_outcome_at_the_new_leader(world: LocalCluster) -> None:
     """Trap 12: the dedupe table is replicated state."""
-
-    async def transfer(direct: Client) -> None:
-        name = await leader_of(direct, b"transferred")
-        other = next(node_id for node_id, other in (await node_names(direct)).items() if other != name)
-        range_id = next(each.range_id for each, _ in await direct.ranges() if each.span.contains(b"transferred"))
-        await direct.call(Method.TRANSFER, range_id, other, range_id=range_id, timeout=TIMEOUT)
-
-    await check_applied_once(world, b"transferred", transfer)
+    await check_applied_once(world, b"transferred", lambda direct: transfer(direct, b"transferred"))
 
 
 async def test_a_retry_after_the_leaders_crash_finds_its_outcome_at_the_new_leader(world: LocalCluster) -> None:

@@ -17,13 +17,13 @@ from shardkv.errors import BatchError, OutcomeUnknown, Unavailable, VersionMisma
 from shardkv.simulation.checkers.failing_window import explain_result
 from shardkv.simulation.checkers.linearizability import REGISTER, Operation, Outcome, Verdict, check
 from shardkv_client.client import Client
-from tests.cluster.harness import settled
+from tests.cluster.harness import SECONDS_MAX, settled
 
 CALL_SECONDS: Final = 4.0
 """What one call may take; past it a write's outcome is unknown."""
-LATE_SECONDS: Final = 60.0
+LATE_SECONDS: Final = SECONDS_MAX
 """A call that has not returned by then, many times its timeout, hangs; the machine may be slow and busy."""
-PROGRESS_SECONDS: Final = 180.0
+PROGRESS_SECONDS: Final = SECONDS_MAX
 """How long the workload may stand still with every node up before the run fails."""
 ROUND_OPERATIONS: Final = 240
 """Of all keys together; then the next round begins."""
