@@ -24,7 +24,11 @@ from shardkv.storage.directory import IDENTITY_NAME
 from tests.cli.fakes import FakeClient
 from tests.cli.processes import SECONDS, STANDIN
 
-SCRIPT = f"""
+UNHURRIED = f"""
+from shardkv_bench.local_cluster import LocalCluster
+LocalCluster.start.__defaults__ = LocalCluster.stop.__defaults__ = ({SECONDS},)
+"""
+SCRIPT = f"""{UNHURRIED}
 from functools import partial
 from shardkv.cli import demo
 demo.LocalCluster = partial(demo.LocalCluster, node_command={STANDIN!r})
@@ -53,7 +57,7 @@ while not select.select([parent], [], [], 0)[0]:
 
 def busy_script(second: int = 0) -> str:
     """A demo of busy nodes, in which signal number ``second`` arrives when the first node is about to be ended."""
-    return f"""
+    return f"""{UNHURRIED}
 import signal, sys
 from functools import partial
 from shardkv.cli import demo, local_cluster
