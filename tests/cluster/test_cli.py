@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from tests.cluster.harness import SECONDS_MAX, LocalCluster, started_and_settled
 
 pytestmark = pytest.mark.cluster
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,8 @@ def start(world: LocalCluster | None, *arguments: str, stdin: bytes = b"") -> "s
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("SHARDKV_")}
     if world is not None:
         inherited["SHARDKV_CONNECT"] = world.connect
+        if arguments[0] not in ("bench", "shell"):
+            arguments = (*arguments, "--timeout", str(SECONDS_MAX))
     done = subprocess.run(
         [sys.executable, "-m", "shardkv.cli", *arguments],
         input=stdin,
@@ -50,6 +55,14 @@ def start(world: LocalCluster | None, *arguments: str, stdin: bytes = b"") -> "s
 
 def run_json(world: LocalCluster, *arguments: str) -> Any:
     return json.loads(run(world, *arguments, "--json"))
+
+
+def eventually(found: Callable[[], T]) -> T:
+    """What is found once it is there: nodes hear of a new range one after another, and a command asks any of them."""
+    given_up_at = time.monotonic() + SECONDS_MAX
+    while not (answer := found()):
+        assert time.monotonic() < given_up_at, f"still {answer!r}"
+    return answer
 
 
 def test_one_shot_commands_read_what_they_wrote(world: LocalCluster) -> None:
@@ -114,13 +127,13 @@ def test_the_cluster_is_shown_as_it_is(world: LocalCluster) -> None:
 
 def test_ranges_are_split_transferred_and_snapshotted(world: LocalCluster) -> None:
     run(world, "admin", "split", "m")
-    ranges = run_json(world, "ranges")
-    right = next(row for row in ranges if row["start"] == "m")
+    (right,) = eventually(lambda: [row for row in run_json(world, "ranges") if row["start"] == "m"])
     run(world, "admin", "split", "m", code=1)
     other = next(row for row in run_json(world, "nodes") if row["id"] != right["leader"])
-    run(world, "admin", "transfer", str(right["id"]), other["name"])
-    assert run_json(world, "leader", "m")[0]["range"] == right["id"]
-    run(world, "admin", "snapshot", str(right["id"]))
+    # A node that has no time to answer its leader is not given the range.
+    eventually(lambda: code_of(world, "admin", "transfer", str(right["id"]), other["name"]) == 0)
+    eventually(lambda: run_json(world, "leader", "m")[0]["range"] == right["id"])
+    eventually(lambda: code_of(world, "admin", "snapshot", str(right["id"])) == 0)
     run(world, "admin", "snapshot", "4711", code=1)
     run(world, "admin", "transfer", str(right["id"]), "nobody", code=2)
 
