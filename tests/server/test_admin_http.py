@@ -27,9 +27,8 @@ from shardkv.server import run_node
 from shardkv.server.admin import serving
 from shardkv.wire.requests import Method
 from shardkv_client import connect
-from tests.cluster.harness import SECONDS_MAX, LocalCluster, terminate
-
-SECONDS = 30.0
+from tests.cluster.harness import SECONDS_MAX as SECONDS
+from tests.cluster.harness import LocalCluster, terminate
 
 
 @dataclass
@@ -377,7 +376,7 @@ async def test_connections_are_bounded_and_who_comes_then_waits(
 @pytest.mark.cluster
 async def test_a_real_node_says_where_it_serves_and_collects_its_own_garbage(tmp_path: Path) -> None:
     with LocalCluster(tmp_path, nodes=1, options=["--admin", "127.0.0.1:0", "--engine", "memory"]) as world:
-        await trio.to_thread.run_sync(world.start, SECONDS_MAX)
+        await trio.to_thread.run_sync(world.start, SECONDS)
         lines = (tmp_path / "n1.log").read_text().splitlines()
         (line,) = [line for line in lines if 'event="admin endpoint"' in line]
         (address,) = [word.removeprefix("address=") for word in line.split() if word.startswith("address=")]
