@@ -18,7 +18,7 @@ import trio
 
 from shardkv import errors
 from shardkv.types import VALUE_BYTES_MAX, Entry
-from shardkv_client import Client, RealEnvironment, Settings, connect
+from shardkv_client import Client, RealEnvironment, Settings, Stream, connect
 from shardkv_client.core.timers import Timers
 from shardkv_client.scan import Scan
 from tests.client.fake_server import FakeServer
@@ -187,15 +187,32 @@ def test_cancelling_callers_at_any_moment_leaves_the_client_whole(backend, serve
     with_client(backend, server, body)
 
 
+class EndingWithADial(RealEnvironment):
+    """Where every timeout is over as soon as a dial has failed, and no sooner."""
+
+    failed = False
+
+    def monotonic(self) -> float:  # type: ignore[override]
+        return time.monotonic() + 3_600 * self.failed
+
+    async def dial(self, address: str) -> Stream:
+        try:
+            return await super().dial(address)
+        except OSError:
+            self.failed = True
+            raise
+
+
 def test_nobody_there_is_unavailable_in_time(backend):
     """Nothing hangs: the timeout covers the dialling too."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
 
     async def main() -> None:
-        async with connect(address) as kv:
-            with pytest.raises(errors.Unavailable, match=address):
-                await kv.put(b"k", b"v", timeout=0.05)
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{unused.getsockname()[1]}"
+            async with connect(address, environment=EndingWithADial()) as kv:
+                with pytest.raises(errors.Unavailable, match=address):
+                    await kv.put(b"k", b"v", timeout=600)
 
     run(backend, main)
 
@@ -213,13 +230,13 @@ def test_a_client_whose_process_may_open_no_more_files_is_told_so(backend, serve
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     async def main() -> None:
-        async with connect(addresses) as kv:
+        async with connect(addresses, environment=EndingWithADial()) as kv:
             with monkeypatch.context() as short:
                 short.setattr(socket, "socket", no_files)
                 if by_name:
                     short.setattr(socket, "getaddrinfo", no_names)
                 with pytest.raises(errors.Unavailable, match=r"this process may open no more files.*ulimit -n") as told:
-                    await kv.put(b"k", b"v", timeout=0.2)
+                    await kv.put(b"k", b"v", timeout=600)
             assert "addresses" not in str(told.value)
             await kv.put(b"k", b"v")
 
