@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from shardkv.program import Finite, leaf
 
-SECONDS = 60
+SECONDS = 180
 START = "import os, signal, sys\nimport click, trio\nfrom shardkv.program import run_program\n"
 
 

@@ -24,7 +24,7 @@ from shardkv_bench.runner import Result
 from shardkv_bench.worker import Measurement, Task
 from tests.bench.grpc_server import Server, serving
 
-SECONDS = 60.0
+SECONDS = 180.0
 """What a process may take to end, on however slow a machine."""
 TASK = Task("etcd", "run", "", "write", 1_000, 100, inflight=8, connections=4, warmup_seconds=0.0, seconds=1.0)
 

@@ -82,12 +82,12 @@ def test_an_input_that_waits_holds_up_no_other_thread(server):
         def slowly():
             yield b"a", b"1"
             reading.set()
-            assert answered.wait(20), "the other thread's call has not been answered"
+            assert answered.wait(180), "the other thread's call has not been answered"
             yield b"b", b"2"
 
         writing = pool.submit(kv.put_many, slowly())
-        assert reading.wait(20)
-        assert kv.get(b"k", timeout=10).value == b"v"
+        assert reading.wait(180)
+        assert kv.get(b"k", timeout=60).value == b"v"
         answered.set()
         assert writing.result() == 2
 

@@ -1,6 +1,5 @@
 """A node that is told to join itself under another name than it listens at finds that out by what comes in."""
 
-import socket
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from shardkv.server.internal_client import DIALS_MIN, OwnAddresses
 from shardkv.server.node import run_node
 from shardkv.simulation import simulated_environment
 from shardkv.simulation.network import SimulatedNetwork, SimulatedStream
+from shardkv_bench.local_cluster import free_ports
 
 
 async def test_a_node_that_joins_itself_by_another_name_says_so(
@@ -25,9 +25,7 @@ async def test_a_node_that_joins_itself_by_another_name_says_so(
 ) -> None:
     """It dialled itself for a minute, and then advised to check that somebody runs there."""
     monkeypatch.setattr(internal_client, "DIALS_MIN", 1)  # a client waits before it dials again
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    (port,) = free_ports(1)
     config = NodeConfig(
         name="n1",
         data=str(tmp_path / "d"),
@@ -36,7 +34,7 @@ async def test_a_node_that_joins_itself_by_another_name_says_so(
         storage=StorageConfig(engine="memory"),
     )
     stop = trio.Event()
-    with trio.fail_after(30), pytest.raises(ConfigError, match=f"^--join localhost:{port} is this node's own address"):
+    with trio.fail_after(180), pytest.raises(ConfigError, match=f"^--join localhost:{port} is this node's own address"):
         await run_node(config, real_environment(), ready=lambda name, address: None, stop=stop)
 
 
