@@ -186,7 +186,7 @@ def test_trap_19_rocksdb_killed_at_every_step_of_an_install_leaves_one_of_the_th
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     died = step <= rocks_install.STEPS

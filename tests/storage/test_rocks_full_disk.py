@@ -40,7 +40,7 @@ def write(count):
         written += 1
 
 def wait_until(stalled):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while engine.stalled() != stalled and time.monotonic() < deadline:
         time.sleep(0.05)
     return engine.stalled() == stalled
