@@ -109,10 +109,9 @@ class Listener:
         self._inflight_max = inflight_max
         self._intake = Intake(environment.clock)
         self._budget = AnswerBudget(environment.clock)
-        self._clients: dict[ClientConnection, NodeId | None] = {}
-        """Each with the node whose own calls it carries."""
+        self._clients: dict[ClientConnection, None] = {}
         self._calling: Counter[NodeId] = Counter()
-        """How many of them each node has; the rest are clients'."""
+        """How many of them each node has for its own calls; the rest are clients'."""
         self._count = 0
         self.dirty: dict[ClientConnection, None] = {}
         """Clients with answers to flush."""
@@ -221,7 +220,7 @@ class Listener:
             budget=self._budget,
             clock=self._environment.clock,
         )
-        self._clients[client] = caller
+        self._clients[client] = None
         if caller is not None:
             self._calling[caller] += 1
         try:

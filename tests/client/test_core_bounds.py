@@ -115,6 +115,9 @@ def test_calls_that_end_while_they_wait_for_a_place_are_not_kept():
         {"backoff_seconds_min": 1.0},
         {"ping_after_seconds": 2.0},
         {"cluster_id": b"short"},
+        {"node_id": 0},
+        {"node_id": True},
+        {"node_id": "n1"},
     ],
     ids=repr,
 )
