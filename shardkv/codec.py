@@ -6,6 +6,7 @@ map keys that are not strings (of text or bytes), and trailing bytes are refused
 none of the types that a message is made of.
 """
 
+from collections.abc import Callable
 from io import BytesIO
 from struct import Struct
 from typing import Any, Final, Never
@@ -59,7 +60,7 @@ _TAGS_BUILT_IN: Final = (
 )
 _SEMANTIC_DECODERS: Final = dict.fromkeys(_TAGS_BUILT_IN, _refuse_tag)
 
-dumps = cbor2.dumps
+dumps: Final[Callable[[object], bytes]] = cbor2.dumps
 """Encode one value. Bytes must be ``bytes``: a memoryview would become an array of integers."""
 
 

@@ -46,7 +46,7 @@ class Gathering:
         self._room = 0
         self._room_bytes = 0.0
         self.out: dict[Call, None] = {}
-        self.bytes_out = 0
+        self.bytes_out: int = 0
         """Of the calls in ``out``."""
         self.ended: list[Any] = []
         """Calls that ended since the caller last looked."""
@@ -141,8 +141,8 @@ class PutMany:
         self._failed: dict[bytes, None] = {}
         """Consumed keys that are not known to be written; a dict, for its order."""
         self._problem: Exception | None = None
-        self.written = 0
-        self.consumed = 0
+        self.written: int = 0
+        self.consumed: int = 0
 
     async def run(self, pairs: Pairs) -> int:
         """The count of pairs, all of them written. Raises as :meth:`end`."""

@@ -53,13 +53,13 @@ class Host:
         # under the calls with which that task tidies up.
         self._scope = anyio.CancelScope(shield=True)
         self._ended = anyio.Event()
-        self.ended = False
+        self.ended: bool = False
         """Whether no task of it is left. Beside the event, which belongs to the loop."""
         self._timer_scope: anyio.CancelScope | None = None
         self._group: anyio.abc.TaskGroup | None = None
         self._pipes: dict[Link, _Pipe] = {}
         self.monotonic: Callable[[], float] = environment.monotonic
-        self.core = Core(
+        self.core: Core = Core(
             seeds,
             settings=settings,
             session=environment.random_bytes(16),

@@ -103,7 +103,7 @@ class RealEnvironment:
         # Jitter wants a sequence of its own: a program that seeds the global one must not line its clients up.
         self.random: Callable[[], float] = random.Random(os.urandom(16)).random
 
-    monotonic = staticmethod(time.monotonic)
+    monotonic: Final = staticmethod(time.monotonic)
 
     async def sleep(self, seconds: float) -> None:
         await anyio.sleep(seconds)

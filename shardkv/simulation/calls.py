@@ -13,7 +13,7 @@ class Calls:
     __slots__ = ("_crash_at", "_on_crash", "count")
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
         self._crash_at = 0
         self._on_crash: Callable[[], None] | None = None
 

@@ -49,9 +49,9 @@ class SimulationClock:
         """Of the run, when the clock was last read."""
         self.node_calls: Calls | None = None
         """Where the node whose clock this is counts its calls."""
-        self.wall_drift_ms_max = math.inf
+        self.wall_drift_ms_max: float = math.inf
         """How far drift takes the date away: a time service holds that, though not the monotonic clock's rate."""
-        self.wall_offset_ms = wall_offset_ms
+        self.wall_offset_ms: int = wall_offset_ms
         """May be set at any time: a clock that is stepped, or an operator's hand."""
 
     @property

@@ -187,9 +187,9 @@ class SimulatedDisk:
         self._power_lost = False
         self._moving = trio.Event()
         self._moving.set()
-        self.capacity_bytes = capacity_bytes
+        self.capacity_bytes: int = capacity_bytes
         """May be set at any time; writes that need more than is left raise OutOfSpace."""
-        self.calls = 0
+        self.calls: int = 0
         """How many calls were made; the number of the last one."""
         self.trace: list[Call] | None = None
         """Set to a list to have every call recorded."""

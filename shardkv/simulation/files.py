@@ -30,7 +30,7 @@ class Content:
     def __init__(self) -> None:
         self._written = bytearray()
         """Never longer than ``size``."""
-        self.size = 0
+        self.size: int = 0
 
     def apply(self, change: Unsynced) -> None:
         if change.data is None:
@@ -69,10 +69,10 @@ class Inode:
     __slots__ = ("durable", "present", "sync_failed", "unsynced")
 
     def __init__(self) -> None:
-        self.present = Content()
-        self.durable = Content()
+        self.present: Content = Content()
+        self.durable: Content = Content()
         self.unsynced: list[Unsynced] = []
-        self.sync_failed = False
+        self.sync_failed: bool = False
 
     @classmethod
     def holding(cls, content: Content) -> "Inode":

@@ -35,8 +35,8 @@ class WaywardCarrier:
         self._held: bytes | None = None
         self._passing = 0
         """Bytes still to come of a frame that is too large to be kept."""
-        self.duplicate = duplicate
-        self.reorder = reorder
+        self.duplicate: float = duplicate
+        self.reorder: float = reorder
 
     def carry(self, data: bytes) -> None:
         """Carry what the sender has sent; frames that are not whole wait for their end."""

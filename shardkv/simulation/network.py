@@ -39,14 +39,14 @@ class SimulatedStream:
     def __init__(
         self, owner: "NodeNetwork", number: int, local: str, remote: str, outgoing: Pipe, incoming: Pipe
     ) -> None:
-        self.owner = owner
+        self.owner: NodeNetwork = owner
         self._network = owner.network
         self._local = local
         self._remote = remote
         self._closed = False
-        self.number = number
-        self.outgoing = outgoing
-        self.incoming = incoming
+        self.number: int = number
+        self.outgoing: Pipe = outgoing
+        self.incoming: Pipe = incoming
 
     @property
     def remote(self) -> str:
@@ -145,10 +145,10 @@ class SimulatedListener:
 
     def __init__(self, address: str, owner: "NodeNetwork") -> None:
         self._address = address
-        self.owner = owner
+        self.owner: NodeNetwork = owner
         self.waiting: deque[SimulatedStream] = deque()
         """Connected, and not yet handed to a task."""
-        self.arrived = trio.Event()
+        self.arrived: trio.Event = trio.Event()
 
     @property
     def address(self) -> str:
@@ -161,11 +161,11 @@ class NodeNetwork:
     __slots__ = ("fenced", "name", "network", "node_calls")
 
     def __init__(self, network: "SimulatedNetwork", name: str) -> None:
-        self.network = network
+        self.network: SimulatedNetwork = network
         self.node_calls: Calls | None = None
         """Where the node counts its calls."""
-        self.name = name
-        self.fenced = False
+        self.name: str = name
+        self.fenced: bool = False
         """The node has crashed: what its remains send goes nowhere, and what they wait for never comes."""
 
     def fence(self) -> None:
@@ -219,7 +219,7 @@ class SimulatedNetwork:
     """
 
     def __init__(self, seed: int | str, *, link: Link | None = None) -> None:
-        self.random = determinism.seeded_random("network", seed)
+        self.random: determinism.SeededRandom = determinism.seeded_random("network", seed)
         self.trace: Trace | None = None
         """Of the whole run: what is received goes there."""
         self.streams: dict[int, SimulatedStream] = {}

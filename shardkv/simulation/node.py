@@ -41,15 +41,15 @@ class SimulatedNode:
         self.cluster = cluster
         self.name = name
         self.config = config
-        self.environment = environment
-        self.engine = MemoryEngine(crashable=True)
-        self.scope = trio.CancelScope()
-        self.stop = trio.Event()
-        self.ready = trio.Event()
-        self.ended = trio.Event()
+        self.environment: SimulatedEnvironment = environment
+        self.engine: MemoryEngine = MemoryEngine(crashable=True)
+        self.scope: trio.CancelScope = trio.CancelScope()
+        self.stop: trio.Event = trio.Event()
+        self.ready: trio.Event = trio.Event()
+        self.ended: trio.Event = trio.Event()
         self.error: BaseException | None = None
-        self.alive = False
-        self.starts = 0
+        self.alive: bool = False
+        self.starts: int = 0
         self.out_of_service = False
         """Somebody works on its disk: it is not started meanwhile."""
         self._buried = True

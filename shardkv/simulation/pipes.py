@@ -102,24 +102,24 @@ class Pipe:
     )
 
     def __init__(self, source: str, target: str, link: Link, link_back: Link) -> None:
-        self.source = source
-        self.target = target
-        self.link = link
-        self.link_back = link_back
+        self.source: str = source
+        self.target: str = target
+        self.link: Link = link
+        self.link_back: Link = link_back
         self.pieces: deque[tuple[float, bytes | Reset]] = deque()
-        self.free_at = 0.0
+        self.free_at: float = 0.0
         """When the link has carried everything that was sent so far; arrivals never overtake one another."""
-        self.under_way = 0
+        self.under_way: int = 0
         """Bytes sent whose acknowledgement has not come back."""
-        self.credit_held = 0
+        self.credit_held: int = 0
         """Bytes read whose acknowledgement the way back does not let through."""
         self.blocked_since: float | None = None
-        self.closed = False
+        self.closed: bool = False
         """The sender has closed it: nothing more is sent."""
         self.carrier: WaywardCarrier | None = None
-        self.readable = Signal()
+        self.readable: Signal = Signal()
         """Something arrived, or never will: its reader waits for it."""
-        self.window = Signal()
+        self.window: Signal = Signal()
         """There is room again, or nobody there: its sender waits for it."""
         self.back: Pipe | None = None
         """The stream's other direction."""

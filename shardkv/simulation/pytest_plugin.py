@@ -39,7 +39,7 @@ class Simulation:
 
     def __init__(self, seed: str, options: dict[str, Any]) -> None:
         self.seed = seed
-        self.options = dict(options)
+        self.options: dict[str, Any] = dict(options)
         self.virtual_seconds_max: float = self.options.pop("virtual_seconds_max", VIRTUAL_SECONDS_MAX)
 
     def run(self, scenario: "Callable[[Cluster], Awaitable[T]]") -> T:

@@ -29,7 +29,7 @@ class Trace:
         self._hash = blake2b(digest_size=16)
         self._pending: list[str] = []
         self._file = file
-        self.events = 0
+        self.events: int = 0
 
     def record(self, *parts: object) -> None:
         self.events += 1

@@ -35,8 +35,8 @@ class SimulatedWorkers:
     ) -> None:
         self._disk = disk
         self._fenced = False
-        self.latency_seconds = latency_seconds
-        self.at_once = at_once
+        self.latency_seconds: Callable[[], float] = latency_seconds
+        self.at_once: Callable[[], bool] = at_once
 
     def fence(self) -> None:
         """From now on no job runs and nobody is called back: the node has crashed."""
@@ -104,8 +104,8 @@ class SimulatedSerialWorker:
         self._name = name
         self._runs_now = runs_now
         self.jobs: deque[_Job] = deque()
-        self.wanted = trio.Event()
-        self.closed = False
+        self.wanted: trio.Event = trio.Event()
+        self.closed: bool = False
 
     def submit(self, job: Callable[[], object], done: Callable[[object, BaseException | None], None]) -> None:
         if self.closed:

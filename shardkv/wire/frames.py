@@ -83,7 +83,7 @@ class FrameDecoder:
     __slots__ = ("_broken", "_decompressor", "_flags", "_head", "_kind", "_missing", "_pieces", "frame_bytes_max")
 
     def __init__(self, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
-        self.frame_bytes_max = frame_bytes_max
+        self.frame_bytes_max: int = frame_bytes_max
         self._head = b""
         """The first bytes of a frame whose head is not complete; empty while a payload is collected."""
         self._pieces: list[bytes | bytearray] = []

@@ -19,9 +19,9 @@ class Reads:
     __slots__ = ("blocked_until", "failures", "refused")
 
     def __init__(self) -> None:
-        self.failures = 0
+        self.failures: int = 0
         """Changes of mind since the last success."""
-        self.blocked_until = 0.0
+        self.blocked_until: float = 0.0
         """Until when they wait, after a failure."""
         self.refused: dict[int, float] = {}
         """Nodes that did not serve one, and until when they are passed over."""
@@ -54,30 +54,30 @@ class Route:
         self.range_id: int = descriptor.range_id
         self.leader = leader
         """The node that answers for the range, as far as is known."""
-        self.next_voter = 0
+        self.next_voter: int = 0
         """Which of them is tried next while no leader is known; counted on, round and round."""
         self.reader: int | None = None
         """Which of several replicas serves this client's follower and stale reads; counted on, round and round."""
         self.reads: dict[int, Reads] = {}
         """By what they are to routing (``calls.routed_as``), for those that were asked for."""
-        self.mark = 0
+        self.mark: int = 0
         """Grows with every change of mind about where to send; answers to what was sent before it teach nothing."""
-        self.failures = 0
+        self.failures: int = 0
         """Changes of mind since the last success, of what needs the leader."""
-        self.blocked_until = 0.0
+        self.blocked_until: float = 0.0
         """Until when linearizable reads and writes wait, after a failure."""
         self.batch: list[Any] = []
         """Calls of the flush that is under way."""
         self.pending: list[Any] = []
         """Calls that are held back."""
-        self.evicted = False
+        self.evicted: bool = False
         self.update(descriptor)
 
     def update(self, descriptor: RangeDescriptor) -> None:
         """Take a newer descriptor of the same range and span."""
-        self.descriptor = descriptor
-        self.start = descriptor.span.start
-        self.end = descriptor.span.end
+        self.descriptor: RangeDescriptor = descriptor
+        self.start: bytes = descriptor.span.start
+        self.end: bytes | None = descriptor.span.end
         self.generation: int = descriptor.epoch.span
         self.voters: tuple[int, ...] = tuple(
             replica.node_id for replica in descriptor.replicas if replica.role is ReplicaRole.VOTER

@@ -54,17 +54,17 @@ class Call:
     kind: Kind
 
     def __init__(self, key: bytes | None, deadline: float, size: int) -> None:
-        self.key = key
-        self.deadline = deadline
-        self.size = size
+        self.key: bytes | None = key
+        self.deadline: float = deadline
+        self.size: int = size
         self.notify: Callable[[Any], None] | None = None
-        self.attempts = 0
-        self.done = False
-        self.admitted = False
+        self.attempts: int = 0
+        self.done: bool = False
+        self.admitted: bool = False
         """Counted against the in-flight bounds."""
         self.lane: Any = None
         """The ledger's, whose bounds those are."""
-        self.internal = False
+        self.internal: bool = False
         """One of the client's own lookups: outside the in-flight bound."""
         self.result: Any = None
         self.error: Exception | None = None
@@ -80,22 +80,22 @@ class WriteCall(Call):
     kind = Kind.WRITE
 
     def __init__(self, op: Op, key: bytes, body: bytes, deadline: float) -> None:
-        self.key = key
+        self.key: bytes | None = key
         self.deadline = deadline
-        self.size = len(body) + CALL_BYTES
-        self.notify = None
+        self.size: int = len(body) + CALL_BYTES
+        self.notify: Callable[[Any], None] | None = None
         self.attempts = 0
         self.done = False
         self.admitted = False
-        self.lane = None
+        self.lane: Any = None
         self.internal = False
-        self.result = None
-        self.error = None
-        self.task = None
-        self.op = op
-        self.body = body
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.task: Any = None
+        self.op: Op = op
+        self.body: bytes = body
         self.sealed: bytes | None = None
-        self.sequence = 0
+        self.sequence: int = 0
 
 
 class DeleteRangeCall(WriteCall):
@@ -108,11 +108,11 @@ class DeleteRangeCall(WriteCall):
 
     def __init__(self, start: bytes, end: bytes | None, deadline: float) -> None:
         super().__init__(Op.DELETE_RANGE, start, b"", deadline)
-        self.size = CALL_BYTES + len(start) + len(end or b"")
-        self.end = end
+        self.size: int = CALL_BYTES + len(start) + len(end or b"")
+        self.end: bytes | None = end
         self.sealed_end: bytes | None = None
         """The end in the sealed bytes: up to there everything is deleted, or nothing."""
-        self.cut_generation = -1
+        self.cut_generation: int = -1
         """The span generation of the range that the sealed piece was cut to."""
 
 
@@ -126,24 +126,24 @@ class ReadCall(Call):
     def __init__(
         self, key: bytes, consistency: int, deadline: float, batch_max: int, age_us_max: int | None = None
     ) -> None:
-        self.key = key
+        self.key: bytes | None = key
         self.deadline = deadline
-        self.size = len(key) + CALL_BYTES
-        self.notify = None
+        self.size: int = len(key) + CALL_BYTES
+        self.notify: Callable[[Any], None] | None = None
         self.attempts = 0
         self.done = False
         self.admitted = False
-        self.lane = None
+        self.lane: Any = None
         self.internal = False
-        self.result = None
-        self.error = None
-        self.task = None
-        self.consistency = consistency
-        self.age_us_max = age_us_max
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.task: Any = None
+        self.consistency: int = consistency
+        self.age_us_max: int | None = age_us_max
         """Of a stale read: how old its answer may be at most, or None."""
-        self.age_us = 0
+        self.age_us: int = 0
         """Of a stale read that was answered: how old its answer was at most."""
-        self.batch_max = batch_max
+        self.batch_max: int = batch_max
         """With how many others it may share a request; halved when a node finds the answer too large."""
 
 
@@ -179,15 +179,15 @@ class ScanCall(Call):
         age_us_max: int | None = None,
     ) -> None:
         super().__init__(key, deadline, CALL_BYTES + len(start) + len(end or b""))
-        self.start = start
-        self.end = end
-        self.consistency = consistency
-        self.limit = limit
-        self.bytes_max = bytes_max
-        self.reverse = reverse
-        self.keys_only = keys_only
-        self.age_us_max = age_us_max
-        self.age_us = 0
+        self.start: bytes = start
+        self.end: bytes | None = end
+        self.consistency: int = consistency
+        self.limit: int = limit
+        self.bytes_max: int = bytes_max
+        self.reverse: bool = reverse
+        self.keys_only: bool = keys_only
+        self.age_us_max: int | None = age_us_max
+        self.age_us: int = 0
         """Both as in :class:`ReadCall`."""
 
 
@@ -213,12 +213,12 @@ class AdminCall(Call):
         repeatable: bool = False,
     ) -> None:
         super().__init__(key, deadline, CALL_BYTES)
-        self.method = method
-        self.arguments = arguments
-        self.range_id = range_id
-        self.node_id = node_id
-        self.repeatable = repeatable
-        self.failures = 0
+        self.method: int = method
+        self.arguments: tuple[object, ...] = arguments
+        self.range_id: int | None = range_id
+        self.node_id: int | None = node_id
+        self.repeatable: bool = repeatable
+        self.failures: int = 0
 
 
 REPEATABLE_METHODS: Final = frozenset(
@@ -245,13 +245,13 @@ class Sent:
         route: Any,
         consistency: int,
     ) -> None:
-        self.id = request_id
-        self.kind = kind
-        self.calls = calls
-        self.route = route
-        self.consistency = consistency
-        self.routed_as = routed_as(calls, consistency)
-        self.size = 0
+        self.id: int = request_id
+        self.kind: Kind = kind
+        self.calls: list[Any] = calls
+        self.route: Any = route
+        self.consistency: int = consistency
+        self.routed_as: int = routed_as(calls, consistency)
+        self.size: int = 0
         """Its bytes."""
         self.mark: int = route.mark if route is not None else 0
         self.descriptor: RangeDescriptor | None = route.descriptor if route is not None else None

@@ -71,12 +71,13 @@ class Core:
     ) -> None:
         self.settings = settings
         self._random = random
-        self.timers = Timers(wake_timer)
-        self.session = Session(session)
-        ledger = self.ledger = Ledger(settings, self.timers, self.session, wake_flush, self._internal_done)
-        self.submit = ledger.submit
-        self.cancel = ledger.cancel
-        self.links = Links(
+        self.timers: Timers = Timers(wake_timer)
+        self.session: Session = Session(session)
+        self.ledger: Ledger = Ledger(settings, self.timers, self.session, wake_flush, self._internal_done)
+        ledger = self.ledger
+        self.submit: Callable[[Call], None] = ledger.submit
+        self.cancel: Callable[[Call], None] = ledger.cancel
+        self.links: Links = Links(
             seeds,
             settings=settings,
             backoff=self._backoff,
@@ -84,8 +85,8 @@ class Core:
             on_ready=self._link_ready,
             on_lost=self._link_lost,
         )
-        self.packer = Packer(settings, self.session, self.links)
-        self.router = Router(
+        self.packer: Packer = Packer(settings, self.session, self.links)
+        self.router: Router = Router(
             settings=settings,
             links=self.links,
             timers=self.timers,

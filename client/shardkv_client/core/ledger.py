@@ -31,11 +31,11 @@ class Lane:
     __slots__ = ("_dead", "backlog", "bytes_active", "bytes_max", "calls_active", "calls_max")
 
     def __init__(self, settings: Settings) -> None:
-        self.calls_max = settings.calls_in_flight_max
-        self.bytes_max = settings.bytes_in_flight_max
-        self.calls_active = 0
+        self.calls_max: int = settings.calls_in_flight_max
+        self.bytes_max: int = settings.bytes_in_flight_max
+        self.calls_active: int = 0
         """Calls within the bounds: sent, or on their way to be; abandoned ones too, until they are settled."""
-        self.bytes_active = 0
+        self.bytes_active: int = 0
         self.backlog: deque[Any] = deque()
         """Calls beyond the bounds. Those that ended there are skipped."""
         self._dead = 0
@@ -90,8 +90,8 @@ class Ledger:
         self._session = session
         self._wake_flush = wake_flush
         self._internal_done = internal_done
-        self.closed = False
-        self.flush_wanted = False
+        self.closed: bool = False
+        self.flush_wanted: bool = False
         self.ready: list[Any] = []
         """Calls for the next flush."""
         self._writes = Lane(settings)

@@ -54,14 +54,14 @@ class Peer:
     __slots__ = ("address", "dial_after", "failures", "link", "node_id", "problem", "problem_at", "waiting")
 
     def __init__(self, address: str) -> None:
-        self.address = address
+        self.address: str = address
         self.node_id: int | None = None
         self.link: Link | None = None
-        self.dial_after = 0.0
-        self.failures = 0
+        self.dial_after: float = 0.0
+        self.failures: int = 0
         self.problem: str | None = None
         """Why the last link ended, or what the node refused since, in words for a person."""
-        self.problem_at = -inf
+        self.problem_at: float = -inf
         self.waiting: list[Call] = []
         """Calls for this node that wait for the link to become ready, or to have room."""
 
@@ -89,31 +89,31 @@ class Link:
     )
 
     def __init__(self, peer: Peer, now: float) -> None:
-        self.peer = peer
-        self.address = peer.address
-        self.state = LinkState.DIALING
-        self.decoder = FrameDecoder()
+        self.peer: Peer = peer
+        self.address: str = peer.address
+        self.state: LinkState = LinkState.DIALING
+        self.decoder: FrameDecoder = FrameDecoder()
         self.inflight: dict[int, Sent] = {}
-        self.inflight_max = 1
+        self.inflight_max: int = 1
         self.parts: list[bytes] = []
         """Requests of the frame that is being filled."""
-        self.parts_bytes = 0
+        self.parts_bytes: int = 0
         self.output: list[bytes] = []
         """Whole frames for whoever does the I/O."""
-        self.opened_at = now
-        self.round_trip_seconds = inf
+        self.opened_at: float = now
+        self.round_trip_seconds: float = inf
         """Of the quickest PING yet: how near the node is."""
-        self.received_at = now
-        self.owed_since = now
+        self.received_at: float = now
+        self.owed_since: float = now
         """Since when the node has owed at least one answer."""
-        self.pinged_at = -inf
-        self.pings_out = 0
+        self.pinged_at: float = -inf
+        self.pings_out: int = 0
         """Without an answer yet."""
-        self.overdue = False
+        self.overdue: bool = False
         """The time for an answer to the ping is over; one last look is to come."""
-        self.watched = False
+        self.watched: bool = False
         """A timer looks after its silence; one at a time."""
-        self.draining = False
+        self.draining: bool = False
         """The node said GOODBYE: it still answers, but gets nothing new."""
 
     @property

@@ -35,8 +35,8 @@ class Packer:
         self._ids = count(1)
         self._dirty: list[Link] = []
         """Links with requests that no frame holds yet."""
-        self.session = session
-        self.timestamp = 0
+        self.session: Session = session
+        self.timestamp: int = 0
         """The highest that any server has told; every request carries it."""
 
     def room(self, link: Link) -> bool:

@@ -42,7 +42,7 @@ class Router:
         self._random = random
         self._send = send
         self._requeue = requeue
-        self.cache = RangeCache(settings.ranges_cached_max)
+        self.cache: RangeCache = RangeCache(settings.ranges_cached_max)
         self.homeless: list[Call] = []
         """Calls whose range is not known; a lookup is under way or due."""
         self._lookups: dict[bytes | None, AdminCall] = {}

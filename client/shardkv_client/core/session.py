@@ -19,9 +19,9 @@ class Session:
 
     def __init__(self, session_id: bytes) -> None:
         assert len(session_id) == SESSION_BYTES, f"a session id has {SESSION_BYTES} bytes, not {len(session_id)}"
-        self.id = session_id
-        self.next_sequence = FIRST_SEQUENCE
-        self.lowest = FIRST_SEQUENCE
+        self.id: bytes = session_id
+        self.next_sequence: int = FIRST_SEQUENCE
+        self.lowest: int = FIRST_SEQUENCE
         """The lowest unsettled sequence, or ``next_sequence`` when all are settled."""
         self.unsettled: set[int] = set()
         self._base_ms: int | None = None

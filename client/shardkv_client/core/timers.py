@@ -22,7 +22,7 @@ class Timers:
     __slots__ = ("_actions", "_deadlines", "_rebuild_at", "_tie", "_used", "_wake", "due")
 
     def __init__(self, wake: Callable[[], None]) -> None:
-        self.due = inf
+        self.due: float = inf
         """When :meth:`run` must be called at the latest."""
         self._wake = wake
         self._actions: list[tuple[float, int, Callable[[float], None]]] = []
