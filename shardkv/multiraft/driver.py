@@ -22,6 +22,7 @@ from shardkv.errors import StorageError
 from shardkv.machine.clock import HybridClock
 from shardkv.multiraft.applier import Applier
 from shardkv.multiraft.catalog import Catalog
+from shardkv.multiraft.hedger import Hedger
 from shardkv.multiraft.log_writer import LogWriter
 from shardkv.multiraft.outgoing import Outgoing, Peers
 from shardkv.multiraft.proposer import Proposer
@@ -130,8 +131,15 @@ class Driver:
             failed=self.fail,
             no_room=self._found_no_room,
         )
+        self.hedger = Hedger(environment.clock, patience_seconds_max=tick_seconds, touch=self.touch)
         self.proposer = Proposer(
-            self.log_writer, self.space, environment.clock, hybrid_clock, wake=self.wake, touch=self.touch
+            self.log_writer,
+            self.space,
+            environment.clock,
+            hybrid_clock,
+            wake=self.wake,
+            touch=self.touch,
+            proposed=self.hedger.proposed,
         )
         self.applier = Applier(
             catalog,
@@ -162,6 +170,7 @@ class Driver:
             self.catalog.unreadable = self.fail
             self._campaign_for_own()
             nursery.start_soon(self._tick)
+            nursery.start_soon(self.hedger.run)
             task_status.started()
             while True:
                 awake = self._awake
@@ -225,10 +234,16 @@ class Driver:
                 self._turn_here()
 
     def doubt_node(self, node_id: NodeId) -> None:
-        """The connections to a node broke: groups that it leads campaign as soon as their promise has run out."""
+        """The connections to a node broke: groups that it leads campaign as soon as their promise has run out, and
+        those that are led here rely on others."""
         now = self.environment.clock.monotonic_ns()
         for replica in self.catalog.replicas.values():
-            if replica.node_of(replica.raft.leader) == node_id:
+            if replica.leads:
+                for replica_id in replica.raft.configuration.voters:
+                    if replica.node_of(replica_id) == node_id:
+                        replica.raft.distrust(replica_id)
+                        self.touch(replica)
+            elif replica.node_of(replica.raft.leader) == node_id:
                 replica.raft.doubt(now)
                 self.touch(replica)
 
@@ -346,6 +361,8 @@ class Driver:
         now = self.environment.clock.monotonic_ns()
         self._deliver(replica, message.responses, now, outgoing)
         assert not outgoing, f"an apply has responses for other replicas: {outgoing}"
+        if replica.leads and not replica.proposals:
+            self.hedger.committed(replica.answered_ns - replica.proposed_ns)
         if replica.confirmed:
             replica.serve_confirmed()
         if replica.waiting and replica.may_propose(now):

@@ -29,6 +29,7 @@ class Proposer:
     Args:
         wake: called when there is something for a turn.
         touch: called with a group that was stepped outside a turn.
+        proposed: called with a group that has a new entry under way.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Proposer:
         *,
         wake: Callable[[], None],
         touch: Callable[[Replica], None],
+        proposed: Callable[[Replica], None],
     ) -> None:
         self._log_writer = log_writer
         self._space = space
@@ -47,6 +49,7 @@ class Proposer:
         self._hybrid_clock = hybrid_clock
         self._wake = wake
         self._touch = touch
+        self._proposed = proposed
         self.groups: dict[RangeId, Replica] = {}
         """Groups with writes or reads that wait for the next turn."""
         self.gather_until_ns: int | None = None
@@ -113,6 +116,7 @@ class Proposer:
                 if replica.may_propose(now):
                     replica.proposed_ns = now
                     self._propose_writes(replica)
+                    self._proposed(replica)
                     stepped.append(replica)
                 elif not replica.proposals:
                     self.gather(replica)
@@ -169,6 +173,7 @@ class Proposer:
         except ProposalDropped as dropped:
             raise _refusal(replica, dropped) from dropped
         replica.proposals[index] = Proposal(term, ((requester, request_id),))
+        self._proposed(replica)
         self._touch(replica)
 
 

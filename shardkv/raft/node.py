@@ -11,7 +11,7 @@ Nothing is decided here; see ``core``.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shardkv.raft import core, election, freshness, lease, reconfiguration
+from shardkv.raft import core, election, freshness, lease, reconfiguration, replication, thrift
 from shardkv.raft.errors import DropReason, ProposalDropped
 from shardkv.raft.membership import check_configuration, encode_conf_change
 from shardkv.raft.messages import (
@@ -245,6 +245,14 @@ class RaftNode:
         """
         self._advance_clock(now)
         election.doubt(self.raft)
+
+    def hedge(self) -> None:
+        """Entries of this leader take long to be committed: ask the followers that were to get them later, too."""
+        replication.hedge(self.raft)
+
+    def distrust(self, replica_id: int) -> None:
+        """The connection to a follower broke: rely on others."""
+        replication.distrust(self.raft, replica_id)
 
     def lease_valid(self, now: int) -> bool:
         """Whether a read that came in before ``now`` was read may be served here without asking anybody.
@@ -493,10 +501,12 @@ class RaftNode:
             peer.check()
         if raft.reads is not None:
             raft.reads.check()
+        thrift.check(raft)
         leads = raft.role == Role.LEADER
         assert leads == (raft.term_start != NOT_LEADING), f"{raft.role!r} with a term from {raft.term_start}"
         assert leads == (raft.leader == raft.id), f"{raft.role!r} follows {raft.leader}"
         assert leads or raft.transferee == NONE, f"{raft.role!r} hands over to {raft.transferee}"
+        assert leads or not raft.preferred, f"{raft.role!r} prefers {raft.preferred}"
         assert leads or raft.reads is None, f"{raft.role!r} confirms reads"
         assert not raft.voting or raft.vote != NONE, f"a vote of term {raft.term} that nobody has"
         assert not raft.voting or raft.role in (Role.FOLLOWER, Role.CANDIDATE), f"{raft.role!r} waits for its vote"

@@ -87,6 +87,7 @@ class Progress:
         "flow_paused",
         "follower_stamp",
         "heartbeats_waited",
+        "held_bytes",
         "inflights",
         "is_learner",
         "lease_stamp",
@@ -96,6 +97,7 @@ class Progress:
         "probes_unanswered",
         "recent_active",
         "sent_commit",
+        "spare",
         "state",
     )
 
@@ -122,6 +124,10 @@ class Progress:
         """The newest of this leader's heartbeat stamps that it has echoed (see ``lease``)."""
         self.follower_stamp = 0
         """What its own clock showed when it made the last of its heartbeat answers that came in (see ``freshness``)."""
+        self.spare = False
+        """Whether others made a quorum without it when an entry was last proposed (see ``thrift``)."""
+        self.held_bytes = 0
+        """Payload that waits until there is more for it. Only a spare's."""
 
     def copy(self) -> "Progress":
         """A copy that shares the window of in-flight messages."""
@@ -135,11 +141,14 @@ class Progress:
         other.heartbeats_waited = self.heartbeats_waited
         other.lease_stamp = self.lease_stamp
         other.follower_stamp = self.follower_stamp
+        other.spare = self.spare
+        other.held_bytes = self.held_bytes
         return other
 
     def restart(self, next_index: int, match: int) -> None:
         """Forget everything but the membership: a new term begins."""
         self._enter(_PROBE)
+        self.spare = False
         self.match = match
         self.next = next_index
         self.sent_commit = 0
@@ -152,6 +161,7 @@ class Progress:
         self.flow_paused = False
         self.pending_snapshot = 0
         self.state = state
+        self.held_bytes = 0
         self.inflights.reset()
 
     def become_probe(self) -> None:
@@ -171,12 +181,18 @@ class Progress:
         self.next = index + 1
         self.sent_commit = index
 
+    def relied_on(self) -> None:
+        """It is sent everything at once from now on."""
+        self.spare = False
+        self.held_bytes = 0
+
     @property
     def paused(self) -> bool:
         return self.flow_paused or self.state == _SNAPSHOT
 
     def sent_entries(self, count: int, size: int) -> None:
         """An append with ``count`` entries of ``size`` payload bytes in all has left."""
+        self.held_bytes = 0
         if self.state == _REPLICATE:
             inflights = self.inflights
             if count:

@@ -38,7 +38,7 @@ def refuse_unless_open(raft: Raft) -> None:
 def append_and_send(raft: Raft, entries: tuple[Entry, ...]) -> None:
     if not raft.append(entries):
         raise ProposalDropped(DropReason.UNCOMMITTED_LIMIT)
-    replication.broadcast_append(raft)
+    replication.broadcast_entries(raft, entries)
 
 
 def conf_change_refusal(raft: Raft, data: bytes) -> DropReason | None:

@@ -5,7 +5,7 @@ that (one change at a time, none while an earlier one may be unapplied, no elect
 is kept in ``proposals`` and ``election`` (trap 9). What a change makes of a configuration is in ``membership``.
 """
 
-from shardkv.raft import lease, replication
+from shardkv.raft import lease, replication, thrift
 from shardkv.raft.errors import ProposalDropped
 from shardkv.raft.membership import Changer, all_voters
 from shardkv.raft.messages import NONE, ConfChange, ConfState, Entry, EntryType, Message, MessageType, Snapshot
@@ -27,6 +27,7 @@ def switch_to(raft: Raft, changer: Changer) -> ConfState:
     raft.progress = changer.progress
     if raft.role != Role.LEADER:
         return raft.configuration
+    thrift.arrange(raft)
     own = raft.progress.get(raft.id)
     if own is None or own.is_learner:
         # The leader was removed: it has led the group up to the commit of its own removal (thesis 4.2.2).

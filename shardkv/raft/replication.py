@@ -4,7 +4,7 @@ Both sides of each exchange live here, next to each other, but for a snapshot's:
 ``reconfiguration``. What a leader knows of a follower is in ``progress``.
 """
 
-from shardkv.raft import freshness, lease, reads
+from shardkv.raft import freshness, lease, reads, thrift
 from shardkv.raft.errors import Compacted, SnapshotTemporarilyUnavailable, Unavailable
 from shardkv.raft.messages import NONE, Entry, Message, MessageType
 from shardkv.raft.progress import Progress, ProgressState
@@ -73,6 +73,48 @@ def broadcast_append(raft: Raft, *, if_empty: bool = True) -> None:
     for id_, peer in raft.progress.items():
         if id_ != own:
             send_append(raft, id_, peer, if_empty=if_empty)
+
+
+def broadcast_entries(raft: Raft, proposed: tuple[Entry, ...]) -> None:
+    """Send what was proposed to a quorum at once, and to the others when it is worth it (see ``thrift``)."""
+    preferred = raft.preferred
+    if not preferred:
+        broadcast_append(raft)
+        return
+    progress = raft.progress
+    needed = thrift.needed(raft)
+    spares: list[tuple[int, Progress]] = []
+    for id_ in preferred:
+        peer = progress[id_]
+        if needed and peer.state == _REPLICATE and not peer.flow_paused:
+            needed -= 1
+            peer.relied_on()
+            send_append(raft, id_, peer)
+        else:
+            spares.append((id_, peer))
+    for id_, peer in spares:
+        peer.spare = not needed
+        peer.held_bytes = peer.held_bytes + payload_bytes(proposed) if peer.spare else 0
+        if not thrift.holds(raft, peer) and send_append(raft, id_, peer):
+            raft.race = raft.log.last_index
+    if len(progress) > len(preferred) + 1:
+        for id_, peer in progress.items():
+            if peer.is_learner:
+                send_append(raft, id_, peer)
+
+
+def hedge(raft: Raft) -> None:
+    """An acknowledgement that is waited for takes long: send the spares what they lack."""
+    for id_ in raft.preferred:
+        peer = raft.progress[id_]
+        if peer.next <= raft.log.last_index and send_append(raft, id_, peer, if_empty=False):
+            raft.race = raft.log.last_index
+
+
+def distrust(raft: Raft, id_: int) -> None:
+    """A follower may be gone: what waits for its acknowledgement alone should not."""
+    thrift.distrust(raft, id_)
+    hedge(raft)
 
 
 def broadcast_heartbeat(raft: Raft) -> None:
@@ -209,6 +251,8 @@ def leader_append_response(raft: Raft, message: Message) -> None:
 
     committed = log.committed
     if maybe_commit(raft):
+        if raft.race and log.committed >= raft.race:
+            thrift.decide(raft)
         release_postponed_reads(raft)
         # A change of the members is told at once: whoever has applied it needs other votes, or can do with fewer. A
         # range that has grown from one voter could else elect nobody without that one until the next heartbeat.
@@ -218,8 +262,9 @@ def leader_append_response(raft: Raft, message: Message) -> None:
         send_append(raft, sender, peer)
     if sender != raft.id:
         # The answer may have made room for more than one message.
-        while peer.next <= log.last_index and send_append(raft, sender, peer, if_empty=False):
-            pass
+        while peer.next <= log.last_index and not thrift.holds(raft, peer):
+            if not send_append(raft, sender, peer, if_empty=False):
+                break
         if sender == raft.transferee and peer.match == log.last_index:
             lease.send_timeout_now(raft, sender)
 
@@ -277,6 +322,7 @@ def leader_unreachable(raft: Raft, message: Message) -> None:
     peer.probes_unanswered = 0  # no wonder
     if peer.state == _REPLICATE:
         peer.become_probe()
+    distrust(raft, message.from_)
 
 
 # Reads, as far as heartbeats carry them.

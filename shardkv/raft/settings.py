@@ -1,9 +1,9 @@
 """What a Raft group is told once, when it is made. Nothing here changes afterwards and nothing here decides anything.
 
 Every bound of the core has its name here. The settings of etcd-io/raft keep their meaning; what is added to them
-(``lease``, ``vote_refusal_ns``, ``reluctant``, ``patient_elections``, ``probe_heartbeats_max``, ``commit_broadcast``)
-is off or neutral unless asked for, so that the published transcripts replay; they switch off ``durable_candidacy``
-alone.
+(``lease``, ``vote_refusal_ns``, ``reluctant``, ``patient_elections``, ``probe_heartbeats_max``, ``commit_broadcast``,
+``spare_entries_max``) is off or neutral unless asked for, so that the published transcripts replay; they switch off
+``durable_candidacy`` alone.
 """
 
 from collections.abc import Callable
@@ -113,6 +113,9 @@ class RaftSettings:
     Without it they learn of it with the next append or heartbeat, which halves the messages of a busy group.
     """
 
+    spare_entries_max: int = 1
+    """How many entries collect for a follower whose acknowledgement is not needed (see ``thrift``); 1: none waits."""
+
     def __post_init__(self) -> None:
         if self.replica_id == NONE or self.replica_id >= APPLY_THREAD:
             raise ValueError(f"{self.replica_id} is no replica id")
@@ -130,5 +133,7 @@ class RaftSettings:
             raise ValueError("committed_bytes_per_ready_max must be positive")
         if self.read_only is ReadOnly.LEASE_BASED and not self.check_quorum:
             raise ValueError("lease-based reads need check_quorum")
+        if self.spare_entries_max <= 0:
+            raise ValueError(f"spare_entries_max must be positive, not {self.spare_entries_max}")
         if self.vote_refusal_ns < 0:
             raise ValueError(f"vote_refusal_ns must not be negative, not {self.vote_refusal_ns}")

@@ -7,7 +7,7 @@ What the fields mean and which moves exist lives here; which message causes what
 from enum import IntEnum
 from typing import Final, NamedTuple
 
-from shardkv.raft import freshness
+from shardkv.raft import freshness, thrift
 from shardkv.raft.errors import Inconsistent
 from shardkv.raft.log import RaftLog
 from shardkv.raft.membership import Changer, ProgressMap, normalized
@@ -59,9 +59,12 @@ class Raft:
         "messages_after_append",
         "now",
         "pending_conf_index",
+        "preferred",
         "progress",
         "proof",
         "proof_pending",
+        "race",
+        "races_lost",
         "randomized_election_timeout",
         "read_states",
         "reads",
@@ -115,6 +118,12 @@ class Raft:
         """An estimate of the payload that waits to be applied; never too high. Kept by leaders only."""
         self.term_start = NOT_LEADING
         """On a leader the index of the first entry of its term. Everything from it on has that term."""
+
+        self.preferred: list[int] = []
+        """On a leader the other voters, those first that it relies on; empty when nobody is spared (see ``thrift``)."""
+        self.race = 0
+        """The entry that shows who of them is quick, once it is committed."""
+        self.races_lost = 0
 
         self.refuse_until = now + settings.vote_refusal_ns if settings.vote_refusal_ns else 0
         """Until the clock reads this, no vote is given and no election begun (see ``lease``)."""
@@ -257,6 +266,8 @@ class Raft:
         self.lease_suspended = False
         self.doubted = False
         self.eager_ticks = NOT_EAGER
+        self.preferred = []
+        self.race = thrift.NO_RACE
 
     def become_follower(self, term: int, leader: int) -> None:
         self._reset(term)
@@ -283,6 +294,7 @@ class Raft:
         self._reset(self.term)
         self.leader = self.id
         self.role = Role.LEADER
+        thrift.arrange(self)
         own = self.progress[self.id]
         self.fruitless_campaigns = 0
         own.become_replicate()

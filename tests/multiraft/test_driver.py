@@ -333,7 +333,7 @@ async def test_a_follower_acknowledges_before_it_applies_what_was_committed_befo
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         leader = hosts.leader()
-        driver = next(host for host in hosts.values() if host is not leader).driver
+        driver = hosts.relied_on().driver
         done: list[str] = []
 
         def noted(owner: object, name: str) -> None:

@@ -118,7 +118,7 @@ async def test_trap_08_a_new_leader_serves_no_read_before_an_entry_of_its_term_i
     async with world(3) as hosts:
         await hosts.write(b"k", b"v")
         leader = hosts.leader()
-        target = next(each for each in hosts if each != leader.node_id)
+        target = hosts.relied_on().node_id
         hosts.passes = lambda source, to, range_id, message: message.type is not MessageType.APP_RESP
         await hand_over(hosts, leader, target)
         new = hosts[target]

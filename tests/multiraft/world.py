@@ -461,6 +461,13 @@ class Hosts(dict[int, Host]):
         assert led, f"range {range_id} has no leader"
         return self[max(led)[1]]
 
+    def relied_on(self) -> Host:
+        """The follower whose acknowledgement the range's leader waits for, of three."""
+        replica = self.leader().replica()
+        node_id = replica.node_of(replica.raft.raft.preferred[0])
+        assert node_id is not None, "the descriptor names every voter"
+        return self[node_id]
+
     def follower(self) -> Host:
         """The first node that does not lead the range."""
         return next(host for host in self.values() if not host.replica().leads)

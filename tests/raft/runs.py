@@ -220,6 +220,10 @@ class Run:
             host.node.doubt(cluster.clock(host.id))
         elif draw < 0.9:
             host.node.report_unreachable(self.random.choice(self.ids()))
+        elif draw < 0.93:
+            host.node.hedge()
+        elif draw < 0.95:
+            host.node.distrust(self.random.choice(self.ids()))
         elif host.applied_index > host.storage.written_snapshot().metadata.index and not host.work:
             host.compact()
 

@@ -87,6 +87,7 @@ def test_a_change_of_the_members_forgets_nothing_of_those_who_stay() -> None:
     made.state, made.match, made.pending_snapshot, made.sent_commit = ProgressState.SNAPSHOT, 7, 8, 6
     made.flow_paused, made.probes_unanswered, made.heartbeats_waited = True, 2, 3
     made.lease_stamp, made.follower_stamp = 4, 5
+    made.spare, made.held_bytes = True, 6
     unlike = Progress(1, Inflights(4, 1000), is_learner=False, recent_active=True)
     copy = made.copy()
     for name in Progress.__slots__:

@@ -7,7 +7,13 @@ import pytest
 from shardkv.raft import InvalidConfChange
 from tests.raft.runs import LEASE, Moving, Rounds, Run
 
-NODES: dict[str, Any] = {"pre_vote": True, "check_quorum": True, "lease": LEASE, "patient_elections": True}
+NODES: dict[str, Any] = {
+    "pre_vote": True,
+    "check_quorum": True,
+    "lease": LEASE,
+    "patient_elections": True,
+    "spare_entries_max": 3,
+}
 MEMBERSHIP = NODES | {"membership": True, "step_down_on_removal": True}
 TIGHT: dict[str, Any] = {
     "message_bytes_max": 1,
