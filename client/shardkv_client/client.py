@@ -97,6 +97,9 @@ class Client:
 
     # --- opening and closing ------------------------------------------------------------------------------------
 
+    # Opening and closing are protected: an interrupt half way would leave trio with a nursery that nobody ends.
+
+    @enable_ki_protection
     async def __aenter__(self) -> Self:
         if self._host is not None:
             raise ClientClosed("a client is opened once; make another with connect()")
@@ -121,18 +124,34 @@ class Client:
         tell_when_forked(self)
         return self
 
+    @enable_ki_protection
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.aclose()
-        nursery, self._nursery = self._nursery, None
-        if nursery is not None:
-            # The body is over. Shielded and cancelled, the nursery lets out nothing, not even a cancellation that ended
-            # the body: what leaves is the body's own exception.
-            nursery.cancel_scope.shield = True
-            nursery.cancel_scope.cancel()
-            await self._nursery_manager.__aexit__(None, None, None)
+        try:
+            await self.aclose()
+        except KeyboardInterrupt:  # trio raises it where its main task waits, protected or not
+            await self._end_nursery()
+            raise
+        await self._end_nursery()
 
+    async def _end_nursery(self) -> None:
+        nursery, self._nursery = self._nursery, None
+        if nursery is None:
+            return
+        # The body is over. Shielded and cancelled, the nursery lets out nothing, not even a cancellation that ended
+        # the body: what leaves is the body's own exception, or an interrupt that comes now.
+        nursery.cancel_scope.shield = True
+        nursery.cancel_scope.cancel()
+        interrupt = None
+        try:
+            await self._nursery_manager.__aexit__(None, None, None)
+        except BaseExceptionGroup as group:
+            interrupt = group.exceptions[0]
+        if interrupt is not None:
+            raise interrupt
+
+    @enable_ki_protection
     async def aclose(self) -> None:
         """End pending calls as their deadlines would, and close every connection. May be called again.
 

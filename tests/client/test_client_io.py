@@ -15,10 +15,13 @@ from typing import Any
 import anyio
 import pytest
 import trio
+import trio.testing
 
 from shardkv import errors
 from shardkv.types import VALUE_BYTES_MAX, Entry
 from shardkv_client import Client, RealEnvironment, Settings, Stream, connect
+from shardkv_client.connection import Host
+from shardkv_client.core import Core
 from shardkv_client.core.timers import Timers
 from shardkv_client.scan import Scan
 from tests.client.fake_server import FakeServer
@@ -454,6 +457,89 @@ def test_an_interrupt_half_way_into_a_call_leaves_the_client_whole(server, monke
     else:
         with pytest.raises(KeyboardInterrupt):
             trio.run(main)
+
+
+@pytest.mark.parametrize("interrupts", [1, 2, 3])
+def test_an_interrupt_amid_opening_or_closing_leaves_as_itself(server, interrupts):
+    """DESIGN §2.3: connect() never wraps. Whoever interrupts twice meets the way out with the second: at any line
+    of it, and at those that follow."""
+    lines_of = {each.__code__ for each in (Client.__aenter__, Client.__aexit__, Client.aclose, Host.close, Host.aclose)}
+    left = -1
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code in lines_of and event == "line":
+            left -= 1
+            if -interrupts < left <= 0:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    async def main() -> None:
+        async with connect(server.addresses) as kv:
+            await kv.put(b"k", b"v")
+
+    before = sys.gettrace()
+    try:
+        for line in range(1, 200):
+            left = line
+            sys.settrace(trace)
+            try:
+                trio.run(main)
+            except KeyboardInterrupt:
+                continue
+            finally:
+                sys.settrace(None)
+            break
+        assert left > 0, "an interrupt was lost, or there are more lines than were tried"
+    finally:
+        sys.settrace(before)
+
+
+def test_an_interrupt_amid_aclose_ends_the_pending_calls_all_the_same():
+    """DESIGN §2.3: closing fails pending calls as a deadline would. A closed client keeps none."""
+    lines_of = {each.__code__ for each in (Client.aclose, Host.close, Host.aclose, Core.close)}
+    left = -1
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code in lines_of and event == "line":
+            left -= 1
+            if left == 0:
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    async def pending(kv: Client) -> None:
+        with pytest.raises(errors.Unavailable):
+            await kv.get(b"k", timeout=3_600)
+
+    async def main(line: int) -> None:
+        nonlocal left
+        with trio.fail_after(30):
+            async with connect("127.0.0.1:1") as kv, trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(pending, kv)
+                await trio.testing.wait_all_tasks_blocked()
+                left = line
+                sys.settrace(trace)
+                try:
+                    await kv.aclose()
+                    await trio.lowlevel.checkpoint()  # one that came with the last line is raised here
+                except KeyboardInterrupt:
+                    assert left <= 0
+                else:
+                    assert left > 0
+                finally:
+                    sys.settrace(None)
+
+    before = sys.gettrace()
+    try:
+        for line in range(1, 100):
+            trio.run(main, line)
+            if left > 0:
+                break
+        assert left > 0, "more lines than were tried"
+    finally:
+        sys.settrace(before)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
