@@ -12,7 +12,7 @@ import trio
 
 from shardkv.errors import ShardKVError
 from shardkv_bench.worker import ABSENT, Measurement, Task, wait_for_go
-from shardkv_bench.workloads import WORKLOADS, Kind, Operation, Plan, key_of, values_of
+from shardkv_bench.workloads import KEYS_END, WORKLOADS, Kind, Operation, Plan, key_of, values_of
 
 if TYPE_CHECKING:
     from shardkv_client import Client
@@ -102,7 +102,7 @@ def _performers(
 
     async def scan(operation: Operation) -> int:
         missing = min(operation.scan_records, plan.records - operation.record)
-        async with client.scan(key_of(operation.record), None, limit=operation.scan_records) as entries:
+        async with client.scan(key_of(operation.record), KEYS_END, limit=operation.scan_records) as entries:
             async for _ in entries:
                 missing -= 1
         return 0 if missing > 0 else 1

@@ -16,6 +16,8 @@ from shardkv_bench.distributions import Chooser, Latest, scrambled_zipfian, unif
 
 KEY_PREFIX: Final = b"bench/"
 """Begins every key, so that whoever measured on a cluster of theirs can remove what it left."""
+KEYS_END: Final = b"bench0"
+"""The first key above all that begin so."""
 SCAN_RECORDS_MAX: Final = 100
 PREPARED_MAX: Final = 1 << 17
 """Operations drawn before a run starts, so that drawing them is not measured; then they repeat. Of more records than
