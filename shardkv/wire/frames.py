@@ -216,6 +216,8 @@ class FrameDecoder:
         if not 2 <= length <= self.frame_bytes_max + 2:
             if head[:4].isascii() and head[:4].decode("ascii").isprintable():
                 text = data[position : position + 16].decode("ascii", "backslashreplace")
+                if text.startswith("HTTP/"):
+                    return ProtocolError("an HTTP server answers here: of a node give its --listen, not its --admin")
                 return ProtocolError(
                     f"not a shardkv connection: it begins with the text {text!r} (HTTP goes to --admin)"
                 )

@@ -98,6 +98,8 @@ def test_a_damaged_stream_never_raises_anything_else(data: st.DataObject) -> Non
         (b"\0\0\0\2\x06\x02", "unknown flags 0x02"),
         (b"\0\0\0\2\x06\xff", "unknown flags 0xff"),
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", r"not a shardkv connection: it begins with the text 'GET / HTTP/1\.1"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", r"HTTP goes to --admin"),
+        (b"HTTP/1.1 400 \r\n\r\n", r"an HTTP server answers here: .* --listen, not its --admin"),
         (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03", "TLS handshake"),
         (b"*1\r\n$4\r\nPING\r\n", "a frame of"),
     ],
