@@ -15,7 +15,7 @@ from shardkv.errors import BatchError, OutcomeUnknown, Unavailable
 from shardkv.wire.commands import Op, pack_put
 from shardkv_client.core import Call, Core, WriteCall
 from shardkv_client.core.links import describe
-from shardkv_client.limits import check_pair
+from shardkv_client.limits import TEXT_LIKE, check_pair
 from shardkv_client.waiter import Waiter
 
 Pairs = Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]] | AsyncIterable[tuple[bytes, bytes]]
@@ -302,5 +302,5 @@ def check_pairs(pairs: Pairs, progress: Progress | None) -> None:
     elif isinstance(pairs, (list, tuple)):
         for pair in pairs:
             checked_pair(pair)
-    elif not isinstance(pairs, (Iterable, AsyncIterable)):
+    elif isinstance(pairs, TEXT_LIKE) or not isinstance(pairs, (Iterable, AsyncIterable)):
         raise TypeError(f"put_many takes a mapping or an iterable of pairs, not {type(pairs).__name__}")

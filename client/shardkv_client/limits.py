@@ -17,6 +17,8 @@ _CONSISTENCY: Final = {
     "follower": int(Consistency.FOLLOWER),
     "stale": int(Consistency.STALE),
 }
+TEXT_LIKE: Final = (bytes, bytearray, memoryview, str)
+"""Types that can be iterated over, and are never meant as a list of keys or pairs, not even when they are empty."""
 _INT64_MIN: Final = -(1 << 63)
 _INT64_END: Final = 1 << 63
 
@@ -61,9 +63,8 @@ def check_pair(key: bytes, value: bytes) -> None:
 
 def distinct(keys: Iterable[bytes]) -> list[bytes]:
     """Checked keys in the order given, each once."""
-    given: object = keys
-    if isinstance(given, (bytes, str)):
-        raise TypeError(f"a list of keys is wanted, not one {type(given).__name__}; put it into a list")
+    if isinstance(keys, TEXT_LIKE):
+        raise TypeError(f"a list of keys is wanted, not one {type(keys).__name__}; put it into a list")
     wanted = list(keys)
     for key in wanted:
         check_key_type(key)

@@ -582,6 +582,10 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
     """DESIGN §2.3. No server: whatever is sent would fail with Unavailable."""
     wrong: list[tuple[type[Exception], Callable[[Client], Any]]] = [
         (TypeError, lambda kv: kv.put("k", b"v")),
+        (TypeError, lambda kv: kv.put_many(b"")),
+        (TypeError, lambda kv: kv.put_many("")),
+        (TypeError, lambda kv: kv.get_many(bytearray())),
+        (TypeError, lambda kv: kv.get_many(memoryview(b""))),
         (TypeError, lambda kv: kv.put(b"k", "v")),
         (TypeError, lambda kv: kv.put(bytearray(b"k"), b"v")),
         (TypeError, lambda kv: kv.put(b"", "v")),
