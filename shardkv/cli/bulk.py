@@ -382,8 +382,8 @@ def _open_output(file_name: str, saved: Mapping[str, Any] | None, resume: bool, 
             yield file
         return
     if path.exists() and not overwrite:
-        why = "and there is nothing to resume" if resume else "; give --overwrite to replace it"
-        raise click.UsageError(f"{file_name} exists{'' if why.startswith(';') else ' '}{why}")
+        why = " and there is nothing to resume" if resume else ""
+        raise click.UsageError(f"{file_name} exists{why}; give --overwrite to replace it")
     with _opened(path, "wb") as file:
         yield file
 

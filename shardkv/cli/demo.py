@@ -170,7 +170,10 @@ def _cluster(data: str | None, nodes: int, base_port: int | None, with_tour: boo
         path = Path(os.path.expanduser(data)).absolute()  # as a node takes it
         if (path / IDENTITY_NAME).exists():
             raise click.UsageError(f"{path} is the data directory of a node; give another --data")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise click.UsageError(f"{path} cannot be made: {problem.strerror}; give another --data") from None
         with _cluster_on(path, nodes, base_port, with_tour) as cluster:
             yield cluster
         return

@@ -347,7 +347,9 @@ def test_an_export_does_not_replace_a_file_unless_told(world: World, tmp_path: P
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
     for arguments in ([], ["--resume"]):
-        assert world.run("export", str(path), *arguments).exit_code == 2
+        result = world.run("export", str(path), *arguments)
+        assert result.exit_code == 2
+        assert "give --overwrite to replace it" in result.stderr
         assert path.read_text() == "precious"
     assert world.run("export", str(path), "--overwrite").exit_code == 0
     assert path.read_text() == ""

@@ -246,6 +246,14 @@ def test_a_file_of_a_demo_that_may_not_be_read_is_not_said_to_be_damaged(
         demo._saved(tmp_path / "demo.json")
 
 
+def test_a_demo_whose_directory_cannot_be_made_says_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with start("--no-shell", "--data", str(tmp_path / "file" / "data")) as child:
+        _, said = child.communicate(timeout=SECONDS)
+    assert child.returncode == 2
+    assert f"{tmp_path / 'file' / 'data'} cannot be made: Not a directory; give another --data" in said
+
+
 def test_a_demo_leaves_the_data_directory_of_a_node_alone(tmp_path: Path) -> None:
     """It put files and directories of its own there."""
     (tmp_path / IDENTITY_NAME).touch()
