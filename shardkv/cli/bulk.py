@@ -83,6 +83,15 @@ class Checkpoint:
             raise damaged
         return saved
 
+    def begin(self, otherwise: str, **state: Any) -> None:
+        """Save for the first time. Raises a usage error where that cannot be; ``otherwise`` is what does without."""
+        try:
+            self.save(**state)
+        except OSError as problem:
+            raise click.UsageError(
+                f"the progress cannot be noted in {self.path}: {problem.strerror}; {otherwise} to do without"
+            ) from None
+
     def save(self, *, count: int, **state: object) -> None:
         """Note the keys done, and where to go on behind them.
 
@@ -181,13 +190,7 @@ def import_(session: Session, file_name: str, given_format: str | None, resume: 
                 f"{file_name} has changed before line {start['line'] + 1}, where the import is to carry on;"
                 " start anew without --resume"
             )
-        try:
-            checkpoint.save(**start)
-        except OSError as problem:
-            raise click.UsageError(
-                f"the progress cannot be noted in {checkpoint.path}: {problem.strerror};"
-                " import from stdin (-) to do without"
-            ) from None
+        checkpoint.begin("import from stdin (-)", **start)
         with checkpoint.kept(count_min=1), Progress("import", unit="bytes", total=total) as progress:
             count = session.run(
                 _importer(session, file, file_format, start=start, checkpoint=checkpoint, progress=progress)
@@ -315,7 +318,7 @@ def export(
             header = records.write_header(file_format)
             file.write(header)
             _sync(file, checkpoint)
-            checkpoint.save(offset=len(header), last_key_hex=None, count=0)
+            checkpoint.begin("export to stdout (-)", offset=len(header), last_key_hex=None, count=0)
         elif saved["last_key_hex"] is not None:
             start_after = _least_above(bytes.fromhex(saved["last_key_hex"]))
             span |= {"limit": 0} if start_after is None else {"start": start_after}

@@ -343,6 +343,20 @@ def test_a_damaged_note_of_the_progress_is_wrong_usage(world: World, tmp_path: P
     assert result.exit_code == 2
 
 
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_command_that_cannot_note_its_progress_says_how_to_do_without(
+    world: World, tmp_path: Path, command: str
+) -> None:
+    path = tmp_path / "all.jsonl"
+    if command == "import":
+        path.touch()
+    (tmp_path / "all.jsonl.progress").mkdir()
+    result = world.run(command, str(path))
+    assert result.exit_code == 2
+    assert f"the progress cannot be noted in {path}.progress: Is a directory; {command}" in result.stderr
+    assert "(-) to do without" in result.stderr
+
+
 def test_an_export_does_not_replace_a_file_unless_told(world: World, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
