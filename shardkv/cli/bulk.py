@@ -315,10 +315,11 @@ def export(
     saved = checkpoint.load() if resume else None
     with _open_output(file_name, saved, resume, overwrite) as file:
         if saved is None:
-            header = records.write_header(file_format)
-            file.write(header)
-            _sync(file, checkpoint)
-            checkpoint.begin("export to stdout (-)", offset=len(header), last_key_hex=None, count=0)
+            checkpoint.begin("export to stdout (-)", offset=0, last_key_hex=None, count=0)
+        if saved is None or not saved["offset"]:
+            if checkpoint.path is not None:
+                file.truncate(0)  # not before the note: where there can be none, what is there stays
+            file.write(records.write_header(file_format))
         elif saved["last_key_hex"] is not None:
             start_after = _least_above(bytes.fromhex(saved["last_key_hex"]))
             span |= {"limit": 0} if start_after is None else {"start": start_after}
@@ -387,7 +388,7 @@ def _open_output(file_name: str, saved: Mapping[str, Any] | None, resume: bool, 
     if path.exists() and not overwrite:
         why = " and there is nothing to resume" if resume else ""
         raise click.UsageError(f"{file_name} exists{why}; give --overwrite to replace it")
-    with _opened(path, "wb") as file:
+    with _opened(path, "r+b" if path.is_file() else "wb") as file:
         yield file
 
 

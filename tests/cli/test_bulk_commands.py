@@ -357,6 +357,34 @@ def test_a_command_that_cannot_note_its_progress_says_how_to_do_without(
     assert "(-) to do without" in result.stderr
 
 
+def test_an_export_that_cannot_note_its_progress_replaces_nothing(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "all.jsonl"
+    path.write_text("precious")
+    (tmp_path / "all.jsonl.progress").mkdir()
+    assert world.run("export", str(path), "--overwrite").exit_code == 2
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_an_export_that_ended_before_it_replaced_the_file_can_be_resumed(
+    world: World, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the note and the first byte."""
+    world.run("put", "a", "1")
+    path, whole = tmp_path / f"all.{suffix}", tmp_path / f"whole.{suffix}"
+    path.write_text("something else that is longer than the header and the only record, by far" * 9)
+
+    def killed(file_format: str) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shardkv.cli.records.write_header", killed)
+        assert world.run("export", str(path), "--overwrite").exit_code == 130
+    assert world.run("export", str(path), "--resume").exit_code == 0
+    assert world.run("export", str(whole)).exit_code == 0
+    assert path.read_bytes() == whole.read_bytes()
+
+
 def test_an_export_does_not_replace_a_file_unless_told(world: World, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
