@@ -205,6 +205,8 @@ class Maintenance:
 
     async def flush_and_compact(self) -> None:
         """Make the applied state durable in the engine, then let go of the log that it covers. Raises OutOfSpace."""
+        if self._driver.failure is not None:
+            return  # what was applied last may not be in the engine, and this node ends
         applied = [
             (replica, replica.machine.applied_index)
             for replica in self._driver.catalog.replicas.values()

@@ -28,6 +28,7 @@ from shardkv.multiraft.maintenance import (
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.space import Space
 from shardkv.raft.messages import ConfState
+from shardkv.storage.engine import WriteBatch
 from shardkv.storage.group_log import GroupLog
 from shardkv.storage.wal import CreateGroup, LogUpdate
 from shardkv.transport.groups import main_error
@@ -433,6 +434,29 @@ async def test_what_a_replica_had_applied_is_not_said_of_the_one_in_its_place(
         assert former.log.compact_index == begin
         await host.maintenance.flush_and_compact()
         assert former.log.compact_index > begin
+
+
+async def test_trap_20_nothing_leaves_the_log_of_a_node_that_ends_amid_applying(autojump_clock: MockClock) -> None:
+    """What the machines have applied of the batch that came to nothing is not in the engine, and never was flushed."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        hosts.tolerant = True
+        await hosts.led(RANGE)
+        await write_many(hosts, 20)
+        host.maintenance.kept = (0, 0)
+
+        def fail(batch: WriteBatch) -> None:
+            hosts.nursery.start_soon(host.maintenance.flush_and_compact)
+            raise StorageError("a block cannot be read")
+
+        host.engine.write = fail  # type: ignore[method-assign]
+        host.put(b"k0", b"w")
+        await host.ended.wait()
+        await trio.sleep(1)
+        host.wal.close()  # as a node does that ends
+        await host.restart()
+        await hosts.led(RANGE)
+        assert host.value(b"k0") == b"w"
 
 
 async def test_a_log_whose_old_segments_cannot_be_removed_ends_the_node(autojump_clock: MockClock) -> None:
