@@ -4,9 +4,13 @@ import pytest
 from trio.testing import MockClock
 
 from shardkv.errors import Busy, NotLeader
-from shardkv.machine import entries
+from shardkv.machine import entries, keys
+from shardkv.machine.machine import INITIAL_INDEX
+from shardkv.machine.rows import unpack_applied
+from shardkv.multiraft import applier as applier_module
 from shardkv.multiraft.replica import Proposal, Replica
 from shardkv.raft.messages import Entry, Message, MessageType
+from shardkv.storage.engine import WriteBatch
 from shardkv.wire import commands
 from tests.multiraft.world import RANGE, SESSION, Answer, Host, world
 
@@ -40,6 +44,30 @@ async def test_nothing_is_applied_before_what_is_held_back_though_the_engine_goe
         assert [message.entries for _, message in applier.held] == [(first,), (second,)]
         applier.catch_up()
         assert (host.value(b"a"), host.value(b"b")) == (b"v", b"v")
+
+
+async def test_trap_10_a_batch_that_is_cut_between_entries_says_how_far_each_part_goes(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a crash would leave what the second part holds, and have it applied once more."""
+    async with world(1, started=False) as hosts:
+        host = hosts[1]
+        host.catalog.recover()
+        replica = host.replica()
+        puts = tuple(put_entry(host, ahead, b"%d" % ahead) for ahead in range(1, 6))
+        message = Message(MessageType.STORAGE_APPLY, to=replica.replica_id, entries=puts)
+        monkeypatch.setattr(applier_module, "BATCH_KEYS_MAX", 4)
+        batches: list[WriteBatch] = []
+        monkeypatch.setattr(host.engine, "write", batches.append)
+        host.driver.applier._apply([(replica, message)])
+        parts = [
+            (
+                [index for index, _ in enumerate(puts, 1) if keys.user_key(b"%d" % index) in batch.changes],
+                unpack_applied(batch.changes[keys.applied_key(RANGE)] or b"").index - INITIAL_INDEX,
+            )
+            for batch in batches
+        ]
+        assert parts == [([1, 2], 2), ([3, 4], 4), ([5], 5)]
 
 
 async def test_what_was_committed_for_a_replica_that_has_ended_changes_nothing(autojump_clock: MockClock) -> None:
