@@ -129,14 +129,14 @@ def test_each_path_counts_what_it_writes(short: bool, count: int, monkeypatch: p
     assert batch.bytes == sum(len(key) + len(value or b"") for key, value in batch.changes.items())
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("count", "condition"), [(1, None), (2, None), (1, 0)])
 def test_what_a_session_has_settled_stays_settled_although_the_row_that_said_so_expires(
-    count: int, monkeypatch: pytest.MonkeyPatch
+    count: int, condition: int | None
 ) -> None:
     """Each row keeps acknowledged_below as it stands after it, not as its own commands say."""
     for reload in (False, True):
         range_ = used()
-        late = [Put(30 + number, 2).sealed(range_.now_ms + 20_000) for number in range(count)]
+        late = [Put(30 + number, 2, condition=condition).sealed(range_.now_ms + 20_000) for number in range(count)]
         range_.now_ms += 20_000
         range_.do(Client(), *late)
         range_.now_ms += SESSION_AGE_MS_MAX - 10_000
