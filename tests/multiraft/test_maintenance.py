@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from shardkv.errors import OutOfSpace, StorageError
+from shardkv.machine.machine import INITIAL_INDEX
 from shardkv.multiraft.maintenance import (
     AWAY_SECONDS,
     ENTRIES_KEPT,
@@ -434,6 +435,32 @@ async def test_what_a_replica_had_applied_is_not_said_of_the_one_in_its_place(
         assert former.log.compact_index == begin
         await host.maintenance.flush_and_compact()
         assert former.log.compact_index > begin
+
+
+async def test_trap_20_what_is_applied_while_the_engine_is_flushed_stays_in_the_log(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush covers what was written before it began, and no more."""
+    async with world(1) as hosts:
+        host = hosts[1]
+        await hosts.led(RANGE)
+        await write_many(hosts, 20)
+        host.maintenance.kept = (0, 0)
+        run = host.workers.run
+
+        async def written_meanwhile(function: Any, *args: Any) -> Any:
+            result = await run(function, *args)
+            await write_many(hosts, 20, b"w")
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(host.workers, "run", written_meanwhile)
+            await host.maintenance.flush_and_compact()
+        assert host.replica(RANGE).log.compact_index > INITIAL_INDEX
+        await hosts.write(b"last", b"v")  # so what was let go of is on disk, too
+        await host.restart(kept_batches=lambda count: 0)
+        await hosts.led(RANGE)
+        assert host.value(b"k19") == b"w"
 
 
 async def test_trap_20_nothing_leaves_the_log_of_a_node_that_ends_amid_applying(autojump_clock: MockClock) -> None:
