@@ -278,6 +278,14 @@ def test_a_heartbeat_never_commits_what_the_follower_may_not_have() -> None:
     assert {message.to: message.commit for message in heartbeats} == {2: 2, 3: 1}
 
 
+@pytest.mark.parametrize("entries", [(), (Entry(1, 1),)], ids=["none", "one that is there"])
+def test_an_append_commits_nothing_behind_what_it_shows_to_agree(entries: tuple[Entry, ...]) -> None:
+    """Paper figure 2: no further than the last new entry. What a follower has behind it may be another leader's."""
+    node = fresh(2, terms=[1, 1, 1])
+    node.step(Message(M.APP, 2, 1, 2, 1 if not entries else 0, 1 - len(entries), entries, commit=3))
+    assert (node.last_index, node.committed) == (3, 1)
+
+
 def test_a_commit_past_the_end_of_the_log_is_reported_not_followed() -> None:
     """Trap 24: a replica whose log was lost must not go on as if nothing had happened."""
     node = fresh(2)
