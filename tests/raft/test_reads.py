@@ -56,6 +56,20 @@ def test_an_answer_from_before_the_read_does_not_confirm_it() -> None:
     assert not cluster[1].raft.read_states
 
 
+def test_an_answer_to_the_round_of_an_earlier_read_does_not_confirm_a_later_one() -> None:
+    """Thesis 6.4: another leader may have been elected, and have committed something, between the two reads."""
+    cluster = led()
+    cluster[1].read_index(b"earlier")
+    answers = [
+        Message(M.HEARTBEAT_RESP, 1, beat.to, 1, context=beat.context) for beat in sent(cluster[1].ready(), M.HEARTBEAT)
+    ]
+    cluster[1].read_index(b"later")
+    cluster[1].ready()
+    for answer in answers:
+        cluster[1].step(answer)
+    assert cluster[1].raft.read_states == [ReadState(1, b"earlier")]
+
+
 def test_trap_08_a_new_leader_answers_no_read_before_its_first_commit() -> None:
     """It may not know yet what is committed (thesis 6.4, step 1; etcd #20418)."""
     cluster = Cluster()
