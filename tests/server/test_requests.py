@@ -641,11 +641,25 @@ async def test_what_a_peer_has_sent_meanwhile_shares_a_turn(autojump_clock: Mock
         assert node.inside.driver.statistics().turns == turns + 1
 
 
-async def test_a_proposal_of_a_peer_is_refused(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize(
+    ("kind", "term"),
+    [
+        (MessageType.PROP, 0),
+        (MessageType.PROP, 1 << 20),
+        (MessageType.TRANSFER_LEADER, 1 << 20),
+        (MessageType.HEARTBEAT, 0),
+        (MessageType.APP, 0),
+        (MessageType.VOTE, 0),
+    ],
+)
+async def test_a_peer_neither_proposes_nor_speaks_in_no_term(
+    autojump_clock: MockClock, kind: MessageType, term: int
+) -> None:
+    """What requests ask for is checked with them; and a message without a term is taken for one of this one."""
     async with world(1) as cluster:
         node = cluster.nodes["n1"]
         replica = node.inside.catalog.replicas[1]
-        item = [1, replica.replica_id, 3, int(MessageType.PROP), 0, 0, 0, 0, False, 0, 0, b"", 0, 0, 0, []]
+        item = [1, replica.replica_id, 3, int(kind), term, 0, 0, 0, False, 0, 0, b"", 0, 0, 0, []]
         for entries in ([], [[0, 0, b"x"]]):
             item[-1] = entries
             with pytest.raises(ProtocolError):
