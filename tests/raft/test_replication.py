@@ -131,6 +131,16 @@ def test_an_append_from_before_the_commit_index_is_answered_with_it() -> None:
     assert (answer.reject, answer.index) == (False, 4)
 
 
+def test_an_append_from_before_the_commit_index_vouches_for_nothing_behind_that() -> None:
+    """What stands there may be another leader's, and would count for this one's."""
+    node = fresh(2, terms=[1, 1, 1])
+    node.step(Message(M.APP, 2, 1, 2, 1, 2, commit=2))
+    node.ready()
+    node.step(Message(M.APP, 2, 1, 2, 1, 1, commit=2))
+    answers = [(message.reject, message.index) for message in after_write(node.ready()) if message.type is M.APP_RESP]
+    assert answers == [(False, 2)]
+
+
 def test_a_follower_refuses_entries_that_do_not_follow_its_log() -> None:
     """Paper 5.3: the consistency check on the preceding entry's index and term."""
     node = fresh(2, terms=[1, 1])

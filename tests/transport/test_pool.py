@@ -184,9 +184,9 @@ def test_trap_24_of_two_starts_of_the_same_count_only_the_one_that_was_seen_is_l
     boots = KnownBoots()
     boots.observe(ONE, 3, b"a" * 16)
     boots.observe(ONE, 3, b"")
-    boots.observe(ONE, 3, b"a" * 16)
     with pytest.raises(WrongCluster, match="knows nothing of"):
         boots.observe(ONE, 3, b"b" * 16)
+    boots.observe(ONE, 3, b"a" * 16)
     boots.learn(ONE, 2, b"c" * 16)
     boots.learn(ONE, 3, b"")
     boots.observe(ONE, 3, b"a" * 16)
@@ -218,6 +218,16 @@ def test_trap_24_a_start_that_does_not_come_from_the_one_that_was_seen_is_refuse
     boots.agree(ONE, 3, a)
     assert boots.is_newest(ONE, 5, e), "the table is behind"
     boots.observe(ONE, 9, x, (c, b))
+
+
+def test_trap_24_a_table_that_is_behind_does_not_let_in_a_copy_that_a_newer_one_has_ruled_out() -> None:
+    t5, t6, t7, c6, c7, c8 = (text.encode() * 8 for text in ("t5", "t6", "t7", "c6", "c7", "c8"))
+    boots = KnownBoots()
+    boots.observe(ONE, 7, t7, (t6, t5))
+    boots.agree(ONE, 7, t7)
+    boots.agree(ONE, 5, t5)
+    with pytest.raises(WrongCluster, match="knows nothing of"):
+        boots.observe(ONE, 8, c8, (c7, c6, t5))
 
 
 def test_trap_24_a_copy_that_was_heard_first_gives_way_to_the_start_that_the_group_has_agreed_on() -> None:
