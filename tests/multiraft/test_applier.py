@@ -1,5 +1,7 @@
 """Who gets what of the entries that are applied, and in which order, on one node's parts."""
 
+from typing import Any
+
 import pytest
 from trio.testing import MockClock
 
@@ -8,7 +10,7 @@ from shardkv.machine import entries, keys
 from shardkv.machine.machine import INITIAL_INDEX
 from shardkv.machine.rows import unpack_applied
 from shardkv.multiraft import applier as applier_module
-from shardkv.multiraft.replica import Proposal, Replica
+from shardkv.multiraft.replica import Proposal, Replica, WriteGroup
 from shardkv.raft.messages import Entry, Message, MessageType
 from shardkv.storage.engine import WriteBatch
 from shardkv.wire import commands
@@ -68,6 +70,31 @@ async def test_trap_10_a_batch_that_is_cut_between_entries_says_how_far_each_par
             for batch in batches
         ]
         assert parts == [([1, 2], 2), ([3, 4], 4), ([5], 5)]
+
+
+async def test_who_is_answered_is_told_a_time_that_is_not_behind_the_versions_in_the_answer(
+    autojump_clock: MockClock,
+) -> None:
+    """DESIGN 4.4: the client hands it on, and what it writes to another range then gets a higher version."""
+    async with world(1) as hosts:
+        host = hosts[1]
+
+        class Told(Answer):
+            time = 0
+
+            def answer(self, request_id: int, result: Any) -> None:
+                self.time = host.hybrid_clock.last
+                super().answer(request_id, result)
+
+        issued = host.clock.wall_ms()
+        puts = [commands.pack_put(b"%d" % sequence, b"v", None) for sequence in range(1, 101)]
+        data = commands.join([commands.seal(commands.Op.PUT, each, at, issued, 1) for at, each in enumerate(puts, 1)])
+        told = Told()
+        host.replica().enqueue(WriteGroup(told, 0, SESSION, data, commands.decode(data)))
+        host.driver.proposer.later(host.replica())
+        versions = await told.wait()
+        assert len(versions) == 100
+        assert told.time >= max(versions)
 
 
 async def test_what_was_committed_for_a_replica_that_has_ended_changes_nothing(autojump_clock: MockClock) -> None:

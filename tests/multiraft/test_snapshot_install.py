@@ -174,6 +174,36 @@ async def overtake_node_3(hosts: Hosts, leader: Host) -> None:
     assert stream.answers == [["done"]]
 
 
+async def test_trap_10_a_snapshot_is_acknowledged_when_its_place_in_the_log_is_on_disk(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it goes the term in which it is acknowledged."""
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        index = hosts[1].machine().applied_index
+        answers: list[Message] = []
+
+        def passes(source: int, target: int, range_id: int, message: Message) -> bool:
+            if (source, message.type, message.reject) == (3, MessageType.APP_RESP, False) and message.index >= index:
+                answers.append(message)
+            return True
+
+        installed = late.catalog.installed
+
+        def then_slow(replica: Replica) -> None:
+            installed(replica)
+            late.workers.hold_log()
+
+        monkeypatch.setattr(late.catalog, "installed", then_slow)
+        hosts.passes = passes
+        hosts.heal()
+        await hosts.until(lambda: not late.workers.log_open.is_set(), "the snapshot in the engine")
+        await trio.sleep(1)
+        assert not answers
+        late.workers.release()
+        await hosts.until(lambda: answers, "the acknowledgement")
+
+
 async def test_an_install_waits_for_what_its_group_wanted_logged_before(autojump_clock: MockClock) -> None:
     """Entries below a snapshot that are logged after it would not fit the log any more."""
     async with world(3) as hosts:
