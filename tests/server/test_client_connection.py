@@ -15,6 +15,7 @@ from shardkv.server.client_connection import READ_BYTES_MAX, SLICE_NS, ClientCon
 from shardkv.server.intake import Intake
 from shardkv.simulation.network import WINDOW_BYTES, SimulatedNetwork
 from shardkv.transport.connection import Connection
+from shardkv.types import timestamp_at
 from shardkv.wire import handshake, requests
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.requests import REQUESTS_PER_FRAME_MAX, Request, Response
@@ -139,6 +140,27 @@ async def serving(dispatch: Dispatch, inflight_max: int = 10) -> AsyncIterator[S
         await trio.sleep(0.01)
         yield server
         nursery.cancel_scope.cancel()
+
+
+async def test_every_answer_carries_the_highest_stamp_that_the_node_knows(autojump_clock: MockClock) -> None:
+    """DESIGN 4.4: whoever has it hands it on, so that versions respect causality across ranges."""
+    seen = timestamp_at(1_700_000_000_000) + 7
+
+    def in_turn(client: ClientConnection, request: Request) -> None:
+        client._hybrid_clock.absorb(seen)
+        if request.id == 1:
+            client.answer(1, True)
+        elif request.id == 2:
+            client.refuse(2, Busy("full"))
+        else:
+            client.offer(3, [])
+
+    async with serving(in_turn) as server:
+        await server.send(1, 2, 3)
+        await trio.sleep(0.1)
+        server.turn()
+        for answer in await server.answers(3):
+            assert answer.timestamp >= seen
 
 
 async def test_above_its_requests_in_flight_a_connection_is_not_read(autojump_clock: MockClock) -> None:

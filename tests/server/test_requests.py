@@ -32,6 +32,7 @@ from shardkv.errors import (
     ValueTooLarge,
     WrongCluster,
 )
+from shardkv.machine.split import raised
 from shardkv.multiraft.replica import Replica
 from shardkv.multiraft.snapshot_receiver import Receiver
 from shardkv.raft.messages import Message, MessageType
@@ -44,7 +45,7 @@ from shardkv.server.requests import COMMANDS_PER_REQUEST_MAX, GET_BYTES_MAX, GET
 from shardkv.storage.engine import Engine, WriteBatch
 from shardkv.storage.wal import Wal
 from shardkv.transport.pool import Purpose
-from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, NodeId, RangeId, ReplicaId, timestamp_at
+from shardkv.types import KEY_BYTES_MAX, VALUE_BYTES_MAX, KeyRange, NodeId, RangeId, ReplicaId, timestamp_at
 from shardkv.wire import commands, raft_codec
 from shardkv.wire.frames import Frame, FrameDecoder, FrameKind, encode_frame
 from shardkv.wire.handshake import Role
@@ -197,6 +198,29 @@ async def test_trap_04_what_belongs_to_another_range_is_refused_before_it_is_log
             asked = Request(1, Method.GET, 1, generation - 1, 0, [int(consistency), [b"z"]])
             node.inside.listener._requests.dispatch(recorder, asked)
             assert isinstance(recorder.error, EpochMismatch), "the key is with the other half now"
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"), [(Method.GET, [[b"a"]]), (Method.SCAN, [b"a", b"z", 10, 1000, False, False])]
+)
+async def test_trap_21_a_read_that_waited_is_not_served_from_another_epoch(
+    autojump_clock: MockClock, method: Method, arguments: list[Any]
+) -> None:
+    """A snapshot may have been put in place meanwhile, from behind a split; a page of it would seem to be the whole."""
+    async with world(3) as cluster, cluster.client() as kv:
+        await cluster.formed(kv)
+        await kv.put_many({b"a": b"1", b"y": b"1"})
+        leader = await cluster.leader_of(kv, b"a")
+        follower = next(node for node in cluster.nodes.values() if node is not leader)
+        machine = follower.inside.catalog.replicas[RangeId(1)].machine
+        before = machine.descriptor
+        asked = Request(1, method, 1, before.epoch.span, 0, [int(Consistency.FOLLOWER), *arguments])
+        recorder = Recorder()
+        follower.inside.listener._requests.dispatch(recorder, asked)
+        machine.descriptor = before.with_span(KeyRange(b"", b"m"), raised(before.epoch))
+        await trio.sleep(1)
+        machine.descriptor = before
+        assert isinstance(recorder.error, EpochMismatch), recorder.result
 
 
 async def test_a_node_whose_engine_has_failed_reads_nothing_from_it_until_it_ends(
