@@ -60,8 +60,8 @@ def _setting(
 
 @dataclass(frozen=True, slots=True)
 class RaftConfig:
-    """Timing of every Raft group. ``heartbeat_ticks < election_ticks``; a lease promise outlives a heartbeat interval
-    and ends no later than an election timeout, else a lease is never held or outlives its leader's doubt."""
+    """What every Raft group runs by. ``heartbeat_ticks < election_ticks``; a lease promise outlives a heartbeat
+    interval and ends no later than an election timeout, else a lease is never held or outlives its leader's doubt."""
 
     tick_ms: int = _setting(Kind.COUNT, 50, low=1, high=10_000, help="Milliseconds between two ticks.")
     heartbeat_ticks: int = _setting(Kind.COUNT, 2, low=1, high=1_000, help="Ticks between two heartbeats of a leader.")
@@ -77,6 +77,13 @@ class RaftConfig:
         low=50,
         high=600_000,
         help="A node whose log sync takes longer than this gives its leaderships away.",
+    )
+    spare_entries_max: int = _setting(
+        Kind.COUNT,
+        8,
+        low=1,
+        high=256,
+        help="Log entries that a follower which no quorum needs is sent in one; 1: everybody each at once.",
     )
 
     def __post_init__(self) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from shardkv.config import NodeConfig
-from shardkv.multiraft import maintenance, replica, snapshot_parts, snapshot_sender, snapshot_stream
-from shardkv.raft import election
+from shardkv.multiraft import hedger, maintenance, replica, snapshot_parts, snapshot_sender, snapshot_stream
+from shardkv.raft import election, thrift
 from shardkv.server import answer_budget, disk_health, garbage, intake, missing_leaders, requests
 from shardkv.server.admin import serving
 from shardkv.server.admin.app import REQUESTS_AT_ONCE_MAX
@@ -22,6 +22,7 @@ from shardkv_placement import operators, state
 DOCS = Path(__file__).parents[1] / "docs"
 CONFIG = NodeConfig(name="n1", data="/data", listen="127.0.0.1:7001")
 KIB, MIB = 1024, 1024 * 1024
+IN_WORDS = {3: "three", 4: "four", 8: "eight"}
 
 FIGURES = {
     "admin.md": (
@@ -31,6 +32,7 @@ FIGURES = {
         f"`--sync-stall-ms` ({CONFIG.raft.sync_stall_ms:,}:",
         f"until for {disk_health.WELL_SECONDS:g} s no sync took",
         f"up to {disk_health.WELL_SECONDS_MAX:g} s",
+        f"`--spare-entries-max`, {CONFIG.raft.spare_entries_max})",
         f"`--clock-offset-max-ms` ({CONFIG.clock_offset_max_ms})",
         f"`--promise-ms` ({CONFIG.raft.promise_ms})",
         f"those of its last {LINEAGE_MAX} starts",
@@ -70,7 +72,13 @@ FIGURES = {
         f"the data takes at {operators.CATCH_UP_BYTES_PER_SECOND_MIN // KIB} KiB/s",
         f"and {operators.CATCH_UP_SECONDS_MAX / 60:g} minutes",
     ),
-    "internals/raft.md": (f"up to {2**election.DOUBLINGS_MAX} times, for as long",),
+    "internals/raft.md": (
+        f"up to {2**election.DOUBLINGS_MAX} times, for as long",
+        f"{IN_WORDS[CONFIG.raft.spare_entries_max]} entries on a node, or {thrift.HELD_BYTES_MAX // KIB} KiB",
+        f"after {IN_WORDS[hedger.USUAL_TIMES]} times what entries took",
+        f"at least {hedger.PATIENCE_NS_MIN // 1_000_000} ms and at most a tick",
+        f"{IN_WORDS[thrift.RACES_LOST_MAX]} times in a row",
+    ),
     "internals/snapshots.md": (
         f"{snapshot_parts.CHUNK_BYTES // KIB} KiB, {snapshot_parts.CHUNK_ROWS_MAX} rows, or one larger row",
         f"at most {snapshot_parts.WINDOW_CHUNKS} chunks are on their way",

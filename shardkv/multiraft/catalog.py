@@ -40,8 +40,6 @@ UNCOMMITTED_BYTES_MAX: Final = 4 * 1024 * 1024
 """Payload in a leader's log that is not applied yet: what clients that send faster than disks write can fill."""
 INFLIGHT_BYTES_MAX: Final = 2 * 1024 * 1024
 """Appends on their way to one follower: a few of the largest entries."""
-SPARE_ENTRIES_MAX: Final = 8
-"""A follower whose acknowledgement is not needed shares what an append costs among so many entries."""
 PROBE_HEARTBEATS_MAX: Final = 20
 """A follower without room answers heartbeats alone; else each answer would be one more append that it drops."""
 
@@ -53,6 +51,7 @@ class GroupTiming:
     election_ticks: int
     heartbeat_ticks: int
     promise_ns: int
+    spare_entries_max: int
 
 
 class Catalog:
@@ -381,7 +380,7 @@ class Catalog:
             patient_elections=True,
             probe_heartbeats_max=PROBE_HEARTBEATS_MAX,
             commit_broadcast=False,
-            spare_entries_max=SPARE_ENTRIES_MAX,
+            spare_entries_max=timing.spare_entries_max,
             uncommitted_bytes_max=UNCOMMITTED_BYTES_MAX,
             inflight_bytes_max=INFLIGHT_BYTES_MAX,
         )

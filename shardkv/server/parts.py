@@ -109,7 +109,9 @@ class Parts:
             self.wal,
             self.engine,
             environment,
-            timing=GroupTiming(raft.election_ticks, raft.heartbeat_ticks, raft.promise_ms * 1_000_000),
+            timing=GroupTiming(
+                raft.election_ticks, raft.heartbeat_ticks, raft.promise_ms * 1_000_000, raft.spare_entries_max
+            ),
             make_extension=lambda range_id: self.placement_extension,
             promise_note=directory.promise,
             reluctant=self._reluctant,

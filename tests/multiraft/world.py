@@ -13,6 +13,7 @@ import structlog
 import trio
 
 from shardkv import codec
+from shardkv.config import RaftConfig
 from shardkv.environment import Environment
 from shardkv.errors import ProtocolError, ShardKVError
 from shardkv.machine.clock import HybridClock
@@ -214,7 +215,7 @@ class Host:
         )
         self.wal = Wal.open(self.disk, "/wal", WalSettings(segment_bytes=64 * 1024))
         self.hybrid_clock = HybridClock(self.clock)
-        timing = GroupTiming(ELECTION_TICKS, 2, PROMISE_NS)
+        timing = GroupTiming(ELECTION_TICKS, 2, PROMISE_NS, RaftConfig().spare_entries_max)
         note = Note(self.disk, "/promise", bytes(16), "")
         self.catalog = Catalog(self.node_id, self.wal, self.engine, self.environment, timing, lambda _: None, note)
         self.peers = FakePeers(self)
