@@ -152,7 +152,7 @@ BUGS = (
         "what a leader has logged is not issued anew (DESIGN 4.6)",
         logged_and_told_as_not,
         ("depose", "transfer", "stall"),
-        3,
+        1,
         workload="counters",
         rate=100,
     ),
@@ -187,7 +187,7 @@ BUGS = (
         "a follower's reads are linearizable, however many keys are asked for (DESIGN 2.3)",
         followers_answer_many_keys_at_once,
         ("slow", "slow-disk"),
-        2,
+        1,
         workload="bulk",
     ),
     Bug(

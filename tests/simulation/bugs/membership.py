@@ -46,7 +46,7 @@ BUGS = (
         "a learner counts for no quorum (thesis, 4.2.1; trap 9)",
         learners_counted,
         ("stall", "power", "heal", "flush"),
-        19,
+        36,
         minutes=0.3,
         rate=100,
         tuning=growing_quickly,
