@@ -107,7 +107,7 @@ def hedge(raft: Raft) -> None:
     """An acknowledgement that is waited for takes long: send the spares what they lack."""
     for id_ in raft.preferred:
         peer = raft.progress[id_]
-        if peer.next <= raft.log.last_index and send_append(raft, id_, peer, if_empty=False):
+        while peer.next <= raft.log.last_index and send_append(raft, id_, peer, if_empty=False):
             raft.race = raft.log.last_index
 
 
@@ -298,6 +298,8 @@ def leader_heartbeat_response(raft: Raft, message: Message) -> None:
     # to it ends the probing.
     if peer.match < raft.log.last_index or peer.state == _PROBE:
         send_append(raft, sender, peer)
+        if peer.spare and raft.log.committed < raft.log.last_index:
+            thrift.race_next(peer)
     if message.context and raft.settings.read_only is ReadOnly.SAFE:
         reads.acknowledge(raft, sender, message.context)
 

@@ -56,6 +56,14 @@ def holds(raft: "Raft", peer: Progress) -> bool:
     )
 
 
+def race_next(peer: Progress) -> None:
+    """A heartbeat's answer has met entries that wait for others: the next goes to this spare at once, too.
+
+    Where few are written they never collect, so there would be no race.
+    """
+    peer.held_bytes = HELD_BYTES_MAX
+
+
 def decide(raft: "Raft") -> None:
     """The entry that everybody was sent is committed: whose answers did that."""
     index, raft.race = raft.race, NO_RACE

@@ -241,6 +241,15 @@ def test_a_hedge_sends_nothing_twice_and_nobody_but_a_leader_hedges() -> None:
     assert not any(cluster[id_].has_ready() for id_ in (1, 2, 3))
 
 
+def test_a_hedge_sends_all_however_many_appends_that_takes() -> None:
+    cluster = thrifty(message_bytes_max=1)
+    cluster.isolate(2)
+    propose(cluster, ENTRIES_MAX - 1)
+    cluster[1].hedge()
+    cluster.settle()
+    assert cluster[1].committed == cluster[1].last_index
+
+
 @pytest.mark.parametrize("told", ["distrust", "report_unreachable"])
 def test_a_follower_that_may_be_gone_is_not_waited_for(told: str) -> None:
     cluster = thrifty()
@@ -325,6 +334,30 @@ def test_a_hedge_is_a_race() -> None:
         cluster.hosts[2].write()
         cluster.settle()
     assert relied_on(cluster) == {3}
+
+
+def test_few_entries_do_not_keep_a_slow_follower_its_place() -> None:
+    """They never collect; so one that follows a heartbeat which has met one under way goes to everybody."""
+    cluster = thrifty()
+    two = cluster.hosts[2]
+    for _ in range(RACES_LOST_MAX):
+        for lacks in (1, 0):
+            two.hold_writes = True
+            propose(cluster)
+            assert lacking(cluster)[3] == lacks
+            cluster.tick(1)
+            two.hold_writes = False
+            two.write()
+            cluster.settle()
+    assert relied_on(cluster) == {3}
+
+
+def test_a_heartbeat_that_meets_nothing_under_way_calls_for_no_race() -> None:
+    cluster = thrifty()
+    propose(cluster)
+    cluster.tick(1)
+    propose(cluster)
+    assert lacking(cluster) == {2: 0, 3: 1}
 
 
 def test_a_new_leader_knows_nothing_of_the_last_ones_races() -> None:
