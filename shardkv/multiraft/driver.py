@@ -242,7 +242,8 @@ class Driver:
                 for replica_id in replica.raft.configuration.voters:
                     if replica.node_of(replica_id) == node_id:
                         replica.raft.distrust(replica_id)
-                        self.touch(replica)
+                        if replica.raft.has_ready():
+                            self.touch(replica)
             elif replica.node_of(replica.raft.leader) == node_id:
                 replica.raft.doubt(now)
                 self.touch(replica)

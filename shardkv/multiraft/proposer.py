@@ -172,6 +172,7 @@ class Proposer:
             term, index = propose()
         except ProposalDropped as dropped:
             raise _refusal(replica, dropped) from dropped
+        replica.proposed_ns = self._clock.monotonic_ns()
         replica.proposals[index] = Proposal(term, ((requester, request_id),))
         self._proposed(replica)
         self._touch(replica)

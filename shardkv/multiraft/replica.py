@@ -112,7 +112,7 @@ class Replica:
         self.waiting: list[WriteGroup] = []
         self.waiting_bytes = 0
         self.proposed_ns = 0
-        """When waiting writes were last proposed."""
+        """When something was last proposed."""
         self.answered_ns = 0
         """When writes were last answered."""
         self.expected = 0

@@ -9,8 +9,8 @@ from trio.testing import MockClock
 from shardkv.multiraft.hedger import PATIENCE_NS_MIN, USUAL_TIMES, Hedger
 from shardkv.raft import RaftNode
 from shardkv.simulation import SimulationClock
-from shardkv.types import RangeId
-from tests.multiraft.world import TICK_SECONDS, Hosts, world
+from shardkv.types import NodeId, RangeId
+from tests.multiraft.world import TICK_SECONDS, Host, Hosts, world
 
 MS = 1_000_000
 
@@ -167,6 +167,30 @@ async def test_a_follower_that_falls_silent_holds_a_write_up_for_a_moment_only(a
         assert await answered_within(hosts, 2 * TICK_SECONDS)
 
 
+async def test_a_slow_follower_loses_its_place_also_where_little_is_written(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not slow enough for a hedge, and entries never collect between two heartbeats."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader, slow, post = hosts.leader(), hosts.relied_on(), hosts.post
+
+        def late(source: Host, target: NodeId, item: bytes) -> None:
+            hosts.nursery.start_soon(later, source, target, item)
+
+        async def later(source: Host, target: NodeId, item: bytes) -> None:
+            if target == leader.node_id:
+                await trio.sleep(0.03 if source is slow else 0.01)
+            post(source, target, item)
+
+        monkeypatch.setattr(RaftNode, "hedge", lambda self: None)
+        monkeypatch.setattr(hosts, "post", late)
+        for _ in range(60):
+            await hosts.write(b"k", b"v")
+            await trio.sleep(0.011)
+        assert hosts.relied_on() is not slow
+
+
 async def test_a_write_that_is_committed_in_time_is_not_hedged(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +218,15 @@ async def test_a_lost_connection_is_not_waited_for(autojump_clock: MockClock) ->
         assert leader.driver._ready, "there is a turn for it"
 
 
+async def test_a_lost_connection_makes_no_turn_for_groups_with_nothing_under_way(autojump_clock: MockClock) -> None:
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        await hosts.agreed()
+        leader = hosts.leader()
+        leader.driver.doubt_node(hosts.relied_on().node_id)
+        assert not leader.driver._ready
+
+
 async def test_what_is_proposed_alone_is_watched_too(autojump_clock: MockClock) -> None:
     async with world(3) as hosts:
         await hosts.agreed()
@@ -210,3 +243,15 @@ async def test_patience_is_learned_from_what_is_answered(autojump_clock: MockClo
         assert hedger._usual_ns == 0
         await hosts.write(b"k", b"v")
         assert 0 < hedger._usual_ns < 10 * MS
+
+
+async def test_what_is_proposed_alone_takes_no_longer_than_it_took(autojump_clock: MockClock) -> None:
+    """Not since the last write was proposed, which may be long ago."""
+    async with world(3) as hosts:
+        await hosts.write(b"k", b"v")
+        leader = hosts.leader()
+        for right in range(5):
+            await trio.sleep(1)
+            first = 100 * (right + 1)
+            await leader.split(b"%d" % (9 - right), 2 + right, first_replica=first).wait()
+        assert leader.driver.hedger._patience_ns == PATIENCE_NS_MIN
