@@ -126,8 +126,13 @@ def handle_vote_request(raft: Raft, message: Message) -> None:
         or (kind == MessageType.PRE_VOTE and message.term > raft.term)
     )
     answer = MessageType.VOTE_RESP if kind == MessageType.VOTE else MessageType.PRE_VOTE_RESP
-    if not free or not raft.log.is_up_to_date(message.index, message.log_term):
+    behind = not raft.log.is_up_to_date(message.index, message.log_term)
+    if not free or behind:
         raft.send(Message(answer, candidate, term=raft.term, reject=True))
+        if behind and raft.eager_ticks > 0:
+            # Whoever had its turn before this replica cannot win.
+            raft.eager_ticks = 0
+            _tick_eager(raft)
         return
     # The answer has the term of the request: a pre-candidate would take an answer of an older term for a late one.
     raft.send(Message(answer, candidate, term=message.term))

@@ -1,9 +1,11 @@
 """Followers whose connection to the leader's node broke elect another soon, and none too early (DESIGN 4.11)."""
 
+from typing import Any
+
 from shardkv.raft import Role
 from shardkv.raft.election import STAGGER_TICKS
 from shardkv.raft.messages import Message
-from tests.raft.cluster import TICK_NS, Cluster, M, fresh
+from tests.raft.cluster import TICK_NS, Cluster, M, fresh, settings_for
 
 
 def test_followers_that_doubt_elect_a_leader_long_before_the_timeout() -> None:
@@ -18,18 +20,66 @@ def test_followers_that_doubt_elect_a_leader_long_before_the_timeout() -> None:
     assert cluster[3].term == 2
 
 
-def test_a_doubting_follower_whose_log_is_too_short_leaves_the_next_one_its_turn() -> None:
-    """The first in turn may not be able to win; the group must not wait for a timeout because of it."""
-    cluster = Cluster(pre_vote=True, check_quorum=True)
+def leaderless(**settings: Any) -> Cluster:
+    """1 has died; 3, whose turn is first, lacks an entry that 2 has."""
+    cluster = Cluster(pre_vote=True, check_quorum=True, **settings)
     cluster.elect(1)
     cluster.cut = {(1, 3), (3, 1)}
     cluster[1].propose(b"x")
     cluster.settle()
     cluster.hosts[1].crash()
+    return cluster
+
+
+def test_a_doubting_follower_whose_log_is_too_short_gives_its_turn_to_the_one_that_tells_it() -> None:
+    """The first in turn may not be able to win; the group must not wait for the second turn because of it."""
+    cluster = leaderless()
     for id_ in (2, 3):
         cluster[id_].doubt(cluster.now)
+    cluster.settle()
+    assert cluster.leaders() == [2]
+
+
+def test_a_doubting_follower_whose_log_is_too_short_leaves_the_next_one_its_turn() -> None:
+    """Nor for a timeout, when nobody tells it."""
+    cluster = leaderless()
+    cluster.cut |= {(2, 3), (3, 2)}
+    for id_ in (2, 3):
+        cluster[id_].doubt(cluster.now)
+    cluster.settle()
+    cluster.cut.clear()
     cluster.tick(count=STAGGER_TICKS + 1)
     assert cluster.leaders() == [2]
+
+
+def test_a_follower_that_does_not_doubt_its_leader_begins_nothing_when_a_candidate_lacks_entries() -> None:
+    cluster = leaderless(lease=None)
+    for _ in range(settings_for(2).election_ticks):
+        cluster[2].tick(cluster.now)
+        if cluster[2].raft.election_elapsed >= settings_for(2).election_ticks:
+            break
+    term, elapsed = cluster[2].term, cluster[2].raft.election_elapsed
+    cluster[3].doubt(cluster.now)
+    cluster.settle()
+    assert cluster[2].role is Role.FOLLOWER
+    assert (cluster[2].term, cluster[2].raft.election_elapsed) == (term, elapsed)
+
+
+def test_a_late_request_of_one_that_could_win_gives_nobody_else_its_turn() -> None:
+    cluster = leaderless()
+    cluster[2].doubt(cluster.now)
+    late = Message(M.PRE_VOTE, 2, 3, cluster[2].term, log_term=cluster[2].term, index=cluster[2].last_index)
+    cluster[2].step(late, cluster.now)
+    assert cluster[2].role is Role.FOLLOWER
+
+
+def test_a_reluctant_follower_leaves_that_turn_to_others_too() -> None:
+    """Trap 14: its disk stalls."""
+    cluster = leaderless(own_settings={2: {"reluctant": lambda: True}})
+    for id_ in (2, 3):
+        cluster[id_].doubt(cluster.now)
+    cluster.settle()
+    assert cluster.leaders() == []
 
 
 def test_doubting_followers_take_turns_and_the_order_changes_with_the_term() -> None:
