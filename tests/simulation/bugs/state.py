@@ -477,7 +477,7 @@ BUGS = (
         "a replica that comes back without its state asks for it (traps 19, 20)",
         lost_state_unnoticed,
         ("lag",),
-        11,
+        9,
         workload="registers",
         minutes=0.4,
         rate=100,
