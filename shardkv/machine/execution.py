@@ -44,7 +44,7 @@ from shardkv.machine.sessions import (
     plain_struct,
 )
 from shardkv.storage.engine import MISSING, Reader, WriteBatch
-from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX, RangeDescriptor, timestamp_ms
+from shardkv.types import SESSION_AGE_MS_MAX, SESSION_WINDOW_MAX, RangeDescriptor
 from shardkv.wire.commands import Op
 
 Group = list[Any]
@@ -87,10 +87,12 @@ class WriteRun:
         table: SessionTable,
         row: int,
         version: int,
+        now_ms: int,
         batch: WriteBatch,
         reader: Reader,
     ) -> None:
-        """``row`` is the entry's index; ``version`` its stamp as raised above everything the range has seen."""
+        """``row`` is the entry's index; ``version`` its stamp as raised above everything the range has seen, and
+        ``now_ms`` the time in that."""
         self.descriptor = descriptor
         self.table = table
         self.row = row
@@ -98,7 +100,6 @@ class WriteRun:
         """What the next command gets, executed or not."""
         self.batch = batch
         self.reader = reader
-        now_ms = timestamp_ms(version)
         self.oldest = now_ms - SESSION_AGE_MS_MAX
         self.newest = now_ms + ISSUED_AHEAD_MS_MAX
         self.same_generation = True

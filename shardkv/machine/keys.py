@@ -42,6 +42,8 @@ EXTENSION: Final = b"x"
 """The rows of a range's extension (the placement group's, in range 0)."""
 
 _SYSTEM_HEAD: Final = Struct(">cQ")
+_SYSTEM_ROW: Final = Struct(">cQc")
+_INDEXED_ROW: Final = Struct(">cQcQ")
 _INDEX: Final = Struct(">Q")
 SYSTEM_HEAD_BYTES: Final = _SYSTEM_HEAD.size
 
@@ -71,15 +73,15 @@ def kind_span(range_id: int, kind: bytes) -> tuple[bytes, bytes]:
 
 
 def applied_key(range_id: int) -> bytes:
-    return system_prefix(range_id) + APPLIED
+    return _SYSTEM_ROW.pack(SYSTEM_PREFIX, range_id, APPLIED)
 
 
 def descriptor_key(range_id: int) -> bytes:
-    return system_prefix(range_id) + DESCRIPTOR
+    return _SYSTEM_ROW.pack(SYSTEM_PREFIX, range_id, DESCRIPTOR)
 
 
 def session_key(range_id: int, index: int) -> bytes:
-    return system_prefix(range_id) + SESSIONS + _INDEX.pack(index)
+    return _INDEXED_ROW.pack(SYSTEM_PREFIX, range_id, SESSIONS, index)
 
 
 def session_key_index(key: bytes) -> int:

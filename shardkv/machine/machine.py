@@ -334,17 +334,17 @@ class RangeMachine:
     def _apply_write(
         self, index: int, entry: DecodedEntry, size: int, stamp: int, batch: WriteBatch, reader: Reader
     ) -> Applied:
-        table = self._living_sessions(stamp, batch, reader)
-        run = WriteRun(self.descriptor, table, index, stamp, batch, reader)
+        now_ms = timestamp_ms(stamp)
+        table = self._living_sessions(now_ms, batch, reader)
+        run = WriteRun(self.descriptor, table, index, stamp, now_ms, batch, reader)
         outcomes = run.run(entry)
         if run.version > stamp:
             self.last_timestamp = run.version - 1
         self.bytes_written += size
         return Applied(outcomes, None, None, size, run.version - stamp)
 
-    def _living_sessions(self, stamp: int, batch: WriteBatch, reader: Reader) -> SessionTable:
-        """The session table without what has had its time by ``stamp``; its rows go with the batch."""
-        now_ms = timestamp_ms(stamp)
+    def _living_sessions(self, now_ms: int, batch: WriteBatch, reader: Reader) -> SessionTable:
+        """The session table without what has had its time by then; its rows go with the batch."""
         table = self._sessions
         if table is None:
             table = self._sessions = SessionTable.load(self._living_rows(now_ms, batch, reader))
@@ -368,7 +368,7 @@ class RangeMachine:
         if error is not None:
             return Applied([error], error=error)
         left, right = divide(self.descriptor, command)
-        sessions = self._living_sessions(stamp, batch, reader).consolidated()
+        sessions = self._living_sessions(timestamp_ms(stamp), batch, reader).consolidated()
         child = RangeMachine.create(right, last_timestamp=self.last_timestamp, sessions=sessions)
         self.descriptor = left
         row = rows.pack_descriptor(left)

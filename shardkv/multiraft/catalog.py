@@ -259,6 +259,10 @@ class Catalog:
         Raises ProtocolError when the sender speaks for a replica that is not its own.
         """
         replica = self.replicas.get(range_id)
+        if replica is not None and message.to == replica.replica_id and replica.machine is not None:
+            # As nearly always: one that lives has no tombstone, and one that has state is delivered everything.
+            replica.learn_node(message.from_, sender)
+            return replica
         decision = admit_message(
             message.type,
             to=ReplicaId(message.to),
@@ -380,6 +384,7 @@ class Catalog:
             patient_elections=True,
             probe_heartbeats_max=PROBE_HEARTBEATS_MAX,
             commit_broadcast=False,
+            commit_rides=True,
             spare_entries_max=timing.spare_entries_max,
             uncommitted_bytes_max=UNCOMMITTED_BYTES_MAX,
             inflight_bytes_max=INFLIGHT_BYTES_MAX,

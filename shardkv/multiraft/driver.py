@@ -278,10 +278,7 @@ class Driver:
                 self.applier.apply_later()  # not before: others wait for what is acknowledged above
                 continue
             ready, self._ready = self._ready, {}
-            turn, unfinished = gather(ready.values())
-            for replica in unfinished:
-                self._ready[replica.range_id] = replica
-            self._perform(turn)
+            self._perform(gather(ready.values()))
         self.log_writer.write()  # what waited for writes that were refused after all
         if self._ready:
             self._awake.set()
@@ -385,12 +382,8 @@ class Driver:
         """Step a group's own responses; collect those for its peers."""
         if self.catalog.replicas.get(replica.range_id) is not replica:
             return
-        own = replica.replica_id
-        for response in responses:
-            if response.to == own:
-                replica.raft.step(response, now)
-            else:
-                outgoing.append((replica, response))
+        for message in replica.raft.acknowledge(responses, now):
+            outgoing.append((replica, message))
         if replica.raft.has_ready():
             self._ready[replica.range_id] = replica
 

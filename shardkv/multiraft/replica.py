@@ -97,6 +97,7 @@ class Replica:
         "stateless",
         "waiting",
         "waiting_bytes",
+        "waiting_commands",
     )
 
     def __init__(
@@ -110,7 +111,7 @@ class Replica:
         self.nodes: dict[int, NodeId] | None = None
         """Where replicas live that the descriptor does not name (yet): learned from their messages."""
         self.waiting: list[WriteGroup] = []
-        self.waiting_bytes = 0
+        self.waiting_bytes = self.waiting_commands = 0
         self.proposed_ns = 0
         """When something was last proposed."""
         self.answered_ns = 0
@@ -139,14 +140,14 @@ class Replica:
 
     @property
     def leads(self) -> bool:
-        return self.raft.role is Role.LEADER
+        return self.raft.raft.role is Role.LEADER
 
     def node_of(self, replica_id: int) -> NodeId | None:
         """The node that holds another replica of this range, as far as known."""
         if self.machine is not None:
-            replica = self.machine.descriptor.replica(ReplicaId(replica_id))
-            if replica is not None:
-                return replica.node_id
+            for member in self.machine.descriptor.replicas:
+                if member.replica_id == replica_id:
+                    return member.node_id
         return self.nodes.get(replica_id) if self.nodes else None
 
     def learn_node(self, replica_id: int, node_id: NodeId) -> None:
@@ -154,11 +155,11 @@ class Replica:
         if replica_id in (NONE, self.replica_id):
             raise ProtocolError(f"node {node_id} speaks for replica {replica_id} of range {self.range_id}")
         if self.machine is not None:
-            member = self.machine.descriptor.replica(ReplicaId(replica_id))
-            if member is not None:
-                if member.node_id != node_id:
-                    raise ProtocolError(f"node {node_id} speaks for {member} of range {self.range_id}")
-                return
+            for member in self.machine.descriptor.replicas:
+                if member.replica_id == replica_id:
+                    if member.node_id != node_id:
+                        raise ProtocolError(f"node {node_id} speaks for {member} of range {self.range_id}")
+                    return
         if self.nodes is None:
             self.nodes = {}
         self.nodes[replica_id] = node_id
@@ -229,6 +230,7 @@ class Replica:
             raise Busy(f"{self.waiting_bytes} bytes of writes already wait for range {self.range_id}")
         self.waiting.append(group)
         self.waiting_bytes += len(group.commands)
+        self.waiting_commands += len(group.decoded)
 
     def may_propose(self, now_ns: int) -> bool:
         """Whether the waiting writes should become an entry now, or collect until the one under way is applied.
@@ -240,15 +242,12 @@ class Replica:
             return True
         if self.proposals:
             return now_ns - self.proposed_ns >= PIPELINE_NS
-        return now_ns - self.answered_ns >= GATHER_NS or self._waiting_commands() >= self.expected
+        return now_ns - self.answered_ns >= GATHER_NS or self.waiting_commands >= self.expected
 
     def answered(self, commands: int, now_ns: int) -> None:
         """So many commands were answered in one go."""
         self.answered_ns = now_ns
-        self.expected = (commands + self._waiting_commands()) * 7 // 8
-
-    def _waiting_commands(self) -> int:
-        return sum([len(group.decoded) for group in self.waiting])
+        self.expected = (commands + self.waiting_commands) * 7 // 8
 
     def take_waiting(self) -> list[WriteGroup]:
         """The groups of the next entry, at least one and bounded in bytes and commands."""
@@ -260,9 +259,10 @@ class Replica:
             if count and (size > ENTRY_BYTES_MAX or commands > ENTRY_COMMANDS_MAX):
                 taken, self.waiting = waiting[:count], waiting[count:]
                 self.waiting_bytes -= size - len(group.commands)
+                self.waiting_commands -= commands - len(group.decoded)
                 return taken
         self.waiting = []
-        self.waiting_bytes = 0
+        self.waiting_bytes = self.waiting_commands = 0
         return waiting
 
     def refuse_waiting(self, error: ShardKVError) -> None:
@@ -270,7 +270,7 @@ class Replica:
         for group in self.waiting:
             group.requester.refuse(group.request_id, error)
         self.waiting = []
-        self.waiting_bytes = 0
+        self.waiting_bytes = self.waiting_commands = 0
 
     def abandon(self) -> None:
         """Refuse everyone who waits on this replica, which leads no more. A proposal may still be applied; its retry

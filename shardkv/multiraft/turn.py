@@ -8,14 +8,10 @@ unsynced term, vote or entry comes back only as one of the ``responses`` of a lo
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
 
 from shardkv.multiraft.replica import Replica
-from shardkv.raft.messages import EMPTY_HARD_STATE, HardState, Message, MessageType
+from shardkv.raft.messages import HardState, Message, MessageType
 from shardkv.storage.wal import LogUpdate
-
-STEPS_PER_GROUP_MAX: Final = 8
-"""Hand-outs taken from one group in one turn, so that no group holds up the rest."""
 
 
 @dataclass(slots=True)
@@ -41,54 +37,46 @@ class Turn:
     """Replicas whose role or leader changed."""
 
 
-def gather(replicas: Iterable[Replica]) -> tuple[Turn, list[Replica]]:
-    """The work of every group that has some, and the groups that still have more after their share."""
+def gather(replicas: Iterable[Replica]) -> Turn:
+    """The work of every group that has some. A group hands out all that it has at once."""
     turn = Turn()
-    unfinished = []
     for replica in replicas:
-        if not replica.installing and _gather(replica, turn):
-            unfinished.append(replica)
-    return turn, unfinished
+        if not replica.installing and replica.raft.has_ready():
+            _gather(replica, turn)
+    return turn
 
 
-def _gather(replica: Replica, turn: Turn) -> bool:
-    """Take one group's work; whether it has more."""
-    raft = replica.raft
-    for _ in range(STEPS_PER_GROUP_MAX):
-        if not raft.has_ready():
-            return False
-        ready = raft.ready()
-        if ready.soft_state is not None:
-            turn.changed.append(replica)
-        if ready.read_states:
-            for read_state in ready.read_states:
-                replica.confirm_reads(read_state.context, read_state.index)
-            turn.confirmed.append(replica)
-        for message in ready.messages:
-            kind = message.type
-            if kind is MessageType.STORAGE_APPEND:
-                if message.snapshot is not None and not message.snapshot.empty:
-                    turn.installs.append((replica, message))
-                    replica.installing = True
-                else:
-                    turn.appends.append((replica, message))
-                    if ready.must_sync or message.responses:
-                        turn.must_sync = True
-            elif kind is MessageType.STORAGE_APPLY:
-                turn.applies.append((replica, message))
-            elif kind is MessageType.SNAP:
-                turn.snapshots.append((replica, message))
+def _gather(replica: Replica, turn: Turn) -> None:
+    ready = replica.raft.ready()
+    if ready.soft_state is not None:
+        turn.changed.append(replica)
+    if ready.read_states:
+        for read_state in ready.read_states:
+            replica.confirm_reads(read_state.context, read_state.index)
+        turn.confirmed.append(replica)
+    for message in ready.messages:
+        kind = message.type
+        if kind is MessageType.STORAGE_APPEND:
+            if message.snapshot is not None and not message.snapshot.empty:
+                turn.installs.append((replica, message))
+                replica.installing = True
             else:
-                turn.messages.append((replica, message))
-        if replica.installing:
-            return False
-    return raft.has_ready()
+                turn.appends.append((replica, message))
+                if ready.must_sync or message.responses:
+                    turn.must_sync = True
+        elif kind is MessageType.STORAGE_APPLY:
+            turn.applies.append((replica, message))
+        elif kind is MessageType.SNAP:
+            turn.snapshots.append((replica, message))
+        else:
+            turn.messages.append((replica, message))
 
 
 def hard_state_of(message: Message) -> HardState | None:
     """The hard state that a log append carries, or None if it does not change."""
-    hard_state = HardState(message.term, message.vote, message.commit)
-    return None if hard_state == EMPTY_HARD_STATE else hard_state
+    if message.term or message.vote or message.commit:
+        return HardState(message.term, message.vote, message.commit)
+    return None
 
 
 def log_update(replica: Replica, message: Message) -> LogUpdate:

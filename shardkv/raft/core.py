@@ -9,7 +9,7 @@ from typing import Final
 from shardkv.raft import election, proposals, reconfiguration, replication
 from shardkv.raft.messages import NONE, Message, MessageType
 from shardkv.raft.state import Raft, Role
-from shardkv.raft.storage import entries_bytes, payload_bytes
+from shardkv.raft.storage import ENTRY_OVERHEAD_BYTES, payload_bytes
 
 Handler = Callable[[Raft, Message], None]
 
@@ -83,8 +83,9 @@ def _storage_append_response(raft: Raft, message: Message) -> None:
 def _storage_apply_response(raft: Raft, message: Message) -> None:
     entries = message.entries
     if entries:
-        reconfiguration.applied_to(raft, entries[-1].index, entries_bytes(entries))
-        raft.applied_bytes(payload_bytes(entries))
+        size = payload_bytes(entries)
+        reconfiguration.applied_to(raft, entries[-1].index, size + ENTRY_OVERHEAD_BYTES * len(entries))
+        raft.applied_bytes(size)
 
 
 _EVERY_ROLE: Final[dict[MessageType, Handler]] = {

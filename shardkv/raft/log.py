@@ -243,7 +243,8 @@ class RaftLog:
 
     def appliable(self, allow_unstable: bool) -> int:
         """The highest index that may be applied. Unless ``allow_unstable``, only what is surely on this disk is."""
-        return self.committed if allow_unstable else min(self.committed, self.stable)
+        committed, stable = self.committed, self.stable
+        return committed if allow_unstable or committed < stable else stable
 
     def has_next_committed(self, allow_unstable: bool) -> bool:
         # A snapshot that waits goes first, alone.
@@ -275,8 +276,9 @@ class RaftLog:
         self.applied = index
         if self.applying < index:
             self.applying = index
-        self.applying_bytes = max(self.applying_bytes - size, 0)
-        self.applying_paused = self.applying_bytes >= self.applying_bytes_max
+        left = self.applying_bytes - size
+        self.applying_bytes = left = left if left > 0 else 0
+        self.applying_paused = left >= self.applying_bytes_max
         self._trim()
 
     def _trim(self) -> None:
@@ -285,7 +287,9 @@ class RaftLog:
         While as much is being applied as may be, of all that are written: a state machine that stalls, or a replica
         that waits for its data, must not hold the log of all that time in memory. It is read back when it is wanted.
         """
-        cut = (self.stable if self.applying_paused else min(self.applied, self.stable)) + 1
+        cut = self.stable + 1
+        if self.applied < cut and not self.applying_paused:
+            cut = self.applied + 1
         if cut > self.tail_first:
             if cut > self.last_index:
                 self.tail.clear()

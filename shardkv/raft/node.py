@@ -8,7 +8,7 @@ peer that they name. Otherwise the host does everything in the Ready, in its ord
 Nothing is decided here; see ``core``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from shardkv.raft import core, election, freshness, lease, reconfiguration, replication, thrift
@@ -125,7 +125,7 @@ class RaftNode:
     older reading would end a promise too early.
     """
 
-    __slots__ = ("_hard_state", "_on_advance", "_soft_state", "_synchronous", "raft")
+    __slots__ = ("_commit_rides", "_hard_state", "_on_advance", "_soft_state", "_synchronous", "raft")
 
     def __init__(self, settings: RaftSettings, storage: RaftStorage, *, applied: int = 0, now: int = 0) -> None:
         """Go on from what the storage holds; ``applied`` is how far the host's state machine has come.
@@ -137,6 +137,8 @@ class RaftNode:
         self._soft_state = SoftState(raft.leader, raft.role)
         self._hard_state = HardState(raft.term, raft.vote, raft.log.committed)
         self._synchronous = not settings.async_storage_writes
+        self._commit_rides = settings.commit_rides
+        """Whether a commit index alone is not handed out now: no tick has found one since the last that was."""
         self._on_advance: list[Message] | None = None
 
     # What goes in.
@@ -160,10 +162,26 @@ class RaftNode:
         if _SENDERS[message.type] == _ANYONE or self.accepts(message):
             core.step(raft, message)
 
+    def acknowledge(self, responses: Iterable[Message], now: int) -> list[Message]:
+        """What a storage message asks is done: take its responses to this replica, return those to its peers."""
+        raft = self.raft
+        if now > raft.now:
+            raft.now = now
+        own = raft.id
+        leaving: list[Message] = []
+        for response in responses:
+            if response.to == own:
+                core.step(raft, response)
+            else:
+                leaving.append(response)
+        return leaving
+
     def tick(self, now: int = 0) -> None:
         raft = self.raft
         if now > raft.now:
             raft.now = now
+        if raft.log.committed != self._hard_state.commit:
+            self._commit_rides = False
         core.tick(raft)
 
     def campaign(self, now: int = 0) -> None:
@@ -277,17 +295,18 @@ class RaftNode:
 
     def has_ready(self) -> bool:
         raft = self.raft
-        log, hard = raft.log, self._hard_state
+        log, hard, soft = raft.log, self._hard_state, self._soft_state
         return bool(
             raft.messages
             or raft.messages_after_append
             or log.in_progress <= log.last_index
-            or log.committed != hard.commit
+            or (log.committed != hard.commit and not self._commit_rides)
             or raft.term != hard.term
             or raft.vote != hard.vote
-            or log.has_next_committed(self._synchronous)
+            or (log.applying < log.committed and log.has_next_committed(self._synchronous))
             or raft.read_states
-            or (raft.leader, raft.role) != self._soft_state
+            or raft.leader != soft.leader
+            or raft.role != soft.role
             or (log.snapshot is not None and not log.snapshot_in_progress)
         )
 
@@ -302,15 +321,22 @@ class RaftNode:
         if raft.leader != self._soft_state.leader or raft.role != self._soft_state.role:
             soft_state = self._soft_state = SoftState(raft.leader, raft.role)
         hard_state = None
-        entries = log.next_unstable()
-        must_sync = bool(entries)
-        if log.committed != hard.commit or raft.term != hard.term or raft.vote != hard.vote:
-            must_sync = must_sync or raft.term != hard.term or raft.vote != hard.vote
-            hard_state = self._hard_state = HardState(raft.term, raft.vote, log.committed)
-        snapshot = log.next_snapshot()
-        committed = log.next_committed(self._synchronous)
+        entries = log.next_unstable() if log.in_progress <= log.last_index else ()
+        snapshot = log.next_snapshot() if log.snapshot is not None else None
         messages, raft.messages = raft.messages, []
         after_append, raft.messages_after_append = raft.messages_after_append, []
+        must_sync = bool(entries)
+        if raft.term != hard.term or raft.vote != hard.vote:
+            must_sync = True
+            hard_state = self._hard_state = HardState(raft.term, raft.vote, log.committed)
+        elif log.committed != hard.commit and (
+            entries or after_append or snapshot is not None or not self._commit_rides
+        ):
+            hard_state = self._hard_state = HardState(raft.term, raft.vote, log.committed)
+            self._commit_rides = raft.settings.commit_rides
+        committed: tuple[Entry, ...] = ()
+        if log.applying < log.committed:
+            committed = log.next_committed(self._synchronous)
         read_states: Sequence[ReadState] = ()
         if raft.read_states:
             read_states, raft.read_states = raft.read_states, []
@@ -322,7 +348,8 @@ class RaftNode:
                 messages.append(self._storage_append(entries, hard_state, snapshot, after_append))
             if committed:
                 messages.append(self._storage_apply(committed))
-        log.accept_unstable()
+        if entries or snapshot is not None:
+            log.accept_unstable()
         if committed:
             log.accept_applying(committed, self._synchronous)
         return Ready(soft_state, hard_state, read_states, entries, snapshot, committed, messages, must_sync)

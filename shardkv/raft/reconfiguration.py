@@ -51,8 +51,10 @@ def switch_to(raft: Raft, changer: Changer) -> ConfState:
 
 def applied_to(raft: Raft, index: int, size: int) -> None:
     """Entries up to ``index`` are applied, ``size`` bytes of them; leave a joint configuration if it is time."""
-    raft.log.applied_to(max(index, raft.log.applied), size)
-    leave_joint(raft)
+    log = raft.log
+    log.applied_to(index if index > log.applied else log.applied, size)
+    if raft.configuration.auto_leave:
+        leave_joint(raft)
 
 
 def leave_joint(raft: Raft) -> None:

@@ -113,6 +113,10 @@ class RaftSettings:
     Without it they learn of it with the next append or heartbeat, which halves the messages of a busy group.
     """
 
+    commit_rides: bool = False
+    """Whether a commit index that has grown is handed out with the next entries, term, vote or answer that waits for
+    the disk, or once a tick has passed, instead of alone. A crash may forget it: nobody's safety rests on it."""
+
     spare_entries_max: int = 1
     """How many entries collect for a follower whose acknowledgement is not needed (see ``thrift``); 1: none waits."""
 

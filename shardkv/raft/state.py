@@ -237,7 +237,8 @@ class Raft:
 
     def applied_bytes(self, size: int) -> None:
         """That much payload no longer waits to be applied."""
-        self.uncommitted_bytes = max(self.uncommitted_bytes - size, 0)
+        left = self.uncommitted_bytes - size
+        self.uncommitted_bytes = left if left > 0 else 0
 
     # Moves between the roles (paper figure 4).
 

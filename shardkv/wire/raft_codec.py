@@ -59,10 +59,13 @@ _FROM_PEERS: Final = frozenset(
 )
 _HEAD: Final = codec.array_head(16)
 _NO_ENTRIES: Final = codec.array_head(0)
+_ENTRY: Final = struct.Struct(">B BI B BI")
+"""An entry but for its data, if the term is as small as it usually is."""
 _PLAIN: Final = struct.Struct(">B BI BI BI B BI BI BI BI B BI BI B BQ BQ BQ")
 """All fields but the entries of a message without a context whose numbers are as small as they usually are: valid CBOR,
 packed in a fraction of the time that CBOR itself takes."""
-_ARRAY_OF_16, _UNSIGNED_32, _UNSIGNED_64, _FALSE, _TRUE, _NO_BYTES = 0x90, 0x1A, 0x1B, 0xF4, 0xF5, 0x40
+_ARRAY_OF_3, _ARRAY_OF_16, _UNSIGNED_32, _UNSIGNED_64 = 0x83, 0x90, 0x1A, 0x1B
+_FALSE, _TRUE, _NO_BYTES, _BYTES_32 = 0xF4, 0xF5, 0x40, 0x5A
 _TYPES: Final = {int(type_): type_ for type_ in _FROM_PEERS}
 _NOTICES: Final = {int(notice): notice for notice in ReplicaNotice}
 _ENTRY_TYPES: Final = {int(type_): type_ for type_ in EntryType}
@@ -72,7 +75,13 @@ def encode_entries(entries: tuple[Entry, ...]) -> bytes:
     """The last field of a message; the same for every follower that is sent the same entries."""
     if not entries:
         return _NO_ENTRIES
-    return codec.dumps([(entry.term, int(entry.type), entry.data) for entry in entries])
+    parts = [codec.array_head(len(entries))]
+    try:
+        for term, _, kind, data in entries:
+            parts += _ENTRY.pack(_ARRAY_OF_3, _UNSIGNED_32, term, kind, _BYTES_32, len(data)), data
+    except struct.error:  # a term of more than 32 bits
+        return codec.dumps([(entry.term, int(entry.type), entry.data) for entry in entries])
+    return b"".join(parts)
 
 
 def encode_message(range_id: int, message: Message, entries: bytes | None = None) -> bytes:

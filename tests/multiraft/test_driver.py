@@ -190,10 +190,12 @@ async def test_that_more_is_committed_costs_no_sync_of_its_own(autojump_clock: M
         for number in range(5):
             await hosts.write(b"k%d" % number, b"v")
         assert leader.driver.statistics().syncs - before == 5
+        log, raft = leader.replica().log, leader.replica().raft
+        assert log.hard_state.commit == raft.committed - 1, "the last one has no other to ride with"
+        await hosts.commit_handed_out(leader)
         leader.driver.log_writer.write_all()
         await hosts.agreed()
-        log = leader.replica().log
-        assert log.hard_state.commit == leader.replica().raft.committed
+        assert log.hard_state.commit == raft.committed
 
 
 async def test_what_a_follower_applies_waits_for_company_until_the_next_tick(autojump_clock: MockClock) -> None:

@@ -161,6 +161,7 @@ async def test_a_log_that_is_long_keeps_few_large_entries_for_those_who_are_a_li
         for number in range(count):
             await hosts.write(b"k%d" % number, bytes(value_bytes))
         assert host.wal.statistics().segments > LOG_SEGMENTS_MAX
+        await hosts.commit_handed_out(host)
         await maintenance.flush_and_compact()
         log = host.replica(RANGE).log
         assert log.last_index() - log.compact_index == kept
@@ -294,6 +295,7 @@ async def test_the_log_keeps_for_a_follower_that_is_away_only_what_it_can_use(
         assert log.compact_index == held
         assert not counted
         await write_many(hosts, 40)
+        await hosts.commit_handed_out(leader)
         await leader.maintenance.flush_and_compact()
         assert log.compact_index == leader.machine().applied_index - 45
         await leader.maintenance.flush_and_compact()

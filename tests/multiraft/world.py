@@ -523,6 +523,10 @@ class Hosts(dict[int, Host]):
         ]
         assert all(each == rows[0] for each in rows), "replicas differ at the same applied index"
 
+    async def commit_handed_out(self, host: "Host") -> None:
+        """Wait for the tick with which a group's commit index is handed out that nothing else has come after."""
+        await self.until(lambda: host.driver.log_writer.appends, "a tick")
+
     async def restart_all(self, kept_batches: Callable[[int], int]) -> None:
         """Every node loses power at once."""
         for host in self.values():

@@ -138,6 +138,7 @@ class Host:
             self.cluster.send(ready.messages)
             self.node.advance()
             return ready
+        assert not self.node.has_ready(), "a hand-out is all that there is"
         for message in ready.messages:
             if message.to in (APPEND_THREAD, APPLY_THREAD):
                 self.work.append(message)
@@ -156,11 +157,7 @@ class Host:
                 self._write(HardState(message.term, message.vote, message.commit), message.entries, message.snapshot)
             else:
                 self._apply(message.entries)
-            for response in message.responses:
-                if response.to == self.id:
-                    self.step(response)
-                else:
-                    self.cluster.send([response])
+            self.cluster.send(self.node.acknowledge(message.responses, self.cluster.clock(self.id)))
 
     def _write(self, hard_state: HardState, entries: Iterable[Entry], snapshot: Snapshot | None) -> None:
         if hard_state != HardState():

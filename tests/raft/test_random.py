@@ -13,6 +13,7 @@ NODES: dict[str, Any] = {
     "lease": LEASE,
     "patient_elections": True,
     "spare_entries_max": 3,
+    "commit_rides": True,
 }
 MEMBERSHIP = NODES | {"membership": True, "step_down_on_removal": True}
 TIGHT: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import pytest
 
 from shardkv.raft import DropReason, Inconsistent, ProgressState, ProposalDropped, RaftNode, Role, encode_conf_change
+from shardkv.raft.election import CAMPAIGN_TRANSFER
 from shardkv.raft.messages import APPLY_THREAD, Entry, EntryType, HardState, Message
 from shardkv.raft.storage import ENTRY_OVERHEAD_BYTES, entries_bytes
 from tests.raft.cluster import Cluster, M, after_write, change, fresh, led, sent, settings_for, stored
@@ -81,6 +82,35 @@ def test_without_commit_broadcast_followers_learn_of_it_with_the_next_heartbeat(
     assert [host.applied for host in cluster.hosts.values()] == [[b"x"], [], []]
     cluster.tick(1)
     assert [host.applied for host in cluster.hosts.values()] == [[b"x"]] * 3
+
+
+def test_a_commit_index_rides_with_what_is_written_anyway_or_waits_for_a_tick() -> None:
+    """The setting saves a leader one record an entry. What a crash may forget need not be written at once."""
+    cluster = led(commit_rides=True, commit_broadcast=False)
+    leader, storage = cluster[1], cluster.hosts[1].storage
+    written = leader.committed
+    for _ in range(3):
+        leader.propose(b"x")
+        cluster.settle()
+        assert storage.initial_state()[0].commit == written, "with the entry, as far as was known then"
+        written = leader.committed
+        assert not leader.has_ready()
+    cluster.tick(1)
+    assert storage.initial_state()[0].commit == leader.committed
+    leader.propose(b"y")
+    cluster.settle()
+    assert storage.initial_state()[0].commit == leader.committed - 1, "one tick, one hand-out"
+
+
+def test_a_commit_index_rides_with_a_vote() -> None:
+    cluster = led(commit_rides=True, commit_broadcast=False)
+    cluster[1].propose(b"x")
+    cluster.settle()
+    follower = cluster[2]
+    follower.step(Message(M.APP, 2, 1, 1, 1, follower.last_index, commit=follower.last_index))
+    assert follower.committed == follower.last_index
+    follower.step(Message(M.VOTE, 2, 3, 9, 1, follower.last_index, context=CAMPAIGN_TRANSFER))
+    assert follower.ready().hard_state == HardState(9, 3, follower.committed)
 
 
 def test_an_answer_to_an_append_waits_until_the_entries_are_on_disk() -> None:
