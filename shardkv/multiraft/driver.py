@@ -273,12 +273,11 @@ class Driver:
         self.applier.catch_up()
         for _ in range(ROUNDS_PER_TURN_MAX):
             if not self._ready:
-                if not self.applier.later_due:
-                    break
-                self.applier.apply_later()  # not before: others wait for what is acknowledged above
-                continue
+                break
             ready, self._ready = self._ready, {}
             self._perform(gather(ready.values()))
+        if self.applier.later_due:
+            self.applier.apply_later()  # not before: others wait for what is acknowledged above
         self.log_writer.write()  # what waited for writes that were refused after all
         if self._ready:
             self._awake.set()

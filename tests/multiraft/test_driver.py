@@ -219,6 +219,30 @@ async def test_what_a_follower_applies_waits_for_company_until_the_next_tick(aut
         assert follower.rows() == hosts.leader().rows()
 
 
+async def test_what_a_follower_applies_waits_no_longer_for_turns_that_always_find_more_to_do(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn that uses up its rounds applies what is due all the same."""
+    async with world(3) as hosts:
+        await hosts.agreed()
+        follower = hosts.follower()
+        driver, replica = follower.driver, follower.replica()
+        entry = Entry(replica.raft.term, replica.raft.last_index + 1)
+        one = (replica, Message(MessageType.STORAGE_APPLY, entries=(entry,)))
+        applied: list[object] = []
+        monkeypatch.setattr(driver.applier, "_apply", applied.append)
+        monkeypatch.setattr(driver, "_perform", lambda turn: driver.touch(replica))
+        driver.applier.apply([one])
+        driver.touch(replica)
+        driver._turn()
+        assert not applied
+        assert driver.applier.tick()
+        driver._turn()
+        assert driver._ready
+        assert applied == [[one]]
+        hosts.tolerant = True
+
+
 async def test_a_read_that_waits_at_a_follower_has_what_it_waits_for_applied_at_once(
     autojump_clock: MockClock,
 ) -> None:
