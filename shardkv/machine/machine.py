@@ -90,12 +90,6 @@ class Applied(NamedTuple):
     :mod:`shardkv.wire.commands`). SPLIT: one, ``[left, right]``, the descriptors as they travel. EXTENSION: one, what
     the extension answered. Where nothing was done: the error."""
     split: SplitResult | None = None
-    error: ShardKVError | None = None
-    """Why a SPLIT or EXTENSION did nothing."""
-    bytes: int = 0
-    """About how much the entry wrote."""
-    commands: int = 0
-    """How many commands a WRITE held."""
 
 
 NOTHING_APPLIED: Final = Applied()
@@ -131,7 +125,7 @@ class RangeMachine:
         self.applied_index = applied_index
         self.applied_term = applied_term
         self.last_timestamp = last_timestamp
-        """Replicated time: the highest version used, or stamp seen. Every entry raises it."""
+        """Replicated time: the highest version used, or stamp seen. Every entry that has a stamp raises it."""
         self._conf_state = conf_state
         self._conf_bytes = rows.pack_conf_state(conf_state)
         self._sessions = sessions
@@ -148,14 +142,10 @@ class RangeMachine:
         applied_index: int = INITIAL_INDEX,
         applied_term: int = INITIAL_TERM,
         last_timestamp: int = 0,
-        conf_state: ConfState | None = None,
         sessions: Sequence[bytes] = (),
         extension: Extension | None = None,
     ) -> "RangeMachine":
-        """A range at its beginning; call :meth:`write` to put its rows into a batch.
-
-        ``conf_state`` defaults to the descriptor's replicas; ``sessions`` are session rows.
-        """
+        """A range at its beginning; call :meth:`write` to put its rows into a batch. ``sessions`` are session rows."""
         table = SessionTable.load(_indexed(sessions, applied_index))
         if extension is not None:
             extension.load(iter(()))
@@ -164,7 +154,7 @@ class RangeMachine:
             applied_index=applied_index,
             applied_term=applied_term,
             last_timestamp=last_timestamp,
-            conf_state=conf_state_of(descriptor) if conf_state is None else conf_state,
+            conf_state=conf_state_of(descriptor),
             sessions=table,
             extension=extension,
         )
@@ -341,7 +331,7 @@ class RangeMachine:
         if run.version > stamp:
             self.last_timestamp = run.version - 1
         self.bytes_written += size
-        return Applied(outcomes, None, None, size, run.version - stamp)
+        return Applied(outcomes)
 
     def _living_sessions(self, now_ms: int, batch: WriteBatch, reader: Reader) -> SessionTable:
         """The session table without what has had its time by then; its rows go with the batch."""
@@ -366,14 +356,13 @@ class RangeMachine:
         command = entries.split_command(entry)
         error = problem(self.descriptor, command, joint=self.joint)
         if error is not None:
-            return Applied([error], error=error)
+            return Applied([error])
         left, right = divide(self.descriptor, command)
         sessions = self._living_sessions(timestamp_ms(stamp), batch, reader).consolidated()
         child = RangeMachine.create(right, last_timestamp=self.last_timestamp, sessions=sessions)
         self.descriptor = left
-        row = rows.pack_descriptor(left)
-        batch.put(keys.descriptor_key(self.range_id), row)
-        return Applied([[left.to_wire(), right.to_wire()]], SplitResult(left, right, child, sessions), bytes=len(row))
+        batch.put(keys.descriptor_key(self.range_id), rows.pack_descriptor(left))
+        return Applied([[left.to_wire(), right.to_wire()]], SplitResult(left, right, child, sessions))
 
     def _apply_extension(self, entry: DecodedEntry, size: int, stamp: int, batch: WriteBatch) -> Applied:
         if self.extension is None:
@@ -384,8 +373,8 @@ class RangeMachine:
         except StorageError:
             raise
         except ShardKVError as error:
-            return Applied([error], error=error, bytes=size)
-        return Applied([result], bytes=size)
+            return Applied([error])
+        return Applied([result])
 
     def check(self) -> None:
         descriptor = self.descriptor

@@ -343,11 +343,6 @@ class SessionTable:
         assert len(made) <= CONSOLIDATED_ROWS_MAX, f"{len(found)} sessions make {len(made)} rows"
         return made
 
-    def statistics(self) -> tuple[int, int, int]:
-        """Sessions, rows, bytes of records in memory."""
-        size = sum(len(piece[3]) for session in self.sessions.values() for piece in session.pieces)
-        return len(self.sessions), len(self._rows) - self._first, size
-
     def check(self) -> None:
         rows = self.rows
         indices = [row.index for row in rows]

@@ -184,9 +184,9 @@ def test_trap_04_a_split_planned_at_another_epoch_is_refused_when_applied() -> N
         before = range_.rows()
         applied = range_.split(b"m", epoch=epoch)
         assert applied.split is None
-        assert isinstance(applied.error, errors.EpochMismatch)
-        assert applied.error.current == (range_.machine.descriptor,)
-        assert applied.outcomes == [applied.error]
+        (error,) = applied.outcomes
+        assert isinstance(error, errors.EpochMismatch)
+        assert error.current == (range_.machine.descriptor,)
         assert len([row for row in range_.rows() if row not in before]) == 1, "only the applied row moved"
     assert range_.split(b"m", epoch=Epoch(3, 5)).split is not None
 
@@ -201,7 +201,7 @@ def test_trap_04_the_same_split_proposed_twice_divides_once() -> None:
 @pytest.mark.parametrize("key", [b"", b"b", b"a", b"m", b"z"])
 def test_a_split_key_must_lie_strictly_inside(key: bytes) -> None:
     range_ = World(world.descriptor(KeyRange(b"b", b"m")))
-    assert isinstance(range_.split(key).error, errors.InvalidRange)
+    assert isinstance(range_.split(key).outcomes[0], errors.InvalidRange)
 
 
 def test_a_split_must_give_each_node_one_new_replica() -> None:
@@ -229,7 +229,7 @@ def test_a_range_between_two_replica_sets_is_not_split() -> None:
     joint = ConfState((1, 2, 4), (), (1, 2, 3), (), True)
     machine.apply_conf_change(11, world.TERM, encode_membership([(4, 4)]), joint, batch)
     assert machine.joint
-    assert isinstance(range_.split(b"m").error, errors.Unavailable)
+    assert isinstance(range_.split(b"m").outcomes[0], errors.Unavailable)
 
 
 def test_a_dropped_right_half_loses_its_keys_and_nothing_is_overwritten() -> None:
@@ -324,9 +324,8 @@ def test_an_extension_applies_its_commands_and_loads_its_rows() -> None:
     assert range_.extend(2).outcomes == [2]
     assert range_.extend(3).outcomes == [5]
     assert counter.stamps == sorted(set(counter.stamps))
-    refused = range_.extend("refuse")
-    assert isinstance(refused.error, errors.NotFound)
-    assert refused.outcomes == [refused.error]
+    (refused,) = range_.extend("refuse").outcomes
+    assert isinstance(refused, errors.NotFound)
     again = Counter()
     assert RangeMachine.load(RangeId(0), range_.engine, again) is not None
     assert again.total == 5
