@@ -1,13 +1,13 @@
 """A range as rows: what a snapshot of it holds, and how a replica takes one in.
 
-Lives here: which spans of the engine make up a range, and the two ways to replace them. Does not live here: chunks,
+Lives here: which spans of the engine make up a range, and how they are replaced. Does not live here: chunks,
 compression, flow control, files. The rule (trap 19): a crash at any moment leaves the old state, the new one, or the
 install mark; never a mixture that looks whole. Rows of a snapshot include the applied row, so whatever makes them
 visible makes the applied index visible with them.
 
-In one batch: :func:`replace_rows`, then put the snapshot's rows in the same batch. By ingest: :func:`begin_install` in
-a batch of its own, flush, ingest one file with all the rows; the applied row among them overwrites the mark. A replica
-that is found with the mark (:func:`installing`) owns its span, serves nothing, and asks for its snapshot again.
+:func:`begin_install` in a batch of its own, flush, ingest all the rows as one; the applied row among them overwrites
+the mark. A replica that is found with the mark (:func:`installing`) owns its span, serves nothing, and asks for its
+snapshot again.
 """
 
 from collections.abc import Iterator
@@ -36,38 +36,26 @@ def snapshot_rows(reader: Reader, descriptor: RangeDescriptor, *, after: bytes =
             yield from reader.scan(max(start, after + b"\0") if after else start, end)
 
 
-def replace_rows(
+def begin_install(
     batch: WriteBatch,
     descriptor: RangeDescriptor,
-    previous: RangeDescriptor | None = None,
-    *,
-    reader: Reader | None = None,
+    index: int,
+    term: int,
+    previous: RangeDescriptor | None,
+    reader: Reader,
 ) -> None:
-    """Delete what the engine holds of the range, so that the rows of ``descriptor``'s snapshot can be put after it.
+    """The batch that goes before an ingest: the old rows go, the mark stands. Flush it before ingesting.
 
-    ``previous`` is the descriptor of the replica that is replaced: its span goes too, where it was wider. With the
-    engine as ``reader``, a span that holds nothing is left alone: files that are ingested over no deletion need no
+    ``previous`` is the descriptor of the replica that is replaced: its span goes too, where it was wider. A span in
+    which ``reader``, the engine, holds nothing is left alone: files that are ingested over no deletion need no
     compaction.
     """
     spans = engine_spans(descriptor)
     if previous is not None and not previous.span.empty and previous.span != descriptor.span:
         spans.append(keys.user_span(previous.span))
     for start, end in spans:
-        if reader is None or next(reader.scan(start, end), None) is not None:
+        if next(reader.scan(start, end), None) is not None:
             batch.delete_range(start, end)
-
-
-def begin_install(
-    batch: WriteBatch,
-    descriptor: RangeDescriptor,
-    index: int,
-    term: int,
-    previous: RangeDescriptor | None = None,
-    *,
-    reader: Reader | None = None,
-) -> None:
-    """The batch that goes before an ingest: the old rows go, the mark stands. Flush it before ingesting."""
-    replace_rows(batch, descriptor, previous, reader=reader)
     mark = InstallMark(descriptor, index, term)
     batch.put(keys.applied_key(descriptor.range_id), rows.pack_mark(mark))
 

@@ -60,7 +60,7 @@ class Installer:
         old = replica.machine.descriptor if replica.machine is not None else None
         replica.machine = None
         batch = WriteBatch()
-        begin_install(batch, arrived.descriptor, arrived.index, arrived.term, old, reader=engine)
+        begin_install(batch, arrived.descriptor, arrived.index, arrived.term, old, engine)
         await self._when_room(self._write, batch)
         await self._when_room(workers.run, engine.flush)
         await self._when_room(workers.run, engine.ingest, arrived.path)

@@ -10,7 +10,6 @@ from shardkv.machine.snapshot import (
     begin_install,
     engine_spans,
     installing,
-    replace_rows,
     snapshot_rows,
 )
 from shardkv.storage.engine import WriteBatch
@@ -187,7 +186,7 @@ def test_a_snapshot_carries_a_range_to_another_node_whole() -> None:
     rows = list(snapshot_rows(range_.engine, range_.machine.descriptor))
     assert rows == sorted(rows)
     install = WriteBatch()
-    replace_rows(install, range_.machine.descriptor)
+    begin_install(install, range_.machine.descriptor, 40, 6, None, target)
     for key, value in rows:
         install.put(key, value)
     target.write(install)
@@ -221,9 +220,9 @@ def test_an_install_over_a_wider_replica_leaves_nothing_of_it() -> None:
     range_ = filled()
     narrow = range_.machine.descriptor.with_span(KeyRange(b"", b"d"), world.FIRST_EPOCH)
     batch = WriteBatch()
-    replace_rows(batch, narrow, range_.machine.descriptor)
+    begin_install(batch, narrow, 40, 6, range_.machine.descriptor, range_.engine)
     range_.engine.write(batch)
-    assert range_.rows() == []
+    assert [key for key, _ in range_.rows()] == [keys.applied_key(1)]
 
 
 def test_trap_19_a_crash_between_mark_and_ingest_leaves_the_mark_and_no_machine() -> None:
@@ -233,7 +232,7 @@ def test_trap_19_a_crash_between_mark_and_ingest_leaves_the_mark_and_no_machine(
     descriptor = range_.machine.descriptor
     rows = list(snapshot_rows(range_.engine, descriptor))
     mark = WriteBatch()
-    begin_install(mark, descriptor, 40, 6, descriptor)
+    begin_install(mark, descriptor, 40, 6, descriptor, range_.engine)
     range_.engine.write(mark)
     assert RangeMachine.load(RangeId(1), range_.engine) is None
     found = installing(range_.engine, RangeId(1))

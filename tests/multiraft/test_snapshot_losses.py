@@ -9,7 +9,7 @@ from trio.testing import MockClock
 
 from shardkv.machine import keys
 from shardkv.machine.machine import INITIAL_INDEX, INITIAL_TERM, RangeMachine, conf_state_of
-from shardkv.machine.snapshot import installing, replace_rows
+from shardkv.machine.snapshot import begin_install, installing
 from shardkv.multiraft import snapshot_install
 from shardkv.multiraft.space import Space
 from shardkv.raft import Role
@@ -86,8 +86,9 @@ async def test_trap_19_a_replica_whose_install_ended_half_way_serves_nothing_and
     """TRAPS 19: by the mark, which keeps its span, too; and should there be none, by a log without a state."""
     if not marked:
 
-        def begun(batch: WriteBatch, descriptor: RangeDescriptor, index: int, term: int, *old: Any, **how: Any) -> None:
-            replace_rows(batch, descriptor, *old, **how)
+        def begun(batch: WriteBatch, descriptor: RangeDescriptor, *rest: Any) -> None:
+            begin_install(batch, descriptor, *rest)
+            del batch.changes[keys.applied_key(descriptor.range_id)]
 
         monkeypatch.setattr(snapshot_install, "begin_install", begun)
     async with world(3) as hosts:
