@@ -10,7 +10,7 @@ nothing. The placement group has no keys and no place here.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from shardkv.types import KeyRange, RangeId
 
@@ -109,32 +109,23 @@ class SpanMap:
         self._owned.remove(range_id)
         self._owned.add(range_id, span)
 
-    def release(self, range_id: RangeId) -> None:
-        """The replica is gone: it owns and reserves nothing."""
-        self._owned.remove(range_id)
-        self._reserved.remove(range_id)
-
-    def replace(self, changes: Iterable[tuple[RangeId, KeyRange | None]]) -> None:
-        """Give each range its new span (None: none), all at once: a split, a merge. Raises SpanTaken, changing nothing.
+    def replace(self, changes: Sequence[tuple[RangeId, KeyRange]]) -> None:
+        """Give each range its new span, all at once, as a split does. Raises SpanTaken, changing nothing.
 
         ``changes`` may name a range that owned nothing. The new spans must not overlap each other (our own bug).
         """
-        changes = list(changes)
         changing = {range_id for range_id, _ in changes}
         assert len(changing) == len(changes), f"a range is named twice: {changes}"
-        given = [span for _, span in changes if span is not None]
-        for position, span in enumerate(given):
-            assert not any(span.overlaps(other) for other in given[position + 1 :]), f"{changes} overlap each other"
+        for position, (range_id, span) in enumerate(changes):
+            others = [other for _, other in changes[position + 1 :]]
+            assert not any(span.overlaps(other) for other in others), f"{changes} overlap each other"
             self._require_free_of_others(changing, span)
-        # A reservation of one of them bars the others from its span too.
-        for range_id, new in changes:
-            if new is not None:
-                self._require_unreserved(range_id, new)
+            # A reservation of one of them bars the others from its span too.
+            self._require_unreserved(range_id, span)
         for range_id, _ in changes:
             self._owned.remove(range_id)
-        for range_id, new in changes:
-            if new is not None and not new.empty:
-                self._owned.add(range_id, new)
+        for range_id, span in changes:
+            self._owned.add(range_id, span)
 
     def owned(self, range_id: RangeId) -> KeyRange | None:
         return self._owned.by_range.get(range_id)
@@ -146,10 +137,6 @@ class SpanMap:
     def overlapping(self, span: KeyRange) -> list[RangeId]:
         """Every range that owns or has reserved part of ``span``, in ascending order of id."""
         return sorted({*self._owned.overlapping(span), *self._reserved.overlapping(span)})
-
-    def __len__(self) -> int:
-        """How many ranges own a span."""
-        return len(self._owned.by_range)
 
     def _require_free(self, range_id: RangeId, span: KeyRange) -> None:
         assert not span.empty, f"range {range_id} asks for the empty span {span}"
