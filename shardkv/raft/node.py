@@ -196,9 +196,7 @@ class RaftNode:
         """
         return self._propose(Entry(0, 0, EntryType.NORMAL, data))
 
-    def propose_conf_change(
-        self, change: ConfChange, entry_type: EntryType = EntryType.CONF_CHANGE_V2
-    ) -> tuple[int, int]:
+    def propose_conf_change(self, change: ConfChange) -> tuple[int, int]:
         """Append a membership change, as ``propose``.
 
         Also dropped while an earlier change may still be under way, and until this term has committed an entry.
@@ -213,7 +211,7 @@ class RaftNode:
                 refusal = DropReason.TERM_NOT_COMMITTED
             if refusal is not None:
                 raise ProposalDropped(refusal)
-        return self._propose(Entry(0, 0, entry_type, data))
+        return self._propose(Entry(0, 0, EntryType.CONF_CHANGE_V2, data))
 
     def _propose(self, entry: Entry) -> tuple[int, int]:
         raft = self.raft

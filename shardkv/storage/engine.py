@@ -122,11 +122,6 @@ class IngestBuilder(Protocol):
     """Writes sorted pairs to be ingested as one, in bounded memory however many they are."""
 
     @property
-    def written_bytes(self) -> int:
-        """Keys and values put so far."""
-        ...
-
-    @property
     def paths(self) -> Sequence[str]:
         """The files on the disk, one or several: what is not ingested after all, the owner unlinks."""
         ...

@@ -258,14 +258,12 @@ class MemoryIngestBuilder:
         self._pairs: dict[bytes, bytes] = {}
         self._last: bytes | None = None
         self._abandoned = False
-        self.written_bytes = 0
         self.paths: tuple[str, ...] = ()
 
     def put(self, key: bytes, value: bytes) -> None:
         assert self._last is None or key > self._last, f"{key!r} was put after {self._last!r}"
         self._last = key
         self._pairs[key] = value
-        self.written_bytes += len(key) + len(value)
 
     def finish(self) -> None:
         assert self._pairs, "an ingest file needs at least one pair"
