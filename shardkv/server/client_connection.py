@@ -14,7 +14,7 @@ import trio
 
 from shardkv import codec
 from shardkv.environment import Clock
-from shardkv.errors import Busy, ProtocolError, ShardKVError, to_wire
+from shardkv.errors import Busy, ProtocolError, ShardKVError
 from shardkv.machine.clock import HybridClock
 from shardkv.server.answer_budget import BACKLOG_BYTES_MAX, PROVEN_BYTES, SMALL_ANSWER_BYTES, AnswerBudget
 from shardkv.server.intake import SMALL_FRAME_BYTES, STANDSTILL_BYTES, STANDSTILL_SECONDS, Intake
@@ -133,14 +133,14 @@ class ClientConnection:
         return _Later(self)
 
     def answer(self, request_id: int, result: Any) -> None:
-        self._put(codec.dumps([request_id, 0, self._hybrid_clock.last, result]))
+        self._put(requests.encode_response(request_id, self._hybrid_clock.last, result))
 
     def refuse(self, request_id: int, error: ShardKVError) -> None:
-        self._put(codec.dumps([request_id, error.code, self._hybrid_clock.last, to_wire(error)]))
+        self._put(requests.encode_error(request_id, self._hybrid_clock.last, error))
 
     def offer(self, request_id: int, result: Any) -> int:
         """Answer a read that can be done again; 0, or if there is no room for the answer, its size in bytes."""
-        response = codec.dumps([request_id, 0, self._hybrid_clock.last, result])
+        response = requests.encode_response(request_id, self._hybrid_clock.last, result)
         size = len(response)
         if size > SMALL_ANSWER_BYTES:
             if size > self._granted_bytes and not self._budget.fits(self, size):
