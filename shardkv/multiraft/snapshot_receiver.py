@@ -107,12 +107,12 @@ class Receiver:
                 self._catalog.spans.reserve(range_id, begin.descriptor.span)
         except (ShardKVError, SpanTaken) as error:
             self._answer_leader(begin, sender)
-            await stream.send(["refused", str(error)])
+            await say(self._clock, stream, ["refused", str(error)])
             return
         if replica.machine is not None and replica.machine.applied_index >= begin.metadata.index:
             # Nothing would come of it. Most likely the news was lost that this very snapshot had arrived.
             self._catalog.spans.cancel(range_id)
-            await stream.send(["done"])
+            await say(self._clock, stream, ["done"])
             return
         receiving = self._receiving[range_id] = _Receiving(sender, Rate(self._clock.monotonic_ns()))
         incoming: Incoming | None = None
@@ -130,11 +130,11 @@ class Receiver:
             message = replace(begin.message, term=max(term, begin.message.term))
             index, log_term, _ = begin.metadata
             taken = self._take(replica, message, Arrived(incoming.path, begin.descriptor, index, log_term))
-            await stream.send(["done"] if taken else ["refused", "the replica did not need it"])
+            await say(self._clock, stream, ["done"] if taken else ["refused", "the replica did not need it"])
         except OutOfSpace as error:
             await say(self._clock, stream, ["refused", str(error)])
         except StreamBroken:
-            if incoming is not None and incoming.chunks and not taken:
+            if incoming is not None and incoming.chunks and not receiving.whole:
                 self._keep(incoming)
             raise
         finally:

@@ -196,6 +196,39 @@ async def test_a_snapshot_that_the_group_does_not_want_is_refused_and_leaves_not
         assert not late.engine._built, "the file of a refused snapshot is still there"
 
 
+@pytest.mark.parametrize("outcome", ["done", "there already", "refused", "not needed"])
+async def test_a_connection_that_is_lost_before_the_outcome_is_told_is_a_stream_that_broke(
+    autojump_clock: MockClock, outcome: str
+) -> None:
+    """Whatever was decided stands, and of what was not taken nothing is kept."""
+
+    class Lost(Stream):
+        async def send(self, message: list[Any]) -> None:
+            await super().send(message)
+            if self.answers:
+                raise trio.BrokenResourceError("the connection is lost")
+
+    async with world(3) as hosts:
+        late = await behind(hosts)
+        leader = hosts.leader()
+        stream = Lost(*spelled(leader, 3))
+        if outcome == "there already":
+            stream = Lost(*spelled(late, 3, sender=leader.replica().replica_id))
+        elif outcome == "refused":
+            late.snapshots.receiver._arrived[RANGE] = Arrived("", leader.machine().descriptor, 0, 0)
+        elif outcome == "not needed":
+            await trio.sleep(1)  # until it is bound by no promise any more
+            late.driver.step(late.replica(), Message(MessageType.VOTE, 3, 2, 90, index=1 << 30, log_term=90))
+        with pytest.raises(snapshot_stream.StreamBroken):
+            await late.snapshots.receive(stream, leader.node_id)
+        assert not late.snapshots.receiver._receiving
+        assert not late.snapshots.receiver._waiting
+        if outcome == "done":
+            await hosts.until(lambda: not late.snapshots.receiver.installing, "the install")
+            assert late.value(b"new4") == b"2"
+        late.snapshots.receiver._arrived.clear()
+
+
 def _bad_snapshots(leader: Host) -> dict[str, list[list[Any]]]:
     begin, part, end = spelled(leader, 3)
     body = codec.loads(part[2])
