@@ -2,8 +2,8 @@
 
 Lives here: what waits for a sync, the hand-over to the log's thread or the sync in the loop, the time that syncs take,
 and jobs that found no room. Does not live here: the log itself (``storage.wal``), nor what follows from a sync
-(``driver``). The rule: jobs run in the order in which they came, and what a record was written for is told only when it
-is on disk.
+(``driver``). The rule: records get to the disk in the order in which they came, and what a record was written for is
+told only when it is there.
 """
 
 from collections.abc import Callable, Sequence

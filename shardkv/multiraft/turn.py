@@ -23,12 +23,12 @@ class Turn:
     must_sync: bool = False
     """Whether anything waits for ``appends``. When not, all that they say is that more is committed, which a crash may
     forget: they ride with the next record that somebody waits for."""
-    installs: list[tuple[Replica, Message]] = field(default_factory=list)
-    """Appends that carry a snapshot: the engine comes first, then the log. Their group rests until both are done."""
     messages: list[tuple[Replica, Message]] = field(default_factory=list)
     """For other replicas; may leave now."""
     snapshots: list[tuple[Replica, Message]] = field(default_factory=list)
     """Snapshots to stream to followers."""
+    installs: list[tuple[Replica, Message]] = field(default_factory=list)
+    """Appends that carry a snapshot: the engine comes first, then the log. Their group rests until both are done."""
     applies: list[tuple[Replica, Message]] = field(default_factory=list)
     """Committed entries for the state machines."""
     confirmed: list[Replica] = field(default_factory=list)

@@ -26,7 +26,7 @@ class SnapshotOutOfDate(RaftError):
 class Inconsistent(RaftError):
     """What a peer or the storage says cannot be true of this log: it was lost, truncated or mixed up.
 
-    The replica must be stopped, not carried on with; nothing was changed by the call that raised this.
+    A message that raised this is to be dropped: the log is as it was before it.
     """
 
 

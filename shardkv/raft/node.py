@@ -154,7 +154,7 @@ class RaftNode:
         """Take a message of a peer, or a response of a storage message.
 
         Raises ``ProposalDropped`` for a forwarded proposal only, and ``Inconsistent`` when the message contradicts
-        this replica's log, which must then be stopped.
+        this replica's log, which is then as it was.
         """
         raft = self.raft
         if now > raft.now:
