@@ -10,6 +10,8 @@ Pure: ids in, a decision out. The rules (traps 2, 3; replica ids of a range only
 * Only a leader's message ends a replica that is here for one with a higher id: a vote is no proof of being a member.
 * A leader's message for a higher id than the replica here says that the one here was removed without being told.
 
+Nothing removes a replica in this version: whatever is neither delivered nor makes a replica is dropped.
+
 Why a vote may make a replica. A voter need not know that it is one: a node that got the left half of a split by a
 snapshot never applies the split, and hears of the right half only by a message. If the right half's leader dies before
 its first, the request for a vote is that message, and with three voters nobody is elected without it. It is safe: the

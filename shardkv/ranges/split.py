@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from shardkv.errors import InvalidRange, KeyTooLarge
-from shardkv.machine.split import SplitCommand, divide, problem
+from shardkv.machine.split import SplitCommand, problem
 from shardkv.types import KEY_BYTES_MAX, NodeId, RangeDescriptor, RangeId, ReplicaId
 
 
@@ -75,6 +75,3 @@ def adopt(
     if local != right:
         return RightHalf.DROP
     return RightHalf.KEEP if initialised else RightHalf.ADOPT
-
-
-__all__ = ["RightHalf", "SplitCommand", "adopt", "divide", "plan_split"]

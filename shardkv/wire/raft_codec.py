@@ -6,8 +6,8 @@
 
 ``to`` and ``from`` are replica ids, which are never reused; cluster and nodes were named when the connection opened.
 Entries follow each other from ``index + 1``. A snapshot never travels here: it has a connection of its own. Two types
-that Raft itself does not have are about replicas: GONE tells a sender that the replica it speaks to was removed,
-NEED_SNAPSHOT asks the leader for a snapshot because an earlier install was interrupted.
+that Raft itself does not have are about replicas: NEED_SNAPSHOT asks the leader for a snapshot because an earlier
+install was interrupted; GONE, which nobody sends yet, tells a sender that the replica it speaks to was removed.
 """
 
 import struct
