@@ -15,7 +15,7 @@ from shardkv.errors import BatchError, OutcomeUnknown, Unavailable
 from shardkv.wire.commands import Op, pack_put
 from shardkv_client.core import Call, Core, WriteCall
 from shardkv_client.core.links import describe
-from shardkv_client.limits import TEXT_LIKE, check_pair
+from shardkv_client.limits import TEXT_LIKE, check_function, check_pair
 from shardkv_client.waiter import Waiter
 
 Pairs = Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]] | AsyncIterable[tuple[bytes, bytes]]
@@ -294,8 +294,7 @@ def read_chunk(source: Iterator[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes,
 
 def check_pairs(pairs: Pairs, progress: Progress | None) -> None:
     """Check input that can be looked at more than once as a whole, so that nothing is sent if any of it is wrong."""
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress must be a function or None, not {type(progress).__name__}")
+    check_function("progress", progress)
     if isinstance(pairs, Mapping):
         for pair in pairs.items():
             checked_pair(pair)

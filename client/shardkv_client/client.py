@@ -36,6 +36,7 @@ from shardkv_client.limits import (
     age_us_of,
     check_delta,
     check_flag,
+    check_function,
     check_key_size,
     check_key_type,
     check_limit,
@@ -251,6 +252,8 @@ class Client:
         check_key_type(key)
         number = consistency_of(consistency)
         age_us_max = age_us_of(max_age, number) if max_age is not None else None
+        if on_age is not None:
+            check_function("on_age", on_age)
         check_timeout(timeout)
         check_key_size(key)
         call = ReadCall(key, number, self._now() + timeout, self._settings.keys_per_get_max, age_us_max)
@@ -303,6 +306,7 @@ class Client:
         check_timeout(timeout)
         number = consistency_of(consistency)
         age_us_max = age_us_of(max_age, number)
+        check_function("on_age", on_age)
         host = self._open_host()
         deadline = self._now() + timeout
         batch_max = self._settings.keys_per_get_max
@@ -399,6 +403,7 @@ class Client:
         check_flag("reverse", reverse)
         check_flag("keys_only", keys_only)
         check_timeout(timeout)
+        check_function("on_age", on_age)
         number = consistency_of(consistency)
         return Scan(
             self._perform,
@@ -442,6 +447,8 @@ class Client:
         if sum(target is not None for target in (key, range_id, node_id)) > 1:
             raise InvalidRange("a call goes by key, by range_id or by node_id; pass one of them")
         check_request(method, arguments, key=key, range_id=range_id, node_id=node_id)
+        if repeatable is not None:
+            check_flag("repeatable", repeatable)
         check_timeout(timeout)
         deadline = self._now() + timeout
         if range_id is not None:

@@ -3,7 +3,7 @@
 A wrong type is a TypeError, everything else one of shardkv's RequestErrors; each says what is allowed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf, isfinite
 from typing import Final
 
@@ -25,18 +25,18 @@ _INT64_END: Final = 1 << 63
 
 def check_key_type(key: bytes) -> None:
     if not isinstance(key, bytes):
-        raise TypeError(f"a key must be bytes, not {type(key).__name__}; {_how_to_bytes(key, 'key')}")
+        raise TypeError(f"a key must be bytes, not {type(key).__name__}{_how_to_bytes(key, 'key')}")
 
 
 def check_value_type(value: bytes) -> None:
     if not isinstance(value, bytes):
-        raise TypeError(f"a value must be bytes, not {type(value).__name__}; {_how_to_bytes(value, 'value')}")
+        raise TypeError(f"a value must be bytes, not {type(value).__name__}{_how_to_bytes(value, 'value')}")
 
 
 def _how_to_bytes(given: object, name: str) -> str:
     if isinstance(given, (bytearray, memoryview)):
-        return f"copy it first, bytes({name})"
-    return f"encode text first, for example {name}.encode()"
+        return f"; copy it first, bytes({name})"
+    return f"; encode text first, for example {name}.encode()" if isinstance(given, str) else ""
 
 
 def check_key_size(key: bytes) -> None:
@@ -65,6 +65,8 @@ def distinct(keys: Iterable[bytes]) -> list[bytes]:
     """Checked keys in the order given, each once."""
     if isinstance(keys, TEXT_LIKE):
         raise TypeError(f"a list of keys is wanted, not one {type(keys).__name__}; put it into a list")
+    if not isinstance(keys, Iterable):
+        raise TypeError(f"a list of keys is wanted, not {type(keys).__name__}")
     wanted = list(keys)
     for key in wanted:
         check_key_type(key)
@@ -79,10 +81,13 @@ def check_request(
     """Check a request of any kind, which others will share a frame with: what nobody can encode or read stays here."""
     if key is not None:
         check_key_type(key)
-    for name, number in (("method", method), ("range_id", range_id), ("node_id", node_id)):
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+    numbers = {"method": method, "range_id": range_id, "node_id": node_id}
+    for name, number in numbers.items():
+        if number is None and name != "method":
+            continue
+        if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} must be an int, not {type(number).__name__}")
-        if number is not None and not 0 <= number < _INT64_END:
+        if not 0 <= number < _INT64_END:
             raise RequestError(f"{name} must be from 0 to {_INT64_END - 1}, not {number}")
     try:
         encoded = encode_request(0, method, 0, 0, 0, *arguments)
@@ -159,6 +164,8 @@ def check_span(start: bytes, end: bytes | None) -> None:
     for name, bound in (("start", start), ("end", end)):
         if bound is not None and len(bound) > KEY_BYTES_MAX:
             raise KeyTooLarge(f"{name} must have at most {KEY_BYTES_MAX} bytes; this one has {len(bound)}")
+    if start and end == b"":
+        raise InvalidRange("no key comes before an end of b''; leave it out, or None, to go to the last key")
     if end is not None and end < start:
         raise InvalidRange(f"the range ends before it starts ({start!r:.60} to {end!r:.60}); swap start and end")
 
@@ -180,11 +187,12 @@ def span_of(start: bytes, end: bytes | None, prefix: bytes | None) -> tuple[byte
 def deleted_span_of(start: bytes | None, end: bytes | None, prefix: bytes | None) -> tuple[bytes, bytes | None]:
     """As :func:`span_of`, but for every key there is the caller has to say so: a tenant's name that is None or empty
     must not delete the others'."""
+    span = span_of(b"" if start is None else start, end, prefix)
     if not prefix and start is None and end is None:
         raise InvalidRange(
             "this would delete every key: give start, end or a longer prefix, or say start=b'' if it shall"
         )
-    return span_of(b"" if start is None else start, end, prefix)
+    return span
 
 
 def after_prefix(prefix: bytes) -> bytes | None:
@@ -206,6 +214,11 @@ def before(end: bytes | None) -> bytes:
 def check_flag(name: str, flag: bool) -> None:
     if not isinstance(flag, bool):
         raise TypeError(f"{name} must be True or False, not {type(flag).__name__}")
+
+
+def check_function(name: str, function: Callable[..., object] | None) -> None:
+    if function is not None and not callable(function):
+        raise TypeError(f"{name} must be a function or None, not {type(function).__name__}")
 
 
 def check_limit(limit: int | None) -> None:

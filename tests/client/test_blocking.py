@@ -52,6 +52,9 @@ def test_every_method_works_without_await(server):
         assert kv.call(12, node_id=2)["node"] == 2
         with pytest.raises(TypeError):
             kv.put("k", b"v")
+        for read in (kv.get, lambda key, **options: kv.get_many([key], **options), kv.scan):
+            with pytest.raises(TypeError, match="on_age must be a function"):
+                read(b"07", on_age=5)
         with pytest.raises(errors.BatchError):
             kv.put_many((b"%04d" % i if i < 900 else i, b"v") for i in range(1_000))
 

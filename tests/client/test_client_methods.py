@@ -1,6 +1,7 @@
 """What each method of the client does, takes and refuses, on trio and on asyncio alike (DESIGN §2.3, §2.4)."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -606,6 +607,9 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
         (errors.RequestError, lambda kv: kv.get(b"k", consistency="stale", max_age=float("nan"))),
         (errors.RequestError, lambda kv: kv.get(b"k", consistency="follower", max_age=1)),
         (errors.RequestError, lambda kv: kv.get_many([b"k"], max_age=1)),
+        (TypeError, lambda kv: kv.get(b"k", on_age=5)),
+        (TypeError, lambda kv: kv.get_many([b"k"], on_age=5)),
+        (TypeError, lambda kv: kv.get_many([], on_age="age")),
         (TypeError, lambda kv: kv.delete(None)),
         (TypeError, lambda kv: kv.increment(b"n", "1")),
         (errors.RequestError, lambda kv: kv.increment(b"n", 1 << 63)),
@@ -621,6 +625,10 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
         (TypeError, lambda kv: kv.call(Method.STATUS, key="k")),
         (TypeError, lambda kv: kv.call(Method.STATUS, node_id=[])),
         (TypeError, lambda kv: kv.call("status")),
+        (TypeError, lambda kv: kv.call(None)),
+        (TypeError, lambda kv: kv.call(Method.SPLIT, b"m", key=b"m", repeatable="no")),
+        (TypeError, lambda kv: kv.delete_range(prefix="")),
+        (TypeError, lambda kv: kv.put_many([], progress=5)),
         (TypeError, lambda kv: kv.call(Method.STATUS, object())),
         (TypeError, lambda kv: kv.call(Method.STATUS, "\ud800")),
         (errors.RequestError, lambda kv: kv.call(Method.STATUS, 1 << 64)),
@@ -635,6 +643,7 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
         (TypeError, lambda kv: kv.scan(limit="a")),
         (TypeError, lambda kv: kv.scan(reverse=1)),
         (TypeError, lambda kv: kv.scan(keys_only="x")),
+        (TypeError, lambda kv: kv.scan(on_age=5)),
         (errors.RequestError, lambda kv: kv.scan(limit=-1)),
         (errors.RequestError, lambda kv: kv.scan(max_age=1)),
         (errors.InvalidRange, lambda kv: kv.scan(b"b", b"a")),
@@ -652,6 +661,35 @@ def test_types_come_first_then_limits_and_nothing_is_sent():
                     call(kv)
 
     trio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda kv: kv.put("k", b"v"), "a key must be bytes, not str; encode text first, for example key.encode()"),
+        (lambda kv: kv.put(b"k", bytearray()), "a value must be bytes, not bytearray; copy it first, bytes(value)"),
+        (lambda kv: kv.put(b"k", None), "a value must be bytes, not NoneType"),
+        (lambda kv: kv.put_many([(5, b"v")]), "a key must be bytes, not int"),
+        (lambda kv: kv.get_many(None), "a list of keys is wanted, not NoneType"),
+        (lambda kv: kv.get(b"k", on_age=5), "on_age must be a function or None, not int"),
+        (lambda kv: kv.call(None), "method must be an int, not NoneType"),
+    ],
+)
+async def test_what_a_type_error_says_fits_what_was_passed(call, words):
+    async with connect("127.0.0.1:1") as kv:
+        with pytest.raises(TypeError, match=f"^{re.escape(words)}$"):
+            await call(kv)
+
+
+async def test_an_empty_end_is_not_told_to_swap_places_with_the_start():
+    """Who follows that advice deletes all that comes before the start."""
+    async with connect("127.0.0.1:1") as kv:
+        with pytest.raises(errors.InvalidRange, match="leave it out") as caught:
+            await kv.delete_range(b"m", b"")
+        assert "swap" not in str(caught.value)
+        with pytest.raises(errors.InvalidRange, match="leave it out"):
+            kv.scan(b"m", b"")
+        await kv.delete_range(b"", b"")
 
 
 def test_addresses_are_checked_when_the_client_is_made():
