@@ -335,14 +335,17 @@ class BlockingScan:
         self._scan = scan
         self._page: list[Entry] = []
         self._fetching = trio.Lock()
+        self._ended = False
+        """No page comes after the one at hand. It is set after that, and looked at before it."""
         self._closed = False
 
     def __iter__(self) -> Iterator[Entry]:
         return self
 
     def __next__(self) -> Entry:
+        ended = self._ended
         if not self._page:
-            if self._closed:
+            if ended or self._closed:
                 raise StopIteration
             self._perform(self._fetch)
             if not self._page:
@@ -358,6 +361,7 @@ class BlockingScan:
             page.reverse()
             if not self._closed:
                 self._page = page
+                self._ended = self._scan.finished
 
     def close(self) -> None:
         """End the scan: the next entry asked for is its end."""

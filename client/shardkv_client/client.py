@@ -406,6 +406,7 @@ class Client:
         check_function("on_age", on_age)
         number = consistency_of(consistency)
         return Scan(
+            self._open_host,
             self._perform,
             self._now,
             self._settings,

@@ -23,11 +23,13 @@ class Scan:
     """What :meth:`Client.scan` returns: ``async for`` over it, or ``async with`` to close it early.
 
     Each page is linearizable; the whole is no snapshot. A page that fails raises and can be asked for again by going
-    on; entries already given out are not repeated. One task at a time.
+    on; entries already given out are not repeated. Of a client that was closed meanwhile it gives out what it has read.
+    One task at a time.
     """
 
     def __init__(
         self,
+        check_open: Callable[[], object],
         perform: Callable[[ScanCall], Awaitable[Any]],
         now: Callable[[], float],
         settings: Settings,
@@ -42,6 +44,7 @@ class Scan:
         on_age: OnAge | None,
         timeout: float,
     ) -> None:
+        self._check_open = check_open
         self._perform = perform
         self._now = now
         self._settings = settings
@@ -56,7 +59,8 @@ class Scan:
         self._timeout = timeout
         self._page: list[Entry] = []
         """What is left of the page at hand, the next entry last."""
-        self._finished = limit == 0 or (end is not None and start >= end)
+        self.finished: bool = False
+        """Whether no page comes after the one at hand."""
         self._fetching = False
 
     def __aiter__(self) -> Self:
@@ -87,16 +91,23 @@ class Scan:
         self._fetching = True
         try:
             while not self._page:
-                if self._finished:
+                if self.finished:
+                    return False
+                self._check_open()
+                if self._nothing_is_left():
+                    self.finished = True
                     return False
                 call = self._next_call()
                 answer = await self._perform(call)
-                if self._on_age is not None and not self._finished:
+                if self._on_age is not None and not self.finished:
                     self._on_age(call.age_us / 1e6)
                 self._take(answer)
         finally:
             self._fetching = False
         return True
+
+    def _nothing_is_left(self) -> bool:
+        return (self._left is not None and self._left <= 0) or (self._end is not None and self._start >= self._end)
 
     def _next_call(self) -> ScanCall:
         settings = self._settings
@@ -120,12 +131,11 @@ class Scan:
     def _take(self, answer: Any) -> None:
         """Note a page and cut what it covers off the span."""
         flat, more, descriptor = answer
-        if self._finished:
+        if self.finished:
             return  # closed while the page was under way
         entries = [Entry(key, value or b"", version) for key, value, version in zip(flat[::3], flat[1::3], flat[2::3])]
         if self._left is not None:
             self._left -= len(entries)
-            self._finished = self._left <= 0
         if more and entries:
             last = entries[-1].key
             if self._reverse:
@@ -134,21 +144,19 @@ class Scan:
                 self._start = last + b"\0"
         elif self._reverse:
             self._end = descriptor.span.start
-            self._finished = self._finished or self._end <= self._start
         else:
             reached = descriptor.span.end
             if reached is None or (self._end is not None and reached >= self._end):
-                self._finished = True
+                self.finished = True
             else:
                 self._start = reached
-        if self._end is not None and self._start >= self._end:
-            self._finished = True
+        self.finished = self.finished or self._nothing_is_left()
         entries.reverse()
         self._page = entries
 
     async def aclose(self) -> None:
         """End the scan: the next entry asked for is its end. Nothing is waited for."""
-        self._finished = True
+        self.finished = True
         self._page = []
 
     async def __aenter__(self) -> Self:

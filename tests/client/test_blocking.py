@@ -158,6 +158,49 @@ def test_after_closing_calls_raise_client_closed_and_pending_ones_end(server):
     assert not [thread for thread in threading.enumerate() if thread.name == "shardkv client"]
 
 
+def test_every_call_of_a_closed_client_says_that_it_is_closed(server):
+    """Also those for which no node would be asked."""
+    with connect_blocking(server.addresses) as kv:
+        pass
+    for call in (
+        lambda: kv.put(b"k", b"v"),
+        lambda: kv.get(b"k"),
+        lambda: kv.delete(b"k"),
+        lambda: kv.increment(b"n"),
+        lambda: kv.get_many([]),
+        lambda: kv.put_many([]),
+        lambda: kv.delete_range(b"a", b"a"),
+        lambda: kv.call(12),
+        lambda: kv.status(),
+        lambda: kv.nodes(),
+        lambda: kv.ranges(),
+        lambda: next(kv.scan()),
+        lambda: next(kv.scan(limit=0)),
+    ):
+        with pytest.raises(errors.ClientClosed, match="open a new one"):
+            call()
+
+
+def test_a_scan_gives_out_what_it_has_read_after_its_client_was_closed(server):
+    """And ends, where that was the last page; else its next page is a call of a closed client."""
+    with connect_blocking(server.addresses, settings=Settings(scan_page_entries_max=3)) as kv:
+        kv.put_many({b"%d" % number: b"v" for number in range(6)})
+        begun, whole, ended, left = kv.scan(), kv.scan(limit=3), kv.scan(limit=0), kv.scan()
+        for scan in (begun, whole, left):
+            assert next(scan).key == b"0"
+        with pytest.raises(StopIteration):
+            next(ended)
+        left.close()
+    for scan in (begun, whole):
+        assert [next(scan).key for _ in range(2)] == [b"1", b"2"]
+    for _ in range(2):
+        with pytest.raises(errors.ClientClosed, match="open a new one"):
+            next(begun)
+        for scan in (whole, ended, left):
+            with pytest.raises(StopIteration):
+                next(scan)
+
+
 def test_a_client_that_is_closed_by_its_own_progress_callback_ends(server):
     kv = connect_blocking(server.addresses)
     with pytest.raises(errors.BatchError) as caught:

@@ -19,6 +19,7 @@ import trio.testing
 
 from shardkv import errors
 from shardkv.types import VALUE_BYTES_MAX, Entry
+from shardkv.wire.requests import Method
 from shardkv_client import Client, RealEnvironment, Settings, Stream, connect
 from shardkv_client.connection import Host
 from shardkv_client.core import Core
@@ -80,18 +81,68 @@ def test_later_calls_raise_client_closed_and_pending_ones_end(backend, server):
             assert sorted(type(each).__name__ for each in outcomes) == ["OutcomeUnknown", "Unavailable"]
             with pytest.raises(errors.ClientClosed, match="open a new one"):
                 await kv.put(b"k", b"v")
-            with pytest.raises(errors.ClientClosed):
-                await kv.get_many([b"k"])
-            with pytest.raises(errors.ClientClosed):
-                await anext(kv.scan())
-            with pytest.raises(errors.ClientClosed):
-                await kv.put_many({b"k": b"v"})
-            with pytest.raises(errors.ClientClosed):
-                await kv.delete_range(b"a", b"a")
             await kv.aclose()
         with pytest.raises(errors.ClientClosed):
             async with kv:
                 pass
+
+    run(backend, main)
+
+
+EVERY_CALL: dict[str, Callable[[Client], Any]] = {
+    "put": lambda kv: kv.put(b"k", b"v"),
+    "get": lambda kv: kv.get(b"k"),
+    "delete": lambda kv: kv.delete(b"k"),
+    "increment": lambda kv: kv.increment(b"n"),
+    "get_many": lambda kv: kv.get_many([]),
+    "put_many": lambda kv: kv.put_many([]),
+    "delete_range": lambda kv: kv.delete_range(b"a", b"a"),
+    "call": lambda kv: kv.call(Method.STATUS),
+    "call of a range": lambda kv: kv.call(Method.SNAPSHOT, 1, range_id=1),
+    "status": lambda kv: kv.status(),
+    "nodes": lambda kv: kv.nodes(),
+    "ranges": lambda kv: kv.ranges(),
+    "scan": lambda kv: anext(kv.scan()),
+    "scan of no entries": lambda kv: anext(kv.scan(limit=0)),
+    "scan of no keys": lambda kv: kv.scan(b"a", b"a").next_page(),
+}
+"""Also those for which no node would be asked."""
+
+
+@pytest.mark.parametrize("name", EVERY_CALL)
+def test_every_call_of_a_closed_client_says_that_it_is_closed(backend, server, name):
+    async def main() -> None:
+        kv = connect(server.addresses)
+        with pytest.raises(errors.ClientClosed, match="async with"):
+            await EVERY_CALL[name](kv)
+        async with kv:
+            pass
+        with pytest.raises(errors.ClientClosed, match="open a new one"):
+            await EVERY_CALL[name](kv)
+
+    run(backend, main)
+
+
+def test_a_scan_gives_out_what_it_has_read_after_its_client_was_closed(backend, server):
+    """And ends, where that was the last page; else its next page is a call of a closed client."""
+
+    async def main() -> None:
+        async with connect(server.addresses, settings=Settings(scan_page_entries_max=3)) as kv:
+            await kv.put_many({b"%d" % number: b"v" for number in range(6)})
+            begun, whole, ended, left = kv.scan(), kv.scan(limit=3), kv.scan(limit=0), kv.scan()
+            for scan in (begun, whole, left):
+                assert (await anext(scan)).key == b"0"
+            with pytest.raises(StopAsyncIteration):
+                await anext(ended)
+            await left.aclose()
+        for scan in (begun, whole):
+            assert [(await anext(scan)).key for _ in range(2)] == [b"1", b"2"]
+        for _ in range(2):
+            with pytest.raises(errors.ClientClosed, match="open a new one"):
+                await anext(begun)
+            for scan in (whole, ended, left):
+                with pytest.raises(StopAsyncIteration):
+                    await anext(scan)
 
     run(backend, main)
 
