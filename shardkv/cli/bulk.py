@@ -150,9 +150,9 @@ def _format_of(file_name: str, given: str | None, pipe: str) -> str:
 
 
 def _file_name(ctx: click.Context, parameter: click.Parameter, typed: str) -> str:
-    """A name that the system can look for. In the shell it may be one that no system takes as an argument."""
+    """A name that the system can look for. What was typed may be empty, and in the shell what no argument can be."""
     try:
-        if b"\0" not in os.fsencode(typed):
+        if typed and b"\0" not in os.fsencode(typed):
             return typed
     except UnicodeEncodeError:
         pass
@@ -385,7 +385,7 @@ def _open_output(file_name: str, saved: Mapping[str, Any] | None, resume: bool, 
             file.seek(saved["offset"])
             yield file
         return
-    if path.exists() and not overwrite:
+    if path.exists() and not path.is_dir() and not overwrite:
         why = " and there is nothing to resume" if resume else ""
         raise click.UsageError(f"{file_name} exists{why}; give --overwrite to replace it")
     with _opened(path, "r+b" if path.is_file() else "wb") as file:

@@ -268,14 +268,18 @@ def scan(
     _say_age(ages)
 
 
-def span_options(start: str, end: str | None, prefix: str | None, base64_text: bool) -> dict[str, Any]:
-    """The keys a command is about, as ``scan`` takes them. Raises a usage error for a prefix with bounds, InvalidRange
-    for bounds in the wrong order."""
+def span_options(
+    start: str, end: str | None, prefix: str | None, base64_text: bool, *, to_end: str = "leave END out"
+) -> dict[str, Any]:
+    """The keys a command is about, as ``scan`` takes them. Raises a usage error for a prefix with bounds, and for an
+    empty END, which says how else to go ``to_end``; InvalidRange for bounds in the wrong order."""
     if prefix is not None:
         if start or end is not None:
             raise click.UsageError("--prefix excludes START and END")
         return {"prefix": read_bytes(prefix, base64_text, "--prefix")}
     first = read_bytes(start, base64_text, "START")
+    if end == "":
+        raise click.BadParameter(f"no key comes before an empty one; to go to the last key, {to_end}", param_hint="END")
     last = None if end is None else read_key(end, base64_text, "END")
     if last is not None and last < first:
         raise InvalidRange(
@@ -299,7 +303,7 @@ def delete_range(
         raise click.UsageError("give START and END, or START and --to-end, or --prefix")
     if prefix is not None and to_end:
         raise click.UsageError("--prefix excludes --to-end")
-    options = span_options(start or "", end, prefix, base64_text)
+    options = span_options(start or "", end, prefix, base64_text, to_end="give --to-end in its place")
     first, last = options.get("start"), options.get("end")
     if "prefix" in options:
         first, last = options["prefix"], after_prefix(options["prefix"])

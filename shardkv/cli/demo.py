@@ -166,6 +166,8 @@ def _cluster(data: str | None, nodes: int, base_port: int | None, with_tour: boo
     """A cluster on the given directory, which stays, or on a temporary one, which does not."""
     from shardkv.storage.directory import IDENTITY_NAME
 
+    if data == "":
+        raise click.UsageError("--data is empty; name a directory, or leave --data out for a temporary one")
     if data is not None:
         path = Path(os.path.expanduser(data)).absolute()  # as a node takes it
         if (path / IDENTITY_NAME).exists():

@@ -385,6 +385,14 @@ def test_an_export_that_ended_before_it_replaced_the_file_can_be_resumed(
     assert path.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_an_empty_name_is_no_file(world: World, command: str) -> None:
+    """Such as that of a variable which is not set. An export said that it exists, which is the directory it is in."""
+    for result in (world.run(command, ""), world.run("shell", "-c", f"{command} ''")):
+        assert result.exit_code == 2
+        assert "'' cannot be a file's name" in result.stderr
+
+
 def test_an_export_does_not_replace_a_file_unless_told(world: World, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
@@ -572,6 +580,7 @@ def test_a_file_without_line_ends_is_not_read_into_memory(
 
 def test_a_file_that_cannot_be_written_is_wrong_usage(world: World, tmp_path: Path) -> None:
     for name, why in ((tmp_path / "absent" / "out.jsonl", "No such file or directory"), (tmp_path, "Is a directory")):
-        result = world.run("export", str(name), "--overwrite")
-        assert result.exit_code == 2
-        assert f"cannot write {name}: {why}; name another file" in result.stderr
+        for options in (["--overwrite"], [], ["--resume"]):
+            result = world.run("export", str(name), *options)
+            assert result.exit_code == 2
+            assert f"cannot write {name}: {why}; name another file" in result.stderr

@@ -163,6 +163,29 @@ def test_bounds_in_the_wrong_order_are_shown_as_they_were_typed(world: World, co
     assert world.client.addresses == []
 
 
+@pytest.mark.parametrize("start", ["a", ""])
+@pytest.mark.parametrize(
+    "command, instead",
+    [
+        ("scan", "leave END out"),
+        ("export -", "leave END out"),
+        ("delete-range", "give --to-end in its place"),
+    ],
+)
+def test_an_empty_end_is_told_how_to_go_to_the_last_key(world: World, command: str, instead: str, start: str) -> None:
+    """It was told that a key has at least one byte, as if a key had been asked for."""
+    for result in (
+        world.run(*command.split(), start, ""),
+        world.run(*command.split(), start, "", "--base64")
+        if not start
+        else world.run("shell", "-c", f"{command} a ''"),
+    ):
+        assert result.exit_code == 2
+        assert "Invalid value for END: no key comes before an empty one; to go to the last key, " in result.stderr
+        assert f"to go to the last key, {instead}\n" in result.stderr
+    assert world.client.calls == []
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:7001", "h:1,https://h", "tcp://[::1]:7001"])
 def test_a_url_is_no_address(world: World, address: str) -> None:
     """It was told to be an IPv6 address without brackets."""

@@ -254,6 +254,16 @@ def test_a_demo_whose_directory_cannot_be_made_says_what_to_give(tmp_path: Path)
     assert f"{tmp_path / 'file' / 'data'} cannot be made: Not a directory; give another --data" in said
 
 
+def test_a_demo_takes_no_directory_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It kept its data where it was typed: an empty path is that of a variable which is not set."""
+    monkeypatch.chdir(tmp_path)
+    with start("--no-shell", "--data", "") as child:
+        _, said = child.communicate(timeout=SECONDS)
+    assert child.returncode == 2
+    assert "--data is empty" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_demo_leaves_the_data_directory_of_a_node_alone(tmp_path: Path) -> None:
     """It put files and directories of its own there."""
     (tmp_path / IDENTITY_NAME).touch()
