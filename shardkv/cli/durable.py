@@ -11,11 +11,17 @@ from pathlib import Path
 def replace_durably(path: Path, content: str) -> None:
     """Raises OSError; then the file is as it was."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    file = temporary.open("w")
+    try:
+        with file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     _sync_directory(path.parent)
 
 

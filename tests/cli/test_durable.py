@@ -66,6 +66,25 @@ def test_a_directory_that_cannot_be_synced_is_no_hindrance(directory: Path, monk
     assert (directory / "f").read_text() == "content"
 
 
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_file_that_cannot_be_replaced_is_as_it_was_and_alone(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, failing: str, problem: BaseException
+) -> None:
+    """What had been written of the new one stayed beside it."""
+
+    def fail(*_: object) -> None:
+        raise problem
+
+    (directory / "f").write_text("one")
+    with monkeypatch.context() as broken:
+        broken.setattr(os if failing == "fsync" else Path, failing, fail)
+        with pytest.raises(type(problem)):
+            replace_durably(directory / "f", "two")
+    assert (directory / "f").read_text() == "one"
+    assert os.listdir(directory) == ["f"]
+
+
 def test_how_far_an_export_came_is_on_disk_before_more_of_it_is(disk: Disk, directory: Path) -> None:
     """Without it half of an export would pass for the whole, and by an older one it went on in the middle of a line."""
     checkpoint = bulk.Checkpoint(str(directory / "all.jsonl"), {"command": "export"})
