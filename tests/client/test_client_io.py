@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing
 from types import FrameType
 from typing import Any
@@ -510,131 +510,110 @@ def test_an_interrupt_half_way_into_a_call_leaves_the_client_whole(server, monke
             trio.run(main)
 
 
+class Interrupt:
+    """Comes, while it is entered, at the ``line``-th line that runs of some functions, and at those that follow it."""
+
+    def __init__(self, functions: Iterable[Callable[..., Any]], line: int, count: int) -> None:
+        self._code = {function.__code__ for function in functions}
+        self._left = line
+        self._count = count
+
+    @property
+    def came(self) -> bool:
+        return self._left <= 0
+
+    def __enter__(self) -> None:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code in self._code and event == "line":
+            self._left -= 1
+            if -self._count < self._left <= 0:
+                signal.raise_signal(signal.SIGINT)
+        return self._trace
+
+
+def interrupts_at_each_line(*functions: Callable[..., Any], count: int = 1) -> Iterator[Interrupt]:
+    """One after the other, up to that which does not come any more, for want of lines."""
+    for line in range(1, 1_000):
+        interrupt = Interrupt(functions, line, count)
+        yield interrupt
+        if not interrupt.came:
+            return
+    raise AssertionError("more lines than were tried")
+
+
 @pytest.mark.parametrize("interrupts", [1, 2, 3])
 def test_an_interrupt_amid_opening_or_closing_leaves_as_itself(server, interrupts):
     """DESIGN §2.3: connect() never wraps. Whoever interrupts twice meets the way out with the second: at any line
     of it, and at those that follow."""
-    lines_of = {each.__code__ for each in (Client.__aenter__, Client.__aexit__, Client.aclose, Host.close, Host.aclose)}
-    left = -1
-
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        if frame.f_code in lines_of and event == "line":
-            left -= 1
-            if -interrupts < left <= 0:
-                signal.raise_signal(signal.SIGINT)
-        return trace
 
     async def main() -> None:
         async with connect(server.addresses) as kv:
             await kv.put(b"k", b"v")
 
-    before = sys.gettrace()
-    try:
-        for line in range(1, 200):
-            left = line
-            sys.settrace(trace)
-            try:
+    ways_in_and_out = (Client.__aenter__, Client.__aexit__, Client.aclose, Host.close, Host.aclose)
+    for interrupt in interrupts_at_each_line(*ways_in_and_out, count=interrupts):
+        try:
+            with interrupt:
                 trio.run(main)
-            except KeyboardInterrupt:
-                continue
-            finally:
-                sys.settrace(None)
-            break
-        assert left > 0, "an interrupt was lost, or there are more lines than were tried"
-    finally:
-        sys.settrace(before)
+        except KeyboardInterrupt:
+            continue
+        assert not interrupt.came, "it was lost"
 
 
 def test_an_interrupt_amid_aclose_ends_the_pending_calls_all_the_same():
     """DESIGN §2.3: closing fails pending calls as a deadline would. A closed client keeps none."""
-    lines_of = {each.__code__ for each in (Client.aclose, Host.close, Host.aclose, Core.close)}
-    left = -1
-
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        if frame.f_code in lines_of and event == "line":
-            left -= 1
-            if left == 0:
-                signal.raise_signal(signal.SIGINT)
-        return trace
-
     async def pending(kv: Client) -> None:
         with pytest.raises(errors.Unavailable):
             await kv.get(b"k", timeout=3_600)
 
-    async def main(line: int) -> None:
-        nonlocal left
+    async def main(interrupt: Interrupt) -> None:
         with trio.fail_after(30):
             async with connect("127.0.0.1:1") as kv, trio.open_nursery() as nursery:
                 for _ in range(3):
                     nursery.start_soon(pending, kv)
                 await trio.testing.wait_all_tasks_blocked()
-                left = line
-                sys.settrace(trace)
                 try:
-                    await kv.aclose()
-                    await trio.lowlevel.checkpoint()  # one that came with the last line is raised here
+                    with interrupt:
+                        await kv.aclose()
+                        await trio.lowlevel.checkpoint()  # one that came with the last line is raised here
                 except KeyboardInterrupt:
-                    assert left <= 0
+                    assert interrupt.came
                 else:
-                    assert left > 0
-                finally:
-                    sys.settrace(None)
+                    assert not interrupt.came
 
-    before = sys.gettrace()
-    try:
-        for line in range(1, 100):
-            trio.run(main, line)
-            if left > 0:
-                break
-        assert left > 0, "more lines than were tried"
-    finally:
-        sys.settrace(before)
+    for interrupt in interrupts_at_each_line(Client.aclose, Host.close, Host.aclose, Core.close):
+        trio.run(main, interrupt)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_scan_that_goes_on_after_an_interrupt_has_missed_nothing(server, reverse):
     """Whenever it comes: also at each line by which a page is taken apart."""
     wanted = [b"%02d" % number for number in range(40)]
-    left = -1
 
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        if frame.f_code is Scan._take.__code__ and event == "line":
-            left -= 1
-            if left == 0:
-                signal.raise_signal(signal.SIGINT)
-        return trace
-
-    async def main(line: int) -> None:
-        nonlocal left
+    async def main(interrupt: Interrupt) -> None:
         async with connect(server.addresses, settings=Settings(scan_page_entries_max=15)) as kv:
             await kv.put_many((key, b"v") for key in wanted)
             keys, interrupts, scan = [], 0, kv.scan(reverse=reverse)
-            left = line
-            sys.settrace(trace)
-            while interrupts <= 1:
-                try:
-                    async for each in scan:
-                        keys.append(each.key)
-                    await trio.lowlevel.checkpoint()  # one that came with the last page is raised here
-                    break
-                except KeyboardInterrupt:
-                    interrupts += 1
-            sys.settrace(None)
-            assert interrupts == (left <= 0)
+            with interrupt:
+                while interrupts <= 1:
+                    try:
+                        async for each in scan:
+                            keys.append(each.key)
+                        await trio.lowlevel.checkpoint()  # one that came with the last page is raised here
+                        break
+                    except KeyboardInterrupt:
+                        interrupts += 1
+            assert interrupts == interrupt.came
             assert keys == sorted(wanted, reverse=reverse)
 
-    before = sys.gettrace()
-    try:
-        for line in range(1, 200):
-            trio.run(main, line)
-            if left > 0:
-                break
-        assert left > 0, "more lines than were tried"
-    finally:
-        sys.settrace(before)
+    for interrupt in interrupts_at_each_line(Scan._take):
+        trio.run(main, interrupt)
 
 
 def test_a_list_is_checked_to_its_end_before_anything_is_sent(backend, server):
