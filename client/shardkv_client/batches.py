@@ -59,6 +59,8 @@ class Gathering:
         self.bytes_out += call.size
 
     def _end(self, call: Call) -> None:
+        if call not in self.out:
+            return  # under asyncio an interrupt may come amid its submission
         del self.out[call]
         self.bytes_out -= call.size
         self.ended.append(call)

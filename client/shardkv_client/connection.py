@@ -78,6 +78,11 @@ class Host:
                     await self._keep_flushing()
         except Exception:  # noqa: BLE001 - the body of `async with` must not see our bugs
             _log.exception("the client ends because of a bug in it; please report it")
+        except BaseExceptionGroup as group:
+            # An interrupt that met one of its tasks. asyncio has raised it where the loop is run, and would tell of it
+            # once more as part of a group.
+            if group.split(KeyboardInterrupt)[1] is not None:
+                raise
         finally:
             self.close("the client's tasks have ended")
             self.ended = True

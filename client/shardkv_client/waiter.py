@@ -131,7 +131,7 @@ class AsyncioWaiter:
 
     def notify(self, call: Call) -> None:
         future = call.task
-        if not future.done():
+        if future is not None and not future.done():  # None: an interrupt came before its caller waited
             future.set_result(None)
 
     async def wait(

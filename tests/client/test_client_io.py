@@ -21,10 +21,13 @@ from shardkv import errors
 from shardkv.types import VALUE_BYTES_MAX, Entry
 from shardkv.wire.requests import Method
 from shardkv_client import Client, RealEnvironment, Settings, Stream, connect
+from shardkv_client.batches import Gathering
 from shardkv_client.connection import Host
 from shardkv_client.core import Core
+from shardkv_client.core.ledger import Ledger
 from shardkv_client.core.timers import Timers
 from shardkv_client.scan import Scan
+from shardkv_client.waiter import AsyncioWaiter
 from tests.client.fake_server import FakeServer
 from tests.client.loopback import run, with_client
 
@@ -566,8 +569,59 @@ def test_an_interrupt_amid_opening_or_closing_leaves_as_itself(server, interrupt
         assert not interrupt.came, "it was lost"
 
 
+@pytest.mark.parametrize(
+    "functions",
+    [
+        (AsyncioWaiter.wait, Gathering.submit, Gathering.until, Ledger.submit),
+        (Host._keep_flushing, Core.flush, Core.link_bytes),
+    ],
+    ids=["calls", "tasks"],
+)
+def test_two_interrupts_under_asyncio_leave_as_one(server, caplog, functions):
+    """asyncio raises the second wherever its loop is. In one of the client's tasks it was told once more, in a
+    traceback, and amid a call it had the client raise KeyError or AttributeError as it closed."""
+
+    async def main(interrupt: Interrupt) -> None:
+        async with connect(server.addresses) as kv:
+            await kv.put(b"k", b"v")
+            with interrupt:
+                await kv.put(b"k", b"v")
+                await kv.put_many({b"k": b"v"})
+
+    for interrupt in interrupts_at_each_line(*functions, count=2):
+        try:
+            asyncio.run(main(interrupt))
+        except KeyboardInterrupt:
+            continue
+        assert not interrupt.came, "it was lost"
+    gc.collect()
+    assert caplog.messages == []
+
+
+def test_what_ends_the_clients_tasks_and_is_no_interrupt_is_not_passed_over(server):
+    class Odd(BaseException):
+        pass
+
+    class Failing(RealEnvironment):
+        async def sleep(self, seconds: float) -> None:
+            raise Odd
+
+    async def main() -> None:
+        async with connect(server.addresses, environment=Failing()) as kv:
+            with pytest.raises(errors.Unavailable, match="tasks have ended"):
+                await kv.get(b"k")
+            assert kv._task is not None
+            await asyncio.wait([kv._task])
+            group = kv._task.exception()
+            assert isinstance(group, BaseExceptionGroup)
+            assert [type(each) for each in group.exceptions] == [Odd]
+
+    asyncio.run(main())
+
+
 def test_an_interrupt_amid_aclose_ends_the_pending_calls_all_the_same():
     """DESIGN §2.3: closing fails pending calls as a deadline would. A closed client keeps none."""
+
     async def pending(kv: Client) -> None:
         with pytest.raises(errors.Unavailable):
             await kv.get(b"k", timeout=3_600)
