@@ -313,9 +313,15 @@ def export(
         file_name, {"command": "export", "format": file_format, "span": to_json(span, compact=True)}
     )
     saved = checkpoint.load() if resume else None
+    is_new = not Path(file_name).exists()
     with _open_output(file_name, saved, resume, overwrite) as file:
         if saved is None:
-            checkpoint.begin("export to stdout (-)", offset=0, last_key_hex=None, count=0)
+            try:
+                checkpoint.begin("export to stdout (-)", offset=0, last_key_hex=None, count=0)
+            except click.UsageError:
+                if is_new:
+                    Path(file_name).unlink()  # nothing is in it, and the next export would not replace it
+                raise
         if saved is None or not saved["offset"]:
             if checkpoint.path is not None:
                 file.truncate(0)  # not before the note: where there can be none, what is there stays
@@ -378,7 +384,7 @@ def _open_output(file_name: str, saved: Mapping[str, Any] | None, resume: bool, 
         return
     path = Path(file_name)
     if saved is not None:
-        with _opened(path, "r+b") as file:
+        with _named(path), _opened(path, "r+b") as file:
             if file.seek(0, os.SEEK_END) < saved["offset"]:
                 raise click.UsageError(f"{file_name} is shorter than it was; export it anew with --overwrite")
             file.truncate(saved["offset"])
@@ -388,8 +394,19 @@ def _open_output(file_name: str, saved: Mapping[str, Any] | None, resume: bool, 
     if path.exists() and not path.is_dir() and not overwrite:
         why = " and there is nothing to resume" if resume else ""
         raise click.UsageError(f"{file_name} exists{why}; give --overwrite to replace it")
-    with _opened(path, "r+b" if path.is_file() else "wb") as file:
+    with _named(path), _opened(path, "r+b" if path.is_file() else "wb") as file:
         yield file
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the system says of an open file does not name it."""
+    try:
+        yield
+    except BrokenPipeError:  # whose reader has gone, which is no news
+        raise
+    except OSError as problem:
+        raise OSError(f"cannot write {path}: {problem.strerror or problem}") from problem
 
 
 def _opened(path: Path, mode: str) -> BinaryIO:

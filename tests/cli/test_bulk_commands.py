@@ -355,6 +355,7 @@ def test_a_command_that_cannot_note_its_progress_says_how_to_do_without(
     assert result.exit_code == 2
     assert f"the progress cannot be noted in {path}.progress: Is a directory; {command}" in result.stderr
     assert "(-) to do without" in result.stderr
+    assert path.exists() == (command == "import"), "a file that the next export must not replace"
 
 
 def test_an_export_that_cannot_note_its_progress_replaces_nothing(world: World, tmp_path: Path) -> None:
@@ -576,6 +577,51 @@ def test_a_file_without_line_ends_is_not_read_into_memory(
     assert result.exit_code == 2
     assert f"line {whole.count(10) + 1}: longer than 1,000 bytes" in result.stderr
     assert list(world.client.data) == [b"a"]
+
+
+@pytest.mark.parametrize("count", [1, 5_000])
+def test_an_export_that_finds_no_room_names_the_file(world: World, count: int) -> None:
+    """Whether a write says so, or the flush of what was buffered."""
+    for number in range(count):
+        world.client.set(b"%d" % number, b"v" * 100)
+    result = world.run("export", "/dev/full", "--overwrite")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: cannot write /dev/full: No space left on device (OSError)\n"
+
+
+def test_an_export_that_is_resumed_and_finds_no_room_names_the_file(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "all.jsonl"
+    world.client.fail = errors.Unavailable("down")
+    assert world.run("export", str(path)).exit_code == 3
+    world.client.fail = None
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = world.run("export", str(path), "--resume")
+    assert result.exit_code == 1
+    assert f"Error: cannot write {path}: No space left on device (OSError)\n" in result.stderr
+    assert path.with_name("all.jsonl.progress").exists()
+
+
+def test_an_export_to_a_pipe_whose_reader_goes_ends_silently(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one to stdout does."""
+    world.client.set(b"a", b"1")
+    reader, writer = os.pipe()
+
+    def gone(file_format: str) -> bytes:
+        os.close(reader)
+        return b""
+
+    monkeypatch.setattr(records, "write_header", gone)
+    try:
+        result = world.run("export", f"/dev/fd/{writer}", "--overwrite")
+    finally:
+        os.close(writer)
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 def test_a_file_that_cannot_be_written_is_wrong_usage(world: World, tmp_path: Path) -> None:
