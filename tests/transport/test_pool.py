@@ -113,6 +113,15 @@ def two_nodes(**second: object) -> tuple[Node, Node, SimulatedNetwork]:
     return Node(network, 1), Node(network, 2, **second), network  # type: ignore[arg-type]
 
 
+async def connected_nodes(nursery: trio.Nursery) -> tuple[Node, Node, SimulatedNetwork, PeerPool]:
+    """And the first one's pool, which holds the connections."""
+    one, two, network = two_nodes()
+    await two.start(nursery)
+    pool = await one.start_pool(nursery, two)
+    await trio.sleep(1)
+    return one, two, network, pool
+
+
 # Greetings
 
 
@@ -500,10 +509,7 @@ async def test_a_peer_that_does_not_read_costs_bounded_memory_and_is_given_up(nu
 
 @simulated
 async def test_a_new_address_is_used_at_once(nursery: trio.Nursery) -> None:
-    one, two, network = two_nodes()
-    await two.start(nursery)
-    pool = await one.start_pool(nursery, two)
-    await trio.sleep(1)
+    _, two, network, pool = await connected_nodes(nursery)
     moved = Node(network, 2, boot=6)
     moved.address = "elsewhere:1"
     await moved.start(nursery)
@@ -518,10 +524,7 @@ async def test_a_new_address_is_used_at_once(nursery: trio.Nursery) -> None:
 
 @simulated
 async def test_a_forgotten_peer_is_left_alone(nursery: trio.Nursery) -> None:
-    one, two, _ = two_nodes()
-    await two.start(nursery)
-    pool = await one.start_pool(nursery, two)
-    await trio.sleep(1)
+    _, two, _, pool = await connected_nodes(nursery)
     pool.forget(TWO)
     await trio.sleep(1)
     assert all(connection.closed for connection in two.connections)
@@ -532,10 +535,7 @@ async def test_a_forgotten_peer_is_left_alone(nursery: trio.Nursery) -> None:
 
 @simulated
 async def test_a_peer_that_talks_back_on_a_one_way_connection_is_cut(nursery: trio.Nursery) -> None:
-    one, two, _ = two_nodes()
-    await two.start(nursery)
-    pool = await one.start_pool(nursery, two)
-    await trio.sleep(1)
+    one, two, _, pool = await connected_nodes(nursery)
     two.connections[0].write(encode_frame(FrameKind.PING))
     two.connections[0].flush()
     await trio.sleep(0.1)
@@ -550,10 +550,7 @@ async def test_a_peer_that_talks_back_on_a_one_way_connection_is_cut(nursery: tr
 
 @simulated
 async def test_why_a_peer_will_not_go_on_is_kept(nursery: trio.Nursery) -> None:
-    one, two, _ = two_nodes()
-    await two.start(nursery)
-    pool = await one.start_pool(nursery, two)
-    await trio.sleep(1)
+    one, two, _, pool = await connected_nodes(nursery)
     two.connections[0].write(encode_refused(ProtocolError("a node may not say that")))
     two.connections[0].flush()
     await trio.sleep(0.01)
@@ -563,10 +560,7 @@ async def test_why_a_peer_will_not_go_on_is_kept(nursery: trio.Nursery) -> None:
 
 @simulated
 async def test_goodbye_is_the_end_of_a_connection(nursery: trio.Nursery) -> None:
-    one, two, _ = two_nodes()
-    await two.start(nursery)
-    pool = await one.start_pool(nursery, two)
-    await trio.sleep(1)
+    one, two, _, pool = await connected_nodes(nursery)
     for connection in two.connections:
         connection.write(encode_frame(FrameKind.GOODBYE))
         connection.flush()
@@ -577,10 +571,7 @@ async def test_goodbye_is_the_end_of_a_connection(nursery: trio.Nursery) -> None
 
 @simulated
 async def test_a_pool_survives_a_partition(nursery: trio.Nursery) -> None:
-    one, two, network = two_nodes()
-    await two.start(nursery)
-    pool = await one.start_pool(nursery, two)
-    await trio.sleep(1)
+    one, two, network, pool = await connected_nodes(nursery)
     network.partition(["n1"], ["n2"])
     pool.send(TWO, Purpose.BULK, encode_frame(FrameKind.RAFT, b"held up"))
     pool.flush()
