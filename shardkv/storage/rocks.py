@@ -447,7 +447,7 @@ class RocksSnapshot:
 
     def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         while start < end:
-            chunk, ended = self._backward(start, end) if reverse else self._forward(start, end)
+            chunk, ended = self._chunk(start, end, reverse)
             yield from chunk
             if ended:
                 return
@@ -456,42 +456,28 @@ class RocksSnapshot:
             else:
                 start = chunk[-1][0] + b"\0"
 
-    def _forward(self, start: bytes, end: bytes) -> tuple[list[tuple[bytes, bytes]], bool]:
-        """The first pairs, and whether they are all."""
+    def _chunk(self, start: bytes, end: bytes, reverse: bool) -> tuple[list[tuple[bytes, bytes]], bool]:
+        """The first pairs, in ``reverse`` the last, and whether they are all."""
         iterator = self._open_iterator()
+        if reverse:
+            iterator.seek_for_prev(end)
+            if iterator.valid() and iterator.key() == end:
+                iterator.prev()
+        else:
+            iterator.seek(start)
+        go_on = iterator.prev if reverse else iterator.next
         chunk: list[tuple[bytes, bytes]] = []
         size = 0
-        iterator.seek(start)
         while iterator.valid():
             key = iterator.key()
-            if key >= end:
+            if not start <= key < end:
                 return chunk, True
             value = iterator.value()
             chunk.append((key, value))
             size += len(value)
             if len(chunk) >= SCAN_CHUNK_KEYS or size >= SCAN_CHUNK_BYTES:
                 return chunk, False
-            iterator.next()
-        _ended_well(iterator)
-        return chunk, True
-
-    def _backward(self, start: bytes, end: bytes) -> tuple[list[tuple[bytes, bytes]], bool]:
-        iterator = self._open_iterator()
-        chunk: list[tuple[bytes, bytes]] = []
-        size = 0
-        iterator.seek_for_prev(end)
-        if iterator.valid() and iterator.key() == end:
-            iterator.prev()
-        while iterator.valid():
-            key = iterator.key()
-            if key < start:
-                return chunk, True
-            value = iterator.value()
-            chunk.append((key, value))
-            size += len(value)
-            if len(chunk) >= SCAN_CHUNK_KEYS or size >= SCAN_CHUNK_BYTES:
-                return chunk, False
-            iterator.prev()
+            go_on()
         _ended_well(iterator)
         return chunk, True
 
