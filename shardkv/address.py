@@ -53,7 +53,10 @@ def parse_address(text: str, *, port_zero: bool = False) -> Address:
         if ":" not in host:
             raise ConfigError(f"the host of {text!r} stands in brackets but is no IPv6 address; {_EXAMPLE}")
     elif ":" in host:
-        raise ConfigError(f"the host of {text!r} is an IPv6 address without brackets; {_EXAMPLE}")
+        raise ConfigError(
+            f"{text!r} has several colons: an IPv6 host stands in brackets, and several addresses have commas between"
+            f" them; {_EXAMPLE}"
+        )
     if not host or not host.isprintable() or any(character in host for character in " []/@,"):
         raise ConfigError(f"{text!r} has no valid host; {_EXAMPLE}")
     if len(host.encode()) > HOST_BYTES_MAX:

@@ -188,7 +188,7 @@ def test_an_empty_end_is_told_how_to_go_to_the_last_key(world: World, command: s
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:7001", "h:1,https://h", "tcp://[::1]:7001"])
 def test_a_url_is_no_address(world: World, address: str) -> None:
-    """It was told to be an IPv6 address without brackets."""
+    """It was told to be an IPv6 address."""
     result = world.run("get", "--connect", address, "a")
     assert result.exit_code == 2
     assert f"'{address}' is a URL; give HOST:PORT alone, for example 127.0.0.1:7001" in result.stderr

@@ -37,6 +37,13 @@ def test_anything_else_is_refused_with_an_example(text: str) -> None:
         parse_address(text)
 
 
+@pytest.mark.parametrize("text", ["::1:7001", "fe80::1", "h:1:2", "a:1 b:2", "a:1;b:2"])
+def test_several_colons_are_told_where_they_may_stand(text: str) -> None:
+    """A list without commas was told that its host is an IPv6 address."""
+    with pytest.raises(ConfigError, match="an IPv6 host stands in brackets, and several addresses have commas between"):
+        parse_address(text)
+
+
 def test_port_zero_is_for_listeners() -> None:
     assert parse_address("h:0", port_zero=True) == Address("h", 0)
 
