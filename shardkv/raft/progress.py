@@ -148,7 +148,7 @@ class Progress:
     def restart(self, next_index: int, match: int) -> None:
         """Forget everything but the membership: a new term begins."""
         self._enter(_PROBE)
-        self.spare = False
+        self.relied_on()
         self.match = match
         self.next = next_index
         self.sent_commit = 0
@@ -161,7 +161,6 @@ class Progress:
         self.flow_paused = False
         self.pending_snapshot = 0
         self.state = state
-        self.held_bytes = 0
         self.inflights.reset()
 
     def become_probe(self) -> None:

@@ -32,6 +32,7 @@ def send_append(raft: Raft, to: int, peer: Progress, *, if_empty: bool = True) -
     Without ``if_empty`` nothing is sent when there are no entries to send.
     """
     if peer.flow_paused or peer.state == _SNAPSHOT:
+        thrift.owe(peer)
         return False
     log = raft.log
     next_index = peer.next
@@ -51,6 +52,8 @@ def send_append(raft: Raft, to: int, peer: Progress, *, if_empty: bool = True) -
     raft.messages.append(Message(_APP, to, raft.id, raft.term, previous_term, previous, entries, committed))
     peer.sent_entries(len(entries), payload_bytes(entries))
     peer.sent_commit = committed
+    if previous + len(entries) < log.last_index:
+        thrift.owe(peer)
     return True
 
 
@@ -299,7 +302,7 @@ def leader_heartbeat_response(raft: Raft, message: Message) -> None:
     if peer.match < raft.log.last_index or peer.state == _PROBE:
         send_append(raft, sender, peer)
         if peer.spare and raft.log.committed < raft.log.last_index:
-            thrift.race_next(peer)
+            thrift.owe(peer)
     if message.context and raft.settings.read_only is ReadOnly.SAFE:
         reads.acknowledge(raft, sender, message.context)
 

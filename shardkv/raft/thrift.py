@@ -56,12 +56,15 @@ def holds(raft: "Raft", peer: Progress) -> bool:
     )
 
 
-def race_next(peer: Progress) -> None:
-    """A heartbeat's answer has met entries that wait for others: the next goes to this spare at once, too.
+def owe(peer: Progress) -> None:
+    """What this follower lacks, or the next entry, is not to wait for company, should it be a spare.
 
-    Where few are written they never collect, so there would be no race.
+    An append was due to it and did not bring it everything, or could not leave: the rest goes with its answer. Or a
+    heartbeat's answer has met entries that wait for others: where few are written they never collect, so there would
+    be no race.
     """
-    peer.held_bytes = HELD_BYTES_MAX
+    if peer.spare:
+        peer.held_bytes = HELD_BYTES_MAX
 
 
 def decide(raft: "Raft") -> None:

@@ -1,11 +1,14 @@
 """Thrift: who is sent an entry at once, who later, and that nobody is forgotten."""
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from shardkv.raft import ProgressState, Role
-from shardkv.raft.messages import ConfChangeTransition
+from shardkv.raft import ProgressState, RaftNode, Role
+from shardkv.raft.messages import ConfChange, ConfChangeTransition
+from shardkv.raft.settings import UNBOUNDED
 from shardkv.raft.thrift import HELD_BYTES_MAX, RACES_LOST_MAX
 from tests.raft.cluster import Cluster, M, change, settings_for
 
@@ -99,9 +102,34 @@ def test_much_payload_does_not_wait() -> None:
     assert lacking(cluster)[3] == 1, "it counts anew once everything has left"
 
 
+def test_much_payload_does_not_wait_for_what_an_append_has_no_room_for() -> None:
+    cluster = thrifty(message_bytes_max=HELD_BYTES_MAX)
+    for _ in range(2):
+        cluster[1].propose(bytes(HELD_BYTES_MAX * 3 // 4))
+        cluster.settle()
+    assert lacking(cluster)[3] == 0
+    propose(cluster)
+    assert lacking(cluster)[3] == 1, "it counts anew once everything has left"
+
+
 def test_a_heartbeats_answer_brings_a_spare_what_it_lacks() -> None:
     cluster = thrifty()
     propose(cluster)
+    cluster.tick(1)
+    assert lacking(cluster)[3] == 0
+
+
+def test_a_heartbeats_answer_brings_all_however_many_appends_that_takes() -> None:
+    cluster = thrifty(message_bytes_max=1)
+    propose(cluster, ENTRIES_MAX - 1)
+    cluster.tick(1)
+    assert lacking(cluster)[3] == 0
+
+
+def test_a_spare_whose_log_has_to_be_probed_is_sent_all_that_it_lacks() -> None:
+    cluster = thrifty(message_bytes_max=1)
+    propose(cluster, ENTRIES_MAX - 1)
+    cluster[1].raft.progress[3].become_probe()
     cluster.tick(1)
     assert lacking(cluster)[3] == 0
 
@@ -114,6 +142,14 @@ def test_a_spare_that_is_about_to_read_is_sent_what_is_committed() -> None:
     cluster.settle()
     assert cluster.hosts[3].applied == [b"x"]
     assert [state.context for state in cluster.hosts[3].read_states] == [b"read"]
+
+
+def test_a_spare_that_is_about_to_read_is_sent_all_however_many_appends_that_takes() -> None:
+    cluster = thrifty(message_bytes_max=1)
+    propose(cluster, ENTRIES_MAX - 1)
+    cluster[3].read_index(b"read")
+    cluster.settle()
+    assert cluster.hosts[3].applied == [b"x"] * (ENTRIES_MAX - 1)
 
 
 def test_a_spare_can_take_over_the_leadership() -> None:
@@ -250,6 +286,48 @@ def test_a_hedge_sends_all_however_many_appends_that_takes() -> None:
     assert cluster[1].committed == cluster[1].last_index
 
 
+def test_a_spare_with_a_full_window_is_sent_the_rest_with_its_answer() -> None:
+    cluster = thrifty(inflight_messages_max=2)
+    cluster.hosts[3].hold_writes = True
+    for _ in range(2):
+        propose(cluster)
+        cluster[1].hedge()
+    cluster.isolate(2)
+    propose(cluster)
+    cluster[1].hedge()
+    cluster.hosts[3].hold_writes = False
+    cluster.hosts[3].write()
+    cluster.settle()
+    assert cluster[1].committed == cluster[1].last_index
+
+
+def test_a_spare_that_had_all_it_lacked_in_one_probe_is_one_again() -> None:
+    cluster = thrifty()
+    propose(cluster, 2)
+    cluster[1].raft.progress[3].become_probe()
+    cluster.tick(1)
+    assert lacking(cluster)[3] == 0
+    propose(cluster)
+    assert lacking(cluster)[3] == 1
+
+
+@pytest.mark.parametrize("ask", [lambda node: node.hedge(), lambda node: node.distrust(2)])
+def test_a_spare_that_cannot_be_sent_more_when_it_is_asked_is_sent_it_with_its_answer(
+    ask: Callable[[RaftNode], None],
+) -> None:
+    """Not with the next heartbeat's: the entries wait for it alone."""
+    cluster = thrifty()
+    cluster.isolate(2)
+    cluster[1].raft.progress[3].become_probe()
+    cluster.hosts[3].hold_writes = True
+    propose(cluster, 2)
+    ask(cluster[1])
+    cluster.hosts[3].hold_writes = False
+    cluster.hosts[3].write()
+    cluster.settle()
+    assert cluster[1].committed == cluster[1].last_index
+
+
 @pytest.mark.parametrize("told", ["distrust", "report_unreachable"])
 def test_a_follower_that_may_be_gone_is_not_waited_for(told: str) -> None:
     cluster = thrifty()
@@ -370,6 +448,50 @@ def test_a_new_leader_knows_nothing_of_the_last_ones_races() -> None:
     cluster[2].transfer_leader(1)
     cluster.settle()
     assert relied_on(cluster) == {2}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_has_happened_two_heartbeats_bring_everybody_everything(seed: int) -> None:
+    """The first finds out what was lost. It takes as long without thrift, whatever one append has room for."""
+    draw = random.Random(seed)
+    voters = draw.choice([3, 4, 5])
+    cluster = thrifty(
+        voters,
+        learners=draw.choice([0, 1]),
+        message_bytes_max=draw.choice([1, 3, UNBOUNDED]),
+        inflight_messages_max=draw.choice([2, 256]),
+        inflight_bytes_max=UNBOUNDED,
+    )
+    leader = cluster[1]
+    for _ in range(30):
+        follower = draw.randrange(2, voters + 1)
+        match draw.choice(["propose", "propose", "propose", "hold", "go on", "cut", "heal", "hedge", "lost", "joint"]):
+            case "propose":
+                propose(cluster, draw.choice([1, 1, 2, 5]))
+            case "hold":
+                cluster.hosts[follower].hold_writes = True
+            case "go on":
+                cluster.hosts[follower].hold_writes = False
+                cluster.hosts[follower].write()
+            case "cut":
+                cluster.isolate(follower)
+            case "heal":
+                cluster.heal()
+            case "hedge":
+                leader.hedge()
+            case "lost":
+                draw.choice([leader.distrust, leader.report_unreachable])(follower)
+            case "joint" if leader.raft.pending_conf_index <= leader.applied:
+                enter = change(f"v{follower}", ConfChangeTransition.JOINT_EXPLICIT)
+                leader.propose_conf_change(ConfChange() if leader.configuration.voters_outgoing else enter)
+        cluster.settle()
+    cluster.heal()
+    for host in cluster.hosts.values():
+        host.hold_writes = False
+        host.write()
+    cluster.tick(1, count=2)
+    assert leader.committed == leader.last_index
+    assert not any(lacking(cluster).values())
 
 
 def test_a_setting_without_sense_is_refused() -> None:
