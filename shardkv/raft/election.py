@@ -130,9 +130,10 @@ def handle_vote_request(raft: Raft, message: Message) -> None:
     if not free or behind:
         raft.send(Message(answer, candidate, term=raft.term, reject=True))
         if behind and raft.eager_ticks > 0:
-            # Whoever had its turn before this replica cannot win.
-            raft.eager_ticks = 0
-            _tick_eager(raft)
+            # Whoever had its turn before this replica cannot win. Others may be told so, too, and keep their distance.
+            raft.eager_ticks = max(raft.eager_ticks - STAGGER_TICKS, 0)
+            if not raft.eager_ticks:
+                _tick_eager(raft)
         return
     # The answer has the term of the request: a pre-candidate would take an answer of an older term for a late one.
     raft.send(Message(answer, candidate, term=message.term))

@@ -40,6 +40,38 @@ def test_a_doubting_follower_whose_log_is_too_short_gives_its_turn_to_the_one_th
     assert cluster.leaders() == [2]
 
 
+def test_of_those_that_tell_it_only_the_next_in_turn_begins() -> None:
+    """Two that began in the same moment would split the votes of the others, and then wait for a timeout."""
+    cluster = Cluster(5, pre_vote=True, check_quorum=True)
+    cluster.elect(1)
+    cluster.isolate(4, 5)
+    cluster[1].propose(b"x")
+    cluster.settle()
+    cluster.heal()
+    cluster.hosts[1].crash()
+    for id_ in (2, 3, 4, 5):
+        cluster[id_].doubt(cluster.now)
+    assert cluster[5].role is Role.PRE_CANDIDATE, "its turn is first, and it lacks an entry"
+    cluster.settle()
+    assert cluster.leaders() == [2]
+    assert cluster[3].vote == 2, "it did not ask for its own election"
+
+
+def test_each_that_cannot_win_brings_a_waiting_replicas_turn_one_nearer() -> None:
+    cluster = Cluster(5, pre_vote=True, check_quorum=True)
+    cluster.elect(1)
+    three = cluster[3]
+    three.doubt(cluster.now)
+    before = three.raft.eager_ticks
+    assert before == 2 * STAGGER_TICKS
+    too_short = Message(M.PRE_VOTE, 3, 5, three.term + 1)
+    three.step(too_short, cluster.now)
+    assert three.raft.eager_ticks == before - STAGGER_TICKS
+    three.tick()
+    three.step(too_short, cluster.now)
+    assert three.role is Role.PRE_CANDIDATE, "less than a turn was left"
+
+
 def test_a_doubting_follower_whose_log_is_too_short_leaves_the_next_one_its_turn() -> None:
     """Nor for a timeout, when nobody tells it."""
     cluster = leaderless()
