@@ -181,6 +181,13 @@ def test_requests_and_responses_come_out_as_they_went_in() -> None:
     assert answers[1].error.current == (descriptor,)
 
 
+@pytest.mark.parametrize("request_id", [0, 23, (1 << 64) - 1, -1, -(1 << 64)])
+def test_an_answer_goes_to_a_request_of_any_number(request_id: int) -> None:
+    """Usual ones are packed at once, others encoded one by one; both are the same CBOR to a reader."""
+    (answer,) = requests.decode_responses(requests.join([requests.encode_response(request_id, 1 << 60, [7, None])]))
+    assert answer == requests.Response(request_id, 1 << 60, [7, None], None)
+
+
 @pytest.mark.parametrize(
     "value",
     [1, {}, [1], [[1, 2, 3, 4]], [["1", 1, 1, 1, 1]], [[1, 1, 1, 1, None]], [[]]],

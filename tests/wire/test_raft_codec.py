@@ -26,6 +26,13 @@ def test_entries_that_are_encoded_once_make_the_same_message_for_every_follower(
         assert decoded.to == to
 
 
+@pytest.mark.parametrize("term", [1, (1 << 32) - 1, 1 << 32, (1 << 63) - 1])
+def test_entries_of_any_term_survive_in_either_form(term: int) -> None:
+    entries = (Entry(1, 7, EntryType.NORMAL, b"x"), Entry(term, 8, EntryType.CONF_CHANGE, bytes(1 << 17)))
+    message = Message(MessageType.APP, 2, 1, term, log_term=1, index=6, entries=entries)
+    assert decode(join([encode_message(9, message)])) == [(9, message, None)]
+
+
 def test_the_stamps_of_heartbeats_and_their_answers_survive() -> None:
     stamps = {"lease_stamp": 1 << 62, "lease_promise": 400_000_000, "follower_stamp": (1 << 62) + 1}
     for kind in (MessageType.HEARTBEAT, MessageType.HEARTBEAT_RESP):
