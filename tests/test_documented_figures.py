@@ -98,7 +98,7 @@ FIGURES = {
         f"(`--segment-bytes`, {CONFIG.storage.segment_bytes // MIB} MiB",
         f"random tokens of the last {LINEAGE_MAX} starts",
         f"more than {RECORD_DATA_BYTES_MAX // MIB} MiB of entry data",
-        f"once {WalSettings().closed_segments_max} closed segments stand",
+        f"once more than {WalSettings().closed_segments_max} closed segments stand",
         f"there is the reserve, {WalSettings().reserve_bytes // MIB} MiB",
         f"{RocksSettings().write_buffer_bytes // MIB} MiB write buffers (at most {RocksSettings().write_buffers_max})",
         f"below `free_bytes_min` ({CONFIG.storage.free_bytes_min // MIB} MiB)",
