@@ -143,7 +143,7 @@ BUGS = (
         "Unavailable only if nothing can have been logged (DESIGN 2.4)",
         certainly_not_applied,
         ("depose", "stall", "slow"),
-        4,
+        11,
         workload="counters",
         rate=100,
     ),

@@ -48,7 +48,7 @@ BUGS = (
         "a session's records go with their age (DESIGN 4.6)",
         rows_kept_for_ever,
         ("kill",),
-        1,
+        2,
         minutes=1.6,
         rate=20,
     ),
