@@ -272,7 +272,7 @@ BUGS = (
         1,
         rate=100,
     ),
-    Bug("append-without-a-match", "log matching (Raft, 5.3)", append_anywhere, ("depose", "loss", "reorder"), 3),
+    Bug("append-without-a-match", "log matching (Raft, 5.3)", append_anywhere, ("depose", "loss", "reorder"), 1),
     Bug("commit-beyond-the-match", "a heartbeat commits what is there", commit_what_is_not_there, ("kill",), 1),
     Bug(
         "lease-past-its-end",
