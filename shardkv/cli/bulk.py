@@ -320,7 +320,7 @@ def export(
                 checkpoint.begin("export to stdout (-)", offset=0, last_key_hex=None, count=0)
             except click.UsageError:
                 if is_new:
-                    Path(file_name).unlink()  # nothing is in it, and the next export would not replace it
+                    Path(file_name).resolve().unlink()  # nothing is in it, and the next export would not replace it
                 raise
         if saved is None or not saved["offset"]:
             if checkpoint.path is not None:
@@ -406,6 +406,8 @@ def _named(path: Path) -> Iterator[None]:
     except BrokenPipeError:  # whose reader has gone, which is no news
         raise
     except OSError as problem:
+        if problem.filename is not None:
+            raise  # it is about that file, the note of the progress
         raise OSError(f"cannot write {path}: {problem.strerror or problem}") from problem
 
 

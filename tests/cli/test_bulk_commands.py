@@ -358,6 +358,17 @@ def test_a_command_that_cannot_note_its_progress_says_how_to_do_without(
     assert path.exists() == (command == "import"), "a file that the next export must not replace"
 
 
+def test_an_export_that_cannot_note_its_progress_leaves_a_link_to_nothing_as_it_was(
+    world: World, tmp_path: Path
+) -> None:
+    path, target = tmp_path / "all.jsonl", tmp_path / "elsewhere"
+    path.symlink_to(target)
+    (tmp_path / "all.jsonl.progress").mkdir()
+    assert world.run("export", str(path)).exit_code == 2
+    assert path.is_symlink()
+    assert not target.exists()
+
+
 def test_an_export_that_cannot_note_its_progress_replaces_nothing(world: World, tmp_path: Path) -> None:
     path = tmp_path / "all.jsonl"
     path.write_text("precious")
@@ -605,6 +616,23 @@ def test_an_export_that_is_resumed_and_finds_no_room_names_the_file(
     assert result.exit_code == 1
     assert f"Error: cannot write {path}: No space left on device (OSError)\n" in result.stderr
     assert path.with_name("all.jsonl.progress").exists()
+
+
+def test_an_export_whose_note_cannot_be_removed_names_the_note(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is whole."""
+    world.client.set(b"a", b"1")
+    path = tmp_path / "all.jsonl"
+
+    def refused(note: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(note))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    result = world.run("export", str(path))
+    assert result.exit_code == 1
+    assert f"Permission denied: '{path}.progress'" in result.stderr
+    assert "cannot write" not in result.stderr
 
 
 def test_an_export_to_a_pipe_whose_reader_goes_ends_silently(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
