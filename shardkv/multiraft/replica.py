@@ -388,6 +388,8 @@ class Replica:
         self.raft.check()
         total = sum(len(group.commands) for group in self.waiting)
         assert total == self.waiting_bytes, f"range {self.range_id}: {total} bytes wait, counted {self.waiting_bytes}"
+        total = sum(len(group.decoded) for group in self.waiting)
+        assert total == self.waiting_commands, f"{total} commands wait, counted {self.waiting_commands}"
         assert self.machine is not None or not self.proposals, f"range {self.range_id} proposes uninitialised"
         if self.machine is not None:
             self.machine.check()

@@ -323,12 +323,10 @@ class RaftNode:
         snapshot = log.next_snapshot() if log.snapshot is not None else None
         messages, raft.messages = raft.messages, []
         after_append, raft.messages_after_append = raft.messages_after_append, []
-        must_sync = bool(entries)
-        if raft.term != hard.term or raft.vote != hard.vote:
-            must_sync = True
-            hard_state = self._hard_state = HardState(raft.term, raft.vote, log.committed)
-        elif log.committed != hard.commit and (
-            entries or after_append or snapshot is not None or not self._commit_rides
+        changed = raft.term != hard.term or raft.vote != hard.vote
+        must_sync = changed or bool(entries)
+        if changed or (
+            log.committed != hard.commit and (entries or after_append or snapshot is not None or not self._commit_rides)
         ):
             hard_state = self._hard_state = HardState(raft.term, raft.vote, log.committed)
             self._commit_rides = raft.settings.commit_rides

@@ -113,6 +113,18 @@ def test_a_commit_index_rides_with_a_vote() -> None:
     assert follower.ready().hard_state == HardState(9, 3, follower.committed)
 
 
+def test_a_commit_index_rides_again_after_a_vote_that_took_what_a_tick_has_found() -> None:
+    node = fresh(2, commit_rides=True)
+    node.step(Message(M.APP, 2, 1, 1, entries=(Entry(1, 1), Entry(1, 2))))
+    node.ready()
+    node.step(Message(M.HEARTBEAT, 2, 1, 1, commit=1))
+    node.tick()
+    node.step(Message(M.VOTE, 2, 3, 9, 1, 2, context=CAMPAIGN_TRANSFER))
+    assert node.ready().hard_state == HardState(9, 3, 1)
+    node.step(Message(M.HEARTBEAT, 2, 3, 9, commit=2))
+    assert node.ready().hard_state is None
+
+
 def test_an_answer_to_an_append_waits_until_the_entries_are_on_disk() -> None:
     """Thesis 3.8: entries are persisted before they are acknowledged. Trap 10."""
     node = fresh(2)
