@@ -247,12 +247,7 @@ class RocksEngine:
         # No upper bound in the iterator's options: their memory is freed under the iterator, which then runs past it.
         try:
             iterator = self._db.iter()
-            if reverse:
-                iterator.seek_for_prev(end)
-                if iterator.valid() and iterator.key() == end:
-                    iterator.prev()
-            else:
-                iterator.seek(start)
+            _begin(iterator, start, end, reverse)
         except Exception as error:
             raise _translated(error, "scanning") from error
         pairs = _backward(iterator, start) if reverse else _forward(iterator, end)
@@ -397,6 +392,16 @@ class RocksEngine:
             previous = key
 
 
+def _begin(iterator: Any, start: bytes, end: bytes, reverse: bool) -> None:
+    """Stand at the first key of a span, in ``reverse`` at the last."""
+    if reverse:
+        iterator.seek_for_prev(end)
+        if iterator.valid() and iterator.key() == end:
+            iterator.prev()
+    else:
+        iterator.seek(start)
+
+
 def _forward(iterator: Any, end: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
     valid, read_key, read_value, following = iterator.valid, iterator.key, iterator.value, iterator.next
     while valid():
@@ -459,12 +464,7 @@ class RocksSnapshot:
     def _chunk(self, start: bytes, end: bytes, reverse: bool) -> tuple[list[tuple[bytes, bytes]], bool]:
         """The first pairs, in ``reverse`` the last, and whether they are all."""
         iterator = self._open_iterator()
-        if reverse:
-            iterator.seek_for_prev(end)
-            if iterator.valid() and iterator.key() == end:
-                iterator.prev()
-        else:
-            iterator.seek(start)
+        _begin(iterator, start, end, reverse)
         go_on = iterator.prev if reverse else iterator.next
         chunk: list[tuple[bytes, bytes]] = []
         size = 0

@@ -52,6 +52,8 @@ async def test_trap_02_an_uninitialised_replica_votes_but_neither_campaigns_nor_
         deliver(late, 2, from_right(MessageType.VOTE, to=3, sender=2, term=8, index=10, log_term=5), 2)
         await trio.sleep(0.1)
         assert [(each.type, each.reject) for each in sent if each.from_ == 103] == [(MessageType.VOTE_RESP, False)]
+        take_over = from_right(MessageType.TIMEOUT_NOW, to=3, sender=2, term=8)
+        assert late.catalog.admit(RIGHT, take_over, NodeId(2)) is None
 
 
 async def test_trap_02_an_answer_makes_no_replica(autojump_clock: MockClock) -> None:

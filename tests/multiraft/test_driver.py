@@ -219,6 +219,12 @@ async def test_what_a_follower_applies_waits_for_company_until_the_next_tick(aut
         assert follower.rows() == hosts.leader().rows()
 
 
+def next_entry(replica: Replica) -> tuple[Replica, Message]:
+    """An entry behind the last, as a group hands it out to be applied."""
+    entry = Entry(replica.raft.term, replica.raft.last_index + 1)
+    return replica, Message(MessageType.STORAGE_APPLY, entries=(entry,))
+
+
 async def test_what_a_follower_applies_waits_no_longer_for_turns_that_always_find_more_to_do(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,8 +233,7 @@ async def test_what_a_follower_applies_waits_no_longer_for_turns_that_always_fin
         await hosts.agreed()
         follower = hosts.follower()
         driver, replica = follower.driver, follower.replica()
-        entry = Entry(replica.raft.term, replica.raft.last_index + 1)
-        one = (replica, Message(MessageType.STORAGE_APPLY, entries=(entry,)))
+        one = next_entry(replica)
         applied: list[object] = []
         monkeypatch.setattr(driver.applier, "_apply", applied.append)
         monkeypatch.setattr(driver, "_perform", lambda turn: driver.touch(replica))
@@ -250,13 +255,12 @@ async def test_a_read_that_waits_at_a_follower_has_what_it_waits_for_applied_at_
         await hosts.agreed()
         follower = hosts.follower()
         driver, replica = follower.driver, follower.replica()
-        entry = Entry(replica.raft.term, replica.raft.last_index + 1)
-        one = (replica, Message(MessageType.STORAGE_APPLY, entries=(entry,)))
+        one = next_entry(replica)
         applied: list[object] = []
         driver.applier._apply = applied.append  # type: ignore[method-assign, assignment]
         driver.applier.apply([one])
         assert not applied
-        replica.confirmed = [(entry.index, [], 0)]
+        replica.confirmed = [(replica.raft.last_index + 1, [], 0)]
         driver._perform(Turn(confirmed=[replica]))
         assert applied == [[one]], "the read came behind the entry"
         driver.applier.apply([one])
